@@ -9,10 +9,13 @@ A leaf: stdlib and numpy only, imported by `convert` (which writes) and `train` 
       provenance.json      how it was made; not part of the set's identity
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -338,17 +341,14 @@ def _what_is_wrong(path: Path, facts: dict[str, Any]) -> str | None:
 @contextmanager
 def only_one(root: Path, name: str) -> Iterator[None]:
     """Hold a lock on `ROOT/.NAME.lock`; a second process is told who holds it. A dead process holds nothing."""
-    import fcntl
-    import socket
-    import time
-
     path = root / f".{name}.lock"
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{root / name} is being converted by {file.read().strip()}. Wait for it, then: make convert") from None
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{root / name} is being converted by {holder}. Wait for it, then run: make convert") from None
         except OSError:  # a file system without locks: go on
             pass
         file.truncate(0)
@@ -357,4 +357,4 @@ def only_one(root: Path, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            file.truncate(0)

@@ -1,0 +1,351 @@
+"""Rows of the .mat: the only place that knows MATLAB's axis order, references, character codes and HDF5 chunks.
+
+Planes come out as they are stored, (W, H): the picture is their transpose (`resize` transposes the small result).
+
+Chunks are read without HDF5 where that is possible (gzip with or without shuffle, or no filter): the index is read once,
+then each chunk is one pread and one inflate, both outside Python's lock, so that threads scale. Every other filter goes
+through h5py: slower, never wrong.
+"""
+
+import hashlib
+import math
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from .format import UserError
+
+try:
+    from deflate import zlib_decompress as _libdeflate
+except ImportError:
+    _libdeflate = None
+
+ORIGINAL_BYTES = 2_972_037_809
+KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
+KINDS = {"rgb": "u1", "depth": "f4", "raw_depth": "f4", "label": "u2", "instance": "u1"}
+CELLS = ("names", "scenes", "sceneTypes", "rawRgbFilenames", "rawDepthFilenames")
+MAX_CHUNK_BYTES = 256 << 20
+MAX_GROUP_BYTES = 64 << 20  # rows decoded together; more goes through a scratch file
+DIRECT_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}
+
+
+def inflate(data: bytes | memoryview, n_bytes: int) -> bytes | bytearray:
+    """Undo zlib into exactly `n_bytes`. Raises ValueError where the data is damaged."""
+    try:
+        out = _libdeflate(data, n_bytes) if _libdeflate else zlib.decompress(data, bufsize=n_bytes)
+    except Exception as error:  # the bindings raise their own types
+        raise ValueError(f"a compressed chunk is damaged ({error})") from None
+    if len(out) != n_bytes:
+        raise ValueError(f"a chunk holds {len(out)} bytes, expected {n_bytes}")
+    return out
+
+
+def sampled_identity(path: Path, n_blocks: int = 16, block: int = 65536) -> dict[str, Any]:
+    """The source's identity in milliseconds: its size and a SHA-256 over head, tail and fixed positions."""
+    n_bytes = path.stat().st_size
+    digest = hashlib.sha256(str(n_bytes).encode())
+    with open(path, "rb") as file:
+        for k in range(n_blocks):
+            file.seek(max(0, n_bytes - block) * k // (n_blocks - 1))
+            digest.update(file.read(block))
+    return {"name": path.name, "bytes": n_bytes, "sampled_sha256": digest.hexdigest()}
+
+
+# ---------------------------------------------------------------- opening, and saying what is wrong
+
+
+def open_mat(path: Path) -> h5py.File:
+    """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file. Download nyu_depth_v2_labeled.mat, then run: make convert MAT=...")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory. Run: python -m convert run {path}/nyu_depth_v2_labeled.mat --out data")
+    with _readable(path) as file:
+        head = file.read(520)
+    if not head:
+        raise UserError(f"{path} is empty: the download failed. Delete it and run: make convert")
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path} is a web page, not a .mat: the download failed. Delete it and run: make convert")
+    if head.startswith(b"MATLAB 5.0"):
+        raise UserError(f"{path} is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert")
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        n_bytes = path.stat().st_size
+        if "truncated" in str(error):
+            raise UserError(
+                f"{path} is {n_bytes} bytes and its end is missing (the original has {ORIGINAL_BYTES}): "
+                "the download was cut. Fetch the rest with curl -C -, then run: make convert"
+            ) from None
+        raise UserError(f"{path} is not a MATLAB v7.3 file ({_one_line(error)}). Download it again, then run: make convert") from None
+
+
+def _readable(path: Path) -> Any:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions, then run: make convert") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+class Mat:
+    """The labelled set in an open .mat: names, per-row facts, and readers for the fields asked for."""
+
+    def __init__(self, path: Path, fields: tuple[str, ...]) -> None:
+        self.path, self.file = path, open_mat(path)
+        try:
+            missing = [k for k in (*(KEYS[f] for f in fields), *CELLS) if k not in self.file]
+            if missing:
+                kind = "NYU Depth v1" if "images" in self.file and "instances" not in self.file else "another file"
+                raise UserError(
+                    f"{path} has no {', '.join(missing)}: it is {kind}, not nyu_depth_v2_labeled.mat. "
+                    "Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
+                )
+            self.n_rows = self._check_shapes(fields)
+            self.handle = os.open(path, os.O_RDONLY)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self.handle)
+        self.file.close()
+
+    def _refuse(self, what: str) -> UserError:
+        return UserError(f"{self.path}: {what}. Download it again, then run: make convert")
+
+    def _check_shapes(self, fields: tuple[str, ...]) -> int:
+        """The number of rows, after checking that every field agrees on it, before memory is taken."""
+        n_rows = {}
+        for name in fields:
+            dset = self.file[KEYS[name]]
+            n_dims = 4 if name == "rgb" else 3
+            if not isinstance(dset, h5py.Dataset) or dset.dtype.newbyteorder("=") != np.dtype(KINDS[name]):
+                raise self._refuse(f"{KEYS[name]} is {getattr(dset, 'dtype', 'a group')}, expected {np.dtype(KINDS[name])}")
+            shape = dset.shape or ()
+            if len(shape) != n_dims or (name == "rgb" and shape[1] != 3) or not all(8 <= s <= 8192 for s in shape[-2:]):
+                raise self._refuse(f"{KEYS[name]} has shape {shape}, expected (rows, {'3, ' if n_dims == 4 else ''}640, 480)")
+            if dset.chunks and math.prod(dset.chunks) * dset.dtype.itemsize > MAX_CHUNK_BYTES:
+                raise self._refuse(f"{KEYS[name]} has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each")
+            n_rows[KEYS[name]] = (shape[0], shape[-2:])
+        if len(set(n_rows.values())) != 1:
+            raise self._refuse(f"its fields disagree on rows and picture size: {n_rows}")
+        count = next(iter(n_rows.values()))[0]
+        if not 1 <= count <= 1_000_000:
+            raise self._refuse(f"it has {count} rows")
+        return count
+
+    def strings(self, key: str) -> list[str]:
+        """A cell array of strings: a (1, N) array of references to uint16 character codes."""
+        try:
+            return [self._string(ref) for ref in np.asarray(self.file[key]).ravel()]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+            raise self._refuse(f"the text in {key} cannot be read ({_one_line(error)})") from None
+
+    def _string(self, ref: Any) -> str:
+        codes = self.file[ref]
+        if codes.attrs.get("MATLAB_empty", 0):
+            return ""
+        if codes.dtype.kind != "u" or codes.dtype.itemsize != 2 or codes.size > 4096:
+            raise ValueError(f"{codes.dtype}{codes.shape} is not character data")
+        text = codes[()].astype("<u2").ravel(order="A").tobytes().decode("utf-16-le")
+        if not text.isprintable():
+            raise ValueError("control characters")
+        return text
+
+    def row_strings(self, key: str) -> list[str]:
+        values = self.strings(key)
+        if len(values) != self.n_rows:
+            raise self._refuse(f"{key} has {len(values)} entries for {self.n_rows} rows")
+        return values
+
+    def accel(self) -> np.ndarray:
+        """(N, 4) float32: roll, yaw, pitch, tilt; zeros where the file has none."""
+        dset = self.file.get("accelData")
+        if not isinstance(dset, h5py.Dataset) or dset.shape != (4, self.n_rows):
+            return np.zeros((self.n_rows, 4), "<f4")
+        return np.ascontiguousarray(dset[()].T.astype("<f4"))
+
+    def reader(self, name: str) -> "Reader":
+        """A reader of `name`'s rows."""
+        return Reader(self.file[KEYS[name]], self.handle)
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@dataclass
+class ChunkIndex:
+    """Where every chunk lies in the file, as arrays in grid order. `offset` -1 = never written (the fill value)."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    offset: np.ndarray
+    n_bytes: np.ndarray
+    filter_mask: np.ndarray
+    grid: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grid = tuple(-(-s // c) for s, c in zip(self.shape, self.chunk, strict=True))
+
+
+def read_index(dset: h5py.Dataset) -> ChunkIndex:
+    """One pass over the file's own chunk index (20 ms for 23,000 chunks; asking chunk by chunk takes 40 s)."""
+    index = ChunkIndex(dset.shape, dset.chunks, *(np.empty(0, np.int64),) * 3)
+    n_chunks = math.prod(index.grid)
+    if n_chunks > 50_000_000:
+        raise ValueError(f"{n_chunks} chunks")
+    index.offset = np.full(n_chunks, -1, np.int64)
+    index.n_bytes, index.filter_mask = np.zeros(n_chunks, np.int64), np.zeros(n_chunks, np.int64)
+
+    def visit(info: Any) -> None:
+        k = 0
+        for start, c, g in zip(info.chunk_offset, index.chunk, index.grid, strict=True):
+            k = k * g + start // c
+        index.offset[k], index.n_bytes[k], index.filter_mask[k] = info.byte_offset, info.size, info.filter_mask
+
+    dset.id.chunk_iter(visit)
+    return index
+
+
+class Reader:
+    """Rows of one dataset, whatever its layout: each chunk is read and inflated exactly once.
+
+    `group_rows` rows share their chunks and are decoded together by `read_group`, which threads may call at once.
+    """
+
+    def __init__(self, dset: h5py.Dataset, handle: int) -> None:
+        self.dset, self.handle, self.lock = dset, handle, threading.Lock()
+        self.dtype, self.row_shape, self.n_rows = dset.dtype, dset.shape[1:], dset.shape[0]
+        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        self.n_decoded = 0
+        self.scratch: np.memmap | None = None
+        self.index: ChunkIndex | None = None
+        self.group_rows = dset.chunks[0] if dset.chunks else 1
+        self._shuffled = False
+        if dset.chunks:
+            self._try_direct()
+
+    def _try_direct(self) -> None:
+        """Read the index if every filter is one that is undone here and the bytes are where it says."""
+        plist = self.dset.id.get_create_plist()
+        filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+        allowed = ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
+        if filters not in allowed or plist.get_external_count():
+            return
+        self._filters = filters
+        index = read_index(self.dset)
+        base = self._base(index)
+        if base is not None:
+            index.offset[index.offset >= 0] += base
+            self.index = index
+
+    def _base(self, index: ChunkIndex) -> int | None:
+        """What to add to offsets: HDF5 before 1.14.4 leaves the user block out. None: use h5py."""
+        written = np.flatnonzero(index.offset >= 0)
+        if not len(written):
+            return 0
+        first = int(written[0])
+        start = tuple(int(g * c) for g, c in zip(np.unravel_index(first, index.grid), index.chunk, strict=True))
+        if index.n_bytes[first] > MAX_CHUNK_BYTES:
+            return None
+        _, expected = self.dset.id.read_direct_chunk(start)
+        for base in (0, self.dset.file.userblock_size):
+            if os.pread(self.handle, len(expected), int(index.offset[first]) + base) == expected:
+                return base
+        return None
+
+    @property
+    def group_bytes(self) -> int:
+        return self.group_rows * self.row_bytes
+
+    def read_group(self, group: int) -> np.ndarray:
+        """Rows [group * group_rows, ...) as an array (rows, ...) in native byte order."""
+        start, stop = group * self.group_rows, min((group + 1) * self.group_rows, self.n_rows)
+        if self.scratch is not None:
+            return np.array(self.scratch[start:stop])
+        if not self.dset.chunks:
+            with self.lock:
+                return self._native(self.dset[start:stop])
+        out = np.empty((stop - start, *self.row_shape), self.dtype.newbyteorder("="))
+        grid = self._grid[1:]
+        for tile in np.ndindex(*grid):
+            self._place(out, (group, *tile), start)
+        return out
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        return tuple(-(-s // c) for s, c in zip(self.dset.shape, self.dset.chunks, strict=True))
+
+    def _place(self, out: np.ndarray, at: tuple[int, ...], first_row: int) -> None:
+        """Decode the chunk at grid position `at` into `out`, cropping the padding of edge chunks."""
+        begin = [g * c for g, c in zip(at, self.dset.chunks, strict=True)]
+        begin[0] -= first_row
+        where = tuple(slice(b, min(b + c, s)) for b, c, s in zip(begin, self.dset.chunks, out.shape, strict=True))
+        size = tuple(w.stop - w.start for w in where)
+        out[where] = self._decode(at, size)
+
+    def _decode(self, at: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
+        """The part of `size` of the chunk at `at`."""
+        self.n_decoded += 1
+        if self.index is None:
+            where = tuple(slice(g * c, g * c + n) for g, c, n in zip(at, self.dset.chunks, size, strict=True))
+            with self.lock:
+                return self.dset[where]
+        k = int(np.ravel_multi_index(at, self.index.grid))
+        if self.index.offset[k] < 0:
+            return np.broadcast_to(np.asarray(self.dset.fillvalue, self.dtype), size)
+        chunk = self._unfilter(k).reshape(self.dset.chunks)
+        return chunk[tuple(slice(0, n) for n in size)]
+
+    def _unfilter(self, k: int) -> np.ndarray:
+        """Read chunk `k` and undo its filters, last one first, except those its mask says were skipped."""
+        assert self.index is not None
+        stored, mask = int(self.index.n_bytes[k]), int(self.index.filter_mask[k])
+        n_bytes = math.prod(self.dset.chunks) * self.dtype.itemsize
+        if stored > 2 * n_bytes + 4096:
+            raise ValueError(f"a chunk claims {stored} compressed bytes for {n_bytes}")
+        data: Any = os.pread(self.handle, stored, int(self.index.offset[k]))
+        if len(data) != stored:
+            raise ValueError("the file ends inside a chunk")
+        for i in reversed(range(len(self._filters))):
+            if mask >> i & 1:
+                continue
+            if self._filters[i] == h5py.h5z.FILTER_DEFLATE:
+                data = inflate(data, n_bytes)
+            else:
+                data = np.frombuffer(data, np.uint8).reshape(self.dtype.itemsize, -1).T.tobytes()
+        if len(data) != n_bytes:
+            raise ValueError(f"a chunk holds {len(data)} bytes, expected {n_bytes}")
+        return np.frombuffer(data, self.dtype)
+
+    @staticmethod
+    def _native(array: np.ndarray) -> np.ndarray:
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+    def needs_scratch(self) -> bool:
+        """Whether the rows that share chunks are too many to hold at once."""
+        return self.group_bytes > MAX_GROUP_BYTES
+
+    def fill_scratch(self, path: Path, each: Callable[[], None] | None = None) -> None:
+        """Decode every chunk once, in grid order, into a scratch file of whole rows; later reads come from there."""
+        scratch = np.memmap(path, self.dtype.newbyteorder("="), "w+", shape=self.dset.shape)
+        path.unlink()  # the mapping keeps it; nothing is left behind, whatever happens
+        for at in self._grid_positions():
+            self._place(scratch, at, 0)
+            if each:
+                each()
+        self.scratch, self.group_rows = scratch, 1
+
+    def _grid_positions(self) -> Iterator[tuple[int, ...]]:
+        return iter(np.ndindex(*self._grid))

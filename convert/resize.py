@@ -1,0 +1,106 @@
+"""One pure function per kind of field: the plane as the .mat stores it (W, H) -> the picture at SIZE x SIZE.
+
+Every function takes the stored, transposed planes, works on them as they lie, and transposes only the small result.
+
+rgb        antialiased bilinear (a triangle filter as wide as the scale): without it thin edges alias; at most one grey
+           level from the float result.
+depth      nearest by default: source index floor((i + 0.5) * in / out). Every value is one that was measured, and an
+           edge stays an edge; averaging across an edge invents points in mid-air. `area` averages over valid pixels.
+raw_depth  as depth; holes (0) are never averaged in.
+label      nearest: an average of class ids is another class.
+instance   nearest, with the same indices as label, so that (label, instance) stays a pair.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from .format import MAX_DEPTH_MM
+
+CROP_BOXES = {"none": None, "border": (6, 473, 7, 632), "eigen": (45, 471, 41, 601)}  # top, bottom, left, right
+MAX_LABEL = 894
+
+
+class ValueRangeError(ValueError):
+    """A value that the stored dtype cannot hold, or that the field cannot have."""
+
+
+def crop_wh(planes: np.ndarray, crop: str) -> np.ndarray:
+    """Crop planes (..., W, H) to the named box of the 640x480 picture; a view."""
+    box = CROP_BOXES[crop]
+    if box is None:
+        return planes
+    if planes.shape[-2:] != (640, 480):
+        raise ValueRangeError(f"--crop {crop} is defined for 640x480 pictures, this one is {planes.shape[-2]}x{planes.shape[-1]}")
+    top, bottom, left, right = box
+    return planes[..., left:right, top:bottom]
+
+
+@lru_cache(maxsize=32)
+def nearest_indices(n_in: int, n_out: int) -> np.ndarray:
+    """Pixel centres: floor((i + 0.5) * in / out), in integers."""
+    return (2 * np.arange(n_out, dtype=np.intp) + 1) * n_in // (2 * n_out)
+
+
+def nearest(plane_wh: np.ndarray, size: int) -> np.ndarray:
+    """(W, H) -> (size, size) rows x columns, values unchanged."""
+    width, height = plane_wh.shape
+    small = plane_wh.take(nearest_indices(width, size), 0).take(nearest_indices(height, size), 1)
+    return small.T
+
+
+@lru_cache(maxsize=32)
+def _area_weights(n_in: int, n_out: int) -> np.ndarray:
+    """(n_out, n_in): the share of each source pixel inside each output pixel."""
+    edges = np.arange(n_out + 1) * (n_in / n_out)
+    pixels = np.arange(n_in)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.clip(overlap, 0, None)
+
+
+def area(metres_wh: np.ndarray, size: int) -> np.ndarray:
+    """(W, H) metres -> (size, size) metres: the mean of the valid (> 0) pixels inside, 0 where there is none."""
+    width, height = metres_wh.shape
+    across, down = _area_weights(width, size), _area_weights(height, size)
+    valid = across @ (metres_wh > 0).astype(np.float64) @ down.T
+    total = across @ metres_wh.astype(np.float64) @ down.T
+    return np.divide(total, valid, out=np.zeros_like(total), where=valid > 1e-9).T
+
+
+def rgb(planes_cwh: np.ndarray, size: int) -> np.ndarray:
+    """(3, W, H) uint8 -> (3, size, size) uint8, antialiased bilinear."""
+    import torch  # here, so that the rest of `convert` does not wait for it
+    from torch.nn.functional import interpolate
+
+    planes = torch.from_numpy(np.ascontiguousarray(planes_cwh))[None]
+    small = interpolate(planes, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return small[0].numpy().transpose(0, 2, 1)
+
+
+def depth_mm(metres_wh: np.ndarray, size: int, method: str) -> np.ndarray:
+    """(W, H) float metres -> (size, size) uint16 millimetres; 0 = no measurement.
+
+    Raises ValueRangeError for NaN, infinite, negative or beyond 32.767 m anywhere in the source plane.
+    """
+    low, high = metres_wh.min(), metres_wh.max()  # NaN goes through both
+    if not (low >= 0 and high * 1000 < MAX_DEPTH_MM + 0.5):
+        raise ValueRangeError(f"depth outside 0 .. {MAX_DEPTH_MM / 1000} m (found {low} .. {high})")
+    small = area(metres_wh, size) if method == "area" else nearest(metres_wh, size)
+    return np.rint(small.astype(np.float64) * 1000).astype("<u2")
+
+
+def label(plane_wh: np.ndarray, size: int) -> np.ndarray:
+    """(W, H) uint16 class ids -> (size, size) uint16. Raises ValueRangeError above 894."""
+    if plane_wh.max() > MAX_LABEL:
+        raise ValueRangeError(f"label {plane_wh.max()} is beyond the {MAX_LABEL} classes")
+    return nearest(plane_wh, size)
+
+
+def resize(field: str, row: np.ndarray, size: int, crop: str, depth_resize: str) -> np.ndarray:
+    """One stored row of `field`, cropped and resized: (3, S, S) or (S, S)."""
+    row = crop_wh(row, crop)
+    if field == "rgb":
+        return rgb(row, size)
+    if field in ("depth", "raw_depth"):
+        return depth_mm(row, size, depth_resize)
+    return label(row, size) if field == "label" else nearest(row, size)
