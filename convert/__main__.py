@@ -1,0 +1,136 @@
+"""python -m convert run|verify|inspect|push|pull|sample: parse, call one function, print."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from . import format as fmt
+from .format import CROPS, DEPTH_RESIZES, FIELDS, Settings, UserError
+
+EPILOG = """examples:
+  python -m convert run nyu_depth_v2_labeled.mat --out data
+  python -m convert inspect data --picture rooms.png
+  python -m convert verify data"""
+
+
+def run(args: argparse.Namespace) -> None:
+    from .write import convert
+
+    settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
+    print(convert(args.source, args.out, settings, args.workers))
+
+
+def verify(args: argparse.Namespace) -> None:
+    from .check import against_source, verify_all
+
+    directory = fmt.resolve_set(args.directory)
+    n_files = verify_all(directory)
+    print(f"{directory}: {n_files} files, every byte as the manifest says")
+    if args.against:
+        n_rows = against_source(directory, args.against, args.rows)
+        print(f"{n_rows} random rows are what {args.against} gives")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from .check import describe, picture
+
+    directory = fmt.resolve_set(args.directory)
+    print(describe(directory))
+    if args.picture:
+        picture(directory, args.picture, args.rows)
+        print(f"picture: {args.picture}")
+
+
+def push(args: argparse.Namespace) -> None:
+    from .shelf import copy_set
+
+    source = fmt.resolve_set(args.directory)
+    print(copy_set(source, args.drive))
+    print("On Colab run drive.flush_and_unmount() before closing: the copy was read back from the mount, not from Google")
+
+
+def pull(args: argparse.Namespace) -> None:
+    from .shelf import copy_set
+
+    print(copy_set(fmt.resolve_set(args.drive), args.root))
+
+
+def sample(args: argparse.Namespace) -> None:
+    from .sample import write_sample
+
+    write_sample(args.file, args.rows)
+    print(args.file)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "python -m convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("run", help="convert a .mat into shards", epilog="example: python -m convert run X.mat --out data")
+    p.add_argument("source", type=Path)
+    p.add_argument("--out", type=Path, required=True, metavar="ROOT")
+    p.add_argument("--size", type=int, default=224)
+    p.add_argument("--fields", default=",".join(FIELDS), help="default: %(default)s")
+    p.add_argument("--crop", choices=CROPS, default="none")
+    p.add_argument("--depth-resize", choices=DEPTH_RESIZES, default="nearest")
+    p.add_argument("--rows-per-shard", type=int, default=128)
+    p.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    p.set_defaults(function=run)
+
+    p = commands.add_parser("verify", help="check every byte of a set", epilog="example: python -m convert verify data")
+    p.add_argument("directory", type=Path, metavar="DIR")
+    p.add_argument("--against", type=Path, metavar="SOURCE", help="also compare random rows with the .mat")
+    p.add_argument("--rows", type=int, default=16)
+    p.set_defaults(function=verify)
+
+    p = commands.add_parser("inspect", help="what is in a set", epilog="example: python -m convert inspect data --picture a.png")
+    p.add_argument("directory", type=Path, metavar="DIR")
+    p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
+    p.add_argument("--rows", type=int, default=8, help="rows in the picture")
+    p.set_defaults(function=inspect)
+
+    p = commands.add_parser("push", help="copy a set to Drive", epilog="example: python -m convert push data /content/drive/MyDrive/nyuv2")
+    p.add_argument("directory", type=Path, metavar="DIR")
+    p.add_argument("drive", type=Path)
+    p.set_defaults(function=push)
+
+    p = commands.add_parser("pull", help="copy a set from Drive", epilog="example: python -m convert pull /content/drive/MyDrive/nyuv2 data")
+    p.add_argument("drive", type=Path)
+    p.add_argument("root", type=Path)
+    p.set_defaults(function=pull)
+
+    p = commands.add_parser("sample", help="write a small .mat of made-up rooms", epilog="example: python -m convert sample rooms.mat")
+    p.add_argument("file", type=Path, metavar="FILE.mat")
+    p.add_argument("--rows", type=int, default=48)
+    p.set_defaults(function=sample)
+    return top
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    args = parser().parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished shards are kept. Run the same command again to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"{error}. Finished shards are kept. Free space or mend the disk, then run the same command again", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Augmentation: RGB and depth stay together, holes stay holes, the seed decides everything."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    augment,
+    color_jitter,
+    random_flip,
+    random_resized_crop,
+    resize,
+    to_input,
+)
+
+STATS = (2.842, 1.417)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(n: int = 8, size: int = 48) -> tuple[Tensor, Tensor]:
+    """Noise with a quarter of the depth pixels missing, values between 1000 and 32767 mm elsewhere."""
+    generator = seeded(7)
+    rgb = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+    depth = torch.randint(1000, 32768, (n, 1, size, size), generator=generator, dtype=torch.int16)
+    return rgb, depth.masked_fill(torch.rand(depth.shape, generator=generator) < 0.25, 0)
+
+
+def ramps(n: int = 64, size: int = 64) -> tuple[Tensor, Tensor]:
+    """Depth holds the pixel's number (x + size * y + 1), RGB its x and its y."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    rgb = torch.stack((x, y, x)).to(torch.uint8).expand(n, -1, -1, -1)
+    return rgb, (x + size * y + 1).to(torch.int16).expand(n, 1, -1, -1)
+
+
+def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> None:
+    rgb_u8, depth_mm = batch()
+    rgb, depth = to_input(rgb_u8, depth_mm, STATS)
+    assert rgb.dtype == depth.dtype == torch.float32
+    for channel in range(3):
+        expected = (rgb_u8[:, channel] / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        torch.testing.assert_close(rgb[:, channel], expected)
+    valid = depth_mm > 0
+    torch.testing.assert_close(depth[valid], (depth_mm[valid] / 1000 - STATS[0]) / STATS[1])
+    assert (depth[~valid] == 0.0).all()
+
+
+@pytest.mark.parametrize("size", [20, 48, 77])
+def test_a_crop_never_averages_depth_and_keeps_holes(size: int) -> None:
+    rgb, depth = batch()
+    cropped_rgb, cropped = random_resized_crop(rgb, depth, seeded(), size)
+    assert cropped_rgb.shape == (8, 3, size, size)
+    assert cropped.shape == (8, 1, size, size)
+    assert cropped.dtype == torch.int16
+    for one, source in zip(cropped, depth, strict=True):
+        assert torch.isin(one, source).all()
+    holes = cropped == 0
+    assert 0.15 < holes.float().mean() < 0.35
+    assert torch.equal(to_input(cropped_rgb, cropped, STATS)[1] == 0.0, holes)
+
+
+def test_rgb_and_depth_are_cropped_at_the_same_place() -> None:
+    size = 64
+    rgb, depth = random_resized_crop(*ramps(size=size), seeded(), 64)
+    x, y = (depth.long() - 1) % size, (depth.long() - 1) // size
+    assert (rgb[:, :1] - x).abs().max() <= 0.51
+    assert (rgb[:, 1:2] - y).abs().max() <= 0.51
+
+
+def test_the_crop_covers_the_share_of_the_area_asked_for() -> None:
+    rgb, _ = random_resized_crop(*ramps(n=256), seeded(), 64, scale=(0.5, 1.0))
+    spans = [rgb[:, channel].flatten(1) for channel in (0, 1)]
+    wide, high = ((span.amax(1) - span.amin(1)) / 63 for span in spans)
+    assert (wide * high).min() > 0.4
+    assert (wide * high).mean() < 0.85
+    whole, depth = random_resized_crop(*ramps(n=1), seeded(), 64, scale=(1.0, 1.0))
+    assert whole.shape[-1] == depth.shape[-1] == 64
+
+
+def test_a_flip_mirrors_rgb_and_depth_of_the_same_samples() -> None:
+    rgb, depth = batch(64)
+    flipped_rgb, flipped_depth = random_flip(rgb, depth, seeded())
+    n_flipped = 0
+    for i in range(64):
+        flipped = torch.equal(flipped_rgb[i], rgb[i].flip(-1))
+        n_flipped += flipped
+        assert torch.equal(flipped_rgb[i], rgb[i].flip(-1) if flipped else rgb[i])
+        assert torch.equal(flipped_depth[i], depth[i].flip(-1) if flipped else depth[i])
+    assert 16 < n_flipped < 48
+
+
+def test_jitter_stays_in_range_and_changes_each_sample_by_itself() -> None:
+    rgb = torch.full((16, 3, 8, 8), 100, dtype=torch.uint8)
+    out = color_jitter(rgb, seeded())
+    assert out.min() >= 0
+    assert out.max() <= 255
+    assert len({round(v, 3) for v in out.mean(dim=(1, 2, 3)).tolist()}) == 16
+    torch.testing.assert_close(color_jitter(rgb, seeded(), strength=0.0), rgb.float())
+
+
+def test_the_same_seed_gives_the_same_batch_and_another_seed_another() -> None:
+    rgb, depth = batch()
+    first, again, other = (augment(rgb, depth, seeded(seed), 32) for seed in (3, 3, 4))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[1], other[1])
+
+
+def test_the_global_generator_is_neither_used_nor_moved() -> None:
+    before = torch.get_rng_state()
+    augment(*batch(), seeded(), 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_resize_takes_the_depth_pixel_under_each_centre() -> None:
+    rgb, depth = batch(size=48)
+    small_rgb, small = resize(rgb, depth, 20)
+    index = ((torch.arange(20) + 0.5) * 48 / 20).floor().long()
+    assert torch.equal(small, depth[:, :, index][:, :, :, index])
+    assert small_rgb.shape == (8, 3, 20, 20)
+    assert resize(rgb, depth, 48)[0] is rgb

@@ -1,0 +1,90 @@
+"""The network: standard parameter names, and ImageNet weights in both streams."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convert.format import UserError
+from train.model import TwoStreamResNet, build, load_imagenet
+
+STAGES = ((1, 64, 64), (2, 64, 128), (3, 128, 256), (4, 256, 512))
+
+
+def standard_shapes() -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a standard ResNet-18 checkpoint without batch counters and fc, written out on their own."""
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+    norms = {"bn1": 64}
+    for stage, n_in, n_out in STAGES:
+        for block in (0, 1):
+            prefix = f"layer{stage}.{block}"
+            shapes[f"{prefix}.conv1.weight"] = (n_out, n_out if block else n_in, 3, 3)
+            shapes[f"{prefix}.conv2.weight"] = (n_out, n_out, 3, 3)
+            norms |= {f"{prefix}.bn1": n_out, f"{prefix}.bn2": n_out}
+        if stage > 1:
+            shapes[f"layer{stage}.0.downsample.0.weight"] = (n_out, n_in, 1, 1)
+            norms[f"layer{stage}.0.downsample.1"] = n_out
+    for name, n in norms.items():
+        shapes |= {f"{name}.{part}": (n,) for part in ("weight", "bias", "running_mean", "running_var")}
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.rand(shape, generator=generator) for name, shape in standard_shapes().items()}
+    return state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+
+
+def test_stream_parameters_are_named_and_counted_as_in_the_standard_checkpoint() -> None:
+    trunk = TwoStreamResNet(13).rgb
+    own = {key: tuple(value.shape) for key, value in trunk.state_dict().items() if "num_batches" not in key}
+    assert own == standard_shapes()
+    assert sum(p.numel() for p in trunk.parameters()) == 11_176_512
+
+
+def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(checkpoint: dict[str, Tensor]) -> None:
+    model = TwoStreamResNet(13)
+    head = model.fc.weight.clone()
+    load_imagenet(model, checkpoint)
+    for key in standard_shapes():
+        assert torch.equal(model.rgb.state_dict()[key], checkpoint[key]), key
+        if key != "conv1.weight":
+            assert torch.equal(model.depth.state_dict()[key], checkpoint[key]), key
+    assert torch.equal(model.depth.conv1.weight, checkpoint["conv1.weight"].mean(1, keepdim=True))
+    assert torch.equal(model.fc.weight, head)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing(checkpoint: dict[str, Tensor]) -> None:
+    model = TwoStreamResNet(13)
+    before = model.rgb.conv1.weight.clone()
+    lacking = {key: value for key, value in checkpoint.items() if key != "layer3.0.conv2.weight"}
+    with pytest.raises(ValueError, match=r"missing: layer3\.0\.conv2\.weight"):
+        load_imagenet(model, lacking)
+    with pytest.raises(ValueError, match=r"unknown: layer1\.0\.conv3\.weight"):
+        load_imagenet(model, checkpoint | {"layer1.0.conv3.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"bn1\.weight \(64,\) instead of \(32,\)"):
+        load_imagenet(TwoStreamResNet(13, width=32), checkpoint)
+    assert torch.equal(model.rgb.conv1.weight, before)
+
+
+def test_logits_depend_on_both_streams() -> None:
+    torch.manual_seed(0)
+    model = TwoStreamResNet(10, width=8).eval()
+    rgb, depth = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 64, 64)
+    logits = model(rgb, depth)
+    assert logits.shape == (2, 10)
+    assert not torch.equal(model(rgb + 1, depth), logits)
+    assert not torch.equal(model(rgb, depth + 1), logits)
+
+
+def test_build_takes_a_callable_by_name_and_refuses_others() -> None:
+    assert isinstance(build("resnet18", 13, width=8), TwoStreamResNet)
+    assert isinstance(build("torch.nn:Dropout1d", 0), nn.Module)
+    for spec, reason in (
+        ("resnet50", "expected resnet18 or"),
+        ("no_such_module:make", "No module named"),
+        ("train.model:nothing", "has no attribute"),
+        ("builtins:range", r"returned range, expected a torch\.nn\.Module"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            build(spec, 13)
