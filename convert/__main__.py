@@ -48,7 +48,9 @@ def push(args: argparse.Namespace) -> None:
 
     source = fmt.resolve_set(args.directory)
     print(copy_set(source, args.drive))
-    print("On Colab run drive.flush_and_unmount() before closing: the copy was read back from the mount, not from Google")
+    print(
+        "On Colab run drive.flush_and_unmount() before closing: the copy was read back from the mount, not from Google"
+    )
 
 
 def pull(args: argparse.Namespace) -> None:
@@ -70,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser("run", help="convert a .mat into shards", epilog="example: python -m convert run X.mat --out data")
+    p = commands.add_parser(
+        "run", help="convert a .mat into shards", epilog="example: python -m convert run X.mat --out data"
+    )
     p.add_argument("source", type=Path)
     p.add_argument("--out", type=Path, required=True, metavar="ROOT")
     p.add_argument("--size", type=int, default=224)
@@ -87,23 +91,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=int, default=16)
     p.set_defaults(function=verify)
 
-    p = commands.add_parser("inspect", help="what is in a set", epilog="example: python -m convert inspect data --picture a.png")
+    p = commands.add_parser(
+        "inspect", help="what is in a set", epilog="example: python -m convert inspect data --picture a.png"
+    )
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
     p.add_argument("--rows", type=int, default=8, help="rows in the picture")
     p.set_defaults(function=inspect)
 
-    p = commands.add_parser("push", help="copy a set to Drive", epilog="example: python -m convert push data /content/drive/MyDrive/nyuv2")
+    p = commands.add_parser(
+        "push", help="copy a set to Drive", epilog="example: python -m convert push data /content/drive/MyDrive/nyuv2"
+    )
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("drive", type=Path)
     p.set_defaults(function=push)
 
-    p = commands.add_parser("pull", help="copy a set from Drive", epilog="example: python -m convert pull /content/drive/MyDrive/nyuv2 data")
+    p = commands.add_parser(
+        "pull", help="copy a set from Drive", epilog="example: python -m convert pull /content/drive/MyDrive/nyuv2 data"
+    )
     p.add_argument("drive", type=Path)
     p.add_argument("root", type=Path)
     p.set_defaults(function=pull)
 
-    p = commands.add_parser("sample", help="write a small .mat of made-up rooms", epilog="example: python -m convert sample rooms.mat")
+    p = commands.add_parser(
+        "sample", help="write a small .mat of made-up rooms", epilog="example: python -m convert sample rooms.mat"
+    )
     p.add_argument("file", type=Path, metavar="FILE.mat")
     p.add_argument("--rows", type=int, default=48)
     p.set_defaults(function=sample)
@@ -127,7 +139,10 @@ def main() -> int:
         print("interrupted: finished shards are kept. Run the same command again to go on", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"{error}. Finished shards are kept. Free space or mend the disk, then run the same command again", file=sys.stderr)
+        print(
+            f"{error}. Finished shards are kept. Free space or mend the disk, then run the same command again",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -38,10 +38,14 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
             reader, shards = mat.reader(name), found.shards(name)
             for row in sorted(int(r) for r in rows):
                 group = reader.read_group(row // reader.group_rows)
-                small = resize(name, group[row % reader.group_rows], settings.size, settings.crop, settings.depth_resize)
+                small = resize(
+                    name, group[row % reader.group_rows], settings.size, settings.crop, settings.depth_resize
+                )
                 shard, offset = divmod(row, settings.rows_per_shard)
                 if not np.array_equal(small, shards[shard][offset]):
-                    raise UserError(f"{name} row {row} is not what {source} gives. Delete {directory}, then run: make convert")
+                    raise UserError(
+                        f"{name} row {row} is not what {source} gives. Delete {directory}, then run: make convert"
+                    )
     finally:
         mat.close()
     return len(rows)
@@ -95,7 +99,9 @@ def _field_lines(found: ShardSet) -> list[str]:
 def _provenance_lines(directory: Path) -> list[str]:
     try:
         made = json.loads((directory / fmt.PROVENANCE).read_text())
-        return [f"  made {made['when']} in {made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB: {made['command']}"]
+        return [
+            f"  made {made['when']} in {made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB: {made['command']}"
+        ]
     except (OSError, ValueError, KeyError):
         return ["  made: unknown (no provenance.json)"]
 
@@ -108,7 +114,8 @@ def picture(directory: Path, out: Path, n_rows: int) -> None:
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
     step = found.manifest["settings"]["rows_per_shard"]
     picked = [
-        np.stack([shards[r // step][r % step] for r in rows]) for shards in (found.shards(f) for f in ("rgb", "depth", "label"))
+        np.stack([shards[r // step][r % step] for r in rows])
+        for shards in (found.shards(f) for f in ("rgb", "depth", "label"))
     ]
     names = found.manifest["names"]
     scene, types, split = (found.column(c) for c in ("scene", "scene_type", "split"))

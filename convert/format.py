@@ -230,7 +230,9 @@ def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}). Run: make pull, or make convert") from None
     if (found_shape, found_dtype, fortran) != (tuple(shape), np.dtype(dtype), False):
-        raise UserError(f"{path} holds {found_dtype}{found_shape}, expected {dtype}{shape}. Run: make pull, or make convert")
+        raise UserError(
+            f"{path} holds {found_dtype}{found_shape}, expected {dtype}{shape}. Run: make pull, or make convert"
+        )
     expected = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
     if n_bytes != expected:
         raise UserError(f"{path} has {n_bytes} bytes, expected {expected}: the copy is incomplete. Run: make pull")
@@ -256,7 +258,9 @@ class ShardSet:
         """The field's shards as read-only memory maps, in row order."""
         if field not in self.manifest["fields"]:
             have = ", ".join(self.manifest["fields"])
-            raise UserError(f"{self.path} has no field {field} (it has {have}). Run: make convert ARGS='--fields {field},...'")
+            raise UserError(
+                f"{self.path} has no field {field} (it has {have}). Run: make convert ARGS='--fields {field},...'"
+            )
         shape = row_shape(field, self.size)
         return [
             map_npy(self.path / shard_name(field, k), dtype=FIELDS[field]["dtype"], shape=(stop - start, *shape))
@@ -348,7 +352,9 @@ def only_one(root: Path, name: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{root / name} is being converted by {holder}. Wait for it, then run: make convert") from None
+            raise UserError(
+                f"{root / name} is being converted by {holder}. Wait for it, then run: make convert"
+            ) from None
         except OSError:  # a file system without locks: go on
             pass
         file.truncate(0)

@@ -84,14 +84,18 @@ def open_mat(path: Path) -> h5py.File:
                 f"{path} is {n_bytes} bytes and its end is missing (the original has {ORIGINAL_BYTES}): "
                 "the download was cut. Fetch the rest with curl -C -, then run: make convert"
             ) from None
-        raise UserError(f"{path} is not a MATLAB v7.3 file ({_one_line(error)}). Download it again, then run: make convert") from None
+        raise UserError(
+            f"{path} is not a MATLAB v7.3 file ({_one_line(error)}). Download it again, then run: make convert"
+        ) from None
 
 
 def _readable(path: Path) -> Any:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions, then run: make convert") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}). Check its permissions, then run: make convert"
+        ) from None
 
 
 def _one_line(error: BaseException) -> str:
@@ -131,12 +135,18 @@ class Mat:
             dset = self.file[KEYS[name]]
             n_dims = 4 if name == "rgb" else 3
             if not isinstance(dset, h5py.Dataset) or dset.dtype.newbyteorder("=") != np.dtype(KINDS[name]):
-                raise self._refuse(f"{KEYS[name]} is {getattr(dset, 'dtype', 'a group')}, expected {np.dtype(KINDS[name])}")
+                raise self._refuse(
+                    f"{KEYS[name]} is {getattr(dset, 'dtype', 'a group')}, expected {np.dtype(KINDS[name])}"
+                )
             shape = dset.shape or ()
             if len(shape) != n_dims or (name == "rgb" and shape[1] != 3) or not all(8 <= s <= 8192 for s in shape[-2:]):
-                raise self._refuse(f"{KEYS[name]} has shape {shape}, expected (rows, {'3, ' if n_dims == 4 else ''}640, 480)")
+                raise self._refuse(
+                    f"{KEYS[name]} has shape {shape}, expected (rows, {'3, ' if n_dims == 4 else ''}640, 480)"
+                )
             if dset.chunks and math.prod(dset.chunks) * dset.dtype.itemsize > MAX_CHUNK_BYTES:
-                raise self._refuse(f"{KEYS[name]} has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each")
+                raise self._refuse(
+                    f"{KEYS[name]} has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each"
+                )
             n_rows[KEYS[name]] = (shape[0], shape[-2:])
         if len(set(n_rows.values())) != 1:
             raise self._refuse(f"its fields disagree on rows and picture size: {n_rows}")

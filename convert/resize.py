@@ -31,7 +31,9 @@ def crop_wh(planes: np.ndarray, crop: str) -> np.ndarray:
     if box is None:
         return planes
     if planes.shape[-2:] != (640, 480):
-        raise ValueRangeError(f"--crop {crop} is defined for 640x480 pictures, this one is {planes.shape[-2]}x{planes.shape[-1]}")
+        raise ValueRangeError(
+            f"--crop {crop} is defined for 640x480 pictures, this one is {planes.shape[-2]}x{planes.shape[-1]}"
+        )
     top, bottom, left, right = box
     return planes[..., left:right, top:bottom]
 

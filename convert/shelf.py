@@ -21,7 +21,9 @@ def copy_set(source: Path, root: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     files = fmt.all_files(manifest)
     _check_space(files, target)
-    with tqdm(total=sum(f["bytes"] for f in files.values()), unit="B", unit_scale=True, desc="copy", disable=None) as bar:
+    with tqdm(
+        total=sum(f["bytes"] for f in files.values()), unit="B", unit_scale=True, desc="copy", disable=None
+    ) as bar:
         for name, facts in sorted(files.items()):
             if not _is_right(target / name, facts):
                 _copy_file(source / name, target / name, facts)
@@ -37,7 +39,9 @@ def _check_space(files: dict[str, dict[str, Any]], target: Path) -> None:
     need = sum(f["bytes"] for name, f in files.items() if not (target / name).exists())
     free = shutil.disk_usage(target).free
     if need > free:
-        raise UserError(f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some, then run the same command")
+        raise UserError(
+            f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some, then run the same command"
+        )
 
 
 def _is_right(path: Path, facts: dict[str, Any]) -> bool:
@@ -61,4 +65,6 @@ def _copy_file(source: Path, target: Path, facts: dict[str, Any]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     if not _is_right(target, facts):
-        raise UserError(f"{target} reads back differently from what was written. Remount Drive, then run the same command")
+        raise UserError(
+            f"{target} reads back differently from what was written. Remount Drive, then run the same command"
+        )

@@ -47,7 +47,9 @@ def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np
     by_scene = {str(name): split_of(str(name)) for name in scene_names}
     unknown = [name for name, (_, official) in by_scene.items() if not official]
     if unknown:
-        announce(f"{len(unknown)} scenes are not in the official table (such as {unknown[0]}): split by a hash of their name")
+        announce(
+            f"{len(unknown)} scenes are not in the official table (such as {unknown[0]}): split by a hash of their name"
+        )
     columns = {
         "split": np.array([by_scene[s][0] for s in scenes], "|u1"),
         "scene": scene_index.astype("<u4"),

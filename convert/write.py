@@ -26,7 +26,7 @@ from . import format as fmt
 from .format import FIELDS, Settings, UserError
 from .mat import KEYS, Mat, Reader, sampled_identity
 from .resize import resize
-from .tables import class_names, row_columns
+from .tables import row_columns
 
 ROWS_PER_TASK = 8
 
@@ -64,7 +64,8 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
                 raise UserError(f"{source} changed while it was read. Delete {directory}, then run: make convert")
             manifest = _manifest(job, identity, digest, names)
             manifest["columns"] = {
-                f"rows-{name}.npy": fmt.write_npy(directory / f"rows-{name}.npy", column) for name, column in columns.items()
+                f"rows-{name}.npy": fmt.write_npy(directory / f"rows-{name}.npy", column)
+                for name, column in columns.items()
             }
             seconds = time.perf_counter() - started
             fmt.write_json(directory / fmt.PROVENANCE, _provenance(source, seconds))
@@ -81,7 +82,9 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be made ({error.strerror}). Run: make convert OUT=/a/writable/directory") from None
+        raise UserError(
+            f"{path} cannot be made ({error.strerror}). Run: make convert OUT=/a/writable/directory"
+        ) from None
 
 
 def peak_memory() -> int:
@@ -231,7 +234,7 @@ class Job:
             pending.add(pool.submit(self._do, name, reader, groups))
             while len(pending) >= 8 * workers:
                 pending = self._collect(pending, writes, writer, bar)
-        while pending or writes:
+        while pending or self.open:
             pending = self._collect(pending, writes, writer, bar)
 
     def _collect(self, pending: set[Any], writes: dict[int, Any], writer: Any, bar: Any) -> set[Any]:
@@ -274,12 +277,16 @@ class Job:
 
     def _open_shard(self, k: int) -> None:
         start, stop = self.bounds[k]
-        buffers = self.free.pop() if self.free else {
-            name: np.empty(
-                (self.settings.rows_per_shard, *fmt.row_shape(name, self.settings.size)), FIELDS[name]["dtype"]
-            )
-            for name in self.settings.fields
-        }
+        buffers = (
+            self.free.pop()
+            if self.free
+            else {
+                name: np.empty(
+                    (self.settings.rows_per_shard, *fmt.row_shape(name, self.settings.size)), FIELDS[name]["dtype"]
+                )
+                for name in self.settings.fields
+            }
+        )
         self.open[k] = Shard(k, start, stop, buffers, (stop - start) * len(self.settings.fields), {})
 
     def _do(self, name: str, reader: Reader, groups: range) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from convert.format import UserError
 from train.loop import Settings, train
 
@@ -51,7 +53,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FILE", help="ResNet-18 ImageNet state_dict, for both streams")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on weights but not on biases and norms")
-    add("--warmup-epochs", type=int, default=5, help="epochs of rising learning rate; cosine after them")
+    add("--warmup-epochs", type=int, default=5, help="rising learning rate, a quarter of --epochs at most")
     add("--label-smoothing", type=float, default=0.1, help="share of the target spread over all classes")
     add("--class-balance", type=float, default=0.0, help="loss weight = class frequency ** -X, 0 = off, 1 = full")
     add("--seed", type=int, default=0, help="of everything random")
@@ -77,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(settings)
     except UserError as error:
         print(f"train: {error}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        print(
+            f"train: the GPU's memory is full. Use a smaller --batch-size than {settings.batch_size}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("train: stopped; finished epochs are kept, the same command continues", file=sys.stderr)

@@ -106,9 +106,7 @@ def color_jitter(rgb_bchw: Tensor, generator: torch.Generator, strength: float =
     return (grey + (rgb - grey) * saturation).clamp(0, 255)
 
 
-def augment(
-    rgb_bchw: Tensor, depth_b1hw: Tensor, generator: torch.Generator, size: int
-) -> tuple[Tensor, Tensor]:
+def augment(rgb_bchw: Tensor, depth_b1hw: Tensor, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
     """Crop, flip and colour jitter: float RGB 0..255 and depth in millimetres, both size x size, for `to_input`."""
     rgb, depth = random_resized_crop(rgb_bchw, depth_b1hw, generator, size)
     rgb, depth = random_flip(rgb, depth, generator)

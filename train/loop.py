@@ -50,7 +50,7 @@ class Settings:
     size: int = 128  # training resolution; 0: as stored
     lr: float = 1e-3
     weight_decay: float = 0.05
-    warmup_epochs: int = 5
+    warmup_epochs: int = 5  # at most a quarter of the epochs
     label_smoothing: float = 0.1
     class_balance: float = 0.0  # loss weight = frequency ** -class_balance; 0: none, 1: fully balanced
     seed: int = 0
@@ -78,7 +78,9 @@ class Run:
 def check(settings: Settings) -> None:
     """Refuse settings that no run can start from."""
     if settings.task != "scene":
-        raise UserError(f"--task {settings.task}: the command trains scene; other targets: create_dataloaders(target=...)")
+        raise UserError(
+            f"--task {settings.task}: the command trains scene; other targets: create_dataloaders(target=...)"
+        )
     if settings.size != 0 and settings.size < 32:
         raise UserError(f"--size {settings.size}: the network halves it five times. Use 32 or more, or 0 (as stored)")
     for name in ("epochs", "batch_size"):
@@ -157,7 +159,9 @@ def _load_weights(model: nn.Module, path: str) -> None:
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file. Give a ResNet-18 state_dict saved with torch.save") from None
     except Exception as error:  # a pickle of anything else fails in many ways
-        raise UserError(f"--weights {path}: {_one_line(error)}. Give a ResNet-18 state_dict (and --width 64)") from error
+        raise UserError(
+            f"--weights {path}: {_one_line(error)}. Give a ResNet-18 state_dict (and --width 64)"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -332,12 +336,14 @@ class Meter:
         loss, right = (self.sums / max(self.rows, 1)).tolist()
         return loss, right, self.rows / (time.perf_counter() - self.started)
 
-    def show(self, bar: Any) -> None:
-        """Refresh the bar, at most once a second."""
-        if bar.disable or time.perf_counter() - self.shown < SHOW_EVERY_S:
+    def show(self, bar: Any, is_last: bool) -> None:
+        """Measure the memory and refresh the bar, at most once a second; the last step is always measured."""
+        if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
             return
         self.shown = time.perf_counter()
         self.measure()
+        if bar.disable:
+            return
         loss, top1, rate = self.values()
         bar.set_postfix_str(f"loss {loss:.3f}, acc {top1:.1%}, {rate:.0f}/s, mem {_gigabytes(self.memory.pss_anon)}")
 
@@ -375,6 +381,7 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over the train rows; every draw in it comes from (seed, epoch, step)."""
     epoch, n_batches, lr = run.next_epoch, len(loader), 0.0
+    n_warmup = min(settings.warmup_epochs, settings.epochs // 4) * n_batches
     loader.set_epoch(epoch)
     run.model.train()
     meter = Meter(device)
@@ -386,13 +393,11 @@ def train_epoch(
             rgb, depth = augment(rgb, depth, torch.Generator().manual_seed(seed), settings.size or rgb.shape[-1])
             logits = _forward(run.model, rgb, depth, stats)
             loss = F.cross_entropy(logits, label, weight=weights_k, label_smoothing=settings.label_smoothing)
-            done = epoch * n_batches + step
-            lr = lr_at(done, settings.warmup_epochs * n_batches, settings.epochs * n_batches, settings.lr)
+            lr = lr_at(epoch * n_batches + step, n_warmup, settings.epochs * n_batches, settings.lr)
             _step(run, loss, lr)
             meter.add(loss, logits, label)
-            meter.show(bar)
+            meter.show(bar, step + 1 == n_batches)
             bar.update()
-        meter.measure()
     loss_mean, top1, rate = meter.values()
     if not math.isfinite(loss_mean):
         raise UserError(f"the loss became {loss_mean} in epoch {epoch + 1}. Use a smaller --lr than {settings.lr}")

@@ -124,8 +124,12 @@ def build(spec: str, num_classes: int, *, width: int = 64) -> nn.Module:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"--model {spec}: {error}. Run from the folder that holds {module_name}, or install it") from error
+        raise UserError(
+            f"--model {spec}: {error}. Run from the folder that holds {module_name}, or install it"
+        ) from error
     model = factory(num_classes)
     if not isinstance(model, nn.Module):
-        raise UserError(f"--model {spec} returned {type(model).__name__}, expected a torch.nn.Module taking (rgb, depth)")
+        raise UserError(
+            f"--model {spec} returned {type(model).__name__}, expected a torch.nn.Module taking (rgb, depth)"
+        )
     return model

@@ -1,0 +1,37 @@
+"""(seed, epoch, position, rank, world) -> row numbers. Pure: workers and world size never enter the order."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The epoch's shuffled positions 0..n_rows-1."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_rows)
+
+
+def steps_per_epoch(n_rows: int, batch_size: int, world: int = 1) -> int:
+    """Full global batches; a set smaller than one is a single smaller batch."""
+    return max(1, n_rows // (batch_size * world)) if n_rows >= world else 0
+
+
+def train_batches(
+    n_rows: int, batch_size: int, seed: int, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[np.ndarray]:
+    """Positions of this rank's batches from step `start`; the ranks' batches together are the global ones.
+
+    The remainder that does not fill a global batch is left out. Inside a batch positions ascend, so that reading
+    walks each shard once.
+    """
+    order = permutation(n_rows, seed, epoch)
+    size = min(batch_size, n_rows // world)
+    for step in range(start, steps_per_epoch(n_rows, batch_size, world)):
+        begin = (step * world + rank) * size
+        yield np.sort(order[begin : begin + size])
+
+
+def eval_batches(n_rows: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+    """Every position exactly once over all ranks, in order, never padded."""
+    mine = np.arange(rank, n_rows, world)
+    for begin in range(0, len(mine), batch_size):
+        yield mine[begin : begin + batch_size]
