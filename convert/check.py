@@ -89,7 +89,7 @@ def _field_lines(found: ShardSet) -> list[str]:
             text += f": {low} .. {max(int(s.max()) for s in shards)}, {holes:.1%} without a measurement"
         if name == "label":
             shards = found.shards(name)
-            counts = sum(np.bincount(s.ravel(), minlength=65536) for s in shards)
+            counts = np.sum([np.bincount(s.ravel(), minlength=1024) for s in shards], axis=0)
             present = int(np.count_nonzero(counts[1:]))
             text += f": {present} classes present, {counts[0] / counts.sum():.1%} void"
         lines.append(text)
@@ -99,9 +99,8 @@ def _field_lines(found: ShardSet) -> list[str]:
 def _provenance_lines(directory: Path) -> list[str]:
     try:
         made = json.loads((directory / fmt.PROVENANCE).read_text())
-        return [
-            f"  made {made['when']} in {made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB: {made['command']}"
-        ]
+        cost = f"{made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB"
+        return [f"  made {made['when']} in {cost}: {made['command']}"]
     except (OSError, ValueError, KeyError):
         return ["  made: unknown (no provenance.json)"]
 
@@ -113,13 +112,13 @@ def picture(directory: Path, out: Path, n_rows: int) -> None:
     found = fmt.open_set(directory)
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
     step = found.manifest["settings"]["rows_per_shard"]
-    picked = [
+    rgb, depth, label = (
         np.stack([shards[r // step][r % step] for r in rows])
-        for shards in (found.shards(f) for f in ("rgb", "depth", "label"))
-    ]
+        for shards in (found.shards(field) for field in ("rgb", "depth", "label"))
+    )
     names = found.manifest["names"]
     scene, types, split = (found.column(c) for c in ("scene", "scene_type", "split"))
     captions = [
         f"row {r}: {names['scenes'][scene[r]]} ({names['scene_types'][types[r]]}, {fmt.SPLITS[split[r]]})" for r in rows
     ]
-    contact_sheet(*picked, names["classes"], captions, out)
+    contact_sheet(rgb, depth, label, names["classes"], captions, out)

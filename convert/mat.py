@@ -2,9 +2,9 @@
 
 Planes come out as they are stored, (W, H): the picture is their transpose (`resize` transposes the small result).
 
-Chunks are read without HDF5 where that is possible (gzip with or without shuffle, or no filter): the index is read once,
-then each chunk is one pread and one inflate, both outside Python's lock, so that threads scale. Every other filter goes
-through h5py: slower, never wrong.
+Chunks are read without HDF5 where that is possible (gzip with or without shuffle, or no filter): the index is read
+once, then each chunk is one pread and one inflate, both outside Python's lock, so that threads scale. Every other
+filter goes through h5py: slower, never wrong.
 """
 
 import hashlib
@@ -22,9 +22,10 @@ import numpy as np
 
 from .format import UserError
 
+_libdeflate: Callable[[Any, int], Any] | None
 try:
     from deflate import zlib_decompress as _libdeflate
-except ImportError:
+except ImportError:  # the extra `fast` is not installed
     _libdeflate = None
 
 ORIGINAL_BYTES = 2_972_037_809
@@ -138,7 +139,7 @@ class Mat:
                 raise self._refuse(
                     f"{KEYS[name]} is {getattr(dset, 'dtype', 'a group')}, expected {np.dtype(KINDS[name])}"
                 )
-            shape = dset.shape or ()
+            shape: tuple[int, ...] = dset.shape or ()
             if len(shape) != n_dims or (name == "rgb" and shape[1] != 3) or not all(8 <= s <= 8192 for s in shape[-2:]):
                 raise self._refuse(
                     f"{KEYS[name]} has shape {shape}, expected (rows, {'3, ' if n_dims == 4 else ''}640, 480)"
@@ -236,21 +237,26 @@ class Reader:
 
     def __init__(self, dset: h5py.Dataset, handle: int) -> None:
         self.dset, self.handle, self.lock = dset, handle, threading.Lock()
-        self.dtype, self.row_shape, self.n_rows = dset.dtype, dset.shape[1:], dset.shape[0]
+        self.shape, self.chunks, self.fillvalue = dset.shape, dset.chunks, dset.fillvalue
+        self.dtype, self.row_shape, self.n_rows = dset.dtype, self.shape[1:], self.shape[0]
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
         self.n_decoded = 0
         self.scratch: np.memmap | None = None
         self.index: ChunkIndex | None = None
-        self.group_rows = dset.chunks[0] if dset.chunks else 1
-        self._shuffled = False
-        if dset.chunks:
+        self.group_rows = self.chunks[0] if self.chunks else 1
+        self.chunk_bytes = math.prod(self.chunks or ()) * self.dtype.itemsize
+        if self.chunks:
             self._try_direct()
 
     def _try_direct(self) -> None:
         """Read the index if every filter is one that is undone here and the bytes are where it says."""
         plist = self.dset.id.get_create_plist()
         filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-        allowed = ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
+        allowed: tuple[list[int], ...] = (
+            [],
+            [h5py.h5z.FILTER_DEFLATE],
+            [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE],
+        )
         if filters not in allowed or plist.get_external_count():
             return
         self._filters = filters
@@ -284,7 +290,7 @@ class Reader:
         start, stop = group * self.group_rows, min((group + 1) * self.group_rows, self.n_rows)
         if self.scratch is not None:
             return np.array(self.scratch[start:stop])
-        if not self.dset.chunks:
+        if not self.chunks:
             with self.lock:
                 return self._native(self.dset[start:stop])
         out = np.empty((stop - start, *self.row_shape), self.dtype.newbyteorder("="))
@@ -295,13 +301,13 @@ class Reader:
 
     @property
     def _grid(self) -> tuple[int, ...]:
-        return tuple(-(-s // c) for s, c in zip(self.dset.shape, self.dset.chunks, strict=True))
+        return tuple(-(-s // c) for s, c in zip(self.shape, self.chunks, strict=True))
 
     def _place(self, out: np.ndarray, at: tuple[int, ...], first_row: int) -> None:
         """Decode the chunk at grid position `at` into `out`, cropping the padding of edge chunks."""
-        begin = [g * c for g, c in zip(at, self.dset.chunks, strict=True)]
+        begin = [g * c for g, c in zip(at, self.chunks, strict=True)]
         begin[0] -= first_row
-        where = tuple(slice(b, min(b + c, s)) for b, c, s in zip(begin, self.dset.chunks, out.shape, strict=True))
+        where = tuple(slice(b, min(b + c, s)) for b, c, s in zip(begin, self.chunks, out.shape, strict=True))
         size = tuple(w.stop - w.start for w in where)
         out[where] = self._decode(at, size)
 
@@ -309,20 +315,20 @@ class Reader:
         """The part of `size` of the chunk at `at`."""
         self.n_decoded += 1
         if self.index is None:
-            where = tuple(slice(g * c, g * c + n) for g, c, n in zip(at, self.dset.chunks, size, strict=True))
+            where = tuple(slice(g * c, g * c + n) for g, c, n in zip(at, self.chunks, size, strict=True))
             with self.lock:
                 return self.dset[where]
         k = int(np.ravel_multi_index(at, self.index.grid))
         if self.index.offset[k] < 0:
-            return np.broadcast_to(np.asarray(self.dset.fillvalue, self.dtype), size)
-        chunk = self._unfilter(k).reshape(self.dset.chunks)
+            return np.broadcast_to(np.asarray(self.fillvalue, self.dtype), size)
+        chunk = self._unfilter(k).reshape(self.chunks)
         return chunk[tuple(slice(0, n) for n in size)]
 
     def _unfilter(self, k: int) -> np.ndarray:
         """Read chunk `k` and undo its filters, last one first, except those its mask says were skipped."""
         assert self.index is not None
         stored, mask = int(self.index.n_bytes[k]), int(self.index.filter_mask[k])
-        n_bytes = math.prod(self.dset.chunks) * self.dtype.itemsize
+        n_bytes = self.chunk_bytes
         if stored > 2 * n_bytes + 4096:
             raise ValueError(f"a chunk claims {stored} compressed bytes for {n_bytes}")
         data: Any = os.pread(self.handle, stored, int(self.index.offset[k]))
@@ -349,7 +355,7 @@ class Reader:
 
     def fill_scratch(self, path: Path, each: Callable[[], None] | None = None) -> None:
         """Decode every chunk once, in grid order, into a scratch file of whole rows; later reads come from there."""
-        scratch = np.memmap(path, self.dtype.newbyteorder("="), "w+", shape=self.dset.shape)
+        scratch = np.memmap(path, self.dtype.newbyteorder("="), "w+", shape=self.shape)
         path.unlink()  # the mapping keeps it; nothing is left behind, whatever happens
         for at in self._grid_positions():
             self._place(scratch, at, 0)

@@ -21,17 +21,8 @@ def contact_sheet(
     out: Path,
 ) -> None:
     """One line a row: picture, depth (holes black), classes. `class_names[0]` is class 1; writes a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"{out.name}: drawing needs matplotlib. Run: pip install -e .[show]") from None
-    n = len(rgb_nchw_u8)
-    figure = Figure(figsize=(9.6, 3.3 * n + 1.2), dpi=DPI, facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    inch = 1 / (3.3 * n + 1.2)
-    cells = figure.subplots(n, 3, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.13})
-    figure.subplots_adjust(left=0.015, right=0.985, top=1 - 0.58 * inch, bottom=0.62 * inch)
+    inch = 1 / (3.3 * len(rgb_nchw_u8) + 1.2)
+    figure, cells = _new_sheet(len(rgb_nchw_u8), inch, out)
     depth_range_m = _depth_range_m(depth_nhw_mm)
     for line, rgb, depth, label, caption in zip(cells, rgb_nchw_u8, depth_nhw_mm, label_nhw, captions, strict=True):
         line[0].imshow(rgb.transpose(1, 2, 0), interpolation="lanczos")
@@ -43,6 +34,20 @@ def contact_sheet(
     _head(figure, cells[0])
     _scale_bar(figure, cells[-1][1], shown, inch)
     _save(figure, out)
+
+
+def _new_sheet(n: int, inch: float, out: Path) -> tuple[Any, Any]:
+    """A figure of n lines of three cells; `inch` is one inch as a fraction of its height."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"{out.name}: drawing needs matplotlib. Run: pip install -e .[show]") from None
+    figure = Figure(figsize=(9.6, 1 / inch), dpi=DPI, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    cells = figure.subplots(n, 3, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.13})
+    figure.subplots_adjust(left=0.015, right=0.985, top=1 - 0.58 * inch, bottom=0.62 * inch)
+    return figure, cells
 
 
 def _depth_range_m(depth_mm: np.ndarray) -> tuple[float, float]:
@@ -140,5 +145,9 @@ def _save(figure: Any, out: Path) -> None:
     def write(file: Any) -> None:
         file.write(buffer.getvalue())
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, write)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, write)
+    except OSError as error:
+        hint = "Choose another place: python -m convert inspect DIR --picture FILE.png"
+        raise UserError(f"{out} cannot be written ({error.strerror or error}). {hint}") from error

@@ -140,7 +140,7 @@ def row_sums(name: str, row: np.ndarray) -> list[list[int]]:
     if name in ("label", "instance"):
         return []
     planes = row.reshape(3 if name == "rgb" else 1, -1).astype(np.float64)
-    return [[int(p.size if name == "rgb" else np.count_nonzero(p)), int(p.sum()), int(p @ p)] for p in planes]
+    return [[int(p.size if name == "rgb" else np.count_nonzero(p)), int(p.sum()), int(np.square(p).sum())] for p in planes]
 
 
 def add_sums(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
