@@ -140,7 +140,9 @@ def row_sums(name: str, row: np.ndarray) -> list[list[int]]:
     if name in ("label", "instance"):
         return []
     planes = row.reshape(3 if name == "rgb" else 1, -1).astype(np.float64)
-    return [[int(p.size if name == "rgb" else np.count_nonzero(p)), int(p.sum()), int(np.square(p).sum())] for p in planes]
+    return [
+        [int(p.size if name == "rgb" else np.count_nonzero(p)), int(p.sum()), int(np.square(p).sum())] for p in planes
+    ]
 
 
 def add_sums(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
@@ -221,13 +223,16 @@ class Job:
             bar.close()
 
     def _work(self, readers: dict[str, Reader], pool: Any, writer: Any, workers: int, bar: Any) -> None:
-        """Keep the pool busy, hand each filled shard to the writer, never hold more than two shards."""
+        """Keep the pool busy, hand each filled shard to the writer, hold two shards, or as many as one task spans."""
+        step = self.settings.rows_per_shard
+        most_rows = max(max(r.group_rows, ROWS_PER_TASK) for r in readers.values())
+        limit = max(2, (most_rows - 2) // step + 2)  # so many shards can one task touch
         pending: set[Future[None]] = set()
         writes: dict[int, Future[None]] = {}
         for name, groups in self._tasks(readers):
             reader = readers[name]
             for k in self._shards_of(reader, groups):
-                while k not in self.open and len(self.open) >= 2:
+                while k not in self.open and len(self.open) >= limit:
                     pending = self._collect(pending, writes, writer, bar)
                 if k not in self.open:
                     self._open_shard(k)

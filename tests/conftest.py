@@ -1,0 +1,55 @@
+"""One small made-up set, converted once a session, for every test that only reads."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from convert.format import Settings
+from convert.sample import write_sample
+from convert.write import convert
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+SMALL = Settings(size=32, rows_per_shard=10)
+
+
+@pytest.fixture(scope="session")
+def mat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 rows of 64x48 pictures in the real layout."""
+    path = tmp_path_factory.mktemp("mat") / "rooms.mat"
+    write_sample(path, 36, size_wh=(64, 48))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_set(mat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(mat, tmp_path_factory.mktemp("root"), SMALL)
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m MODULE ARGS` as a user does."""
+
+    def run(*args: object, cwd: Path = REPO, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *map(str, args)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def shared(name: str) -> Path:
+    """A file of the reference material beside the checkout; the test skips where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"reference material {name} is not beside this checkout")
+    return path

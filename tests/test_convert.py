@@ -1,0 +1,373 @@
+"""Converting: the same bytes whatever the layout and the workers, resumable, and one line for every bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import REPO, SHARED, SMALL, shared
+
+import convert.write as write_module
+from convert import format as fmt
+from convert.format import FIELDS, Settings, UserError
+from convert.mat import KEYS
+from convert.resize import resize
+from convert.sample import write_sample
+from convert.tables import split_of, tables
+from convert.write import convert
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """The shard and column files; the manifest names the source and so differs between sources."""
+    return {p.name: p.read_bytes() for p in sorted(directory.glob("*.npy"))}
+
+
+def test_rows_are_what_h5py_gives_through_the_resize_rules(mat: Path, small_set: Path) -> None:
+    found = fmt.open_set(small_set)
+    with h5py.File(mat) as file:
+        for field in FIELDS:
+            stored = np.concatenate(found.shards(field))
+            for i in range(36):
+                expected = resize(field, file[KEYS[field]][i], 32, "none", "nearest")
+                np.testing.assert_array_equal(stored[i], expected, f"{field} row {i}")
+        scenes = [file[r][:].astype("<u2").tobytes().decode("utf-16-le") for r in file["scenes"][0]]
+        np.testing.assert_array_equal(found.column("accel"), file["accelData"][()].T)
+    assert [found.manifest["names"]["scenes"][k] for k in found.column("scene")] == scenes
+
+
+@pytest.mark.parametrize("chunks", ["resaved", "none"])
+def test_any_layout_gives_the_same_bytes(small_set: Path, tmp_path: Path, chunks: str) -> None:
+    write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks=chunks)
+    assert content(convert(tmp_path / "a.mat", tmp_path / "out", SMALL)) == content(small_set)
+
+
+def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_bytes(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert.mat.MAX_GROUP_BYTES", 1000)
+    write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks="resaved")
+    made = convert(tmp_path / "a.mat", tmp_path / "out", SMALL)
+    assert content(made) == content(small_set)
+    assert not list(made.glob(".*"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_bytes(mat: Path, small_set: Path, tmp_path: Path, workers: int) -> None:
+    made = convert(mat, tmp_path, SMALL, workers)
+    assert content(made) == content(small_set)
+    assert (made / "manifest.json").read_bytes() == (small_set / "manifest.json").read_bytes()
+
+
+def test_other_settings_are_another_directory(mat: Path, small_set: Path, tmp_path: Path) -> None:
+    names = {small_set.name}
+    for other in (Settings(size=16), Settings(size=32), Settings(size=32, rows_per_shard=10, fields=("rgb",))):
+        names.add(convert(mat, tmp_path, other).name)
+    assert len(names) == 4
+
+
+def test_a_second_run_does_nothing(mat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = convert(mat, tmp_path, SMALL)
+    before = {p: p.stat().st_mtime_ns for p in made.iterdir()}
+    assert convert(mat, tmp_path, SMALL) == made
+    assert {p: p.stat().st_mtime_ns for p in made.iterdir()} == before
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_the_manifest_holds_its_own_hash_last_and_no_clock(small_set: Path) -> None:
+    text = (small_set / "manifest.json").read_text()
+    assert list(json.loads(text))[-1] == "sha256"
+    assert "seconds" not in text
+
+
+def test_statistics_are_those_of_the_valid_train_pixels(small_set: Path) -> None:
+    found = fmt.open_set(small_set)
+    train = found.column("split") == 0
+    depth = np.concatenate(found.shards("raw_depth"))[train].astype(np.float64)
+    facts = found.manifest["fields"]["raw_depth"]["statistics"]
+    assert facts["count"] == [np.count_nonzero(depth)]
+    np.testing.assert_allclose([facts["mean"][0], facts["std"][0]], [depth[depth > 0].mean(), depth[depth > 0].std()])
+
+
+def test_killed_runs_resume_and_end_byte_identical(mat: Path, small_set: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "convert", "run", str(mat), "--out", str(tmp_path)]
+    command += ["--size", "32", "--rows-per-shard", "10"]
+    for k in range(10):
+        with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(0.5 + 0.15 * k)
+            process.kill()
+        if not (tmp_path / small_set.name / "manifest.json").exists():
+            with pytest.raises(UserError):
+                fmt.resolve_set(tmp_path)
+    made = convert(mat, tmp_path, SMALL)
+    assert content(made) == content(small_set)
+    assert {p.name for p in made.iterdir()} == {p.name for p in small_set.iterdir()}
+
+
+def test_finished_shards_survive_a_failure_and_are_not_redone(
+    mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(field: str, row: np.ndarray, *rest: object) -> np.ndarray:
+        failing.calls += 1  # type: ignore[attr-defined]
+        if failing.calls > 5 * 30:  # type: ignore[attr-defined]
+            raise OSError(28, "No space left on device")
+        return resize(field, row, *rest)  # type: ignore[arg-type]
+
+    failing.calls = 0  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(write_module, "resize", failing)
+        with pytest.raises(OSError, match="No space"):
+            convert(mat, tmp_path, SMALL, 1)
+    assert content(convert(mat, tmp_path, SMALL)) == content(small_set)
+    assert "shards are done already" in capsys.readouterr().err
+
+
+def test_a_terminated_run_leaves_no_temporary_file(mat: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "convert", "run", str(mat), "--out", str(tmp_path), "--rows-per-shard", "2"]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("*/receipt-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    if process.returncode != 0:
+        assert process.returncode == 130
+        assert errors.splitlines()[-1].startswith("interrupted")
+        assert not list(tmp_path.glob("*/manifest.json"))
+    assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_two_runs_into_one_root_do_not_mix(mat: Path, tmp_path: Path) -> None:
+    name = fmt.directory_name(SMALL, fmt.fingerprint(SMALL, write_module.sampled_identity(mat)))
+    with fmt.only_one(tmp_path, name), pytest.raises(UserError, match=f"pid {os.getpid()}"):
+        convert(mat, tmp_path, SMALL)
+    assert convert(mat, tmp_path, SMALL).name == name
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def no_traceback(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "make " in done.stderr or "python -m" in done.stderr or "save -v7.3" in done.stderr
+
+
+def v1_file(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        for key in ("images", "depths", "labels", "names"):
+            file[key] = np.zeros((2, 64, 48), np.uint8)
+
+
+def truncated(path: Path, mat: Path) -> None:
+    path.write_bytes(mat.read_bytes()[: mat.stat().st_size // 2])
+
+
+BAD = {
+    "v1": (lambda p, m: v1_file(p), "NYU Depth v1"),
+    "truncated": (truncated, "download was cut"),
+    "v5": (lambda p, m: p.write_bytes(b"MATLAB 5.0 MAT-file, Platform".ljust(600)), "MATLAB v5"),
+    "web page": (lambda p, m: p.write_bytes(b"\n<!DOCTYPE html><html>404</html>"), "web page"),
+    "empty": (lambda p, m: p.write_bytes(b""), "is empty"),
+    "noise": (lambda p, m: p.write_bytes(os.urandom(5000)), "not a MATLAB v7.3"),
+    "directory": (lambda p, m: p.mkdir(), "is a directory"),
+    "absent": (lambda p, m: None, "no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(kind: str, mat: Path, tmp_path: Path, command: Run) -> None:
+    make, words = BAD[kind]
+    path, out = tmp_path / "x.mat", tmp_path / "out"
+    make(path, mat)
+    done = command("convert", "run", path, "--out", out)
+    no_traceback(done)
+    assert words in done.stderr
+    assert not out.exists()
+    assert path.exists() == (kind != "absent")
+
+
+def mutate(path: Path, mat: Path, change: Callable[[h5py.File], None]) -> Path:
+    shutil.copy(mat, path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+def replaced(key: str, value: np.ndarray) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[key]
+        file[key] = value
+
+    return change
+
+
+def corrupt_chunk(file: h5py.File) -> None:
+    file["depths"].id.write_direct_chunk((7, 0, 0), b"not zlib at all")
+
+
+def set_depth(value: float) -> Callable[[h5py.File], None]:
+    return lambda file: file["depths"].__setitem__((5, 3, 3), value)
+
+
+HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
+    "no images": (lambda f: f.__delitem__("images"), "has no images"),
+    "no scenes": (lambda f: f.__delitem__("scenes"), "has no scenes"),
+    "labels as bytes": (replaced("labels", np.zeros((36, 64, 48), np.uint8)), "labels is uint8"),
+    "labels as a group": (lambda f: (f.__delitem__("labels"), f.create_group("labels")), "a group"),
+    "flat images": (replaced("images", np.zeros((36, 64, 48), np.uint8)), "images has shape"),
+    "fewer rows": (replaced("labels", np.zeros((35, 64, 48), np.uint16)), "disagree"),
+    "short cell": (lambda f: replaced("scenes", f["scenes"][:, :9])(f), "9 entries for 36 rows"),
+    "numbers as text": (replaced("scenes", np.zeros((1, 36))), "cannot be read"),
+    "references to nowhere": (
+        replaced("scenes", np.full((1, 36), h5py.Reference(), h5py.ref_dtype)),
+        "cannot be read",
+    ),
+    "corrupt chunk": (corrupt_chunk, "depths row 7"),
+    "NaN": (set_depth(np.nan), "depths row 5: depth outside"),
+    "negative": (set_depth(-1), "depth outside"),
+    "too far": (set_depth(70), "depth outside"),
+    "label 895": (lambda f: f["labels"].__setitem__((0, 0, 0), 895), "label 895"),
+    "absurd chunks": (
+        lambda f: (
+            f.__delitem__("depths"),
+            f.create_dataset("depths", (36, 8192, 8192), "f4", chunks=(36, 8192, 8192)),
+        ),
+        "MiB each",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_content_is_one_line_and_publishes_nothing(kind: str, mat: Path, tmp_path: Path) -> None:
+    change, words = HOSTILE[kind]
+    path = mutate(tmp_path / "x.mat", mat, change)
+    with pytest.raises(UserError, match=words) as error:
+        convert(path, tmp_path / "out", SMALL)
+    assert "\n" not in str(error.value)
+    assert "make convert" in str(error.value)
+    assert not list(tmp_path.glob("out/*/manifest.json"))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="reference material is not beside this checkout")
+def test_real_matlab_files_that_are_not_the_dataset_are_one_line(tmp_path: Path) -> None:
+    files = sorted(shared("matlab73").glob("*.mat"))
+    assert len(files) > 30
+    for path in files:
+        with pytest.raises(UserError) as error:
+            convert(path, tmp_path / "out", SMALL)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_readable_root_is_needed(mat: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        convert(mat, tmp_path / "file" / "out", SMALL)
+
+
+# ---------------------------------------------------------------- tables, verify, shelf
+
+
+def test_the_official_table_gives_795_and_654_rows() -> None:
+    import csv
+
+    with open(shared("nyu/meta/scenes_1449.csv")) as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert split_of(row["scene"]) == (fmt.SPLITS.index(row["split"]), True)
+    assert sum(split_of(r["scene"])[0] == 0 for r in rows) == 795
+    assert len(rows) == 1449
+
+
+def test_the_tables_are_complete() -> None:
+    t = tables()
+    assert [len(t[k]) for k in ("classes", "classes40", "classes13", "to40", "to13", "scene_types")] == [
+        894, 40, 13, 894, 894, 27,
+    ]  # fmt: skip
+    assert (len(t["train_scenes"]), len(t["test_scenes"])) == (249, 215)
+    assert not set(t["train_scenes"]) & set(t["test_scenes"])
+
+
+@pytest.fixture
+def copy(small_set: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_set, tmp_path / small_set.name))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def swap(directory: Path) -> None:
+    a, b = directory / "rgb-00000.npy", directory / "rgb-00001.npy"
+    a.rename(directory / "t")
+    b.rename(a)
+    (directory / "t").rename(b)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit": (lambda d: flip(d / "depth-00002.npy"), "depth-00002.npy has other content"),
+    "truncation": (lambda d: os.truncate(d / "label-00000.npy", 300), "label-00000.npy has 300 bytes"),
+    "missing": (lambda d: (d / "rgb-00003.npy").unlink(), "rgb-00003.npy is missing"),
+    "swapped": (swap, "rgb-00000.npy has other content"),
+    "foreign": (lambda d: (d / "notes.txt").write_text("x"), "notes.txt is not part"),
+    "manifest": (lambda d: flip(d / "manifest.json"), "manifest.json is damaged"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_verify_names_the_damaged_file(kind: str, copy: Path, command: Run) -> None:
+    damage, words = DAMAGES[kind]
+    damage(copy)
+    done = command("convert", "verify", copy)
+    no_traceback(done)
+    assert words in done.stderr
+
+
+def test_verify_against_the_source_compares_rows(mat: Path, copy: Path, command: Run) -> None:
+    done = command("convert", "verify", copy, "--against", mat)
+    assert (done.returncode, "36 files" in done.stdout or "every byte" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(copy: Path) -> None:
+    manifest = fmt.read_manifest(copy)
+    manifest["columns"]["../../etc/passwd"] = {"bytes": 1, "sha256": ""}
+    fmt.write_manifest(copy, manifest)
+    with pytest.raises(UserError, match="outside the set"):
+        fmt.open_set(copy)
+
+
+def test_pickled_content_is_never_loaded(copy: Path) -> None:
+    np.save(copy / "rows-split.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises((UserError, ValueError)):
+        fmt.open_set(copy).column("split")
+
+
+def test_push_then_pull_is_the_same_set_and_mends_a_bad_file(small_set: Path, tmp_path: Path, command: Run) -> None:
+    drive, root = tmp_path / "my drive", tmp_path / "root"
+    assert command("convert", "push", small_set, drive).returncode == 0
+    flip(drive / small_set.name / "rgb-00000.npy")
+    assert command("convert", "push", small_set, drive).returncode == 0
+    done = command("convert", "pull", drive, root)
+    assert done.stdout.splitlines()[-1] == str(root / small_set.name)
+    assert content(root / small_set.name) == content(small_set)
+
+
+def test_inspect_tells_rows_splits_and_classes(small_set: Path, tmp_path: Path, command: Run) -> None:
+    done = command("convert", "inspect", small_set, "--picture", tmp_path / "a.png", "--rows", 3)
+    assert done.returncode == 0, done.stderr
+    for words in ("36:", "(0 in both splits)", "millimetre", "void", "bedroom", "made 20"):
+        assert words in done.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

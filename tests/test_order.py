@@ -1,0 +1,39 @@
+"""The order is a pure function of (seed, epoch): workers, ranks and resuming never change it."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.order import eval_batches, permutation, steps_per_epoch, train_batches
+
+counts = st.integers(1, 400)
+
+
+@given(counts, st.integers(1, 64), st.integers(0, 9), st.integers(1, 4), st.integers(0, 9))
+def test_ranks_together_get_the_global_batches(n: int, batch: int, epoch: int, world: int, seed: int) -> None:
+    if n < world:
+        return
+    per_rank = [list(train_batches(n, batch, seed, epoch, rank=r, world=world)) for r in range(world)]
+    size = min(batch, n // world)
+    order = permutation(n, seed, epoch)
+    for step in range(steps_per_epoch(n, batch, world)):
+        together = np.concatenate([batches[step] for batches in per_rank])
+        assert sorted(together) == sorted(order[step * size * world : (step + 1) * size * world])
+
+
+@given(counts, st.integers(1, 64), st.integers(0, 9))
+def test_resuming_at_a_step_gives_the_rest_of_the_epoch(n: int, batch: int, start: int) -> None:
+    whole = list(train_batches(n, batch, 0, 3))
+    rest = list(train_batches(n, batch, 0, 3, start=start))
+    assert [b.tolist() for b in rest] == [b.tolist() for b in whole[start:]]
+
+
+@given(counts, st.integers(1, 64), st.integers(1, 5))
+def test_evaluation_counts_every_row_once(n: int, batch: int, world: int) -> None:
+    rows = [row for r in range(world) for b in eval_batches(n, batch, rank=r, world=world) for row in b.tolist()]
+    assert sorted(rows) == list(range(n))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = {permutation(100, seed, epoch).tobytes() for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9

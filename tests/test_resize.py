@@ -1,0 +1,86 @@
+"""Each field is resized by its own rule, upright, and nothing wraps."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert.format import FIELDS
+from convert.resize import ValueRangeError, area, depth_mm, nearest_indices, resize
+
+DTYPES = {"rgb": np.uint8, "depth": np.float32, "raw_depth": np.float32, "label": np.uint16, "instance": np.uint8}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_marker_top_right_of_the_picture_lands_top_right(field: str) -> None:
+    planes = np.zeros((3, 640, 480) if field == "rgb" else (640, 480), DTYPES[field])
+    planes[..., 560:600, 40:60] = 9  # x 560..600, y 40..60 of the picture
+    small = resize(field, planes, 224, "none", "nearest")
+    assert small.shape == ((3, 224, 224) if field == "rgb" else (224, 224))
+    ys, xs = np.nonzero(small.reshape(-1, 224, 224)[0])
+    assert 17 <= ys.min() <= ys.max() <= 29
+    assert 194 <= xs.min() <= xs.max() <= 212
+
+
+@given(st.integers(1, 900), st.integers(1, 900))
+def test_nearest_is_the_pixel_under_the_centre(n_in: int, n_out: int) -> None:
+    expected = [min(n_in - 1, int((2 * i + 1) * n_in // (2 * n_out))) for i in range(n_out)]
+    assert nearest_indices(n_in, n_out).tolist() == expected
+
+
+def test_depth_is_rounded_millimetres_of_a_real_pixel() -> None:
+    metres = np.full((64, 48), 2.3456, np.float32)
+    metres[20:30] = 0
+    small = depth_mm(metres, 32, "nearest")
+    assert small.dtype == np.dtype("<u2")
+    assert set(np.unique(small)) == {0, 2346}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.001, 32.7676, 1e9])
+def test_a_depth_that_cannot_be_stored_raises(bad: float) -> None:
+    metres = np.ones((64, 48), np.float32)
+    metres[3, 3] = bad
+    with pytest.raises(ValueRangeError, match="depth outside"):
+        depth_mm(metres, 32, "nearest")
+
+
+def test_a_label_beyond_894_raises() -> None:
+    with pytest.raises(ValueRangeError, match="895"):
+        resize("label", np.full((64, 48), 895, np.uint16), 32, "none", "nearest")
+
+
+def test_area_never_averages_a_hole_in() -> None:
+    rng = np.random.default_rng(0)
+    metres = rng.uniform(2, 3, (64, 48)).astype(np.float32)
+    metres[rng.random((64, 48)) < 0.5] = 0
+    small = area(metres, 16)
+    assert small.min() == 0 or small.min() >= 2
+    assert small.max() <= 3
+    assert np.all(area(np.zeros((64, 48), np.float32), 16) == 0)
+
+
+def test_area_of_whole_pixels_is_their_mean() -> None:
+    metres = np.arange(1, 65, dtype=np.float32).reshape(8, 8)
+    expected = metres.reshape(4, 2, 4, 2).mean((1, 3)).T
+    np.testing.assert_allclose(area(metres, 4), expected)
+
+
+def test_eigen_crop_takes_its_box_of_the_picture() -> None:
+    picture = np.arange(480 * 640).reshape(480, 640) % 251
+    stored = picture.T.astype(np.uint8)
+    rows, columns = 45 + nearest_indices(426, 32), 41 + nearest_indices(560, 32)
+    small = resize("instance", stored, 32, "eigen", "nearest")
+    np.testing.assert_array_equal(small, picture[np.ix_(rows, columns)])
+    with pytest.raises(ValueRangeError, match="640x480"):
+        resize("instance", stored[:64, :48], 32, "eigen", "nearest")
+
+
+def test_rgb_is_the_float_antialiased_result_to_one_grey_level() -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    planes = rng.integers(0, 256, (3, 640, 480)).astype(np.uint8)
+    exact = torch.nn.functional.interpolate(
+        torch.from_numpy(planes.transpose(0, 2, 1)[None].copy()).double(), (224, 224), mode="bilinear", antialias=True
+    )[0].numpy()
+    assert np.abs(resize("rgb", planes, 224, "none", "nearest") - exact).max() <= 1.01
