@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 
 from train.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     augment,
     color_jitter,
     random_flip,
@@ -14,6 +12,7 @@ from train.augment import (
     resize,
     to_input,
 )
+from train.data import IMAGENET_MEAN, IMAGENET_STD
 
 STATS = (2.842, 1.417)
 

@@ -10,7 +10,8 @@ from typing import NoReturn
 import torch
 
 from convert.format import UserError
-from train.loop import Settings, train
+from train.checkpoint import Settings
+from train.loop import train
 
 EPILOG = """examples:
   python -m train --data data --out runs/scene

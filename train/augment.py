@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from train.data import normalize_depth, normalize_rgb
 
 
 class DepthStats(NamedTuple):
@@ -29,16 +27,15 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.G
     return (low + (high - low) * torch.rand(shape, generator=generator)).to(like.device, non_blocking=True)
 
 
-def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=torch.float32).view(1, 3, 1, 1)
-
-
 def to_input(rgb_bchw: Tensor, depth_mm_b1hw: Tensor, stats: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """RGB 0..255 -> ImageNet-normalised float32; depth -> (metres - mean) / std, exactly 0.0 where it was 0."""
-    mean_m, std_m = stats
-    rgb = (rgb_bchw.float() / 255 - _channels(IMAGENET_MEAN, rgb_bchw)) / _channels(IMAGENET_STD, rgb_bchw)
-    depth = (depth_mm_b1hw.float() / 1000 - mean_m) / std_m
-    return rgb, depth.masked_fill(depth_mm_b1hw == 0, 0.0)
+    return normalize_rgb(rgb_bchw), normalize_depth(depth_mm_b1hw, *stats)
+
+
+def _grey(rgb_bchw: Tensor) -> Tensor:
+    """[B, 1, H, W]: luma by ITU-R BT.601."""
+    red, green, blue = rgb_bchw.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
 def random_flip(rgb_bchw: Tensor, depth_b1hw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -99,10 +96,10 @@ def color_jitter(rgb_bchw: Tensor, generator: torch.Generator, strength: float =
         _uniform(shape, 1 - strength, 1 + strength, generator, rgb_bchw) for _ in range(3)
     )
     rgb = (rgb_bchw.float() * brightness).clamp(0, 255)
-    grey = (rgb * _channels(LUMA, rgb)).sum(dim=1, keepdim=True)
+    grey = _grey(rgb)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     rgb = (mean + (rgb - mean) * contrast).clamp(0, 255)
-    grey = (rgb * _channels(LUMA, rgb)).sum(dim=1, keepdim=True)
+    grey = _grey(rgb)
     return (grey + (rgb - grey) * saturation).clamp(0, 255)
 
 

@@ -231,12 +231,12 @@ def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
     """uint8 [B,3,H,W] -> float32, ImageNet mean and standard deviation."""
     scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD], device=rgb_bchw.device)[:, None, None]
     shift = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], device=rgb_bchw.device)
-    return rgb_bchw.float().mul_(scale).sub_(shift[:, None, None])
+    return rgb_bchw * scale - shift[:, None, None]
 
 
 def normalize_depth(depth_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:
     """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; a pixel without a measurement is exactly 0."""
-    metres = depth_b1hw.float().mul_(1e-3)
+    metres = depth_b1hw * 1e-3
     return torch.where(depth_b1hw > 0, (metres - mean_m) / std_m, 0.0)
 
 

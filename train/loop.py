@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import os
 import shlex
-import shutil
-import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,57 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError, open_set, resolve_set
+from convert.format import UserError, open_set, resolve_set, void, write_atomically
 from train.augment import DepthStats, augment, resize, to_input
+from train.checkpoint import CHECKPOINT, METRICS, Run, Settings, mirror, one_line, restore, save, say
 from train.data import create_dataloaders
 from train.memory import TreeMemory, tree_memory
 from train.model import TwoStreamResNet, build, load_imagenet
 
-CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
 MIRROR_EVERY = 5  # epochs; a checkpoint holds three copies of the weights, which a mounted Drive takes seconds to write
-NOT_COMPARED = {"data", "out", "epochs", "num_workers", "reset", "mirror"}  # may change between resumed runs
 SHOW_EVERY_S = 1.0  # each refresh of the bar waits for the device and reads /proc
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made from; the command's flags, and stored in its checkpoint."""
-
-    data: str
-    out: str
-    task: str = "scene"
-    num_classes: int = 13
-    epochs: int = 90
-    batch_size: int = 128
-    num_workers: int | str = "auto"
-    model: str = "resnet18"
-    width: int = 0  # 0: 64 with weights, else 32
-    size: int = 128  # training resolution; 0: as stored
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_epochs: int = 5  # at most a quarter of the epochs
-    label_smoothing: float = 0.1
-    class_balance: float = 0.0  # loss weight = frequency ** -class_balance; 0: none, 1: fully balanced
-    seed: int = 0
-    weights: str | None = None
-    mirror: str | None = None
-    reset: bool = False
-
-
-@dataclass
-class Run:
-    """What changes while training, and all that a checkpoint restores."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    history: list[dict[str, float]]
-    confusion_kk: Tensor  # int64 [true, named], of the last epoch
-
-    @property
-    def next_epoch(self) -> int:
-        """Finished epochs: the history has one row each."""
-        return len(self.history)
 
 
 def check(settings: Settings) -> None:
@@ -159,13 +111,7 @@ def _load_weights(model: nn.Module, path: str) -> None:
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file. Give a ResNet-18 state_dict saved with torch.save") from None
     except Exception as error:  # a pickle of anything else fails in many ways
-        raise UserError(
-            f"--weights {path}: {_one_line(error)}. Give a ResNet-18 state_dict (and --width 64)"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"--weights {path}: {one_line(error)}. Give a ResNet-18 state_dict (and --width 64)") from error
 
 
 def _new_run(settings: Settings, device: torch.device) -> Run:
@@ -180,133 +126,6 @@ def _new_run(settings: Settings, device: torch.device) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=half_dtype(device) == torch.float16)
     confusion = torch.zeros((settings.num_classes,) * 2, dtype=torch.int64)
     return Run(model, _optimizer(model, settings), scaler, [], confusion)
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write beside `path`, fsync, then rename over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save(run: Run, settings: Settings, fingerprint: str) -> None:
-    """metrics.csv, then last.pt (the one before stays as previous.pt)."""
-    out = Path(settings.out)
-    state = {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "epoch": run.next_epoch,
-        "history": run.history,
-        "confusion": run.confusion_kk,
-        "settings": asdict(settings),
-        "fingerprint": fingerprint,
-    }
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(run.history[-1]))
-    writer.writeheader()
-    writer.writerows(run.history)
-    _replace(out / METRICS, lambda file: file.write(text.getvalue().encode()))
-    if (out / CHECKPOINT).exists():
-        os.replace(out / CHECKPOINT, out / PREVIOUS)
-    _replace(out / CHECKPOINT, lambda file: torch.save(state, file))
-
-
-def _mirror(settings: Settings, *names: str) -> None:
-    """Copy files of the run to --mirror; a failing Drive is announced and does not stop the training."""
-    if settings.mirror is None:
-        return
-    target = Path(settings.mirror)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            source = Path(settings.out) / name
-            if source.exists():
-                with open(source, "rb") as file:
-                    _replace(target / name, lambda copy, file=file: shutil.copyfileobj(file, copy))  # type: ignore[misc]
-    except OSError as error:
-        _say(f"--mirror {target}: {error}; training goes on, the run is whole in {settings.out}")
-
-
-def _fetch_mirror(settings: Settings) -> None:
-    """A new session starts with an empty disk: take the run back from --mirror."""
-    if settings.mirror is None or (Path(settings.out) / CHECKPOINT).exists():
-        return
-    source = Path(settings.mirror) / CHECKPOINT
-    if source.exists():
-        with open(source, "rb") as file:
-            _replace(Path(settings.out) / CHECKPOINT, lambda copy: shutil.copyfileobj(file, copy))
-        _say(f"took {source} back")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The stored state; a file that cannot be read is named, set aside and skipped."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and {"model", "optimizer", "epoch", "settings", "fingerprint"} <= state.keys():
-            return state
-        reason = "it is not a checkpoint of this program"
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others here
-        reason = _one_line(error)
-    os.replace(path, path.with_suffix(".broken"))
-    _say(f"{path} is damaged, kept as {path.with_suffix('.broken').name} and skipped: {reason}")
-    return None
-
-
-def _refuse_other(state: dict[str, Any], settings: Settings, fingerprint: str, path: Path) -> None:
-    """A checkpoint of another set or other settings is never continued."""
-    if state["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path} was trained on shards {state['fingerprint'][:8]}, this directory is {fingerprint[:8]}. "
-            "Use --data with that set, another --out, or --reset"
-        )
-    for name, value in asdict(settings).items():
-        stored = state["settings"].get(name)
-        if name not in NOT_COMPARED and stored != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{path} was trained with {flag} {stored}, this run has {flag} {value}. "
-                f"Use {flag} {stored}, another --out, or --reset"
-            )
-
-
-def _restore(run: Run, settings: Settings, fingerprint: str) -> None:
-    """Continue from last.pt, else from previous.pt, else from the start."""
-    out = Path(settings.out)
-    if settings.reset:
-        for name in (CHECKPOINT, PREVIOUS):
-            (out / name).unlink(missing_ok=True)
-        return
-    _fetch_mirror(settings)
-    for path in (out / CHECKPOINT, out / PREVIOUS):
-        state = _read_checkpoint(path)
-        if state is None:
-            continue
-        _refuse_other(state, settings, fingerprint, path)
-        try:
-            run.model.load_state_dict(state["model"])
-            run.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} does not fit --model {settings.model}: {_one_line(error)} Use --reset") from error
-        run.scaler.load_state_dict(state["scaler"])
-        run.history, run.confusion_kk = state["history"], state["confusion"]
-        _say(f"continuing from {path} at epoch {run.next_epoch + 1} of {settings.epochs}")
-        return
 
 
 # ---------------------------------------------------------------- one epoch
@@ -470,10 +289,10 @@ def _pictures(run: Run, out: Path, names: list[str], base: float) -> list[str]:
         drawn = {"curves.png": curves_png(run.history, base)}
         drawn["confusion.png"] = confusion_png(run.confusion_kk.numpy(), names)
     except ModuleNotFoundError as error:
-        _say(f"no curves.png and confusion.png: {error.name} is not installed. Run: pip install -e .[show]")
+        say(f"no curves.png and confusion.png: {error.name} is not installed. Run: pip install -e .[show]")
         return []
     for name, data in drawn.items():
-        _replace(out / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
+        write_atomically(out / name, lambda file, data=data: void(file.write(data)))  # type: ignore[misc]
     return [str(out / name) for name in drawn]
 
 
@@ -481,7 +300,7 @@ def _finish(run: Run, settings: Settings, names: list[str], base: float) -> dict
     """Pictures, summary on standard output, and the same as a dict."""
     out = Path(settings.out)
     files = [str(out / CHECKPOINT), str(out / METRICS), *_pictures(run, out, names, base)]
-    _mirror(settings, CHECKPOINT, METRICS, "curves.png", "confusion.png")
+    mirror(settings, CHECKPOINT, METRICS, "curves.png", "confusion.png")
     last, best = run.history[-1], max(run.history, key=lambda row: row["test_top1"])
     print(f"last  epoch {last['epoch']}: top-1 {last['test_top1']:.1%}, mean class {last['test_mean_class']:.1%}")
     print(f"best  epoch {best['epoch']}: top-1 {best['test_top1']:.1%}, mean class {best['test_mean_class']:.1%}")
@@ -498,7 +317,7 @@ def train(settings: Settings) -> dict[str, Any]:
     fingerprint: str = open_set(directory).manifest["fingerprint"]
     out.mkdir(parents=True, exist_ok=True)
     run = _new_run(settings, device)
-    _restore(run, settings, fingerprint)
+    restore(run, settings, fingerprint)
     train_loader, test_loader = _loaders(settings, directory)
     train_set, test_set = train_loader.dataset, test_loader.dataset
     stats = DepthStats(train_set.depth_mean, train_set.depth_std)
@@ -512,5 +331,5 @@ def train(settings: Settings) -> dict[str, Any]:
         save(run, settings, fingerprint)
         print(_epoch_line(run.history[-1], settings.epochs), flush=True)
         if run.next_epoch % MIRROR_EVERY == 0:
-            _mirror(settings, CHECKPOINT, METRICS)
+            mirror(settings, CHECKPOINT, METRICS)
     return _finish(run, settings, list(train_set.classes), baseline(train_set.labels(), test_set.labels()))
