@@ -109,7 +109,7 @@ def shard_name(field: str, shard: int) -> str:
 # ---------------------------------------------------------------- writing one file
 
 
-class _Hashing:
+class HashingFile:
     """A file that hashes and counts what passes through it."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -119,6 +119,9 @@ class _Hashing:
         self.sha256.update(data)
         self.n_bytes += memoryview(data).nbytes
         return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def fsync_dir(path: Path) -> None:
@@ -132,12 +135,12 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[_Hashing], None]) -> dict[str, Any]:
+def write_atomically(path: Path, write: Callable[[HashingFile], None]) -> dict[str, Any]:
     """Write under a temporary name, fsync, rename. Returns {"bytes", "sha256"} of what was written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            hashing = _Hashing(file)
+            hashing = HashingFile(file)
             write(hashing)
             file.flush()
             os.fsync(file.fileno())
@@ -152,7 +155,7 @@ def write_atomically(path: Path, write: Callable[[_Hashing], None]) -> dict[str,
 def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
     """Write a C-contiguous array as .npy, atomically and durably."""
 
-    def write(file: _Hashing) -> None:
+    def write(file: HashingFile) -> None:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
 
