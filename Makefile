@@ -19,7 +19,7 @@ PINS := constraints.txt
 READY := .venv/installed
 endif
 
-.PHONY: demo convert train test verify inspect push pull bench stress lint clean help
+.PHONY: demo convert train test verify inspect push pull bench bench-convert stress lint clean help
 .DEFAULT_GOAL := help
 
 .venv/installed: pyproject.toml constraints.txt
@@ -65,6 +65,9 @@ push: $(READY)  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDr
 pull: $(READY)  ## copy the shards from Drive
 	$(PY) -m convert pull "$(DRIVE)" "$(OUT)"
 
+bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
+	$(PY) -m bench.convert "$(MAT)" $(ARGS)
+
 bench: $(READY)  ## loader speed on these shards
 	$(PY) -m bench.loader "$(DATA)" $(ARGS)
 
@@ -78,4 +81,4 @@ clean:  ## remove the demo and the caches, never data or runs
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ #/' | column -t -s '#'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ #/' | column -t -s '#'

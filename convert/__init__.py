@@ -1,0 +1,1 @@
+"""Conversion of the labelled .mat into memory-mapped shards."""

@@ -8,6 +8,7 @@ filter goes through h5py: slower, never wrong.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import threading
@@ -244,9 +245,20 @@ class Reader:
         self.scratch: np.memmap | None = None
         self.index: ChunkIndex | None = None
         self.group_rows = self.chunks[0] if self.chunks else 1
+        self._tiles = list(self._tiles_of_a_row())
         self.chunk_bytes = math.prod(self.chunks or ()) * self.dtype.itemsize
         if self.chunks:
             self._try_direct()
+
+    def _tiles_of_a_row(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(begin, size) inside a row of every chunk of a group, in grid order."""
+        if self.chunks:
+            axes = [
+                [(b, min(c, s - b)) for b in range(0, s, c)]
+                for s, c in zip(self.row_shape, self.chunks[1:], strict=True)
+            ]
+            for tile in itertools.product(*axes):
+                yield tuple(b for b, _ in tile), tuple(n for _, n in tile)
 
     def _try_direct(self) -> None:
         """Read the index if every filter is one that is undone here and the bytes are where it says."""
@@ -294,56 +306,61 @@ class Reader:
             with self.lock:
                 return self._native(self.dset[start:stop])
         out = np.empty((stop - start, *self.row_shape), self.dtype.newbyteorder("="))
-        grid = self._grid[1:]
-        for tile in np.ndindex(*grid):
-            self._place(out, (group, *tile), start)
+        self._decode_group(group, out)
         return out
 
-    @property
-    def _grid(self) -> tuple[int, ...]:
-        return tuple(-(-s // c) for s, c in zip(self.shape, self.chunks, strict=True))
+    def _decode_group(self, group: int, out: np.ndarray) -> None:
+        """Decode every chunk of a group of rows into `out`, cropping the padding of edge chunks."""
+        n_rows, n_tiles = len(out), len(self._tiles)
+        with self.lock:
+            self.n_decoded += n_tiles
+        stored = None if self.index is None else self._read_stored(group * n_tiles, n_tiles)
+        for t, (begin, size) in enumerate(self._tiles):
+            where = (slice(0, n_rows), *(slice(b, b + n) for b, n in zip(begin, size, strict=True)))
+            if stored is None:
+                first = group * self.group_rows
+                with self.lock:
+                    out[where] = self.dset[(slice(first, first + n_rows), *where[1:])]
+            elif (data := stored[t]) is None:
+                out[where] = self.fillvalue
+            else:
+                chunk = self._unfilter(data, int(self.index.filter_mask[group * n_tiles + t]))  # type: ignore[union-attr]
+                out[where] = chunk[(slice(0, n_rows), *(slice(0, n) for n in size))]
 
-    def _place(self, out: np.ndarray, at: tuple[int, ...], first_row: int) -> None:
-        """Decode the chunk at grid position `at` into `out`, cropping the padding of edge chunks."""
-        begin = [g * c for g, c in zip(at, self.chunks, strict=True)]
-        begin[0] -= first_row
-        where = tuple(slice(b, min(b + c, s)) for b, c, s in zip(begin, self.chunks, out.shape, strict=True))
-        size = tuple(w.stop - w.start for w in where)
-        out[where] = self._decode(at, size)
-
-    def _decode(self, at: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
-        """The part of `size` of the chunk at `at`."""
-        self.n_decoded += 1
-        if self.index is None:
-            where = tuple(slice(g * c, g * c + n) for g, c, n in zip(at, self.chunks, size, strict=True))
-            with self.lock:
-                return self.dset[where]
-        k = int(np.ravel_multi_index(at, self.index.grid))
-        if self.index.offset[k] < 0:
-            return np.broadcast_to(np.asarray(self.fillvalue, self.dtype), size)
-        chunk = self._unfilter(k).reshape(self.chunks)
-        return chunk[tuple(slice(0, n) for n in size)]
-
-    def _unfilter(self, k: int) -> np.ndarray:
-        """Read chunk `k` and undo its filters, last one first, except those its mask says were skipped."""
+    def _read_stored(self, first: int, n: int) -> list[memoryview | None]:
+        """The stored bytes of chunks first .. first + n, in one read where they lie together. None: never written."""
         assert self.index is not None
-        stored, mask = int(self.index.n_bytes[k]), int(self.index.filter_mask[k])
-        n_bytes = self.chunk_bytes
-        if stored > 2 * n_bytes + 4096:
-            raise ValueError(f"a chunk claims {stored} compressed bytes for {n_bytes}")
-        data: Any = os.pread(self.handle, stored, int(self.index.offset[k]))
-        if len(data) != stored:
+        offsets, sizes = self.index.offset[first : first + n], self.index.n_bytes[first : first + n]
+        if sizes.max() > 2 * self.chunk_bytes + 4096:
+            raise ValueError(f"a chunk claims {sizes.max()} compressed bytes for {self.chunk_bytes}")
+        written = offsets >= 0
+        low = int(offsets[written].min()) if written.any() else 0
+        high = int((offsets + sizes)[written].max()) if written.any() else 0
+        if high - low <= 2 * int(sizes.sum()):
+            block = memoryview(self._pread(high - low, low))
+            parts = zip((offsets - low).tolist(), sizes.tolist(), strict=True)
+            return [block[o : o + s] if w else None for (o, s), w in zip(parts, written, strict=True)]
+        pairs = zip(offsets.tolist(), sizes.tolist(), strict=True)
+        return [memoryview(self._pread(s, o)) if o >= 0 else None for o, s in pairs]
+
+    def _pread(self, n_bytes: int, offset: int) -> bytes:
+        data = os.pread(self.handle, n_bytes, offset)
+        if len(data) != n_bytes:
             raise ValueError("the file ends inside a chunk")
+        return data
+
+    def _unfilter(self, data: Any, mask: int) -> np.ndarray:
+        """Undo the filters of one stored chunk, last one first, except those its mask says were skipped."""
         for i in reversed(range(len(self._filters))):
             if mask >> i & 1:
                 continue
             if self._filters[i] == h5py.h5z.FILTER_DEFLATE:
-                data = inflate(data, n_bytes)
+                data = inflate(data, self.chunk_bytes)
             else:
                 data = np.frombuffer(data, np.uint8).reshape(self.dtype.itemsize, -1).T.tobytes()
-        if len(data) != n_bytes:
-            raise ValueError(f"a chunk holds {len(data)} bytes, expected {n_bytes}")
-        return np.frombuffer(data, self.dtype)
+        if len(data) != self.chunk_bytes:
+            raise ValueError(f"a chunk holds {len(data)} bytes, expected {self.chunk_bytes}")
+        return np.frombuffer(data, self.dtype).reshape(self.chunks)
 
     @staticmethod
     def _native(array: np.ndarray) -> np.ndarray:
@@ -353,15 +370,10 @@ class Reader:
         """Whether the rows that share chunks are too many to hold at once."""
         return self.group_bytes > MAX_GROUP_BYTES
 
-    def fill_scratch(self, path: Path, each: Callable[[], None] | None = None) -> None:
-        """Decode every chunk once, in grid order, into a scratch file of whole rows; later reads come from there."""
+    def fill_scratch(self, path: Path) -> None:
+        """Decode every chunk once, into a scratch file of whole rows; later reads come from there."""
         scratch = np.memmap(path, self.dtype.newbyteorder("="), "w+", shape=self.shape)
         path.unlink()  # the mapping keeps it; nothing is left behind, whatever happens
-        for at in self._grid_positions():
-            self._place(scratch, at, 0)
-            if each:
-                each()
+        for group in range(-(-self.n_rows // self.group_rows)):
+            self._decode_group(group, scratch[group * self.group_rows : (group + 1) * self.group_rows])
         self.scratch, self.group_rows = scratch, 1
-
-    def _grid_positions(self) -> Iterator[tuple[int, ...]]:
-        return iter(np.ndindex(*self._grid))

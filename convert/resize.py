@@ -11,7 +11,8 @@ label      nearest: an average of class ids is another class.
 instance   nearest, with the same indices as label, so that (label, instance) stays a pair.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -69,13 +70,22 @@ def area(metres_wh: np.ndarray, size: int) -> np.ndarray:
     return np.divide(total, valid, out=np.zeros_like(total), where=valid > 1e-9).T
 
 
+@cache
+def _torch() -> Any:
+    """torch on one thread (the rows are in threads already), imported late: chunks inflate meanwhile."""
+    import torch
+
+    torch.set_num_threads(1)
+    return torch
+
+
 def rgb(planes_cwh: np.ndarray, size: int) -> np.ndarray:
     """(3, W, H) uint8 -> (3, size, size) uint8, antialiased bilinear."""
-    import torch  # here, so that the rest of `convert` does not wait for it
-    from torch.nn.functional import interpolate
-
+    torch = _torch()
     planes = torch.from_numpy(np.ascontiguousarray(planes_cwh))[None]
-    small = interpolate(planes, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    small = torch.nn.functional.interpolate(
+        planes, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     return small[0].numpy().transpose(0, 2, 1)
 
 
