@@ -52,6 +52,7 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
         directory = root / fmt.directory_name(settings, digest)
         if (directory / fmt.MANIFEST).is_file():
             fmt.open_set(directory)
+            _remove_receipts(directory)  # a run killed just after its commit leaves them
             log(f"{directory} is already there and complete: nothing to do")
             return directory
         _make_directory(root)
@@ -70,12 +71,16 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
             seconds = time.perf_counter() - started
             fmt.write_json(directory / fmt.PROVENANCE, _provenance(source, seconds))
             fmt.write_manifest(directory, manifest)
-            for receipt in directory.glob("receipt-*.json"):
-                receipt.unlink()
+            _remove_receipts(directory)
     finally:
         mat.close()
     log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {peak_memory() / 2**20:.0f} MiB")
     return directory
+
+
+def _remove_receipts(directory: Path) -> None:
+    for receipt in directory.glob("receipt-*.json"):
+        receipt.unlink(missing_ok=True)
 
 
 def _make_directory(path: Path) -> None:
