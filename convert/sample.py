@@ -53,11 +53,11 @@ class Piece:
 @dataclass(frozen=True)
 class RoomType:
     size: Size3  # width, height, depth in metres
-    walls: tuple[Rgb, ...]
-    floors: tuple[Rgb, ...]
-    accents: tuple[Rgb, ...]
-    floor_texture: tuple[float, float, float, float]
-    pieces: tuple[Piece, ...]
+    walls: list[Rgb]
+    floors: list[Rgb]
+    accents: list[Rgb]
+    floor_texture: list[float]
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -71,93 +71,20 @@ class Box:
     piece: int
 
 
-TILES, PLANKS, CARPET = (0.33, 0.33, 0.10, 0.03), (0.14, 1.60, 0.22, 0.03), (0.03, 0.03, 0.14, 0.0)
-TEXTURES = {  # period across and up in metres, tone variation, width of the dark line as a fraction of the period
-    "cabinet": (0.45, 0.90, 0.06, 0.04), "dresser": (0.60, 0.24, 0.06, 0.08), "book": (0.045, 9.0, 0.9, 0.1),
-    "refridgerator": (9.0, 1.1, 0.0, 0.03), "stove": (0.3, 0.3, 0.3, 0.08), "picture": (0.17, 0.13, 0.8, 0.0),
-    "bed": (0.25, 0.25, 0.14, 0.0), "sofa": (0.7, 9.0, 0.05, 0.02), "window": (0.6, 0.6, 0.06, 0.09),
-    "blinds": (9.0, 0.06, 0.0, 0.3), "curtain": (0.08, 9.0, 0.3, 0.0), "rug": (0.3, 0.3, 0.4, 0.0),
-    "whiteboard": (0.5, 0.22, 0.1, 0.0),
-}  # fmt: skip
-WOOD: tuple[Rgb, ...] = ((122, 82, 52), (158, 116, 76), (92, 62, 44), (188, 152, 108))
-WHITE: tuple[Rgb, ...] = ((226, 226, 222), (206, 210, 212))
-DARK: tuple[Rgb, ...] = ((40, 42, 46), (58, 54, 52))
-SKY: tuple[Rgb, ...] = ((214, 228, 244), (240, 236, 220), (196, 216, 236))
-COLOURS: dict[str, tuple[Rgb, ...]] = {
-    **dict.fromkeys(("table", "coffee table", "desk", "cabinet", "dresser", "night stand", "bookshelf"), WOOD),
-    **dict.fromkeys(("toilet", "bathtub", "sink", "refridgerator", "whiteboard", "lamp"), WHITE),
-    **dict.fromkeys(("television", "monitor", "stove", "keyboard"), DARK),
-    **dict.fromkeys(("window", "mirror"), SKY),
-    "counter": ((150, 146, 140), (70, 68, 70), (186, 174, 152)),
-}
+Part = tuple[float, float, float, float, float, float]  # x0 x1 y0 y1 z0 z1 as fractions of the piece, z = 1 its back
 GLOWING = ("window", "lamp")
 GLOSSY = ("window", "mirror", "television", "monitor")  # the sensor measures little on these
-Part = tuple[float, float, float, float, float, float]  # x0 x1 y0 y1 z0 z1 as fractions of the piece, z = 1 its back
-LEGS: tuple[Part, ...] = tuple((x, x + 0.08, 0, 0.9, z, z + 0.08) for x in (0, 0.92) for z in (0, 0.92))
-CHAIR_LEGS: tuple[Part, ...] = tuple((x, x + 0.1, 0, 0.45, z, z + 0.1) for x in (0, 0.9) for z in (0, 0.9))
-PARTS: dict[str, tuple[Part, ...]] = {
-    "table": ((0, 1, 0.93, 1, 0, 1), *LEGS),
-    "coffee table": ((0, 1, 0.85, 1, 0, 1), *LEGS),
-    "desk": ((0, 1, 0.94, 1, 0, 1), (0, 0.04, 0, 0.94, 0, 1), (0.7, 1, 0, 0.94, 0.05, 1)),
-    "chair": ((0, 1, 0.45, 0.52, 0, 1), (0, 1, 0.52, 1, 0.88, 1), *CHAIR_LEGS),
-    "sofa": ((0, 1, 0.08, 0.5, 0, 1), (0, 1, 0.5, 1, 0.74, 1), (0, 0.1, 0, 0.72, 0, 1), (0.9, 1, 0, 0.72, 0, 1)),
-    "bed": ((0, 1, 0.15, 0.58, 0, 0.96), (0, 1, 0, 1, 0.96, 1)),
-    "toilet": ((0.1, 0.9, 0, 0.5, 0, 0.68), (0, 1, 0.4, 1, 0.72, 1), (0.1, 0.9, 0.5, 1.05, 0.66, 0.72)),
-    "lamp": ((0.42, 0.58, 0, 0.5, 0.42, 0.58), (0, 1, 0.5, 1, 0, 1)),
-    "bathtub": ((0, 1, 0, 0.2, 0, 1), (0, 1, 0, 1, 0, 0.1), (0, 1, 0, 1, 0.9, 1), (0, 0.05, 0, 1, 0, 1),
-                (0.95, 1, 0, 1, 0, 1)),
-    "bookshelf": ((0, 1, 0, 1, 0.92, 1), (0, 0.04, 0, 1, 0, 1), (0.96, 1, 0, 1, 0, 1),
-                  *((0, 1, y, y + 0.02, 0, 1) for y in (0, 0.24, 0.49, 0.74, 0.98))),
-}  # fmt: skip
+PLAIN = (9.0, 9.0, 0.0, 0.0)
+# colours of furniture, its parts, its textures (period across and up in metres, variation of tone, width of the dark
+# line as a fraction of the period), and what stands where in which type of room
+_DRAWINGS: dict[str, Any] = json.loads(Path(__file__).with_name("rooms.json").read_text())
+COLOURS: dict[str, list[Rgb]] = _DRAWINGS["colours"]
+PARTS: dict[str, list[Part]] = _DRAWINGS["parts"]
+TEXTURES: dict[str, list[float]] = _DRAWINGS["textures"]
 ROOMS = {
-    "bedroom": RoomType(
-        (3.9, 2.5, 4.3), ((206, 194, 172), (178, 190, 204), (214, 206, 196)), ((168, 148, 124), (142, 130, 122)),
-        ((128, 54, 62), (72, 92, 138), (150, 128, 168), (196, 178, 142)), CARPET,
-        (Piece("bed", .5, 1, (1.8, .95, 2.1)), Piece("pillow", .4, .97, (.6, .16, .4), .55),
-         Piece("pillow", .62, .97, (.6, .16, .4), .55), Piece("night stand", .06, 1, (.5, .55, .42)),
-         Piece("lamp", .1, .98, (.28, .45, .28), .55), Piece("dresser", 0, .55, (1.3, .9, .5), 0, 1),
-         Piece("window", 1, .55, (1.4, 1.2, .04), .95, 2), Piece("picture", .5, 1, (.8, .5, .03), 1.5))),
-    "kitchen": RoomType(
-        (3.3, 2.5, 3.7), ((222, 210, 172), (204, 208, 196), (226, 220, 206)), ((176, 142, 104), (190, 184, 172)),
-        ((170, 60, 44), (222, 178, 64)), TILES,
-        (Piece("cabinet", .35, 1, (2.3, .88, .6)), Piece("counter", .35, 1, (2.3, .05, .64), .88),
-         Piece("cabinet", 0, 1, (.9, .75, .36), 1.5), Piece("cabinet", .9, 1, (.9, .6, .36), 1.6),
-         Piece("window", .45, 1, (.9, .9, .04), 1.15), Piece("stove", .86, 1, (.65, .92, .66)),
-         Piece("refridgerator", 1, .55, (.75, 1.8, .7), 0, 2), Piece("cabinet", 0, .55, (1.4, .88, .6), 0, 1),
-         Piece("counter", 0, .55, (1.4, .05, .64), .88, 1))),
-    "living_room": RoomType(
-        (5.2, 2.7, 5.6), ((210, 190, 152), (192, 184, 168), (176, 182, 158)), ((124, 86, 56), (164, 136, 100)),
-        ((124, 88, 64), (96, 104, 92), (148, 60, 48), (70, 74, 96)), PLANKS,
-        (Piece("rug", .5, .62, (2.4, .02, 1.8)), Piece("sofa", .5, 1, (2.2, .85, .95)),
-         Piece("sofa", 0, .6, (1.6, .85, .9), 0, 1), Piece("coffee table", .5, .64, (1.2, .42, .65)),
-         Piece("television", 1, .6, (1.1, .65, .12), .6, 2), Piece("cabinet", 1, .6, (1.5, .6, .45), 0, 2),
-         Piece("lamp", .02, .97, (.45, 1.6, .45)), Piece("picture", .4, 1, (1.0, .7, .03), 1.35),
-         Piece("window", .95, 1, (1.1, 1.3, .04), .9), Piece("curtain", .78, 1, (.3, 2.2, .08), .2))),
-    "bathroom": RoomType(
-        (2.3, 2.4, 2.9), ((212, 220, 222), (198, 210, 196), (228, 222, 212)), ((184, 186, 186), (150, 156, 164)),
-        ((92, 148, 160), (196, 120, 124), (236, 232, 220)), TILES,
-        (Piece("toilet", .45, 1, (.45, .8, .7)), Piece("bathtub", 0, .75, (1.6, .55, .72), 0, 1),
-         Piece("cabinet", 1, .78, (1.0, .8, .52), 0, 2), Piece("sink", 1, .78, (.6, .06, .5), .8, 2),
-         Piece("mirror", 1, .78, (.9, .9, .03), 1.1, 2), Piece("towel", .5, 1, (.5, .6, .05), 1.25),
-         Piece("rug", .5, .6, (.8, .02, .5)))),
-    "dining_room": RoomType(
-        (4.3, 2.7, 4.7), ((198, 176, 140), (186, 160, 132), (208, 200, 180)), ((112, 74, 48), (150, 112, 74)),
-        ((116, 70, 48), (84, 62, 52), (160, 128, 84)), PLANKS,
-        (Piece("table", .5, .62, (1.7, .76, 1.0)), Piece("chair", .36, .8, (.46, .98, .46)),
-         Piece("chair", .62, .8, (.46, .98, .46)), Piece("chair", .38, .44, (.46, .98, .46), 0, 3),
-         Piece("chair", .2, .62, (.46, .98, .46), 0, 1), Piece("chair", .8, .62, (.46, .98, .46), 0, 2),
-         Piece("cabinet", .2, 1, (1.4, 1.1, .45)), Piece("picture", .25, 1, (.9, .6, .03), 1.5),
-         Piece("window", .85, 1, (1.1, 1.4, .04), .8), Piece("curtain", 1, 1, (.3, 2.1, .08), .3))),
-    "office": RoomType(
-        (3.7, 2.8, 4.1), ((204, 206, 202), (190, 198, 206), (214, 210, 198)), ((104, 108, 116), (126, 118, 108)),
-        ((44, 48, 60), (60, 84, 116), (92, 92, 90)), CARPET,
-        (Piece("desk", .4, 1, (1.7, .75, .8)), Piece("monitor", .3, .96, (.55, .42, .08), .8),
-         Piece("keyboard", .3, .88, (.45, .03, .16), .75), Piece("chair", .42, .66, (.55, 1.0, .55), 0, 3),
-         Piece("bookshelf", 1, .66, (1.3, 1.95, .34), 0, 2), Piece("book", 1, .64, (1.1, .34, .24), .99, 2),
-         Piece("book", 1, .7, (.9, .36, .24), .5, 2), Piece("book", 1, .62, (1.0, .33, .24), 1.48, 2),
-         Piece("whiteboard", 0, .65, (1.5, 1.0, .03), 1.0, 1), Piece("desk", 0, .6, (1.4, .73, .7), 0, 1),
-         Piece("window", .85, 1, (1.2, 1.3, .04), 1.0), Piece("blinds", .85, 1, (1.2, .5, .07), 1.8))),
-}  # fmt: skip
+    name: RoomType(**{**room, "pieces": [Piece(*piece) for piece in room["pieces"]]})
+    for name, room in _DRAWINGS["rooms"].items()
+}
 
 
 def write_sample(
@@ -250,7 +177,7 @@ def _furnish(kind: RoomType, low: np.ndarray, high: np.ndarray, rng: np.random.G
     return boxes
 
 
-def _pick(colours: tuple[Rgb, ...], rng: np.random.Generator) -> np.ndarray:
+def _pick(colours: list[Rgb], rng: np.random.Generator) -> np.ndarray:
     colour = np.array(colours[rng.integers(len(colours))], np.float64)
     return np.clip(colour * rng.uniform(0.85, 1.1) * rng.uniform(0.95, 1.05, 3), 0, 255)
 
@@ -315,10 +242,10 @@ def _surfaces(
     wall, floor, ceiling = _pick(kind.walls, rng), _pick(kind.floors, rng), np.array([226.0, 224, 218])
     colours = np.stack([wall, wall, floor, ceiling, wall, wall, *(b.colour for b in boxes)]).astype(np.float32)
     names = ["wall", "wall", "floor", "ceiling", "wall", "wall", *(b.label for b in boxes)]
-    plain = (9.0, 9.0, 0.0, 0.0)
-    tiled_walls = TILES if kind.floor_texture == TILES and rng.random() < 0.6 else plain
+    tiled = kind.floor_texture[0] == 0.33 and rng.random() < 0.6
+    tiled_walls = kind.floor_texture if tiled else PLAIN
     room = {"floor": kind.floor_texture, "wall": tiled_walls}
-    textures = np.array([room.get(n) or TEXTURES.get(n, plain) for n in names], np.float32)
+    textures = np.array([room.get(n, TEXTURES.get(n, PLAIN)) for n in names], np.float32)
     numbers, seen, latest = [1, 2, 1, 1, 4, 3], Counter[str](), -1
     for box in boxes:
         seen[box.label] += box.piece != latest

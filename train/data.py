@@ -9,7 +9,9 @@ stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the devi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from convert.format import SPLITS, VOID, ShardSet, UserError, open_set, resolve_set
-
-from . import order
+from train.loader import Batches, DeviceLoader, Loader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,8 +30,11 @@ SCENE_10 = [
     "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom", "bookstore",
 ]  # fmt: skip
 SCENE_13 = [*SCENE_10, "playroom", "study", "reception_room"]
+Transform = Callable[[tuple[Tensor, ...]], Any]
 TARGETS = ("scene", "semantic13", "semantic40", "semantic894", "depth", "instance")
 INPUTS = ("rgb", "depth", "raw_depth")
+MOUNTS = Path("/proc/self/mountinfo")
+MOST_AUTO_WORKERS = 4
 
 
 def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
@@ -68,12 +72,15 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         target: str = "scene",
         num_classes: int = 13,
         normalize: bool = False,
+        allow_remote: bool = False,
     ) -> None:
         if split not in (*SPLITS, "all") or target not in TARGETS:
             raise UserError(
                 f"split {split!r}, target {target!r}: choose from train, test, all and {', '.join(TARGETS)}"
             )
         self.path = resolve_set(path)
+        if not allow_remote:
+            refuse_remote(self.path)
         self.split, self.target, self.num_classes, self.normalize = split, target, num_classes, normalize
         self.fields = fields_for(target, fields)
         if not set(self.fields) <= set(INPUTS):
@@ -174,7 +181,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def shards(self, field: str) -> list[np.ndarray]:
         """The field's memory maps, opened on first use in this process."""
         if field not in self._maps:
-            self._maps[field] = self._set.shards(field)
+            self._maps[field] = [np.asarray(shard) for shard in self._set.shards(field)]  # memmap's slices are slow
         return self._maps[field]
 
     def gather(self, field: str, rows: np.ndarray, out: np.ndarray) -> None:
@@ -197,11 +204,43 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise IndexError(f"positions {indices.min()}..{indices.max()} of {len(self)} rows")
         return self._rows[indices]
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether a batch is bytes of the shards and scene ids, with nothing to compute."""
+        return not self.normalize and self._scene_ids is not None
+
+    def layout(self, n_rows: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+        """(dtype, shape) of every part of a batch of `n_rows` as stored, the scene ids last."""
+        side = self.size
+        parts = {"rgb": (np.dtype(np.uint8), (n_rows, 3, side, side))}
+        depth = (np.dtype(np.int16), (n_rows, 1, side, side))  # at most 32767 mm: the same bits as the uint16 on disk
+        return [*(parts.get(field, depth) for field in self.fields), (np.dtype(np.int64), (n_rows,))]
+
+    def fill(self, indices: np.ndarray, parts: list[np.ndarray]) -> None:
+        """Gather a stored batch into arrays of that `layout`."""
+        rows = self.rows_of(indices)
+        assert self._scene_ids is not None
+        np.take(self._scene_ids, rows, out=parts[-1], mode="clip")
+        for field, part in zip(self.fields, parts, strict=False):
+            self.gather(field, rows, part if field == "rgb" else part[:, 0].view(np.uint16))
+
     def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
         """The fields asked for, then the target, each one fresh tensor."""
+        batch = self.stored(indices)
+        return self.normalized(batch) if self.normalize else batch
+
+    def stored(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        """`batch` before normalising."""
         rows = self.rows_of(indices)
-        inputs = [self._input(field, rows) for field in self.fields]
-        return (*inputs, self._target(rows))
+        return (*(self._input(field, rows) for field in self.fields), self._target(rows))
+
+    def normalized(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A stored batch, on any device, as float32 inputs; the target as it is."""
+        inputs = [
+            normalize_rgb(part) if field == "rgb" else normalize_depth(part, self.depth_mean, self.depth_std)
+            for field, part in zip(self.fields, batch, strict=False)
+        ]
+        return (*inputs, batch[-1])
 
     def _stored(self, field: str, rows: np.ndarray) -> np.ndarray:
         shard = self.shards(field)[0]
@@ -211,11 +250,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def _input(self, field: str, rows: np.ndarray) -> Tensor:
         stored = self._stored(field, rows)
-        if field == "rgb":
-            rgb = torch.from_numpy(stored)
-            return normalize_rgb(rgb) if self.normalize else rgb
-        depth = torch.from_numpy(stored.view(np.int16))[:, None]  # at most 32767 mm: the same bits
-        return normalize_depth(depth, self.depth_mean, self.depth_std) if self.normalize else depth
+        return torch.from_numpy(stored) if field == "rgb" else torch.from_numpy(stored.view(np.int16))[:, None]
 
     def _target(self, rows: np.ndarray) -> Tensor:
         if self._scene_ids is not None:
@@ -243,62 +278,6 @@ def normalize_depth(depth_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:
 # ---------------------------------------------------------------- loaders
 
 
-class Batches(Sampler[np.ndarray]):
-    """The positions of every batch of the current epoch, shuffled (train) or in order (evaluation)."""
-
-    def __init__(self, n_rows: int, batch_size: int, seed: int | None, rank: int, world: int) -> None:
-        self.n_rows, self.batch_size, self.seed, self.rank, self.world = n_rows, batch_size, seed, rank, world
-        self.epoch, self.start = 0, 0
-
-    def __len__(self) -> int:
-        if self.seed is not None:
-            return order.steps_per_epoch(self.n_rows, self.batch_size, self.world) - self.start
-        return -(-len(range(self.rank, self.n_rows, self.world)) // self.batch_size)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        if self.seed is None:
-            return order.eval_batches(self.n_rows, self.batch_size, rank=self.rank, world=self.world)
-        return order.train_batches(
-            self.n_rows, self.batch_size, self.seed, self.epoch, start=self.start, rank=self.rank, world=self.world
-        )
-
-
-class BatchDataset(Dataset[tuple[Tensor, ...]]):
-    """A ShardDataset whose items are whole batches, so that workers gather once and collate nothing."""
-
-    def __init__(self, dataset: ShardDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        return self.dataset.batch(indices)
-
-
-class Loader:
-    """Batches of a ShardDataset, epoch after epoch; workers are kept between epochs."""
-
-    def __init__(self, dataset: ShardDataset, batches: Batches, num_workers: int, start_method: str | None) -> None:
-        self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
-        self._loader: DataLoader[Any] = DataLoader(
-            BatchDataset(dataset),
-            batch_size=None,
-            sampler=batches,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            multiprocessing_context=start_method if num_workers else None,
-            pin_memory=num_workers > 0 and torch.cuda.is_available(),
-        )
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The order is a pure function of (seed, epoch); `start` resumes at that step."""
-        self.batches.epoch, self.batches.start = epoch, start
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return iter(self._loader)
-
-
 def create_dataloaders(
     dataset_path: str | Path,
     *,
@@ -313,29 +292,46 @@ def create_dataloaders(
     start_method: str | None = None,
     rank: int = 0,
     world: int = 1,
-) -> tuple[Loader, Loader]:
+    transform: Transform | None = None,
+    val_transform: Transform | None = None,
+    prefetch: bool = True,
+    cache: str | None = None,
+    device: str | torch.device | None = None,
+    allow_remote: bool = False,
+) -> tuple[Loader | DeviceLoader, Loader]:
     """(train_loader, val_loader) over the official split of a converted set.
 
-    dataset_path: a finished set or a ROOT that holds exactly one. num_workers: "auto" is 0 (nothing is decoded, so
-    there is nothing for workers to do). target_size: None, or the set's own size. Raises UserError otherwise.
+    dataset_path: a finished set or a ROOT that holds exactly one. num_workers: 0 gathers in one thread (in the caller
+    with prefetch=False), "auto" is 0 unless there is a transform. target_size: None, or the set's own size.
+    transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows stay on `device`.
+    allow_remote: read a set on a FUSE mount all the same. Raises UserError for a wrong setting.
     """
-    workers = _worker_count(num_workers)
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: at least 1. Run: python -m train --batch-size 128")
-    loaders = []
-    for split in SPLITS:
-        dataset = ShardDataset(
-            dataset_path, split=split, fields=fields, target=target, num_classes=num_classes, normalize=normalize
-        )
+    if cache not in (None, "device"):
+        raise UserError(f"cache {cache!r}: 'device' or None")
+    settings: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize}
+    settings |= {"fields": fields, "allow_remote": allow_remote}
+    loaders: list[Any] = []
+    for split, change in zip(SPLITS, (transform, val_transform), strict=True):
+        dataset = ShardDataset(dataset_path, split=split, **settings)
         _check_size(dataset, target_size)
         batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
-        loaders.append(Loader(dataset, batches, workers, start_method))
+        if cache and split == "train":
+            loaders.append(DeviceLoader(dataset, batches, device, change))
+        else:
+            workers = _worker_count(num_workers, split, change is not None)
+            loaders.append(Loader(dataset, batches, workers, start_method, prefetch=prefetch, transform=change))
     return loaders[0], loaders[1]
 
 
-def _worker_count(num_workers: int | str) -> int:
+def _worker_count(num_workers: int | str, split: str, has_transform: bool) -> int:
     if num_workers == "auto":
-        return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count, why = (min(cores, MOST_AUTO_WORKERS), f"a transform to run, {cores} cores") if has_transform else (
+            0, "rows are only copied, which one prefetch thread does at the speed of memory")  # fmt: skip
+        print(f"loader: {split}: num_workers=auto is {count} ({why})", file=sys.stderr)
+        return count
     try:
         count = int(num_workers)
     except ValueError:
@@ -343,6 +339,24 @@ def _worker_count(num_workers: int | str) -> int:
     if not 0 <= count <= 64:
         raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
     return count
+
+
+def refuse_remote(path: Path) -> None:
+    """Raise UserError for a set on a FUSE mount (Google Drive): each page would be a request over the network."""
+    try:
+        lines = MOUNTS.read_text().splitlines()
+    except OSError:  # no /proc: not a Linux machine
+        return
+    resolved, kind_at = path.resolve(), {}
+    for words in (line.split(" ") for line in lines):
+        point = Path(words[4].encode().decode("unicode_escape"))  # a space is written \040
+        kind_at[point] = words[words.index("-") + 1]
+    kind = next((kind_at[p] for p in (resolved, *resolved.parents) if p in kind_at), "")
+    if kind.startswith("fuse"):
+        raise UserError(
+            f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "
+            f"Run: make pull DRIVE={path.parent} (or insist with allow_remote=True)"
+        )
 
 
 def _check_size(dataset: ShardDataset, target_size: int | tuple[int, int] | None) -> None:

@@ -1,0 +1,324 @@
+"""The loader: the same batches however they are made, buffers that nobody can see reused, and ends that are clean."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+
+from convert.format import UserError
+from train import data as data_module
+from train.data import ShardDataset, create_dataloaders
+from train.loader import N_SLOTS, Batches, Loader
+
+METHODS = ["fork", "forkserver", "spawn"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def make(path: Path, workers: int = 0, method: str | None = None, **how: Any) -> Loader:
+    """A shuffled loader over all 36 rows: 9 batches of 4, more than there are slots."""
+    settings = {k: how.pop(k) for k in ("target", "normalize", "fields") if k in how}
+    dataset = ShardDataset(path, split="all", **settings)
+    return Loader(dataset, Batches(len(dataset), 4, 0), workers, method, **how)
+
+
+def expected(path: Path, epoch: int = 0, start: int = 0, **settings: Any) -> list[tuple[torch.Tensor, ...]]:
+    """The same batches made without any loader."""
+    dataset = ShardDataset(path, split="all", **settings)
+    batches = Batches(len(dataset), 4, 0)
+    batches.epoch, batches.start = epoch, start
+    return [dataset.batch(indices) for indices in batches]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+KINDS: list[dict[str, Any]] = [{"prefetch": False}, {}, {"workers": 2, "method": "fork"}]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=["inline", "thread", "fork"])
+
+
+def flip(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return batch[0].flip(-1), *batch[1:], torch.tensor([os.getpid()])
+
+
+def as_dict(batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    return dict(zip(("rgb", "depth", "label"), batch, strict=True))
+
+
+def noise(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return torch.rand(3), torch.from_numpy(np.random.random(3))  # noqa: NPY002
+
+
+def fail(batch: tuple[torch.Tensor, ...]) -> None:
+    raise ValueError("no such colour")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_start_method_keeps_a_list_right(small_set: Path, method: str) -> None:
+    assert same(list(make(small_set, 2, method)), expected(small_set))
+
+
+@kinds
+def test_kept_batches_are_never_overwritten(small_set: Path, kind: dict[str, Any]) -> None:
+    loader = make(small_set, **kind)
+    kept = [batch for _ in range(2) for batch in loader]
+    assert same(kept, expected(small_set, 0) + expected(small_set, 1))
+
+
+@kinds
+def test_buffers_are_reused_when_nothing_is_kept(small_set: Path, kind: dict[str, Any]) -> None:
+    loader = make(small_set, **kind)
+    addresses = [rgb.data_ptr() for _ in range(3) for rgb, _, _ in loader]
+    assert len(addresses) == 27
+    assert len(set(addresses)) <= N_SLOTS
+
+
+@kinds
+def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(small_set: Path, kind: dict[str, Any]) -> None:
+    loader = make(small_set, **kind)
+    want = expected(small_set)
+    view, labels = next(iter(loader))[0][1, 2].numpy()[3:], []
+    for _ in range(2):
+        labels += [batch[2] for batch in loader]
+    np.testing.assert_array_equal(view, want[0][0][1, 2].numpy()[3:])
+    assert len(loader._source.ring.lent) == 1
+    del view
+    assert len(loader._source.ring.lent) == 0
+
+
+@kinds
+def test_left_early_and_begun_again_is_the_same_epoch(small_set: Path, kind: dict[str, Any]) -> None:
+    loader, want = make(small_set, **kind), expected(small_set)
+    for _, batch in zip(range(3), loader, strict=False):
+        assert batch is not None
+    assert same(list(loader), want)
+
+
+@kinds
+def test_resumes_at_a_step_and_then_runs_on(small_set: Path, kind: dict[str, Any]) -> None:
+    loader = make(small_set, **kind)
+    next(iter(loader))  # what was read ahead must not be delivered
+    loader.set_epoch(3, start=5)
+    assert len(loader) == 4
+    assert same(list(loader), expected(small_set, 3, 5))
+    assert same(list(loader), expected(small_set, 4))
+    loader.set_epoch(1)
+    assert same(list(loader), expected(small_set, 1))
+
+
+@kinds
+def test_an_older_iteration_does_not_take_from_a_newer_one(small_set: Path, kind: dict[str, Any]) -> None:
+    loader = make(small_set, **kind)
+    old = iter(loader)
+    next(old)
+    new = iter(loader)
+    with pytest.raises(RuntimeError, match="two loaders"):
+        next(old)
+    assert same(list(new), expected(small_set))
+
+
+@kinds
+def test_two_loaders_at_once(small_set: Path, kind: dict[str, Any]) -> None:
+    pairs = list(zip(make(small_set, **kind), make(small_set, **kind), strict=True))
+    assert same([a for a, _ in pairs], expected(small_set))
+    assert same([b for _, b in pairs], expected(small_set))
+
+
+def test_workers_start_with_the_first_batch_and_stay(small_set: Path) -> None:
+    loader = make(small_set, 2, "fork")
+    assert loader._source.crew == []
+    pids = []
+    for _ in range(3):
+        list(loader)
+        pids.append([process.pid for process, _ in loader._source.crew])
+    assert pids[0] == pids[1] == pids[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalize": True},
+        {"target": "semantic40"},
+        {"target": "depth", "normalize": True},
+        {"target": "instance", "fields": ("rgb", "raw_depth")},
+    ],
+)
+@kinds
+def test_computed_values_are_the_datasets(small_set: Path, kind: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert same(list(make(small_set, **kind, **settings)), expected(small_set, **settings))
+
+
+def test_a_transform_runs_in_the_workers(small_set: Path) -> None:
+    got, want = list(make(small_set, 2, "spawn", transform=flip)), expected(small_set)
+    assert same([b[:3] for b in got], [(rgb.flip(-1), depth, label) for rgb, depth, label in want])
+    assert os.getpid() not in {int(b[3]) for b in got}
+
+
+def test_a_transform_may_return_anything(small_set: Path) -> None:
+    got = list(make(small_set, 2, "fork", transform=as_dict))
+    assert same([tuple(b.values()) for b in got], expected(small_set))
+
+
+def test_a_random_transform_draws_the_same_with_any_number_of_workers(small_set: Path) -> None:
+    one, three = (list(make(small_set, n, "fork", transform=noise)) for n in (1, 3))
+    assert same(one, three)
+    assert len({float(b[0][0]) for b in one}) == len({float(b[1][0]) for b in one}) == 9
+
+
+@kinds
+def test_an_exception_names_the_rows_and_the_loader_goes_on(small_set: Path, kind: dict[str, Any]) -> None:
+    loader = make(small_set, **kind, transform=fail)
+    first = next(iter(Batches(36, 4, 0))).tolist()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such colour") as error:
+            list(loader)
+        assert ", ".join(map(str, first)) in error.value.__notes__[0]
+        assert ("loader worker" in error.value.__notes__[0]) == ("workers" in kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_worker_is_an_error_soon_and_new_ones_follow(small_set: Path, method: str) -> None:
+    loader = make(small_set, 2, method)
+    batches = iter(loader)
+    next(batches)
+    os.kill(loader._source.crew[0][0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="killed by signal 9"):
+        list(batches)
+    assert time.monotonic() - started < 2
+    assert same(list(loader), expected(small_set))
+
+
+def gone(pid: int) -> bool:
+    """Ended: no entry in /proc, or a zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def all_gone(pids: list[int], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end and not all(map(gone, pids)):
+        time.sleep(0.05)
+    return all(map(gone, pids))
+
+
+def test_nothing_is_left_when_the_loader_is_dropped(small_set: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    loader = make(small_set, 2, "fork")
+    kept = next(iter(loader))[0]
+    pids = [process.pid for process, _ in loader._source.crew]
+    want = kept.clone()
+    del loader
+    assert all_gone(pids, 2)
+    assert torch.equal(kept, want)
+    del kept
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{repo!r}, {tests!r}]
+from test_loader import make
+if __name__ == "__main__":
+    loader = make(Path({path!r}), {workers}, {method!r})
+    batches = iter(loader)
+    kept = next(batches)
+    print(*(process.pid for process, _ in getattr(loader._source, "crew", [])), flush=True)
+    {end}
+"""
+
+
+def start(tmp_path: Path, small_set: Path, end: str, workers: int = 2, method: str = "fork") -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    values = {"repo": str(REPO), "tests": str(REPO / "tests"), "path": str(small_set)}
+    script.write_text(SCRIPT.format(end=end, workers=workers, method=method, **values))
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, script], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> list[int]:
+    assert process.stdout is not None
+    return [int(word) for word in process.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_end_when_their_parent_is_killed(small_set: Path, tmp_path: Path, method: str) -> None:
+    before = set(os.listdir("/dev/shm"))
+    with start(tmp_path, small_set, "time.sleep(60)", method=method) as process:
+        pids = first_line(process)
+        process.kill()
+    assert len(pids) == 2
+    assert all_gone(pids, 4)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_ctrl_c_ends_everything_with_one_traceback(small_set: Path, tmp_path: Path) -> None:
+    with start(tmp_path, small_set, "time.sleep(60)") as process:
+        pids = first_line(process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert all_gone(pids, 2)
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(("workers", "method"), [(0, "fork"), (2, "fork"), (2, "forkserver"), (2, "spawn")])
+def test_the_interpreter_exits_in_mid_epoch_without_a_word(
+    small_set: Path, tmp_path: Path, workers: int, method: str
+) -> None:
+    with start(tmp_path, small_set, "sys.exit(0)", workers, method) as process:
+        pids = first_line(process)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")
+    assert all_gone(pids, 2)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rows_kept_on_the_device_are_the_same_batches(small_set: Path, normalize: bool) -> None:
+    how: dict[str, Any] = {"batch_size": 4, "normalize": normalize, "num_workers": 0}
+    plain, _ = create_dataloaders(small_set, **how)
+    cached, _ = create_dataloaders(small_set, **how, cache="device", device="cpu")
+    for _ in range(2):
+        assert same(list(cached), list(plain))
+
+
+def test_auto_says_what_it_chose(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = create_dataloaders(small_set, batch_size=4, transform=flip)
+    assert (train.num_workers >= 1, test.num_workers) == (True, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        f"loader: train: num_workers=auto is {train.num_workers}",
+        "loader: test: num_workers=auto is 0",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("fuse.drivefs", True), ("ext4", False)])
+def test_a_set_on_a_fuse_mount_is_refused_unless_insisted(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, refused: bool
+) -> None:
+    drive = tmp_path / "My Drive"
+    drive.mkdir()
+    (drive / small_set.name).symlink_to(small_set)
+    mounts = tmp_path / "mountinfo"
+    point = str(small_set.parent.resolve()).replace(" ", "\\040")
+    mounts.write_text(f"1 0 0:1 / / rw - overlay o rw\n2 1 0:2 / {point} rw shared:1 - {kind} drive rw\n")
+    monkeypatch.setattr(data_module, "MOUNTS", mounts)
+    assert len(ShardDataset(small_set, allow_remote=True)) > 0
+    if refused:
+        with pytest.raises(UserError, match="make pull"):
+            create_dataloaders(drive / small_set.name)
+    else:
+        assert len(ShardDataset(drive / small_set.name)) > 0
