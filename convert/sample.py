@@ -2,19 +2,14 @@
 
 Each row is a picture of a box-shaped room, ray-traced at half size: the scene type decides the palette, the furniture
 and the size of the room; the scene its exact arrangement; the row the camera and the light. Scene names are official
-ones, so the split is the official one.
+ones, so the split is the official one. Planes are drawn as they are stored, (W, H).
 """
 
 import json
-import math
 import os
-import re
-import struct
 import zlib
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,69 +17,69 @@ import numpy as np
 from convert.format import UserError, fsync_dir
 
 Chunks = Literal["original", "resaved", "none"]
-Rgb = tuple[int, int, int]
-Size3 = tuple[float, float, float]
-
-HEADER = b"MATLAB 7.3 MAT-file, Platform: MADE-UP, Created on: Thu Jan  1 00:00:00 1970 HDF5 schema 1.00 ."
+Pattern = tuple[float, float, float, float]  # period across and up in metres, tone variation, share of the dark joint
 CHUNK_BYTES = 65536  # MATLAB splits a chunk until it is no larger
-FIELDS: dict[str, tuple[int, str, str, tuple[int, ...]]] = {  # planes, dtype, MATLAB class, chunk of one row (W, H)
-    "images": (3, "|u1", "uint8", (42, 480)),
-    "depths": (0, "<f4", "single", (33, 480)),
-    "rawDepths": (0, "<f4", "single", (33, 480)),
-    "labels": (0, "<u2", "uint16", (64, 480)),
-    "instances": (0, "|u1", "uint8", (128, 480)),
-}
+FIELDS: dict[str, tuple[tuple[int, ...], str, str]] = {  # planes, dtype, MATLAB class
+    "images": ((3,), "|u1", "uint8"), "depths": ((), "<f4", "single"), "rawDepths": ((), "<f4", "single"),
+    "labels": ((), "<u2", "uint16"), "instances": ((), "|u1", "uint8"),
+}  # fmt: skip
 FOCAL = 519 / 640  # Kinect's focal length, in picture widths
-NEAR_M, FAR_M = 0.7133, 9.9955
+NEAR_M, FAR_M, DISPARITY = np.float32(0.7133), np.float32(9.9955), np.float32(351.3)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece of furniture: centre (x, z) as fractions of the room, base above the floor, back turned to a wall."""
+class Surface(NamedTuple):
+    """A side of the room or a box in it; the parts of one chair have one instance number."""
 
     label: str
-    x: float
-    z: float
-    size: Size3  # width, height, depth in metres, seen from its front
-    base: float = 0.0
-    turn: int = 0  # back towards: 0 back wall, 1 left wall, 2 right wall, 3 the camera
-
-
-@dataclass(frozen=True)
-class RoomType:
-    size: Size3  # width, height, depth in metres
-    walls: list[Rgb]
-    floors: list[Rgb]
-    accents: list[Rgb]
-    floor_texture: list[float]
-    pieces: list[Piece]
-
-
-@dataclass(frozen=True)
-class Box:
-    """One axis-aligned box of a room; `piece` counts the pieces, so that the parts of a chair are one instance."""
-
-    low: Size3
-    high: Size3
-    label: str
+    instance: int
+    ends: np.ndarray  # (2, 3): lowest and highest corner
     colour: np.ndarray
-    piece: int
+    pattern: Pattern
 
 
-Part = tuple[float, float, float, float, float, float]  # x0 x1 y0 y1 z0 z1 as fractions of the piece, z = 1 its back
-GLOWING = ("window", "lamp")
-GLOSSY = ("window", "mirror", "television", "monitor")  # the sensor measures little on these
-PLAIN = (9.0, 9.0, 0.0, 0.0)
-# colours of furniture, its parts, its textures (period across and up in metres, variation of tone, width of the dark
-# line as a fraction of the period), and what stands where in which type of room
-_DRAWINGS: dict[str, Any] = json.loads(Path(__file__).with_name("rooms.json").read_text())
-COLOURS: dict[str, list[Rgb]] = _DRAWINGS["colours"]
-PARTS: dict[str, list[Part]] = _DRAWINGS["parts"]
-TEXTURES: dict[str, list[float]] = _DRAWINGS["textures"]
-ROOMS = {
-    name: RoomType(**{**room, "pieces": [Piece(*piece) for piece in room["pieces"]]})
-    for name, room in _DRAWINGS["rooms"].items()
-}
+PLAIN, TILES, PLANKS, CARPET = (9, 9, 0, 0), (0.33, 0.33, 0.1, 0.03), (0.14, 1.6, 0.22, 0.03), (0.03, 0.03, 0.14, 0)
+PATTERNS: dict[str, Pattern] = {
+    "cabinet": (.45, .9, .06, .04), "dresser": (.6, .24, .06, .08), "rug": (.3, .3, .4, 0), "bed": (.25, .25, .14, 0),
+    "bookshelf": (.2, .4, .9, .08), "picture": (.2, .15, .8, 0), "blinds": (9, .06, 0, .3), "window": (.6, .6, 0, .09),
+}  # fmt: skip
+WOODEN = ("table", "coffee table", "desk", "night stand", "bookshelf", "cabinet", "dresser")
+WHITE = ("toilet", "bathtub", "sink", "lamp", "refridgerator", "whiteboard")
+GLOWING, GLOSSY = ("window", "lamp"), ("window", "mirror", "television", "monitor")  # gloss: little is measured
+COLOURS = {  # every other class has the room's own; later entries win
+    **dict.fromkeys(WOODEN, "7a5234 9e744c 5c3e2c bc986c"), **dict.fromkeys(WHITE, "e2e2de ced2d4"), "stove": "3a3634",
+    **dict.fromkeys(GLOSSY, "282a2e 3a3634"), **dict.fromkeys(("window", "mirror"), "d6e4f4 f0ecdc c4d8ec"),
+}  # fmt: skip
+LEGS = tuple((x, 0, z, x + 0.08, 0.9, z + 0.08) for x in (0, 0.92) for z in (0, 0.92))
+PARTS: dict[str, tuple[tuple[float, ...], ...]] = {  # two corners x y z as shares of the piece, z = 1 its back
+    **dict.fromkeys(("table", "coffee table", "desk"), ((0, .9, 0, 1, 1, 1), *LEGS)),
+    "chair": ((0, .45, 0, 1, .52, 1), (0, .52, .88, 1, 1, 1), *((*leg[:4], .45, leg[5]) for leg in LEGS)),
+    "sofa": ((0, .08, 0, 1, .5, 1), (0, .5, .74, 1, 1, 1), (0, 0, 0, .1, .72, 1), (.9, 0, 0, 1, .72, 1)),
+    "bed": ((0, .15, 0, 1, .58, .96), (0, 0, .96, 1, 1, 1)), "lamp": ((.4, 0, .4, .6, .5, .6), (0, .5, 0, 1, 1, 1)),
+    "toilet": ((.1, 0, 0, .9, .5, .7), (0, .4, .72, 1, 1, 1)), "bathtub":
+        ((0, 0, 0, 1, .2, 1), (0, 0, 0, 1, 1, .1), (0, 0, .9, 1, 1, 1), (0, 0, 0, .1, 1, 1), (.9, 0, 0, 1, 1, 1)),
+}  # fmt: skip
+# Metres; floor; colours of walls, floor, furniture; pieces: class, centre x z as shares of the room, width height depth
+# in metres, base above the floor, back (0 at the back wall, 1 left, 2 camera, 3 right); the first 3 are always there.
+ROOMS: dict[str, tuple[tuple[float, float, float], Pattern, tuple[str, str, str], str]] = {
+    "bedroom": ((3.9, 2.5, 4.3), CARPET, ("cec2ac b2becc d6cec4", "a8947c 8e827a", "80363e 485c8a 9680a8 c4b28e"),
+        "bed .5 1 1.8 .95 2.1,night_stand .06 1 .5 .55 .42,pillow .4 .97 .6 .16 .4 .55,lamp .1 .98 .28 .45 .28 .55,"
+        "dresser 0 .55 1.3 .9 .5 0 1,window 1 .55 1.4 1.2 .04 .95 3,picture .5 1 .8 .5 .03 1.5"),
+    "kitchen": ((3.3, 2.5, 3.7), TILES, ("ded2ac ccd0c4 e2dcce", "b08e68 beb8ac", "aa3c2c deb240 96928c"),
+        "cabinet .35 1 2.3 .88 .6,counter .35 1 2.3 .05 .64 .88,refridgerator 1 .55 .75 1.8 .7 0 3,"
+        "stove .86 1 .65 .92 .66,cabinet 0 1 .9 .75 .36 1.5,cabinet .9 1 .9 .6 .36 1.6,window .45 1 .9 .9 .04 1.15"),
+    "living_room": ((5.2, 2.7, 5.6), PLANKS, ("d2be98 c0b8a8 b0b69e", "7c5638 a48864", "7c5840 60685c 943c30 464a60"),
+        "sofa .5 1 2.2 .85 .95,cabinet 1 .6 1.5 .6 .45 0 3,television 1 .6 1.1 .65 .12 .6 3,sofa 0 .6 1.6 .85 .9 0 1,"
+        "rug .5 .62 2.4 .02 1.8,coffee_table .5 .64 1.2 .42 .65,lamp .02 .97 .45 1.6 .45,picture .4 1 1 .7 .03 1.35"),
+    "bathroom": ((2.3, 2.4, 2.9), TILES, ("d4dcde c6d2c4 e4ded4", "b8baba 969ca4", "5c94a0 c4787c ece8dc"),
+        "toilet .45 1 .45 .8 .7,bathtub 0 .75 1.6 .55 .72 0 1,cabinet 1 .78 1 .8 .52 0 3,sink 1 .78 .6 .06 .5 .8 3,"
+        "mirror 1 .78 .9 .9 .03 1.1 3,towel .5 1 .5 .6 .05 1.25,rug .5 .6 .8 .02 .5"),
+    "dining_room": ((4.3, 2.7, 4.7), PLANKS, ("c6b08c baa084 d0c8b4", "704a30 96704a", "744630 543e34 a08054"),
+        "table .5 .62 1.7 .76 1,chair .36 .8 .46 .98 .46,chair .38 .44 .46 .98 .46 0 2,chair .62 .8 .46 .98 .46,"
+        "chair .2 .62 .46 .98 .46 0 1,cabinet .2 1 1.4 1.1 .45,picture .25 1 .9 .6 .03 1.5,window .9 1 1 1.4 .04 .8"),
+    "office": ((3.7, 2.8, 4.1), CARPET, ("ccceca bec6ce d6d2c6", "686c74 7e766c", "2c303c 3c5474 5c5c5a"),
+        "desk .4 1 1.7 .75 .8,monitor .3 .96 .55 .42 .08 .8,bookshelf 1 .66 1.3 2 .3 0 3,chair .4 .6 .5 1 .5 0 2,"
+        "whiteboard 0 .65 1.5 1 .03 1 1,keyboard .3 .88 .45 .03 .16 .75,blinds .85 1 1.2 1.3 .04 1"),
+}  # fmt: skip
 
 
 def write_sample(
@@ -94,337 +89,182 @@ def write_sample(
     if path.exists():
         raise UserError(f"{path} exists already. Remove it, or choose another name: python -m convert sample OTHER.mat")
     if rows < 1 or min(size_wh) < 32:
-        what = f"{rows} rows of {size_wh[0]}x{size_wh[1]}: too few"
-        raise UserError(f"{what}. Run: python -m convert sample {path} --rows 48")
+        raise UserError(f"{rows} rows of {size_wh}: too few. Run: python -m convert sample {path} --rows 48")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_hdf5(temporary, rows, chunks, seed, size_wh)
-        _write_user_block(temporary)
         os.replace(temporary, path)
         fsync_dir(path.parent)
     except OSError as error:
-        hint = "Choose another place: python -m convert sample OTHER.mat"
-        raise UserError(f"{path} cannot be written ({error.strerror or error}). {hint}") from error
+        what = f"{path} cannot be written ({error.strerror or error})"
+        raise UserError(f"{what}. Choose another place: python -m convert sample OTHER.mat") from error
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
 
 
-def plan_scenes(rows: int, tables: dict[str, Any], seed: int) -> list[str]:
-    """The scene of each row: half train and half test, the types in equal parts, about three rows a scene."""
-    rng = np.random.default_rng([seed, 1])
-    scenes: list[str] = []
-    for quota, split in ((rows - rows // 2, "train_scenes"), (rows // 2, "test_scenes")):
-        for k, kind in enumerate(ROOMS):
-            official = [s for s in tables[split] if scene_type(s) == kind]
-            n_rows = len(range(k, quota, len(ROOMS)))
-            picked = rng.permutation(official)[: max(1, round(n_rows / 3))]
-            scenes += [str(picked[i % len(picked)]) for i in range(n_rows)]
-    place = {scene: k for k, scene in enumerate(rng.permutation(sorted(set(scenes))))}
-    return sorted(scenes, key=place.__getitem__)
-
-
 def scene_type(scene: str) -> str:
     """`living_room_0012a` -> `living_room`"""
-    return re.sub(r"_\d+[a-z]?$", "", scene)
+    return scene.rpartition("_")[0]
 
 
-# ---------------------------------------------------------------- the picture
+def plan_scenes(rows: int, tables: dict[str, Any], seed: int) -> list[str]:
+    """The scene of each row: train and test in turn, the types in turn, three rows a scene; then shuffled by scene."""
+    scenes = []
+    for k in range(rows):
+        split, kind = tables[("train_scenes", "test_scenes")[k % 2]], list(ROOMS)[k // 2 % len(ROOMS)]
+        official = [s for s in split if scene_type(s) == kind]
+        scenes.append(official[(seed + k // (6 * len(ROOMS))) % len(official)])
+    return sorted(scenes, key=lambda scene: zlib.crc32(f"{seed} {scene}".encode()))
 
 
 def draw_row(scene: str, row: int, ids: dict[str, int], seed: int, size_wh: tuple[int, int]) -> dict[str, np.ndarray]:
-    """One row as the .mat holds it: every plane transposed to (width, height)."""
-    kind = ROOMS[scene_type(scene)]
-    room_rng = np.random.default_rng([seed, 2, zlib.crc32(scene.encode())])
-    rng = np.random.default_rng([seed, 3, row])
-    size = tuple(s * room_rng.uniform(0.88, 1.15) for s in kind.size)
-    low, high = np.array([-size[0] / 2, 0, -1]), np.array([size[0] / 2, size[1], size[2]])
-    boxes = _furnish(kind, low, high, room_rng)
-    depth, surface, axis, point = _trace(low, high, boxes, rng, (-(-size_wh[0] // 2), -(-size_wh[1] // 2)))
-    colours, textures, label_names, instances = _surfaces(kind, boxes, room_rng)
-    rgb = _paint(depth, surface, axis, point, high, colours, textures, rng)
-    glow = np.isin(label_names, GLOWING)[surface]
-    rgb[:, glow] = np.maximum(rgb[:, glow], colours[surface[glow]].T * 0.92)
-    edge = _edges(np.where(surface < 6, surface, np.unique(label_names, return_inverse=True)[1][surface] + 6))
-    label = _label_plane(surface, edge, label_names, ids, rng)
-    raw = _as_sensed(depth, edge, np.isin(label_names, GLOSSY)[surface], rng)
-    planes = {"depths": depth, "rawDepths": raw, "labels": label, "instances": instances[surface] * (label > 0)}
-    out = {name: _double(p, size_wh).astype(FIELDS[name][1]).T for name, p in planes.items()}
-    out["images"] = _finish_rgb(rgb, size_wh, rng).transpose(0, 2, 1)
-    _clear_frame(out["rawDepths"].T)
+    """The five fields of one row, as the .mat holds them."""
+    (w, h), rng = size_wh, np.random.default_rng([seed, 3, row])
+    made = _furnish(scene_type(scene), np.random.default_rng([seed, 2, zlib.crc32(scene.encode())]))
+    depth, surface, *_ = seen = _trace(np.array([s.ends for s in made], np.float32), rng, w, h)
+    part = np.array([ids[s.label] + 6 if k > 5 else k for k, s in enumerate(made)])[surface]
+    edge = (np.diff(part, axis=0, prepend=part[:1]) != 0) | (np.diff(part, axis=1, prepend=part[:, :1]) != 0)
+    left_out = rng.choice(["ceiling", *sorted({s.label for s in made[6:]})])  # by the annotators
+    label = np.array([ids[s.label] * (s.label != left_out) for s in made])[surface] * ~edge
+    instance = np.array([s.instance for s in made])[surface] * (label > 0)
+    # What the Kinect gives: whole disparities; nothing in the shadows beside edges, on much of gloss, in a few blobs.
+    blobs = rng.random((w // 10 + 1, h // 10 + 1)).repeat(5, 0).repeat(5, 1)[: len(edge), : edge.shape[1]]
+    hole = blobs < np.array([0.7 if s.label in GLOSSY else 0.02 for s in made])[surface]
+    hole |= edge | np.roll(edge, -1, 0) | np.roll(edge, -2, 0)
+    raw = np.where(hole, 0, np.minimum(DISPARITY / np.round(DISPARITY / depth), FAR_M))
+    half = dict(zip(FIELDS, (_paint(made, seen, rng), depth, raw, label, instance), strict=True))
+    out = {k: p.astype(FIELDS[k][1]).repeat(2, -2).repeat(2, -1)[..., :w, :h] for k, p in half.items()}
+    for name, (x0, x1, y0, y1), blank in (("images", (7, 632, 6, 473), 255), ("rawDepths", (41, 601, 45, 471), 0)):
+        out[name][..., : x0 * w // 640, :] = out[name][..., x1 * w // 640 :, :] = blank  # as around the originals
+        out[name][..., : y0 * h // 480] = out[name][..., y1 * h // 480 :] = blank
     return out
 
 
-def _furnish(kind: RoomType, low: np.ndarray, high: np.ndarray, rng: np.random.Generator) -> list[Box]:
-    boxes: list[Box] = []
-    for k, piece in enumerate(kind.pieces):
-        optional = k > 1 and piece.label not in ("cabinet", "counter", "table", "toilet", "desk")
-        if optional and rng.random() < 0.15:
-            continue
-        colour = _pick(COLOURS.get(piece.label, kind.accents), rng)
-        size = np.array(piece.size) * rng.uniform(0.92, 1.08)
-        if piece.turn in (1, 2):
-            size = size[[2, 1, 0]]
-        at = np.array([piece.x, 0, piece.z])
-        at = np.where((at > 0) & (at < 1), at + rng.uniform(-0.05, 0.05, 3), at)
-        centre = low + (high - low) * at - [0, 0, (1 - at[2]) * low[2]]  # z counts from the camera, not from behind it
-        corner = np.clip(centre - size / 2, low, np.maximum(low, high - size))
-        corner[1] = piece.base
-        for part in PARTS.get(piece.label, ((0, 1, 0, 1, 0, 1),)):
-            start, stop = _turned(part, piece.turn)
-            boxes.append(Box(tuple(corner + size * start), tuple(corner + size * stop), piece.label, colour, k))
-    return boxes
+def _pick(palette: str, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(0.85, 1.1) * rng.uniform(0.95, 1.05, 3) * list(bytes.fromhex(str(rng.choice(palette.split()))))
 
 
-def _pick(colours: list[Rgb], rng: np.random.Generator) -> np.ndarray:
-    colour = np.array(colours[rng.integers(len(colours))], np.float64)
-    return np.clip(colour * rng.uniform(0.85, 1.1) * rng.uniform(0.95, 1.05, 3), 0, 255)
+def _furnish(kind: str, rng: np.random.Generator) -> list[Surface]:
+    """The sides of the room (left, right, floor, ceiling, behind, back), then the boxes in it."""
+    size, ground, (walls, floors, own), pieces = ROOMS[kind]
+    high = np.array(size) * rng.uniform(0.88, 1.15, 3) * (0.5, 1, 1)
+    ends, wall, floor = np.array([(-high[0], 0, -1), high]), _pick(walls, rng), _pick(floors, rng)
+    tiled = TILES if ground == TILES and rng.random() < 0.6 else PLAIN
+    made = [Surface("wall", k, ends, wall, tiled) for k in (1, 2, 4, 3)]
+    made[2:2] = [Surface("floor", 1, ends, floor, ground), Surface("ceiling", 1, ends, np.full(3, 224), PLAIN)]
+    for k, piece in enumerate(pieces.split(",")):
+        if k < 3 or rng.random() < 0.85:
+            label, *numbers = piece.replace("_", " ").rsplit(maxsplit=piece.count(" "))
+            instance = 1 + max((s.instance for s in made if s.label == label), default=0)
+            colour, pattern = _pick(COLOURS.get(label, own), rng), PATTERNS.get(label, PLAIN)
+            boxes = _place(label, [*map(float, numbers), 0, 0], high, rng)
+            made += [Surface(label, instance, box, colour, pattern) for box in boxes]
+    return made
 
 
-def _turned(part: Part, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part's two corners after the piece is turned."""
-    x0, x1, y0, y1, z0, z1 = part
-    if turn == 1:
-        x0, x1, z0, z1 = 1 - z1, 1 - z0, x0, x1
-    elif turn == 2:
-        x0, x1, z0, z1 = z0, z1, x0, x1
-    elif turn == 3:
-        z0, z1 = 1 - z1, 1 - z0
-    return np.array([x0, y0, z0]), np.array([x1, y1, z1])
+def _place(label: str, numbers: list[float], high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(parts, 2, 3): lowest and highest corner of each part of a piece, in metres."""
+    size, (base, turn) = np.array(numbers[2:5]) * rng.uniform((0.92, 1, 0.92), (1.08, 1, 1.08)), numbers[5:7]
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[int(turn)]
+    turned = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
+    x, z = (n + rng.uniform(-0.05, 0.05) * (0 < n < 1) for n in numbers[:2])
+    half = np.abs(turned @ size) / 2
+    centre = np.clip([(2 * x - 1) * high[0], 0, z * high[2]], half - (high[0], 0, 0), np.maximum(half, high - half))
+    parts = np.array(PARTS.get(label, ((0, 0, 0, 1, 1, 1),))).reshape(-1, 2, 3)
+    return np.sort((parts - (0.5, 0, 0.5)) * size @ turned.T, 1) + np.array([centre[0], base, centre[2]])
 
 
-def _rays(rng: np.random.Generator, size_wh: tuple[int, int]) -> np.ndarray:
-    """(3, H, W) directions of a hand-held camera, scaled so that the distance along one is the planar depth."""
-    w, h = size_wh
-    yaw, pitch, roll = rng.uniform(-0.32, 0.32), rng.uniform(0.08, 0.3), rng.uniform(-0.03, 0.03)
-    u = np.broadcast_to((np.arange(w) + 0.5 - w / 2) / (FOCAL * w), (h, w))
-    v = np.broadcast_to(((h / 2 - np.arange(h) - 0.5) / (FOCAL * w))[:, None], (h, w))
-    u, v = u * math.cos(roll) - v * math.sin(roll), u * math.sin(roll) + v * math.cos(roll)
-    y, forward = v * math.cos(pitch) - math.sin(pitch), math.cos(pitch) + v * math.sin(pitch)
-    x, z = u * math.cos(yaw) + forward * math.sin(yaw), forward * math.cos(yaw) - u * math.sin(yaw)
-    rays = np.stack([x, y, z]).astype(np.float32)
-    return np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
-
-
-def _trace(
-    low: np.ndarray, high: np.ndarray, boxes: list[Box], rng: np.random.Generator, size_wh: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Depth in metres, surface (0-5 the room's sides, 6... the boxes), axis of its normal, point: all (..., H, W)."""
-    eye = np.array([rng.uniform(-0.18, 0.18) * high[0] * 2, rng.uniform(1.2, 1.6), rng.uniform(-0.5, 0.1)])
-    eye = eye.astype(np.float32)[:, None, None]
-    rays = _rays(rng, size_wh)
-    inverse = 1 / rays
-    far = np.maximum(*_slabs(low, high, eye, inverse))
+def _trace(ends: np.ndarray, rng: np.random.Generator, w: int, h: int) -> tuple[np.ndarray, ...]:
+    """What a hand-held camera sees: depth in metres, surface, axis of its normal, point: all (..., W / 2, H / 2)."""
+    eye = (rng.uniform((-0.36, 1.2, -0.5), (0.36, 1.6, 0.1)) * (ends[0, 1, 0], 1, 1)).astype(np.float32)
+    yaw, pitch = rng.uniform((-0.32, 0.08), (0.32, 0.3))
+    u, v = ((np.arange(0, n, 2) + 1 - n / 2) / (FOCAL * w) for n in (w, h))
+    y, forward = -v * np.cos(pitch) - np.sin(pitch), np.cos(pitch) - v * np.sin(pitch)
+    x, z = u[:, None] * np.cos(yaw) + forward * np.sin(yaw), forward * np.cos(yaw) - u[:, None] * np.sin(yaw)
+    rays = np.stack(np.broadcast_arrays(x, y, z)).astype(np.float32)
+    planes, inverse = (ends - eye)[..., None, None], 1 / rays
+    far = np.where(rays > 0, planes[0, 1], planes[0, 0]) * inverse
     axis, depth = far.argmin(0), far.min(0)
     surface = 2 * axis + (np.take_along_axis(rays, axis[None], 0)[0] > 0)
-    for k, box in enumerate(boxes, start=6):
-        one, two = _slabs(np.array(box.low), np.array(box.high), eye, inverse)
+    for k, (low, high) in enumerate(planes[6:], 6):
+        one, two = low * inverse, high * inverse
         near = np.minimum(one, two)
-        enter, leave = near.max(0), np.maximum(one, two).min(0)
-        hit = (enter < leave) & (enter > 0.45) & (enter < depth)
+        enter = near.max(0)
+        hit = (enter < np.maximum(one, two).min(0)) & (enter > 0.45) & (enter < depth)
         depth[hit], surface[hit], axis[hit] = enter[hit], k, near[:, hit].argmax(0)
-    point = eye + rays * depth
-    noise = rng.normal(0, 0.0015, depth.shape).astype(np.float32) * depth
-    return np.clip(depth + noise, NEAR_M, FAR_M), surface, axis, point
+    return np.clip(np.round(depth * 1024) / 1024, NEAR_M, FAR_M), surface, axis, eye[:, None, None] + rays * depth
 
 
-def _slabs(low: np.ndarray, high: np.ndarray, eye: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distances along each ray to a box's two planes across each axis."""
-    first, second = (c.astype(np.float32)[:, None, None] - eye for c in (low, high))
-    return first * inverse, second * inverse
-
-
-def _surfaces(
-    kind: RoomType, boxes: list[Box], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Per surface: colour, texture, class name, instance number within its class."""
-    wall, floor, ceiling = _pick(kind.walls, rng), _pick(kind.floors, rng), np.array([226.0, 224, 218])
-    colours = np.stack([wall, wall, floor, ceiling, wall, wall, *(b.colour for b in boxes)]).astype(np.float32)
-    names = ["wall", "wall", "floor", "ceiling", "wall", "wall", *(b.label for b in boxes)]
-    tiled = kind.floor_texture[0] == 0.33 and rng.random() < 0.6
-    tiled_walls = kind.floor_texture if tiled else PLAIN
-    room = {"floor": kind.floor_texture, "wall": tiled_walls}
-    textures = np.array([room.get(n, TEXTURES.get(n, PLAIN)) for n in names], np.float32)
-    numbers, seen, latest = [1, 2, 1, 1, 4, 3], Counter[str](), -1
-    for box in boxes:
-        seen[box.label] += box.piece != latest
-        latest = box.piece
-        numbers.append(seen[box.label])
-    return colours, textures, np.array(names), np.array(numbers, np.uint8)
-
-
-def _paint(
-    depth: np.ndarray, surface: np.ndarray, axis: np.ndarray, point: np.ndarray, high: np.ndarray,
-    colours: np.ndarray, textures: np.ndarray, rng: np.random.Generator,
-) -> np.ndarray:  # fmt: skip
-    """(3, H, W) float32 colours 0..255: texture, then shading by face, height, corner and distance."""
+def _paint(made: list[Surface], seen: tuple[np.ndarray, ...], rng: np.random.Generator) -> np.ndarray:
+    """(3, W, H) 0..255: pattern, then shading by face, corner and distance to the lamp, then grain."""
+    _, surface, axis, point = seen
     across, up = np.where(axis == 0, point[2], point[0]), np.where(axis == 1, point[2], point[1])
-    step_a, step_b, variation, line = textures[surface].transpose(2, 0, 1)
+    step_a, step_b, variation, joint = np.array([s.pattern for s in made], np.float32).T.copy()[:, surface]
     a, b = (across + 20) / step_a, (up + 20) / step_b
-    hashed = (a.astype(np.int64) * 73856093 ^ b.astype(np.int64) * 19349663 ^ surface * 83492791) % 1009 / 1009
-    tone = 1 + variation * (hashed.astype(np.float32) - 0.5)
-    tone[(a % 1 < line) | (b % 1 < line)] *= 0.66
-    to_walls = np.stack([high[0] - np.abs(point[0]), np.minimum(point[1], high[1] - point[1]), high[2] - point[2]])
-    corner = 1 - 0.32 * np.exp(-np.sort(to_walls, 0)[1] / 0.22)
-    face = np.array([0.80, 1.0, 0.9], np.float32)[axis]
-    lamp = np.array([rng.uniform(-0.5, 0.5) * high[0], high[1], rng.uniform(0.3, 0.8) * high[2]])[:, None, None]
-    light = 0.55 + 0.75 / (1 + 0.14 * ((point - lamp) ** 2).sum(0))
-    tint = rng.uniform(0.82, 1.08) * rng.uniform(0.94, 1.06, 3)
-    shade = (tone * corner * face * light / (1 + 0.02 * depth)).astype(np.float32)
-    return colours[surface].transpose(2, 0, 1) * shade * tint.astype(np.float32)[:, None, None]
-
-
-def _edges(identity: np.ndarray) -> np.ndarray:
-    """Pixels that differ from the one to the left or above."""
-    edge = np.zeros(identity.shape, bool)
-    edge[:, 1:] = identity[:, 1:] != identity[:, :-1]
-    edge[1:] |= identity[1:] != identity[:-1]
-    return edge
-
-
-def _label_plane(
-    surface: np.ndarray, edge: np.ndarray, names: np.ndarray, ids: dict[str, int], rng: np.random.Generator
-) -> np.ndarray:
-    """Class ids; 0 along edges and on something that the annotators left out."""
-    of_surface = np.array([ids[n] for n in names])
-    of_surface[names == rng.choice(["ceiling", *sorted(set(names[6:]))])] = 0
-    return np.where(edge, 0, of_surface[surface])
-
-
-def _as_sensed(depth: np.ndarray, edge: np.ndarray, glossy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What the Kinect gives: whole disparities; nothing in shadows beside edges, on gloss, in blobs, far away."""
-    raw = np.float32(351.3) / np.round(np.float32(351.3) / depth)
-    hole = edge | (depth > 9.5)
-    for shift in (1, 2, 3):
-        hole[:, :-shift] |= edge[:, shift:]
-    blobs = rng.random((-(-depth.shape[0] // 5), -(-depth.shape[1] // 5)))
-    blobs = blobs.repeat(5, 0).repeat(5, 1)[: depth.shape[0], : depth.shape[1]]
-    hole |= np.where(glossy, blobs < 0.7, blobs < 0.02)
-    return np.where(hole, np.float32(0), np.minimum(raw, np.float32(FAR_M)))
-
-
-def _double(plane: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
-    return plane.repeat(2, -2).repeat(2, -1)[..., : size_wh[1], : size_wh[0]]
-
-
-def _finish_rgb(rgb: np.ndarray, size_wh: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Full size, with noise and the white frame of the original (rows 0-5 and 473-479, columns 0-6 and 632-639)."""
-    full = _double(np.clip(rgb, 4, 246).astype(np.uint8), size_wh)
-    full = full + rng.integers(0, 8, full.shape, np.uint8)
-    h, w = full.shape[1:]
-    full[:, : h * 6 // 480], full[:, h - h * 7 // 480 :] = 255, 255
-    full[:, :, : w * 7 // 640], full[:, :, w - w * 8 // 640 :] = 255, 255
-    return full
-
-
-def _clear_frame(raw: np.ndarray) -> None:
-    """No measurement outside [45:471, 41:601], as in the original."""
-    h, w = raw.shape
-    raw[: h * 45 // 480], raw[h * 471 // 480 :] = 0, 0
-    raw[:, : w * 41 // 640], raw[:, w * 601 // 640 :] = 0, 0
-
-
-# ---------------------------------------------------------------- the file
+    cell_a, cell_b = a.astype(np.int32), b.astype(np.int32)
+    tone = (cell_a * 7919 ^ cell_b * 104729 ^ surface.astype(np.int32) * 83492) % 1009 / np.float32(1009)
+    tone = 1 + variation * (tone.astype(np.float32) - 0.5)
+    tone[(a - cell_a < joint) | (b - cell_b < joint)] *= 0.66
+    high = made[0].ends[1].astype(np.float32)
+    gaps = np.stack([high[0] - np.abs(point[0]), np.minimum(point[1], high[1] - point[1]), high[2] - point[2]])
+    lamp = (high * (rng.uniform(-0.5, 0.5), 1, rng.uniform(0.3, 0.8)))[:, None, None].astype(np.float32)
+    light = 0.62 + 0.9 / (1 + 0.14 * ((point - lamp) ** 2).sum(0))
+    shade = tone * light * np.prod(1 - 0.3 / (1 + 25 * gaps**2), 0) * np.array([0.8, 1, 0.9], np.float32)[axis]
+    shade = np.maximum(shade, np.array([0.92 * (s.label in GLOWING) for s in made], np.float32)[surface])
+    colours = np.array([s.colour for s in made]) * rng.uniform(0.82, 1.08) * rng.uniform(0.94, 1.06, 3)
+    return np.clip(colours.astype(np.float32).T.copy()[:, surface] * shade, 4, 246) + rng.integers(0, 8, shade.shape)
 
 
 def matlab_chunk(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
     """MATLAB's chunk for an array: split its longest axis not yet split, the last of equals, until it fits."""
     chunk = list(shape)
     for axis in sorted(range(len(shape)), key=lambda i: (shape[i], i), reverse=True):
-        n_bytes = item_bytes * math.prod(chunk)
-        if n_bytes <= CHUNK_BYTES:
-            break
-        chunk[axis] = max(1, chunk[axis] // -(-n_bytes // CHUNK_BYTES))
+        chunk[axis] = max(1, chunk[axis] // -(-item_bytes * int(np.prod(chunk)) // CHUNK_BYTES))
     return tuple(chunk)
 
 
 def _write_hdf5(path: Path, rows: int, chunks: Chunks, seed: int, size_wh: tuple[int, int]) -> None:
+    """The whole file, made durable; its first 128 bytes make MATLAB take it for its own."""
     tables = json.loads(Path(__file__).with_name("tables.json").read_text())
-    scenes = plan_scenes(rows, tables, seed)
+    ids, scenes = {n: i for i, n in enumerate(tables["classes"], 1)}, plan_scenes(rows, tables, seed)
     stamps = [f"{1294851097 + 7 * i}.{i * 7919 % 1000000:06d}-{i * 2654435761 % 2**32}" for i in range(rows)]
+    accel = np.random.default_rng([seed, 4]).normal([[0], [-1], [0], [0]], 0.05, (4, rows)).astype("<f4")
+    cells = {"names": tables["classes"], "scenes": scenes, "sceneTypes": [scene_type(s) for s in scenes]}
+    cells["rawRgbFilenames"] = [f"{s}/r-{t}.ppm" for s, t in zip(scenes, stamps, strict=True)]
+    cells["rawDepthFilenames"] = [f"{s}/d-{t}.pgm" for s, t in zip(scenes, stamps, strict=True)]
     with h5py.File(path, "w", userblock_size=512, libver="earliest") as file:
-        empty = _write_stubs(file)
-        _write_accel(file, rows, seed)
-        _write_arrays(file, scenes, {n: i for i, n in enumerate(tables["classes"], 1)}, chunks, seed, size_wh)
-        _write_cell(file, "names", tables["classes"], empty)
-        _write_cell(file, "scenes", scenes, empty)
-        _write_cell(file, "sceneTypes", [scene_type(s) for s in scenes], empty)
-        _write_cell(file, "rawRgbFilenames", [f"{s}/r-{t}.ppm" for s, t in zip(scenes, stamps, strict=True)], empty)
-        _write_cell(file, "rawDepthFilenames", [f"{s}/d-{t}.pgm" for s, t in zip(scenes, stamps, strict=True)], empty)
+        empty = _dataset(file, "#refs#/a", "canonical empty", data=np.zeros(2, "<u8"))  # MATLAB's stubs of an object
+        _dataset(file, "namesToIds", "containers.Map", data=np.array([[3707764736, 2, 1, 1, 1, 1]], "<u4"))
+        _dataset(file, "#subsystem#/MCOS", "FileWrapper__", data=np.array([[empty.ref]], h5py.ref_dtype))
+        _dataset(file, "accelData", "single", accel.shape, data=accel)
+        _write_arrays(file, rows, lambda row: draw_row(scenes[row], row, ids, seed, size_wh), chunks, size_wh)
+        for name, strings in cells.items():  # (1, N) references, each to the (length, 1) character codes of a string
+            codes = [np.frombuffer(text.encode("utf-16-le"), "<u2").reshape(-1, 1) for text in strings]
+            targets = [_dataset(file, f"#refs#/{name}{k}", "char", data=c).ref for k, c in enumerate(codes)]
+            _dataset(file, name, "cell", data=np.array([targets], h5py.ref_dtype))
+    with open(path, "r+b", buffering=0) as raw:
+        raw.write(b"MATLAB 7.3 MAT-file, Platform: MADE-UP, HDF5 schema 1.00 .".ljust(116) + bytes(8) + b"\0\2IM")
+        os.fsync(raw.fileno())
 
 
-def _write_arrays(
-    file: Any, scenes: list[str], ids: dict[str, int], chunks: Chunks, seed: int, size_wh: tuple[int, int]
-) -> None:
+def _write_arrays(file: Any, rows: int, draw: Any, chunks: Chunks, size_wh: tuple[int, int]) -> None:
     """The five arrays, as many rows at a time as the widest chunk spans, so that each chunk is deflated once."""
-    for name, (planes, dtype, matlab_class, tile) in FIELDS.items():
-        shape = (len(scenes), *((planes,) if planes else ()), *size_wh)
-        one_row = (1, *shape[1:-2], min(tile[0], size_wh[0]), min(tile[1], size_wh[1]))
-        chunk = one_row if chunks == "original" else matlab_chunk(shape, np.dtype(dtype).itemsize)
-        how = {} if chunks == "none" else {"chunks": chunk, "compression": "gzip", "compression_opts": 3}
-        _tag(file.create_dataset(name, shape, dtype, **how), matlab_class)
+    for name, (planes, dtype, matlab_class) in FIELDS.items():
+        shape, item = (rows, *planes, *size_wh), np.dtype(dtype).itemsize
+        original = tuple(map(min, shape, matlab_chunk((1449, *planes, 640, 480), item)))
+        chunk = {"original": original, "resaved": matlab_chunk(shape, item), "none": None}[chunks]
+        _dataset(file, name, matlab_class, chunk, shape=shape, dtype=dtype)
     step = max((file[name].chunks or (1,))[0] for name in FIELDS)
-    for low in range(0, len(scenes), step):
-        group = range(low, min(low + step, len(scenes)))
-        drawn = [draw_row(scenes[i], i, ids, seed, size_wh) for i in group]
+    for low in range(0, rows, step):
+        drawn = [draw(row) for row in range(low, min(low + step, rows))]
         for name in FIELDS:
-            file[name][low : group.stop] = np.stack([row[name] for row in drawn])
+            file[name][low : low + step] = np.stack([fields[name] for fields in drawn])
 
 
-def _write_accel(file: Any, rows: int, seed: int) -> None:
-    """(4, N): roll, yaw, pitch, tilt; gravity is about -1 on the second."""
-    rng = np.random.default_rng([seed, 4])
-    accel = rng.normal(0, 0.05, (4, rows)).astype("<f4")
-    accel[1] -= 1
-    how = {"chunks": accel.shape, "compression": "gzip", "compression_opts": 3}
-    _tag(file.create_dataset("accelData", data=accel, **how), "single")
-
-
-def _write_stubs(file: Any) -> Any:
-    """What MATLAB leaves behind for the object `namesToIds`. Returns the shared empty array of #refs#."""
-    empty = file.create_group("#refs#").create_dataset("a", data=np.zeros(2, "<u8"))
-    _tag(empty, "canonical empty")
-    empty.attrs.create("MATLAB_empty", np.uint8(1))
-    stub = file.create_dataset("namesToIds", data=np.array([[3707764736, 2, 1, 1, 1, 1]], "<u4"))
-    _tag(stub, "containers.Map", MATLAB_object_decode=3)
-    objects = file.create_group("#subsystem#").create_dataset("MCOS", (1, 1), h5py.ref_dtype)
-    objects[0, 0] = empty.ref
-    _tag(objects, "FileWrapper__", MATLAB_object_decode=3)
-    return empty
-
-
-def _write_cell(file: Any, name: str, strings: list[str], empty: Any) -> None:
-    """A (1, N) array of references, each to the (length, 1) uint16 character codes of one string."""
-    cell = file.create_dataset(name, (1, len(strings)), h5py.ref_dtype)
-    _tag(cell, "cell")
-    targets = []
-    for text in strings:
-        codes = np.frombuffer(text.encode("utf-16-le"), "<u2").reshape(-1, 1)
-        target = file["#refs#"].create_dataset(_letters(len(file["#refs#"])), data=codes) if text else empty
-        if text:
-            _tag(target, "char", MATLAB_int_decode=2)
-        targets.append(target.ref)
-    cell[0, :] = targets
-
-
-def _letters(number: int) -> str:
-    """MATLAB's names in #refs#: a ... z A ... Z, then two letters, and so on."""
-    alphabet, name = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", ""
-    while number >= 0:
-        name, number = alphabet[number % 52] + name, number // 52 - 1
-    return name
-
-
-def _tag(target: Any, matlab_class: str, **numbers: int) -> None:
-    target.attrs.create("MATLAB_class", np.bytes_(matlab_class), dtype=h5py.string_dtype("ascii", len(matlab_class)))
-    for key, value in numbers.items():
-        target.attrs.create(key, np.int32(value))
-
-
-def _write_user_block(path: Path) -> None:
-    """The 128 bytes that make MATLAB take the file for its own, then onto the disk."""
-    with open(path, "r+b") as file:
-        file.write(HEADER.ljust(116) + bytes(8) + struct.pack("<H", 0x0200) + b"IM")
-        file.flush()
-        os.fsync(file.fileno())
+def _dataset(file: Any, name: str, matlab_class: str, chunk: tuple[int, ...] | None = None, **how: Any) -> Any:
+    packed = {"chunks": chunk, "compression": "gzip", "compression_opts": 3} if chunk else {}
+    made = file.create_dataset(name, **how, **packed)
+    made.attrs["MATLAB_class"] = np.bytes_(matlab_class)
+    return made

@@ -139,10 +139,10 @@ def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: Path) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left")
 
-    monkeypatch.setattr("convert.sample._write_user_block", full)
+    monkeypatch.setattr("convert.sample._write_arrays", full)
     with pytest.raises(UserError, match="No space left"):
         small(tmp_path / "full.mat")
     assert not list(tmp_path.iterdir())
