@@ -60,7 +60,7 @@ def pull(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    from .sample import write_sample
+    from rooms.sample import write_sample
 
     write_sample(args.file, args.rows)
     print(args.file)

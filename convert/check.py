@@ -107,7 +107,7 @@ def _provenance_lines(directory: Path) -> list[str]:
 
 def picture(directory: Path, out: Path, n_rows: int) -> None:
     """A contact sheet of rows spread over the set: rgb | depth | labels."""
-    from .picture import contact_sheet
+    from pictures.sheet import contact_sheet
 
     found = fmt.open_set(directory)
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)

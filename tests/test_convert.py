@@ -20,9 +20,9 @@ from convert import format as fmt
 from convert.format import FIELDS, Settings, UserError
 from convert.mat import KEYS
 from convert.resize import resize
-from convert.sample import write_sample
 from convert.tables import split_of, tables
 from convert.write import convert
+from rooms.sample import write_sample
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -1,6 +1,5 @@
 """The made-up .mat has the real one's layout."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
-import convert.sample
 from convert.format import UserError
-from convert.sample import FIELDS, ROOMS, matlab_chunk, scene_type, write_sample
+from convert.tables import tables as official_tables
+from rooms.sample import FIELDS, ROOMS, matlab_chunk, scene_type, write_sample
 
 ROWS = 12
 KEYS = {
@@ -74,7 +73,7 @@ def test_references_decode_to_official_names(sample: Path) -> None:
 
 
 def test_half_the_rows_are_train_and_every_type_is_in_both(sample: Path) -> None:
-    tables = json.loads(Path(convert.sample.__file__).with_name("tables.json").read_text())
+    tables = official_tables()
     with h5py.File(sample) as file:
         scenes = strings(file, "scenes")
     for split in ("train_scenes", "test_scenes"):
@@ -142,7 +141,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left")
 
-    monkeypatch.setattr("convert.sample._write_arrays", full)
+    monkeypatch.setattr("rooms.sample._write_arrays", full)
     with pytest.raises(UserError, match="No space left"):
         small(tmp_path / "full.mat")
     assert not list(tmp_path.iterdir())
@@ -155,7 +154,7 @@ def test_too_few_rows_is_a_users_mistake(tmp_path: Path) -> None:
 
 def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from convert.picture import contact_sheet
+    from pictures.sheet import contact_sheet
 
     with h5py.File(sample) as file:
         rgb, metres, label = (file[k][:2, ..., ::4, ::4].swapaxes(-1, -2) for k in ("images", "rawDepths", "labels"))
@@ -166,7 +165,7 @@ def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convert.picture import contact_sheet
+    from pictures.sheet import contact_sheet
 
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -284,7 +284,7 @@ def command(settings: Settings, **changes: Any) -> str:
 def _pictures(run: Run, out: Path, names: list[str], base: float) -> list[str]:
     """Draw curves.png and confusion.png; returns their paths, or says what is missing."""
     try:
-        from train.plots import confusion_png, curves_png
+        from pictures.plots import confusion_png, curves_png
 
         drawn = {"curves.png": curves_png(run.history, base)}
         drawn["confusion.png"] = confusion_png(run.confusion_kk.numpy(), names)

@@ -5,7 +5,6 @@ and the size of the room; the scene its exact arrangement; the row the camera an
 ones, so the split is the official one. Planes are drawn as they are stored, (W, H).
 """
 
-import json
 import os
 import zlib
 from pathlib import Path
@@ -15,6 +14,7 @@ import h5py
 import numpy as np
 
 from convert.format import UserError, fsync_dir
+from convert.tables import tables as official_tables
 
 Chunks = Literal["original", "resaved", "none"]
 Pattern = tuple[float, float, float, float]  # period across and up in metres, tone variation, share of the dark joint
@@ -227,7 +227,7 @@ def matlab_chunk(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
 
 def _write_hdf5(path: Path, rows: int, chunks: Chunks, seed: int, size_wh: tuple[int, int]) -> None:
     """The whole file, made durable; its first 128 bytes make MATLAB take it for its own."""
-    tables = json.loads(Path(__file__).with_name("tables.json").read_text())
+    tables = official_tables()
     ids, scenes = {n: i for i, n in enumerate(tables["classes"], 1)}, plan_scenes(rows, tables, seed)
     stamps = [f"{1294851097 + 7 * i}.{i * 7919 % 1000000:06d}-{i * 2654435761 % 2**32}" for i in range(rows)]
     accel = np.random.default_rng([seed, 4]).normal([[0], [-1], [0], [0]], 0.05, (4, rows)).astype("<f4")

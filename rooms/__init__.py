@@ -1,0 +1,1 @@
+"""Made-up rooms in the layout of the .mat, for the demo and the tests."""
