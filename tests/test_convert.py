@@ -240,7 +240,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "absurd chunks": (
         lambda f: (
             f.__delitem__("depths"),
-            f.create_dataset("depths", (36, 8192, 8192), "f4", chunks=(36, 8192, 8192)),
+            f.create_dataset("depths", (36, 2048, 2048), "f4", chunks=(36, 2048, 2048)),
         ),
         "MiB each",
     ),
