@@ -5,16 +5,25 @@ import torch
 from torch import Tensor
 
 from train.augment import (
+    Draws,
+    Strengths,
     augment,
     color_jitter,
+    random_erase,
     random_flip,
     random_resized_crop,
     resize,
+    scale_depth,
     to_input,
 )
 from train.data import IMAGENET_MEAN, IMAGENET_STD
 
 STATS = (2.842, 1.417)
+ALL = Strengths(crop=0.5, jitter=0.4, erase=0.5, depth_noise=0.1)
+
+
+def draws(n: int, seed: int = 0) -> Draws:
+    return Draws(seed, n)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -51,7 +60,7 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
 @pytest.mark.parametrize("size", [20, 48, 77])
 def test_a_crop_never_averages_depth_and_keeps_holes(size: int) -> None:
     rgb, depth = batch()
-    cropped_rgb, cropped = random_resized_crop(rgb, depth, seeded(), size)
+    cropped_rgb, (cropped,) = random_resized_crop(rgb, [depth], draws(8), size, 0.5)
     assert cropped_rgb.shape == (8, 3, size, size)
     assert cropped.shape == (8, 1, size, size)
     assert cropped.dtype == torch.int16
@@ -64,25 +73,28 @@ def test_a_crop_never_averages_depth_and_keeps_holes(size: int) -> None:
 
 def test_rgb_and_depth_are_cropped_at_the_same_place() -> None:
     size = 64
-    rgb, depth = random_resized_crop(*ramps(size=size), seeded(), 64)
+    rgb, depth = ramps(size=size)
+    rgb, (depth,) = random_resized_crop(rgb, [depth], draws(64), 64, 0.5)
     x, y = (depth.long() - 1) % size, (depth.long() - 1) // size
     assert (rgb[:, :1] - x).abs().max() <= 0.51
     assert (rgb[:, 1:2] - y).abs().max() <= 0.51
 
 
 def test_the_crop_covers_the_share_of_the_area_asked_for() -> None:
-    rgb, _ = random_resized_crop(*ramps(n=256), seeded(), 64, scale=(0.5, 1.0))
+    rgb, _ = random_resized_crop(ramps(n=256)[0], [], draws(256), 64, 0.5)
     spans = [rgb[:, channel].flatten(1) for channel in (0, 1)]
     wide, high = ((span.amax(1) - span.amin(1)) / 63 for span in spans)
     assert (wide * high).min() > 0.4
     assert (wide * high).mean() < 0.85
-    whole, depth = random_resized_crop(*ramps(n=1), seeded(), 64, scale=(1.0, 1.0))
-    assert whole.shape[-1] == depth.shape[-1] == 64
+    rgb, depth = ramps(n=1)
+    whole, (whole_depth,) = random_resized_crop(rgb, [depth], draws(1), 64, 1.0)
+    assert (whole - rgb).abs().max() < 16  # another aspect ratio at most
+    assert whole_depth.shape == depth.shape
 
 
 def test_a_flip_mirrors_rgb_and_depth_of_the_same_samples() -> None:
     rgb, depth = batch(64)
-    flipped_rgb, flipped_depth = random_flip(rgb, depth, seeded())
+    flipped_rgb, (flipped_depth,) = random_flip(rgb, [depth], draws(64))
     n_flipped = 0
     for i in range(64):
         flipped = torch.equal(flipped_rgb[i], rgb[i].flip(-1))
@@ -94,32 +106,74 @@ def test_a_flip_mirrors_rgb_and_depth_of_the_same_samples() -> None:
 
 def test_jitter_stays_in_range_and_changes_each_sample_by_itself() -> None:
     rgb = torch.full((16, 3, 8, 8), 100, dtype=torch.uint8)
-    out = color_jitter(rgb, seeded())
+    out = color_jitter(rgb, draws(16), 0.4)
     assert out.min() >= 0
     assert out.max() <= 255
     assert len({round(v, 3) for v in out.mean(dim=(1, 2, 3)).tolist()}) == 16
-    torch.testing.assert_close(color_jitter(rgb, seeded(), strength=0.0), rgb.float())
+    torch.testing.assert_close(color_jitter(rgb, draws(16), 0.0), rgb.float())
+
+
+def test_dense_targets_follow_their_pictures_and_void_stays_void() -> None:
+    size, n = 64, 16
+    rgb, number = ramps(n=n, size=size)
+    target = number[:, 0].long().masked_fill(torch.rand((n, size, size), generator=seeded()) < 0.2, -100)
+    moved, (depth, labels, metres) = augment(rgb, [number, target, number / 1000], draws(n), size, Strengths(jitter=0))
+    assert labels.dtype == torch.int64
+    known = labels != -100
+    assert torch.equal(labels[known], depth[:, 0].long()[known])
+    assert 0.1 < (~known).float().mean() < 0.3
+    torch.testing.assert_close(metres, depth / 1000)
+    assert (moved[:, 0] - (depth[:, 0].long() - 1) % size).abs().max() <= 0.51
+
+
+def test_an_erased_rectangle_is_grey_and_has_no_depth_and_others_keep_theirs() -> None:
+    rgb, depth = torch.zeros((200, 3, 32, 32)), torch.ones((200, 1, 32, 32), dtype=torch.int16)
+    rgb, depth = random_erase(rgb, depth, draws(200), 0.5)
+    holes = depth == 0
+    assert torch.equal((rgb == 118).all(dim=1, keepdim=True), holes)
+    share = holes.flatten(1).float().mean(dim=1)
+    assert 60 < (share > 0).sum() < 140
+    assert 0.05 < share[share > 0].min() <= share.max() < 0.3
+
+
+def test_scaled_depth_keeps_its_holes_and_its_type() -> None:
+    _, depth = batch()
+    scaled = scale_depth(depth, draws(8), 0.1)
+    assert scaled.dtype == torch.int16
+    assert torch.equal(scaled == 0, depth == 0)
+    ratio = scaled[depth > 0] / depth[depth > 0]
+    assert 0.89 < ratio.min() < 1 < ratio.max() < 1.11
 
 
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another() -> None:
     rgb, depth = batch()
-    first, again, other = (augment(rgb, depth, seeded(seed), 32) for seed in (3, 3, 4))
+    first, again, other = (augment(rgb, [depth], draws(8, seed), 32, ALL) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
+    assert torch.equal(first[1][0], again[1][0])
     assert not torch.equal(first[0], other[0])
-    assert not torch.equal(first[1], other[1])
+    assert not torch.equal(first[1][0], other[1][0])
+
+
+def test_a_picture_is_the_same_whatever_the_number_of_ranks() -> None:
+    rgb, depth = batch()
+    whole_rgb, (whole,) = augment(rgb, [depth], draws(8), 32, ALL)
+    for mine in ([0, 2, 5], [1, 3, 4, 6, 7]):
+        part_rgb, (part,) = augment(rgb[mine], [depth[mine]], Draws(0, 8, mine), 32, ALL)
+        torch.testing.assert_close(part_rgb, whole_rgb[mine])
+        assert torch.equal(part, whole[mine])
 
 
 def test_the_global_generator_is_neither_used_nor_moved() -> None:
     before = torch.get_rng_state()
-    augment(*batch(), seeded(), 32)
+    rgb, depth = batch()
+    augment(rgb, [depth], draws(8), 32, ALL)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_resize_takes_the_depth_pixel_under_each_centre() -> None:
     rgb, depth = batch(size=48)
-    small_rgb, small = resize(rgb, depth, 20)
+    small_rgb, (small,) = resize(rgb, [depth], 20)
     index = ((torch.arange(20) + 0.5) * 48 / 20).floor().long()
     assert torch.equal(small, depth[:, :, index][:, :, :, index])
     assert small_rgb.shape == (8, 3, 20, 20)
-    assert resize(rgb, depth, 48)[0] is rgb
+    assert resize(rgb, [depth], 48)[0] is rgb

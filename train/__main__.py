@@ -1,4 +1,4 @@
-"""python -m train: scene classification from a converted set."""
+"""python -m train: learn from a converted set; python -m train predict RUN: what a run says about other pictures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import NoReturn
 import torch
 
 from convert.format import UserError
-from train.checkpoint import Settings
+from train import ranks
+from train.checkpoint import one_line
 from train.loop import train
+from train.settings import Settings, add_flags
 
 EPILOG = """examples:
   python -m train --data data --out runs/scene
-  python -m train --data data --out runs/quick --epochs 5 --size 64 --batch-size 32
-  python -m train --data data --out runs/pretrained --weights resnet18.pth --lr 3e-4
-  python -m train --data data --out runs/mine --model my_models:make
+  python -m train --data data --out runs/parts --task semantic40 --batch-size 32
+  python -m train --data data --out runs/pretrained --weights resnet18-f37072fd.pth --lr 3e-4
+  torchrun --nproc-per-node 2 -m train --data data --out runs/two
+  python -m train predict runs/scene --images photos
 
-The same command again continues where it stopped. In --out: last.pt, metrics.csv, curves.png, confusion.png."""
+The same command again continues where it stopped."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,66 +32,46 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. Run: python -m train --help\n")
 
 
-def _workers(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", required=True, metavar="DIR|ROOT", help="a converted set, or a directory that holds exactly one")
-    add("--out", required=True, metavar="RUN", help="directory of this run; a run found there is continued")
-    add("--task", default="scene", choices=["scene"], help="what to learn")
-    add("--num-classes", type=int, default=13, choices=[10, 13, 27], help="which scene classes")
-    add("--size", type=int, default=128, help="training resolution, 0 = as stored")
-    add("--num-workers", type=_workers, default="auto", metavar="N|auto", help="loader processes")
-    add("--mirror", metavar="DIR", help="copy the checkpoint there now and then, and start from it (such as a Drive)")
-    add("--reset", action="store_true", help="forget the checkpoints in --out and start over")
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--epochs", type=int, default=90, help="passes over the train rows")
-    add("--batch-size", type=int, default=128, help="rows a step")
-    add("--model", default="resnet18", metavar="NAME", help="resnet18, or package.module:callable(num_classes)")
-    add("--width", type=int, default=0, help="channels of the first layer, 0 = 64 with --weights, else 32")
-    add("--weights", metavar="FILE", help="ResNet-18 ImageNet state_dict, for both streams")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, on weights but not on biases and norms")
-    add("--warmup-epochs", type=int, default=5, help="rising learning rate, a quarter of --epochs at most")
-    add("--label-smoothing", type=float, default=0.1, help="share of the target spread over all classes")
-    add("--class-balance", type=float, default=0.0, help="loss weight = class frequency ** -X, 0 = off, 1 = full")
-    add("--seed", type=int, default=0, help="of everything random")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """The flags are the fields of Settings; a test can compare the two."""
-    parser = _Parser(
-        prog="train",
-        description="Train a two-stream RGB-D network on a converted set.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_data(parser)
-    _add_training(parser)
+    """The flags are the fields of Settings."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="train", description=__doc__, epilog=EPILOG, formatter_class=raw)
+    add_flags(parser)
     return parser
+
+
+def _predict(argv: Sequence[str]) -> None:
+    from pictures.report import predict
+
+    parser = _Parser(prog="train predict", description="On the test rows, or on a folder of pictures.")
+    parser.add_argument("run", metavar="RUN", help="the --out of a run")
+    parser.add_argument("--images", metavar="DIR", help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)")
+    parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/predict")
+    predict(**vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, and turn a user's mistake into one line and status 2."""
-    settings = Settings(**vars(make_parser().parse_args(argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    who = f"train: rank {ranks.RANK} of {ranks.WORLD}" if ranks.WORLD > 1 else "train"
     try:
-        train(settings)
+        _predict(words[1:]) if words[:1] == ["predict"] else train(Settings(**vars(make_parser().parse_args(words))))
+        ranks.leave()
     except UserError as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError:
-        print(
-            f"train: the GPU's memory is full. Use a smaller --batch-size than {settings.batch_size}", file=sys.stderr
-        )
+        print(f"{who}: the GPU's memory is full. Use a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train: stopped; finished epochs are kept, the same command continues", file=sys.stderr)
+        print(f"{who}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if ranks.WORLD == 1 or not ranks.is_lost(error):
+            raise
+        print(f"{who}: lost another rank ({one_line(error)}). Run the same command again to continue", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A run's settings and state, and its checkpoints: written atomically, the newest valid one continued."""
+"""A run's state and its checkpoints: written atomically, the newest valid one continued, mirrored in the background."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import io
 import os
 import shutil
 import sys
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,34 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from convert.format import UserError, void, write_atomically
+from train import ranks
+from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
-NOT_COMPARED = {"data", "out", "epochs", "num_workers", "reset", "mirror"}  # may change between resumed runs
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made from; the command's flags, and stored in its checkpoint."""
-
-    data: str
-    out: str
-    task: str = "scene"
-    num_classes: int = 13
-    epochs: int = 90
-    batch_size: int = 128
-    num_workers: int | str = "auto"
-    model: str = "resnet18"
-    width: int = 0  # 0: 64 with weights, else 32
-    size: int = 128  # training resolution; 0: as stored
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_epochs: int = 5  # at most a quarter of the epochs
-    label_smoothing: float = 0.1
-    class_balance: float = 0.0  # loss weight = frequency ** -class_balance; 0: none, 1: fully balanced
-    seed: int = 0
-    weights: str | None = None
-    mirror: str | None = None
-    reset: bool = False
 
 
 @dataclass
@@ -52,12 +32,14 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    history: list[dict[str, float]]
-    confusion_kk: Tensor  # int64 [true, named], of the last epoch
+    sums: Tensor  # float64: loss, its weight, the task's counts; of this rank's steps in this epoch
+    counts: Tensor  # float64: the task's counts of the last evaluation
+    history: list[dict[str, float]]  # one row a finished epoch
+    step: int = 0  # next one in the current epoch
 
     @property
-    def next_epoch(self) -> int:
-        """Finished epochs: the history has one row each."""
+    def epoch(self) -> int:
+        """Finished epochs, and the number of the current one."""
         return len(self.history)
 
 
@@ -69,111 +51,138 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def save(run: Run, settings: Settings, fingerprint: str) -> None:
-    """metrics.csv, then last.pt (the one before stays as previous.pt)."""
-    out = Path(settings.out)
-    state = {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "epoch": run.next_epoch,
-        "history": run.history,
-        "confusion": run.confusion_kk,
-        "settings": asdict(settings),
-        "fingerprint": fingerprint,
-    }
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(run.history[-1]))
+    writer = csv.DictWriter(text, fieldnames=list(rows[-1]))
     writer.writeheader()
-    writer.writerows(run.history)
-    write_atomically(out / METRICS, lambda file: void(file.write(text.getvalue().encode())))
+    writer.writerows(rows)
+    write_atomically(path, lambda file: void(file.write(text.getvalue().encode())))
+
+
+def save(run: Run, settings: Settings, fingerprint: str) -> None:
+    """metrics.csv, then last.pt (the one before stays as previous.pt). Every rank calls it, the first one writes."""
+    sums, out = ranks.total(run.sums), Path(settings.out)
+    if ranks.RANK:
+        return
+    state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
+    state |= {"epoch": run.epoch, "step": run.step, "sums": sums, "counts": run.counts, "history": run.history}
+    state |= {"settings": asdict(settings), "batch": settings.batch_size * ranks.WORLD, "fingerprint": fingerprint}
+    if run.history:
+        write_csv(out / METRICS, run.history)
     if (out / CHECKPOINT).exists():
         os.replace(out / CHECKPOINT, out / PREVIOUS)
     write_atomically(out / CHECKPOINT, lambda file: torch.save(state, file))  # type: ignore[arg-type]
 
 
-def mirror(settings: Settings, *names: str) -> None:
-    """Copy files of the run to --mirror; a failing Drive is announced and does not stop the training."""
-    if settings.mirror is None:
-        return
-    target = Path(settings.mirror)
+def copy_file(source: Path, target: Path) -> None:
+    with open(source, "rb") as file:  # stays the same file when a newer one takes its name
+        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
+
+
+class Mirror:
+    """Copies the run to --mirror in a thread of its own: a failing Drive is announced, a hanging one left behind."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.source, self.target = Path(settings.out), Path(settings.mirror) if settings.mirror else None
+        self.thread: threading.Thread | None = None
+
+    def copy(self, *names: str, wait_s: float = 0.0) -> None:
+        """Start copying, unless the last copy is still under way: then the next checkpoint's will do."""
+        if self.target is None or ranks.RANK:
+            return
+        if is_done := self._is_done(wait_s):
+            self.thread = threading.Thread(target=self._copy, args=(self.target, names), daemon=True)
+            self.thread.start()
+            is_done = self._is_done(wait_s)
+        if wait_s and not is_done:
+            say(f"--mirror {self.target}: not done after {wait_s:.0f} s; the run is whole in {self.source}")
+
+    def _is_done(self, wait_s: float) -> bool:
+        if self.thread:
+            self.thread.join(wait_s)
+        return not (self.thread and self.thread.is_alive())
+
+    def _copy(self, target: Path, names: tuple[str, ...]) -> None:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                copy_file(self.source / name, target / name)
+        except Exception as error:  # a mounted Drive fails in many ways
+            say(f"--mirror {target}: {one_line(error)}; training goes on, the run is whole in {self.source}")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The stored state, every byte checked; a file that cannot be read is named, set aside and skipped."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            source = Path(settings.out) / name
-            if source.exists():
-                _copy(source, target / name)
-    except OSError as error:
-        say(f"--mirror {target}: {error}; training goes on, the run is whole in {settings.out}")
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as file:
-        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
-
-
-def _fetch_mirror(settings: Settings) -> None:
-    """A new session starts with an empty disk: take the run back from --mirror."""
-    if settings.mirror is None or (Path(settings.out) / CHECKPOINT).exists():
-        return
-    source = Path(settings.mirror) / CHECKPOINT
-    if source.exists():
-        _copy(source, Path(settings.out) / CHECKPOINT)
-        say(f"took {source} back")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The stored state; a file that cannot be read is named, set aside and skipped."""
-    try:
+        with zipfile.ZipFile(path) as archive:  # torch stores a CRC of every tensor and does not look at it
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and {"model", "optimizer", "epoch", "settings", "fingerprint"} <= state.keys():
+        if isinstance(state, dict) and {"model", "optimizer", "step", "settings", "fingerprint"} <= state.keys():
             return state
         reason = "it is not a checkpoint of this program"
     except FileNotFoundError:
         return None
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others here
+    except Exception as error:  # a damaged zip or pickle raises almost anything
         reason = one_line(error)
-    os.replace(path, path.with_suffix(".broken"))
-    say(f"{path} is damaged, kept as {path.with_suffix('.broken').name} and skipped: {reason}")
+    with suppress(OSError):  # else the next save would put it in the place of the good one before
+        os.replace(path, path.with_suffix(".broken"))
+    say(f"{path} is damaged, renamed to .broken and skipped: {reason}")
     return None
+
+
+def newest(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
+    """The newest valid checkpoint: last.pt, else the further one of previous.pt and --mirror's."""
+    out = Path(settings.out)
+    if state := _read(out / CHECKPOINT):
+        return out / CHECKPOINT, state
+    paths = [out / PREVIOUS, *([Path(settings.mirror) / CHECKPOINT] if settings.mirror else [])]
+    found = [(path, state) for path in paths if (state := _read(path))]
+    return max(found, key=lambda each: (each[1]["epoch"], each[1]["step"]), default=None)
 
 
 def _refuse_other(state: dict[str, Any], settings: Settings, fingerprint: str, path: Path) -> None:
     """A checkpoint of another set or other settings is never continued."""
-    if state["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path} was trained on shards {state['fingerprint'][:8]}, this directory is {fingerprint[:8]}. "
-            "Use --data with that set, another --out, or --reset"
-        )
+    pairs: dict[str, tuple[Any, Any]] = {"--data with shards": (state["fingerprint"][:8], fingerprint[:8])}
+    pairs["--batch-size times ranks"] = state["batch"], settings.batch_size * ranks.WORLD
     for name, value in asdict(settings).items():
-        stored = state["settings"].get(name)
-        if name not in NOT_COMPARED and stored != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{path} was trained with {flag} {stored}, this run has {flag} {value}. "
-                f"Use {flag} {stored}, another --out, or --reset"
-            )
+        if name not in MAY_CHANGE:
+            pairs["--" + name.replace("_", "-")] = state["settings"].get(name), value
+    for flag, (stored, value) in pairs.items():
+        if stored != value:
+            hint = f"Use {flag} {stored}, another --out, or --reset"
+            raise UserError(f"{path} was trained with {flag} {stored}, this run has {flag} {value}. {hint}")
+
+
+def load(run: Run, state: dict[str, Any], path: Path) -> None:
+    """Put a stored state into the run; sums of the epoch so far go on in the first rank."""
+    try:
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not fit --model {state['settings']['model']}: {one_line(error)} Use --reset"
+        ) from error
+    run.scaler.load_state_dict(state["scaler"])
+    run.sums = (state["sums"] if ranks.RANK == 0 else torch.zeros_like(state["sums"])).to(run.sums.device)
+    run.counts, run.history, run.step = state["counts"], state["history"], state["step"]
 
 
 def restore(run: Run, settings: Settings, fingerprint: str) -> None:
-    """Continue from last.pt, else from previous.pt, else from the start."""
+    """Continue from the newest valid checkpoint, else from the start; every rank gets what the first one read."""
     out = Path(settings.out)
-    if settings.reset:
+    if settings.reset and ranks.RANK == 0:
         for name in (CHECKPOINT, PREVIOUS):
             (out / name).unlink(missing_ok=True)
+    found = ranks.first(lambda: None if settings.reset else newest(settings))
+    if found is None:
         return
-    _fetch_mirror(settings)
-    for path in (out / CHECKPOINT, out / PREVIOUS):
-        state = _read_checkpoint(path)
-        if state is None:
-            continue
-        _refuse_other(state, settings, fingerprint, path)
-        try:
-            run.model.load_state_dict(state["model"])
-            run.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} does not fit --model {settings.model}: {one_line(error)} Use --reset") from error
-        run.scaler.load_state_dict(state["scaler"])
-        run.history, run.confusion_kk = state["history"], state["confusion"]
-        say(f"continuing from {path} at epoch {run.next_epoch + 1} of {settings.epochs}")
-        return
+    path, state = found
+    _refuse_other(state, settings, fingerprint, path)
+    load(run, state, path)
+    if ranks.RANK == 0:
+        if path != out / CHECKPOINT:
+            copy_file(path, out / CHECKPOINT)
+        if run.history:
+            write_csv(out / METRICS, run.history)
+        say(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")

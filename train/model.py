@@ -1,18 +1,20 @@
-"""A two-stream RGB-D ResNet-18: one standard ResNet-18 trunk a picture, joined after pooling."""
+"""Two-stream RGB-D ResNet-18: one standard trunk a picture, joined after pooling, or by a light decoder."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert.format import UserError
+from convert.format import UserError, sha256_file
 
-
-def _conv3x3(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, bias=False)
+IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # the name ends in its SHA-256's first 8 digits
+STREAMS = {"rgbd": ("rgb", "depth"), "rgb": ("rgb",), "depth": ("depth",)}
 
 
 class BasicBlock(nn.Module):
@@ -20,11 +22,10 @@ class BasicBlock(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(n_in, n_out, stride)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = _conv3x3(n_out, n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(n_out)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module | None = None
         if stride != 1 or n_in != n_out:
             self.downsample = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
@@ -32,102 +33,119 @@ class BasicBlock(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         """[B, n_in, H, W] -> [B, n_out, H / stride, W / stride]."""
         shortcut = x_bchw if self.downsample is None else self.downsample(x_bchw)
-        y: Tensor = self.relu(self.bn1(self.conv1(x_bchw)))
-        y = self.bn2(self.conv2(y)) + shortcut
-        return torch.relu_(y)
-
-
-def _stage(n_in: int, n_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(n_in, n_out, stride), BasicBlock(n_out, n_out))
+        y_bchw = torch.relu_(self.bn1(self.conv1(x_bchw)))
+        return torch.relu_(self.bn2(self.conv2(y_bchw)) + shortcut)
 
 
 class ResNetTrunk(nn.Module):
-    """ResNet-18 without its classifier: [B, n_in, H, W] -> [B, 8 * width] pooled features."""
+    """ResNet-18 without its classifier: [B, n_in, H, W] -> features at 1/4, 1/8, 1/16 and 1/32 of the resolution."""
 
     def __init__(self, n_in: int, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(n_in, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = _stage(width, width, 1)
-        self.layer2 = _stage(width, 2 * width, 2)
-        self.layer3 = _stage(2 * width, 4 * width, 2)
-        self.layer4 = _stage(4 * width, 8 * width, 2)
+        for k, n in enumerate((width, width, 2 * width, 4 * width), start=1):
+            n_out = width * 2 ** (k - 1)
+            blocks = BasicBlock(n, n_out, 1 if k == 1 else 2), BasicBlock(n_out, n_out)
+            self.add_module(f"layer{k}", nn.Sequential(*blocks))
 
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        """[B, n_in, H, W] -> [B, 8 * width]."""
-        x_bchw = self.maxpool(self.relu(self.bn1(self.conv1(x_bchw))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x_bchw = stage(x_bchw)
-        return x_bchw.mean(dim=(2, 3))
+    def forward(self, x_bchw: Tensor) -> list[Tensor]:
+        """One feature map a stage, width to 8 * width channels."""
+        features = [self.maxpool(torch.relu_(self.bn1(self.conv1(x_bchw))))]
+        for k in range(1, 5):
+            features.append(self.get_submodule(f"layer{k}")(features[-1]))
+        return features[1:]
 
 
 class TwoStreamResNet(nn.Module):
-    """RGB and depth trunks side by side, their pooled features -> dropout -> fc.
+    """A trunk for each of `streams`, then pooled features -> dropout -> fc, or (dense) the decoder.
 
     Width 64 is the standard size, 11.18 M parameters a stream; half the width has a quarter of them.
     """
 
-    def __init__(self, num_classes: int, *, width: int = 64, dropout: float = 0.5) -> None:
+    def __init__(self, n_out: int, *, width: int = 64, inputs: str = "rgbd", dense: bool = False) -> None:
         super().__init__()
-        self.rgb = ResNetTrunk(3, width)
-        self.depth = ResNetTrunk(1, width)
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(16 * width, num_classes)
+        self.streams = STREAMS[inputs]
+        for stream in self.streams:
+            self.add_module(stream, ResNetTrunk(3 if stream == "rgb" else 1, width))
+        if dense:
+            self.decoder = Decoder([len(self.streams) * width * 2**k for k in range(4)], 2 * width, n_out)
+        else:
+            self.dropout = nn.Dropout(0.5)
+            self.fc = nn.Linear(8 * width * len(self.streams), n_out)
+        self.dense = dense
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if dense:
+            nn.init.zeros_(self.decoder.head.weight)
 
-    def forward(self, rgb_bchw: Tensor, depth_b1hw: Tensor) -> Tensor:
-        """[B, 3, H, W] and [B, 1, H, W] -> logits [B, num_classes]."""
-        features = torch.cat((self.rgb(rgb_bchw), self.depth(depth_b1hw)), dim=1)
-        logits: Tensor = self.fc(self.dropout(features))
+    def forward(self, rgb_bchw: Tensor, depth_b1hw: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] and [B, 1, H, W] -> logits [B, n_out], dense [B, n_out, H / 4, W / 4]."""
+        pictures = {"rgb": rgb_bchw, "depth": depth_b1hw}
+        stages = [
+            torch.cat(maps, dim=1) for maps in zip(*(getattr(self, s)(pictures[s]) for s in self.streams), strict=True)
+        ]
+        y: Tensor = self.decoder(stages) if self.dense else self.fc(self.dropout(stages[-1].mean(dim=(2, 3))))
+        return y
+
+
+class Decoder(nn.Module):
+    """A feature pyramid: from the coarsest stage up, each added to the one below; logits at 1/4 of the resolution."""
+
+    def __init__(self, widths: list[int], n: int, n_out: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(n_in, n, 1) for n_in in widths)
+        self.smooth = nn.Sequential(nn.Conv2d(n, n, 3, padding=1, bias=False), nn.BatchNorm2d(n), nn.ReLU())
+        self.head = nn.Conv2d(n, n_out, 1)
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        """Feature maps, fine to coarse -> [B, n_out, H / 4, W / 4]."""
+        y_bchw = self.lateral[-1](stages[-1])
+        for lateral, stage in zip(list(self.lateral)[-2::-1], stages[-2::-1], strict=True):
+            y_bchw = F.interpolate(y_bchw, stage.shape[-2:], mode="bilinear", align_corners=False) + lateral(stage)
+        logits: Tensor = self.head(self.smooth(y_bchw))
         return logits
 
 
-def _check_keys(trunk: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming what differs; batch counters may be missing (the oldest checkpoints have none)."""
-    expected = trunk.state_dict()
-    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in given if key not in expected]
-    shapes = [
-        f"{key} {tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in given and given[key].shape != expected[key].shape
-    ]
-    parts = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    found = [f"{name}: {', '.join(keys[:8])} ({len(keys)} in all)" for name, keys in parts.items() if keys]
-    if found:
-        raise ValueError("not the weights of a ResNet-18 of this width; keys " + "; keys ".join(found))
-
-
 def load_imagenet(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a standard ResNet-18 checkpoint into both streams; the depth stem is the mean over the RGB channels.
+    """Load a standard ResNet-18 checkpoint into every stream; the depth stem is the mean over the RGB channels.
 
-    The classifier (fc.*) is left as it is. Raises ValueError naming missing, unknown or wrongly shaped keys.
+    The classifier (fc.*) is left as it is. Raises RuntimeError naming missing, unknown or wrongly shaped keys.
     """
     given = {key: value for key, value in state_dict.items() if not key.startswith("fc.")}
-    _check_keys(model.rgb, given)
-    model.rgb.load_state_dict(given, strict=False)
-    given["conv1.weight"] = given["conv1.weight"].mean(dim=1, keepdim=True)
-    model.depth.load_state_dict(given, strict=False)
+    for stream in model.streams:
+        trunk = model.get_submodule(stream)
+        if stream == "depth":
+            given["conv1.weight"] = given["conv1.weight"].mean(dim=1, keepdim=True)
+        counters = {k: v for k, v in trunk.state_dict().items() if k.endswith("num_batches_tracked")}
+        trunk.load_state_dict(counters | given)  # the oldest checkpoints have no counters
 
 
-def build(spec: str, num_classes: int, *, width: int = 64) -> nn.Module:
-    """The default "resnet18", or the module that `package.module:callable` returns for num_classes."""
+def read_weights(spec: str) -> Mapping[str, Tensor]:
+    """The state_dict of "imagenet" (fetched once) or of a file; a hash in the file's name must be its own."""
+    if spec == "imagenet":
+        return torch.hub.load_state_dict_from_url(IMAGENET, map_location="cpu", check_hash=True, weights_only=True)
+    expected = re.search(r"-([0-9a-f]{8})\.", spec)
+    if expected and (digest := sha256_file(Path(spec))[:8]) != expected[1]:
+        raise ValueError(f"its name says SHA-256 {expected[1]}..., its content has {digest}...")
+    return torch.load(spec, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def build(spec: str, n_out: int, **shape: object) -> nn.Module:
+    """The default "resnet18" (`shape`: width, inputs, dense), or what `package.module:callable` returns for n_out."""
     if spec == "resnet18":
-        return TwoStreamResNet(num_classes, width=width)
+        return TwoStreamResNet(n_out, **shape)  # type: ignore[arg-type]
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise UserError(f"--model {spec}: expected resnet18 or package.module:callable, such as my_models:make")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"--model {spec}: {error}. Run from the folder that holds {module_name}, or install it"
-        ) from error
-    model = factory(num_classes)
+        hint = f"Run from the folder that holds {module_name}, or install it"
+        raise UserError(f"--model {spec}: {error}. {hint}") from error
+    model = factory(n_out)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"--model {spec} returned {type(model).__name__}, expected a torch.nn.Module taking (rgb, depth)"

@@ -1,0 +1,252 @@
+"""A run for people to look at: its pictures and tables, and what it says about other pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.format import UserError, void, write_atomically
+from train.checkpoint import CHECKPOINT, METRICS, Run, newest, write_csv
+from train.loop import Job, apply, evaluate, new_run, open_loaders, start
+from train.settings import Settings
+from train.tasks import Depth
+
+BATCH, MOST = 16, 24
+Batch = tuple[Tensor, ...]
+
+
+class Outcome(NamedTuple):
+    """One picture and what the network says of it."""
+
+    facts: dict[str, Any]  # its line in predictions.csv
+    badness: float  # its loss; 0 where the class is right or nothing is known
+    rgb: np.ndarray
+    depth_m: np.ndarray
+    true: np.ndarray | None
+    named: np.ndarray  # class id, class ids [H, W], or metres [H, W]
+
+
+# ---------------------------------------------------------------- asking the network
+
+
+@torch.inference_mode()
+def outcomes(run: Run, job: Job, names: list[str], batches: Iterator[Batch], is_judged: bool) -> Iterator[Outcome]:
+    """One Outcome a picture; where the truth is not known the targets are only placeholders."""
+    run.model.eval()
+    at = iter(names)
+    for batch in batches:
+        out, (rgb, depth, target) = apply(run.model, job, batch)
+        for one, rgb_chw, depth_1hw, true in zip(out, rgb, depth, target, strict=True):
+            named, answer = _answer(job, one)
+            facts, badness = _judgement(job, one[None], true[None]) if is_judged else ({}, 0.0)
+            pictures = rgb_chw.permute(1, 2, 0).cpu().numpy(), depth_1hw[0].cpu().numpy() / 1000
+            line = {"picture": next(at), **facts, **answer}
+            yield Outcome(line, badness, *pictures, _array(true) if is_judged else None, named)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.squeeze().cpu().numpy()
+    return array.astype(np.int16) if array.dtype == np.int64 else array
+
+
+def _answer(job: Job, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+    """What the network says of one picture: to be drawn, and for the table."""
+    if isinstance(job.task, Depth):
+        metres = _array(job.task.metres(out))
+        return metres, {"median_m": round(float(np.median(metres)), 3)}
+    share, ids = out.softmax(0).max(0)
+    most = int(torch.bincount(ids.flatten()).argmax())
+    return _array(ids), {"named": job.task.names[most], "confidence": round(float(share.mean()), 4)}
+
+
+def _judgement(job: Job, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
+    """The class or the scores of this one picture, and its loss."""
+    loss, weight = job.task.loss(out, target)
+    badness = float(loss / weight) if weight > 0 else 0.0
+    if target.ndim > 1:
+        scores = job.task.scores(job.task.count(out, target))
+        return {name: round(value, 4) for name, value in scores.items()}, badness
+    return {"true": job.task.names[int(target)]}, badness if out.argmax() != target else 0.0
+
+
+def _test_outcomes(run: Run, job: Job) -> Iterator[Outcome]:
+    dataset = job.test_loader.dataset
+    names = [dataset.describe(i) for i in range(len(dataset))]
+    starts = range(0, len(dataset), BATCH)
+    batches = (dataset.stored(np.arange(a, min(a + BATCH, len(dataset)))) for a in starts)
+    return outcomes(run, job, names, batches, True)
+
+
+# ---------------------------------------------------------------- tables and pages
+
+
+def _write(path: Path, data: bytes) -> str:
+    write_atomically(path, lambda file: void(file.write(data)))
+    return path.name
+
+
+def _without_matplotlib(error: ModuleNotFoundError) -> list[str]:
+    print(f"no pictures: {error.name} is not installed. Run: pip install -e .[show]", file=sys.stderr)
+    return []
+
+
+def _tables_and_pictures(out: Path, run: Run, job: Job) -> list[str]:
+    """predictions.csv, classes.csv, confusion.png and mistakes.png of the test rows."""
+    lines, worst = [], list[Outcome]()
+    for each in _test_outcomes(run, job):
+        lines.append(each.facts)
+        worst = sorted([*worst, each], key=lambda each: -each.badness)[:MOST]
+    write_csv(out / "predictions.csv", lines)
+    files = ["predictions.csv", *_class_table(out, run, job)]
+    worst = [each for each in worst if each.badness > 0]
+    title = f"the {len(worst)} worst of {len(lines)} test rows"
+    try:
+        return [*files, *_confusion(out, run, job), _write(out / "mistakes.png", _page(job, title, worst))]
+    except ModuleNotFoundError as error:
+        return [*files, *_without_matplotlib(error)]
+
+
+def _class_table(out: Path, run: Run, job: Job) -> list[str]:
+    if isinstance(job.task, Depth):
+        return []
+    true_k = run.counts.view(job.task.n_out, -1).sum(1).long().tolist()
+    accuracy_k, iou_k = (np.round(values.numpy(), 4).tolist() for values in job.task.per_class(run.counts))
+    columns = {"class": job.task.names, "true": true_k, "accuracy": accuracy_k, "iou": iou_k}
+    write_csv(
+        out / "classes.csv", [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+    )
+    return ["classes.csv"]
+
+
+def _confusion(out: Path, run: Run, job: Job) -> list[str]:
+    from pictures.plots import confusion_png
+
+    if isinstance(job.task, Depth):
+        return []
+    counts_kk = run.counts.view(job.task.n_out, -1).long().numpy()
+    return [_write(out / "confusion.png", confusion_png(counts_kk, job.task.names))]
+
+
+def _page(job: Job, title: str, found: list[Outcome]) -> bytes:
+    """Every picture with its depth, and for dense tasks the truth and the answer."""
+    from pictures.plots import class_colours, depth_colours, label_colours, page_png
+
+    n = job.task.n_out
+    draw: Callable[[Any], Any] = depth_colours if isinstance(job.task, Depth) else lambda ids: label_colours(ids, n)
+    heads, rows = ["rgb", "depth"], []
+    if job.settings.task != "scene":
+        heads += ["true", "named"] if found and found[0].true is not None else ["named"]
+    for each in found:
+        answers = [draw(x) for x in (each.true, each.named) if x is not None and x.ndim == 2]
+        rows.append((_caption(each.facts), [each.rgb, depth_colours(each.depth_m), *answers]))
+    is_coloured = job.settings.task.startswith("semantic")
+    legend = dict(zip(job.task.names, class_colours(n)[1:], strict=True)) if is_coloured else {}
+    return page_png(title, heads, rows, legend)
+
+
+def _caption(facts: dict[str, Any]) -> str:
+    if "true" in facts:
+        return f"{facts['picture']}\n{facts['true']}, named {facts['named']} {facts['confidence']:.0%}"
+    return f"{facts['picture']}\n" + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in list(facts.items())[1:3])
+
+
+def report(run: Run, job: Job) -> tuple[list[str], float | None]:
+    """Draw and tabulate a finished run; the names of its files, and the top-1 of naming the most frequent class."""
+    out, baseline = Path(job.settings.out), None
+    if job.settings.task == "scene":
+        most = np.bincount(job.train_set.labels()).argmax()
+        baseline = float((job.test_loader.dataset.labels() == most).mean())
+    files = [CHECKPOINT, METRICS, *_tables_and_pictures(out, run, job)]
+    try:
+        from pictures.plots import curves_png
+
+        return [*files, _write(out / "curves.png", curves_png(run.history, baseline))], baseline
+    except ModuleNotFoundError:
+        return files, baseline
+
+
+# ---------------------------------------------------------------- python -m train predict
+
+
+def predict(run: str, images: str | None, data: str | None, out: str | None) -> None:
+    """Score a run's newest checkpoint on the test rows, or let it name the pictures of a folder."""
+    found = newest(Settings("", run))
+    if found is None:
+        raise UserError(f"{run} has no checkpoint. Run: make train RUN={run}")
+    path, state = found
+    settings = Settings(**state["settings"])
+    width = settings.width or (64 if settings.weights else 32)
+    settings = replace(settings, data=data or settings.data, width=width, weights=None)
+    job, target = start(settings, torch.device("cpu")), Path(out or f"{run}/predict")
+    again = new_run(job)
+    open_loaders(job)
+    again.model.load_state_dict(state["model"])
+    target.mkdir(parents=True, exist_ok=True)
+    if images:
+        files = _predict_folder(again, job, Path(images), target)
+    else:
+        scores = evaluate(again, job)
+        print(f"{path} after {state['epoch']} epochs:", ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        files = _tables_and_pictures(target, again, job)
+    print("files:", *(str(target / name) for name in files))
+
+
+def _predict_folder(run: Run, job: Job, folder: Path, target: Path) -> list[str]:
+    """predictions.csv and page.png of DIR/rgb/NAME with DIR/depth/NAME; dense answers also as NAME.png."""
+    paths = sorted(p for p in (folder / "rgb").glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        raise UserError(f"no pictures in {folder / 'rgb'}: put NAME.png or NAME.jpg there, depth in {folder / 'depth'}")
+    needs_depth = job.settings.task != "depth" and job.settings.inputs != "rgb"
+    size = job.train_set.size
+    batches = (_image_batch(job, p, folder / "depth" / f"{p.stem}.png", size, needs_depth) for p in paths)
+    found = list(outcomes(run, job, [p.name for p in paths], batches, False))
+    write_csv(target / "predictions.csv", [each.facts for each in found])
+    files = ["predictions.csv"]
+    for path, each in zip(paths, found, strict=True):
+        if each.named.ndim == 2:
+            files.append(_write(target / f"{path.stem}.png", _answer_png(each.named)))
+    return [*files, _write(target / "page.png", _page(job, f"{folder}", found[:MOST]))]
+
+
+def _image_batch(job: Job, rgb_path: Path, depth_path: Path, size: int, needs_depth: bool) -> Batch:
+    """A batch of one as the set stores it (RGB antialiased, depth nearest), with a placeholder target."""
+    from PIL import Image
+
+    with Image.open(rgb_path) as image:
+        rgb = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    depth_mm = np.zeros((size, size), np.int16)
+    if needs_depth:
+        if not depth_path.exists():
+            raise UserError(f"{depth_path} is missing: the network needs it. Put it there, or train with --inputs rgb")
+        with Image.open(depth_path) as image:
+            stored = np.array(image)
+        if stored.ndim != 2 or stored.max() > 32767:
+            raise UserError(f"{depth_path}: expected one channel of millimetres, 0..32767, 0 = no measurement")
+        y, x = (((np.arange(size) + 0.5) * n / size).astype(np.int64) for n in stored.shape)
+        depth_mm = stored[y][:, x].astype(np.int16)
+    is_dense, is_metres = job.settings.task != "scene", job.settings.task == "depth"
+    target = (
+        torch.zeros((1, 1, size, size))
+        if is_metres
+        else torch.zeros((1, size, size) if is_dense else 1, dtype=torch.int64)
+    )
+    return torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None], torch.from_numpy(depth_mm)[None, None], target
+
+
+def _answer_png(named: np.ndarray) -> bytes:
+    """Class ids as 8-bit, metres as 16-bit millimetres."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    array = np.round(named * 1000).astype(np.uint16) if named.dtype.kind == "f" else named.astype(np.uint8)
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()

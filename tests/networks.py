@@ -1,0 +1,50 @@
+"""Small networks for --model: no BatchNorm, no dropout; some of them end their process."""
+
+import os
+import signal
+import threading
+
+import torch
+from torch import Tensor, nn
+
+
+class Plain(nn.Module):
+    """Pictures to 8x8, two layers."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(4 * 64, 16), nn.Tanh(), nn.Linear(16, n_out))
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        return self.head(nn.functional.adaptive_avg_pool2d(torch.cat((rgb, depth), 1), 8).flatten(1))
+
+
+class Normed(Plain):
+    """With BatchNorm and dropout, as the real one; killed KILL_AFTER_S after the first step began."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__(n_out)
+        self.head = nn.Sequential(nn.BatchNorm1d(4 * 64), nn.Dropout(0.2), self.head)
+        self.timer = threading.Timer(float(os.environ.get("KILL_AFTER_S", "inf")), kill)
+        self.timer.daemon = True
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        if "KILL_AFTER_S" in os.environ and self.timer.ident is None:
+            self.timer.start()
+        return super().forward(rgb, depth)
+
+
+class Mortal(Plain):
+    """The second rank is killed in its third step."""
+
+    steps = 0
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps == 3 and os.environ.get("RANK") == "1":
+            kill()
+        return super().forward(rgb, depth)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

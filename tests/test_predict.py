@@ -1,0 +1,99 @@
+"""python -m train predict: the test rows again, or a folder of pictures."""
+
+import csv
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.data import ShardDataset
+from train.loop import train
+from train.settings import Settings
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def scene(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("predict") / "scene"
+    train(Settings(str(small_set), str(out), num_classes=10, epochs=2, batch_size=8, width=4, size=32))
+    return out
+
+
+def export(small_set: Path, folder: Path, n: int) -> None:
+    """The first test rows as the pictures of a folder."""
+    for part in ("rgb", "depth"):
+        (folder / part).mkdir(parents=True)
+    dataset = ShardDataset(small_set, split="test")
+    for i in range(n):
+        rgb, depth, _ = dataset[i]
+        Image.fromarray(rgb.permute(1, 2, 0).numpy()).save(folder / "rgb" / f"{i}.png")
+        Image.fromarray(depth[0].numpy().astype(np.uint16)).save(folder / "depth" / f"{i}.png")
+
+
+def test_on_the_test_rows_it_gives_the_scores_of_the_run(scene: Path, command: Run) -> None:
+    done = command("train", "predict", scene)
+    assert done.returncode == 0, done.stderr
+    last = rows(scene / "metrics.csv")[-1]
+    assert f"test_top1 {float(last['test_top1']):.4f}" in done.stdout
+    assert rows(scene / "predict" / "predictions.csv") == rows(scene / "predictions.csv")
+    right = [row["true"] == row["named"] for row in rows(scene / "predictions.csv")]
+    assert sum(right) / len(right) == pytest.approx(float(last["test_top1"]))
+
+
+def test_on_a_folder_of_the_same_pictures_it_says_the_same(
+    scene: Path, small_set: Path, tmp_path: Path, command: Run
+) -> None:
+    export(small_set, tmp_path / "photos", 3)
+    done = command("train", "predict", scene, "--images", tmp_path / "photos", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(rows(tmp_path / "out" / "predictions.csv"), rows(scene / "predictions.csv"), strict=False):
+        assert ours["named"] == theirs["named"]
+        assert float(ours["confidence"]) == pytest.approx(float(theirs["confidence"]), abs=1e-3)
+    assert (tmp_path / "out" / "page.png").stat().st_size > 1000
+
+
+def test_a_dense_network_writes_a_picture_for_each(small_set: Path, tmp_path: Path, command: Run) -> None:
+    train(Settings(str(small_set), str(tmp_path / "run"), task="depth", epochs=1, batch_size=8, width=4, size=32))
+    export(small_set, tmp_path / "photos", 2)
+    done = command("train", "predict", tmp_path / "run", "--images", tmp_path / "photos")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "run" / "predict" / "1.png") as image:
+        depth_mm = np.array(image)
+    assert depth_mm.shape == (32, 32)
+    assert depth_mm.dtype == np.uint16
+    assert 1 <= depth_mm.min() <= depth_mm.max() <= 10000
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [((), "no pictures in"), (("rgb",), "0.png is missing"), (("rgb", "RGB as depth"), "one channel")],
+)
+def test_a_mistake_is_one_line(
+    made: tuple[str, ...], words: str, scene: Path, small_set: Path, tmp_path: Path, command: Run
+) -> None:
+    folder = tmp_path / "photos"
+    if made:
+        export(small_set, folder, 1)
+        (folder / "depth" / "0.png").unlink()
+    if len(made) > 1:
+        shutil.copy(folder / "rgb" / "0.png", folder / "depth" / "0.png")
+    done = command("train", "predict", scene, "--images", folder)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len([line for line in done.stderr.splitlines() if not line.startswith("loader:")]) == 1
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path, command: Run) -> None:
+    done = command("train", "predict", tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "has no checkpoint" in done.stderr

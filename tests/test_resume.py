@@ -1,0 +1,203 @@
+"""A run that is killed, damaged or moved goes on to the very same weights."""
+
+import csv
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+
+import train.loop as loop
+from convert.format import UserError
+from train.checkpoint import CHECKPOINT, PREVIOUS
+from train.loop import train
+from train.settings import Settings
+
+SETTINGS = {"num_classes": 10, "epochs": 6, "batch_size": 4, "size": 32, "warmup_epochs": 1, "model": "networks:Normed"}
+
+
+def settings(data: Path, out: Path, **changes: object) -> Settings:
+    return Settings(str(data), str(out), **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(out / CHECKPOINT, weights_only=True)["model"]
+    return state
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Weights to the bit, and every figure that does not depend on the clock."""
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert figures(a) == figures(b)
+
+
+def figures(out: Path) -> list[list[str]]:
+    with open(out / "metrics.csv") as file:
+        return [[v for k, v in row.items() if k.startswith(("train", "test", "lr"))] for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(settings(small_set, out))
+    return out
+
+
+def run_and_kill(data: Path, out: Path, after_s: float | None, workers: int) -> int:
+    """The command; killed with -9 so long after its first step began."""
+    words = settings(data, out, num_workers=workers, save_minutes=0.0).command().split()[1:]
+    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    if after_s is not None:
+        environment["KILL_AFTER_S"] = str(after_s)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPO, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode
+
+
+def kill_until_done(data: Path, out: Path, kills: int, seed: int, longest_s: float) -> int:
+    """Kill at random moments, each time with another number of workers; how often it was killed."""
+    random_ = random.Random(seed)
+    killed = 0
+    for k in range(kills):
+        killed += run_and_kill(data, out, random_.uniform(0.01, longest_s), k % 3) == -9
+    assert run_and_kill(data, out, None, 1) == 0
+    return killed
+
+
+@pytest.fixture(scope="module")
+def alone(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run in a process of its own, as the killed ones: sums depend on the number of threads."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    assert run_and_kill(small_set, out, None, 0) == 0
+    return out
+
+
+def test_killed_twice_inside_epochs_it_ends_with_the_same_weights(small_set: Path, alone: Path, tmp_path: Path) -> None:
+    assert kill_until_done(small_set, tmp_path / "run", 2, 0, 0.2) == 2
+    assert_same(alone, tmp_path / "run")
+
+
+@pytest.mark.stress
+def test_killed_twenty_times_it_ends_with_the_same_weights(small_set: Path, alone: Path, tmp_path: Path) -> None:
+    killed = 0
+    for turn in range(8):
+        killed += kill_until_done(small_set, tmp_path / str(turn), 4, turn, 0.5)
+        assert_same(alone, tmp_path / str(turn))
+    assert killed >= 20
+
+
+def stopped_inside(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n_saves: int) -> None:
+    """A run that saved after each of some steps and was then stopped."""
+    original, saves = loop.save, [0]
+
+    def save_and_stop(*args: object) -> None:
+        original(*args)  # type: ignore[arg-type]
+        saves[0] += 1
+        if saves[0] == n_saves:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(data, out, save_minutes=0.0))
+
+
+@pytest.mark.parametrize("n_saves", [1, 2, 4, 7])
+def test_stopped_at_any_step_it_goes_on_exactly_there(
+    n_saves: int, small_set: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_inside(small_set, tmp_path, monkeypatch, n_saves)
+    train(settings(small_set, tmp_path))
+    assert_same(whole, tmp_path)
+
+
+def flip(path: Path, at: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "text": lambda path: path.write_text("<html>quota exceeded</html>"),
+    "another file": lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    "a changed bit": lambda path: flip(path, 0.5),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_continued(
+    damage: object, small_set: Path, whole: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    stopped_inside(small_set, tmp_path, monkeypatch, 6)
+    damage(tmp_path / CHECKPOINT)  # type: ignore[operator]
+    train(settings(small_set, tmp_path))
+    error = capsys.readouterr().err
+    assert f"{tmp_path / CHECKPOINT} is damaged" in error
+    assert f"continuing from {tmp_path / PREVIOUS}" in error
+    assert_same(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "stored"),
+    [({"lr": 0.5}, "--lr 0.001"), ({"num_classes": 13}, "--num-classes 10"), ({"batch_size": 8}, "times ranks 4")],
+)
+def test_other_settings_are_refused_with_both_values(
+    change: dict[str, float], stored: str, small_set: Path, whole: Path
+) -> None:
+    with pytest.raises(UserError, match=stored) as error:
+        train(settings(small_set, whole, **change))
+    assert f"this run has {stored.rpartition(' ')[0].split('times')[0].strip()}" in str(error.value)
+    assert str(next(iter(change.values()))) in str(error.value)
+
+
+def test_another_set_is_refused_with_both_fingerprints(small_set: Path, whole: Path) -> None:
+    state = torch.load(whole / CHECKPOINT, weights_only=True)
+    path = whole.parent / "other" / CHECKPOINT
+    path.parent.mkdir()
+    torch.save(state | {"fingerprint": "1f3a9c20" + 56 * "0"}, path)
+    with pytest.raises(UserError, match=f"1f3a9c20.*this run has.*{state['fingerprint'][:8]}"):
+        train(settings(small_set, path.parent))
+
+
+def test_a_new_disk_starts_from_the_mirror(small_set: Path, whole: Path, tmp_path: Path) -> None:
+    mirror = tmp_path / "drive"
+    train(settings(small_set, tmp_path / "one", epochs=6, mirror=str(mirror)))
+    assert {p.name for p in mirror.iterdir()} >= {"last.pt", "metrics.csv", "curves.png"}
+    state = torch.load(mirror / CHECKPOINT, weights_only=True)
+    assert (state["epoch"], state["step"]) == (6, 0)
+    train(settings(small_set, tmp_path / "two", mirror=str(mirror)))
+    assert_same(whole, tmp_path / "two")
+
+
+def test_a_mirror_that_fails_is_announced_and_training_goes_on(
+    small_set: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    train(settings(small_set, tmp_path / "run", mirror=str(tmp_path / "file" / "drive")))
+    assert "training goes on" in capsys.readouterr().err
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_mirror_that_hangs_does_not_hold_the_run(
+    small_set: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "MIRROR_WAIT_S", 0.2)
+    mirror = tmp_path / "drive"
+    mirror.mkdir()
+    os.mkfifo(pipe := mirror / f".metrics.csv.{os.getpid()}.tmp")  # opening it waits for a reader, for ever
+    train(settings(small_set, tmp_path / "run", mirror=str(mirror)))
+    assert "not done after" in capsys.readouterr().err
+    assert_same(whole, tmp_path / "run")
+    os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))  # let the thread end

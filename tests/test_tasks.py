@@ -1,0 +1,110 @@
+"""Scores against torchmetrics and by hand; counts add up; dense targets follow their pictures."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics.functional import classification as reference
+from torchmetrics.functional import mean_squared_error
+
+from convert.format import VOID
+from train.loop import train
+from train.settings import Settings
+from train.tasks import Classes, Depth, eigen_box
+
+K = 5
+PIXELS = Classes([f"c{k}" for k in range(K)], torch.ones(K), 0.0, "miou")
+ROWS = Classes(PIXELS.names, torch.ones(K), 0.0, "top1")
+WHOLE = (0.0, 1.0, 0.0, 1.0)
+
+
+def pixels(n: int = 6) -> tuple[Tensor, Tensor]:
+    """Logits and targets with void; class 4 is never true."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(0, K - 1, (n, 16, 16), generator=generator)
+    logits = torch.randn((n, K, 16, 16), generator=generator)
+    logits.scatter_add_(1, target[:, None], torch.full((n, 1, 16, 16), 1.0))
+    return logits, target.masked_fill(torch.rand(target.shape, generator=generator) < 0.2, VOID)
+
+
+def test_classification_scores_are_those_of_torchmetrics() -> None:
+    logits, target = pixels()
+    counts = PIXELS.count(logits, target)
+    settings = {"num_classes": K, "ignore_index": VOID}
+    accuracy_k, iou_k = PIXELS.per_class(counts)
+    theirs = reference.multiclass_jaccard_index(logits, target, average="none", **settings)
+    torch.testing.assert_close(iou_k[:4].float(), theirs[:4])
+    theirs = reference.multiclass_accuracy(logits, target, average="none", **settings)
+    torch.testing.assert_close(accuracy_k[:4].float(), theirs[:4])
+    assert iou_k[4].isnan()  # nothing is truly of it: no part of the mean
+    right = reference.multiclass_accuracy(logits, target, average="micro", **settings)
+    scores = PIXELS.scores(counts)
+    assert scores["pixel_accuracy"] == pytest.approx(float(right))
+    assert scores["miou"] == pytest.approx(float(iou_k[:4].mean()))
+
+
+def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
+    logits, target = pixels()
+    parts = sum(PIXELS.count(a, b) for a, b in zip(logits.split(4), target.split(4), strict=True))
+    assert torch.equal(parts, PIXELS.count(logits, target))
+    loss, weight = PIXELS.loss(logits, target)
+    torch.testing.assert_close(loss / weight, torch.nn.functional.cross_entropy(logits, target, ignore_index=VOID))
+
+
+def test_mean_class_accuracy_leaves_out_classes_without_rows() -> None:
+    counts = torch.zeros(K, K)
+    counts[:3, :3] = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 1, 1]])
+    scores = ROWS.scores(counts.flatten().double())
+    assert scores == {"top1": pytest.approx(4 / 6), "mean_class": pytest.approx((0.75 + 0.5) / 2)}
+
+
+def test_a_weighted_smoothed_loss_is_torchs_own() -> None:
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.5, 1.3])
+    task, (logits, target) = Classes(PIXELS.names, weights, 0.1, "top1"), pixels()
+    loss, weight = task.loss(logits, target)
+    theirs = torch.nn.functional.cross_entropy(logits, target, weights, ignore_index=VOID, label_smoothing=0.1)
+    torch.testing.assert_close(loss / weight, theirs)
+
+
+def test_depth_scores_are_averaged_over_pictures_and_leave_out_unmeasured_pixels() -> None:
+    generator = torch.Generator().manual_seed(2)
+    true = 0.5 + 8 * torch.rand((3, 1, 12, 12), generator=generator, dtype=torch.float64)
+    out = (true / 3 * (0.7 + 0.6 * torch.rand(true.shape, generator=generator))).log()
+    true[1, 0, :6] = 0
+    task = Depth(3.0, WHOLE)
+    scores = task.scores(task.count(out, true))
+    rmse, abs_rel, delta1 = [], [], []
+    for named, gold in zip(task.metres(out), true, strict=True):
+        a, b = named[gold > 0], gold[gold > 0]
+        rmse.append(float(mean_squared_error(a, b, squared=False)))
+        abs_rel.append(float(((a - b).abs() / b).mean()))
+        delta1.append(float((torch.maximum(a / b, b / a) < 1.25).double().mean()))
+    for name, values in (("rmse", rmse), ("abs_rel", abs_rel), ("delta1", delta1)):
+        assert scores[name] == pytest.approx(sum(values) / 3), name
+
+
+def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
+    true = torch.full((1, 1, 480, 640), 2.0)
+    out = torch.full_like(true, 1.0)
+    out[:, :, 45:471, 41:601] = 0.0
+    task = Depth(2.0, eigen_box("none"))
+    assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
+    out[0, 0, 45, 41] = 1.0
+    assert task.scores(task.count(out, true))["rmse"] > 0
+    assert eigen_box("eigen") == pytest.approx(WHOLE)
+    top, _, left, _ = eigen_box("border")
+    assert (top * 467 + 6, left * 625 + 7) == (pytest.approx(45), pytest.approx(41))
+
+
+@pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])
+def test_every_task_trains_and_names_its_classes(task: str, score: str, small_set: Path, tmp_path: Path) -> None:
+    done = train(Settings(str(small_set), str(tmp_path), task=task, epochs=2, batch_size=8, width=4, size=32))
+    assert {f"train_{score}", f"test_{score}"} <= done["last"].keys()
+    assert {"mistakes.png", "curves.png", "predictions.csv"} <= {p.name for p in tmp_path.iterdir()}
+    if score == "miou":
+        with open(tmp_path / "classes.csv") as file:
+            names = [row["class"] for row in csv.DictReader(file)]
+        assert len(names) == int(task.removeprefix("semantic"))
+        assert "wall" in names

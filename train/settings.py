@@ -1,0 +1,90 @@
+"""A run's settings: each field is a flag of the command, and is stored in the run's checkpoints."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+from convert.format import UserError
+
+# May change when a run is continued; batch_size is compared as the batch of all ranks together.
+MAY_CHANGE = {"data", "out", "epochs", "num_workers", "reset", "mirror", "save_minutes", "compile", "batch_size"}
+
+
+def _workers(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _flag(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made from."""
+
+    data: str = _flag(MISSING, "a converted set, or a directory that holds exactly one", metavar="DIR|ROOT")
+    out: str = _flag(MISSING, "directory of this run; a run found there is continued", metavar="RUN")
+    task: str = _flag("scene", "what to learn", choices=["scene", "semantic13", "semantic40", "depth"])
+    num_classes: int = _flag(13, "which scene classes", choices=[10, 13, 27])
+    inputs: str = _flag("rgbd", "what the network sees (depth is learnt from rgb)", choices=["rgbd", "rgb", "depth"])
+    size: int = _flag(128, "training resolution, 0 = as stored")
+    epochs: int = _flag(90, "passes over the train rows")
+    batch_size: int = _flag(128, "rows a step and process")
+    num_workers: int | str = _flag("auto", "loader processes", type=_workers, metavar="N|auto")
+    model: str = _flag("resnet18", "resnet18, or package.module:callable(outputs)", metavar="NAME")
+    width: int = _flag(0, "channels of the first layer, 0 = 64 with --weights, else 32")
+    weights: str | None = _flag(
+        None, "ImageNet ResNet-18 for every stream: a file, or fetched", metavar="imagenet|PATH"
+    )
+    lr: float = _flag(1e-3, "peak learning rate")
+    weight_decay: float = _flag(0.05, "of AdamW, on weights but not on biases and norms")
+    warmup_epochs: int = _flag(5, "rising learning rate, a quarter of --epochs at most")
+    label_smoothing: float = _flag(0.1, "share of the target spread over all classes")
+    class_balance: float = _flag(0.0, "scene loss weight = class frequency ** -X, 0 = off, 1 = full")
+    crop: float = _flag(0.5, "smallest random crop, as a share of the area (task depth: whole pictures)")
+    jitter: float = _flag(0.4, "brightness, contrast, saturation times 1 -+ X")
+    erase: float = _flag(0.0, "share of the rows that lose a rectangle")
+    depth_noise: float = _flag(0.0, "depth times 1 -+ X, a factor a row")
+    seed: int = _flag(0, "of everything random")
+    compile: bool = _flag(False, "torch.compile the network")
+    save_minutes: float = _flag(5.0, "checkpoint at least this often, besides every epoch; 0 = every step")
+    mirror: str | None = _flag(None, "copy checkpoints there in the background, and start from it", metavar="DIR")
+    reset: bool = _flag(False, "forget the checkpoints in --out and start over")
+
+    def check(self) -> None:
+        """Refuse what no run can start from."""
+        if self.size != 0 and self.size < 32:
+            raise UserError(f"--size {self.size}: the network halves it five times. Use 32 or more, or 0 (as stored)")
+        for name, low, high in (("epochs", 1, None), ("batch_size", 1, None), ("crop", 0.05, 1), ("jitter", 0, 1)):
+            value = getattr(self, name)
+            if value < low or (high and value > high):
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: choose {low} {f'to {high}' if high else 'or more'}"
+                )
+        if self.weights and self.model != "resnet18":
+            raise UserError(f"--weights is for --model resnet18; load them inside {self.model}")
+        if self.task != "scene" and self.class_balance:
+            raise UserError(f"--class-balance is for --task scene, not {self.task}. Use --class-balance 0")
+
+    def command(self, **changes: Any) -> str:
+        """The command line of these settings, defaults left out."""
+        values, words = {**asdict(self), "reset": False, **changes}, ["python", "-m", "train"]
+        for f in fields(self):
+            if values[f.name] != f.default:
+                value = [] if values[f.name] is True else [str(values[f.name])]
+                words += ["--" + f.name.replace("_", "-"), *value]
+        return shlex.join(words)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """One flag a field; the type is that of the default."""
+    for f in fields(Settings):
+        more = {"required": True} if f.default is MISSING else {"default": f.default}
+        if f.default is False:
+            more |= {"action": "store_true"}
+        elif isinstance(f.default, int | float):
+            more |= {"type": type(f.default)}
+        parser.add_argument("--" + f.name.replace("_", "-"), **{**more, **f.metadata})
