@@ -9,15 +9,13 @@ A leaf: stdlib and numpy only, imported by `convert` (which writes) and `train` 
       provenance.json      how it was made; not part of the set's identity
 """
 
-import fcntl
 import hashlib
+import io
 import json
 import os
 import re
-import socket
-import time
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -39,9 +37,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "label": {"dtype": "<u2", "planes": 0, "unit": "class id 1..894", "invalid": 0},
     "instance": {"dtype": "|u1", "planes": 0, "unit": "number within its class", "invalid": 0},
 }
+COLUMNS = {"split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "<f4", "raw_rgb": "S", "raw_depth": "S"}
 CROPS = ("none", "border", "eigen")
 DEPTH_RESIZES = ("nearest", "area")
 SPLITS = ("train", "test")
+MEND = "Run: make convert ARGS=--repair, or make pull"
 DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
 
 
@@ -153,11 +153,17 @@ def write_atomically(path: Path, write: Callable[[HashingFile], None]) -> dict[s
     return {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
 
 
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The first 128 bytes of every .npy here, as numpy writes them."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
+
+
 def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
     """Write a C-contiguous array as .npy, atomically and durably."""
 
     def write(file: HashingFile) -> None:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
+        file.write(npy_header(array.dtype.str, array.shape))
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
 
     return write_atomically(path, write)
@@ -172,39 +178,68 @@ def void(_: Any) -> None:
     """Drop a result, where a callback may not return one."""
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """The commit. The last key is the SHA-256 of the text of the rest."""
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The last key is the SHA-256 of the text of the rest."""
     body = json.dumps(manifest, indent=2, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
-    text = f'{body[:-2]},\n  "sha256": "{digest}"\n}}\n'
-    write_atomically(directory / MANIFEST, lambda file: void(file.write(text.encode())))
+    return f'{body[:-2]},\n  "sha256": "{digest}"\n}}\n'
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """The commit."""
+    write_atomically(directory / MANIFEST, lambda file: void(file.write(manifest_text(manifest).encode())))
 
 
 # ---------------------------------------------------------------- opening
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a finished set, its own hash and its file names checked."""
-    path = directory / MANIFEST
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a regular file to read: no symbolic link is followed, no pipe is waited for."""
     try:
-        text = path.read_text()
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise UserError(_unfinished(directory)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Run: make pull, or make convert") from None
+        raise UserError(f"{path} is missing. {MEND}") from None
+    except OSError as error:
+        what = "is not a plain file" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {what}. {MEND}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is not a plain file. {MEND}")
+    return open(handle, "rb", buffering=0)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished set: every byte of it checked, and everything that readers rely on."""
+    path = directory / MANIFEST
+    if not os.path.lexists(path):
+        raise UserError(_unfinished(directory))
     try:
+        with open_plain(path) as file:
+            text = file.read().decode()
         manifest: dict[str, Any] = json.loads(text)
-        digest = manifest.pop("sha256")
-        if hashlib.sha256(json.dumps(manifest, indent=2, sort_keys=True).encode()).hexdigest() != digest:
+        del manifest["sha256"]
+        if text != manifest_text(manifest):
             raise ValueError("its SHA-256 does not match its content")
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}")
-        for name in all_files(manifest):
-            if not re.fullmatch(r"[a-z_]+-[a-z0-9_]+\.npy", name):
-                raise ValueError(f"it names a file outside the set: {name!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}. Delete the directory, then run: make convert") from None
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}. {MEND}") from None
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}")
+    settings, n_rows = Settings.from_dict(manifest["settings"]), manifest["rows"]
+    if manifest["fingerprint"] != fingerprint(settings, manifest["source"]):
+        raise ValueError("its fingerprint is not that of its settings and source")
+    starts = range(0, n_rows, settings.rows_per_shard)
+    if [s["rows"] for s in manifest["shards"]] != [[k, min(k + starts.step, n_rows)] for k in starts]:
+        raise ValueError(f"its shards are not those of {n_rows} rows")
+    names = [{shard_name(field, k) for field in settings.fields} for k in range(len(starts))]
+    if [set(s["files"]) for s in manifest["shards"]] != names or set(manifest["fields"]) != set(settings.fields):
+        raise ValueError("its shards are not those of its fields, or outside the set")
+    if set(manifest["columns"]) != {f"rows-{name}.npy" for name in COLUMNS}:
+        raise ValueError("its columns are not those of a set, or outside the set")
 
 
 def _unfinished(directory: Path) -> str:
@@ -221,26 +256,21 @@ def all_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return files
 
 
+def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
+    """Size and first bytes: 15 us a file, no data read."""
+    with open_plain(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != n_bytes:
+            raise UserError(f"{path} has {found} bytes, the manifest says {n_bytes}: the copy is incomplete. {MEND}")
+        if file.read(len(header)) != header:
+            raise UserError(f"{path} is damaged (its header is not the manifest's). {MEND}")
+
+
 def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map a .npy read-only after checking that its header and size are what the manifest says."""
-    try:
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("not .npy version 1.0")
-            found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(file)
-            offset, n_bytes = file.tell(), os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. Run: make pull, or make convert") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}). Run: make pull, or make convert") from None
-    if (found_shape, found_dtype, fortran) != (tuple(shape), np.dtype(dtype), False):
-        raise UserError(
-            f"{path} holds {found_dtype}{found_shape}, expected {dtype}{shape}. Run: make pull, or make convert"
-        )
-    expected = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if n_bytes != expected:
-        raise UserError(f"{path} has {n_bytes} bytes, expected {expected}: the copy is incomplete. Run: make pull")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=tuple(shape))
+    header = npy_header(dtype, shape)
+    check_file(path, len(header) + int(np.prod(shape)) * np.dtype(dtype).itemsize, header)
+    return np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -272,26 +302,38 @@ class ShardSet:
         ]
 
     def column(self, name: str) -> np.ndarray:
-        """One value a row, e.g. "split", "scene", "scene_type", "accel"."""
+        """One value a row, e.g. "split", "scene", "scene_type", "accel"; hashed, and in range for its names."""
         file = f"rows-{name}.npy"
         if file not in self.manifest["columns"]:
             raise UserError(f"{self.path} has no column {name}. Run: make convert")
-        return np.load(self.path / file, allow_pickle=False)
+        try:
+            with open_plain(self.path / file) as opened:
+                data = opened.read()
+            if hashlib.sha256(data).hexdigest() != self.manifest["columns"][file]["sha256"]:
+                raise ValueError("SHA-256")
+            values: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+            names = {"split": SPLITS, "scene": self.manifest["names"]["scenes"]}.get(
+                name, self.manifest["names"]["scene_types"]
+            )
+            if values.dtype.kind != np.dtype(COLUMNS[name]).kind or len(values) != self.n_rows:
+                raise ValueError(f"{values.dtype}{values.shape}")
+            if values.dtype.kind == "u" and values.max() >= len(names):
+                raise ValueError(f"{values.max()} is beyond the names")
+            return values
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{self.path / file} is damaged ({error}). {MEND}") from None
 
 
 def open_set(path: str | Path) -> ShardSet:
-    """Open a finished set and check the size and header of every file of it (about 60 opens, no data read)."""
+    """Open a finished set after checking the size of every file and the header of every shard; no data is read."""
     found = ShardSet(Path(path), read_manifest(Path(path)))
+    headers = {
+        shard_name(field, k): npy_header(FIELDS[field]["dtype"], (stop - start, *row_shape(field, found.size)))
+        for k, (start, stop) in enumerate(s["rows"] for s in found.manifest["shards"])
+        for field in found.manifest["fields"]
+    }
     for name, facts in all_files(found.manifest).items():
-        try:
-            n_bytes = (found.path / name).stat().st_size
-        except FileNotFoundError:
-            raise UserError(f"{found.path / name} is missing. Run: make pull, or make convert") from None
-        if n_bytes != facts["bytes"]:
-            raise UserError(
-                f"{found.path / name} has {n_bytes} bytes, the manifest says {facts['bytes']}: the copy is incomplete. "
-                "Run: make pull, or make convert"
-            )
+        check_file(found.path / name, facts["bytes"], headers.get(name, b""))
     return found
 
 
@@ -323,48 +365,25 @@ def resolve_set(path: str | Path) -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def verify(directory: Path) -> Iterator[tuple[str, str | None]]:
     """Check every byte: yields (file, None) or (file, what is wrong), then foreign files as wrong too."""
     files = all_files(read_manifest(directory))
     for name, facts in sorted(files.items()):
-        yield name, _what_is_wrong(directory / name, facts)
+        yield name, what_is_wrong(directory / name, facts)
     for path in sorted(directory.iterdir()):
         if path.name not in files and not re.fullmatch(NOT_CONTENT, path.name):
             yield path.name, "is not part of the set"
 
 
-def _what_is_wrong(path: Path, facts: dict[str, Any]) -> str | None:
-    if path.is_symlink() or not path.is_file():
-        return "is missing" if not path.exists() else "is not a plain file"
-    n_bytes = path.stat().st_size
-    if n_bytes != facts["bytes"]:
-        return f"has {n_bytes} bytes, the manifest says {facts['bytes']}"
-    return None if sha256_file(path) == facts["sha256"] else "has other content than the manifest says (SHA-256)"
-
-
-@contextmanager
-def only_one(root: Path, name: str) -> Iterator[None]:
-    """Hold a lock on `ROOT/.NAME.lock`; a second process is told who holds it. A dead process holds nothing."""
-    path = root / f".{name}.lock"
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"{root / name} is being converted by {holder}. Wait for it, then run: make convert"
-            ) from None
-        except OSError:  # a file system without locks: go on
-            pass
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+def what_is_wrong(path: Path, facts: dict[str, Any]) -> str | None:
+    """None where the file's every byte is right."""
+    try:
+        check_file(path, facts["bytes"])
+        same = sha256_file(path) == facts["sha256"]
+        return None if same else "has other content than the manifest says (SHA-256)"
+    except (UserError, OSError) as error:
+        return str(error).removeprefix(f"{path} ").partition(". Run:")[0]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from . import format as fmt
 from .format import FIELDS, Settings, UserError
+from .lock import only_one
 from .mat import KEYS, Mat, Reader, sampled_identity
 from .resize import resize
 from .tables import row_columns
@@ -56,7 +57,7 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
             log(f"{directory} is already there and complete: nothing to do")
             return directory
         _make_directory(root)
-        with fmt.only_one(root, directory.name):
+        with only_one(root, directory.name):
             _make_directory(directory)
             columns, names = row_columns(mat, log)
             job = Job(mat, directory, settings, columns["split"] == 0)

@@ -18,6 +18,7 @@ from conftest import REPO, SHARED, SMALL, shared
 import convert.write as write_module
 from convert import format as fmt
 from convert.format import FIELDS, Settings, UserError
+from convert.lock import only_one
 from convert.mat import KEYS
 from convert.resize import resize
 from convert.tables import split_of, tables
@@ -148,7 +149,7 @@ def test_a_terminated_run_leaves_no_temporary_file(mat: Path, tmp_path: Path) ->
 
 def test_two_runs_into_one_root_do_not_mix(mat: Path, tmp_path: Path) -> None:
     name = fmt.directory_name(SMALL, fmt.fingerprint(SMALL, write_module.sampled_identity(mat)))
-    with fmt.only_one(tmp_path, name), pytest.raises(UserError, match=f"pid {os.getpid()}"):
+    with only_one(tmp_path, name), pytest.raises(UserError, match=f"pid {os.getpid()}"):
         convert(mat, tmp_path, SMALL)
     assert convert(mat, tmp_path, SMALL).name == name
 
