@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -16,10 +17,15 @@ EPILOG = """examples:
 
 
 def run(args: argparse.Namespace) -> None:
+    from .pack import codecs_of, repack
     from .write import convert
 
     settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
-    print(convert(args.source, args.out, settings, args.workers))
+    if args.source.is_dir() and args.source.suffix != ".mat":
+        print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
+    else:
+        codecs = codecs_of(args.format, args.codec, settings.fields)
+        print(convert(args.source, args.out, settings, args.workers, codecs))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -72,53 +78,45 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser(
-        "run", help="convert a .mat into shards", epilog="example: python -m convert run X.mat --out data"
-    )
-    p.add_argument("source", type=Path)
+    def command(function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
+        name = function.__name__
+        p = commands.add_parser(name, help=text, epilog=f"example: python -m convert {name} {example}")
+        p.set_defaults(function=function)
+        return p
+
+    p = command(run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data")
+    p.add_argument("source", type=Path, metavar="SOURCE", help="the .mat, or a finished set")
     p.add_argument("--out", type=Path, required=True, metavar="ROOT")
+    p.add_argument("--format", choices=("npy", "zarr"), default="npy")
+    p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help="with zarr; or depth=blosc,label=zstd")
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--fields", default=",".join(FIELDS), help="default: %(default)s")
     p.add_argument("--crop", choices=CROPS, default="none")
     p.add_argument("--depth-resize", choices=DEPTH_RESIZES, default="nearest")
     p.add_argument("--rows-per-shard", type=int, default=128)
     p.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
-    p.set_defaults(function=run)
 
-    p = commands.add_parser("verify", help="check every byte of a set", epilog="example: python -m convert verify data")
+    p = command(verify, "check every byte of a set", "data")
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("--against", type=Path, metavar="SOURCE", help="also compare random rows with the .mat")
     p.add_argument("--rows", type=int, default=16)
-    p.set_defaults(function=verify)
 
-    p = commands.add_parser(
-        "inspect", help="what is in a set", epilog="example: python -m convert inspect data --picture a.png"
-    )
+    p = command(inspect, "what is in a set", "data --picture a.png")
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
     p.add_argument("--rows", type=int, default=8, help="rows in the picture")
-    p.set_defaults(function=inspect)
 
-    p = commands.add_parser(
-        "push", help="copy a set to Drive", epilog="example: python -m convert push data /content/drive/MyDrive/nyuv2"
-    )
+    p = command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2")
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("drive", type=Path)
-    p.set_defaults(function=push)
 
-    p = commands.add_parser(
-        "pull", help="copy a set from Drive", epilog="example: python -m convert pull /content/drive/MyDrive/nyuv2 data"
-    )
+    p = command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data")
     p.add_argument("drive", type=Path)
     p.add_argument("root", type=Path)
-    p.set_defaults(function=pull)
 
-    p = commands.add_parser(
-        "sample", help="write a small .mat of made-up rooms", epilog="example: python -m convert sample rooms.mat"
-    )
+    p = command(sample, "write a small .mat of made-up rooms", "rooms.mat")
     p.add_argument("file", type=Path, metavar="FILE.mat")
     p.add_argument("--rows", type=int, default=48)
-    p.set_defaults(function=sample)
     return top
 
 

@@ -1,12 +1,12 @@
 """The contract on disk: names, dtypes, the manifest, opening and checking a finished set.
 
-A leaf: stdlib and numpy only, imported by `convert` (which writes) and `train` (which reads).
+A leaf: stdlib and numpy (and zarr where a compressed store is decoded), imported by `convert` and by `train`.
 
-    ROOT/nyuv2-224-1f3a9c20/
-      rgb-00000.npy ...    one file a field a shard, rows in .mat order
-      rows-scene.npy ...   one value a row
-      manifest.json        written last: its presence is the commit
-      provenance.json      how it was made; not part of the set's identity
+    ROOT/nyuv2-224-1f3a9c20/  ROOT/nyuv2-224-1f3a9c20.zarr/
+      rgb-00000.npy ...         rgb/zarr.json, rgb/c/0/0/0/0 ...  one file a field a shard, rows in .mat order
+      rows-scene.npy ...        rows-scene/c/0 ...                one value a row
+      manifest.json             written last: its presence is the commit
+      provenance.json           how it was made; not part of the set's identity
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,12 +100,17 @@ def fingerprint(settings: Settings, source: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def directory_name(settings: Settings, digest: str) -> str:
-    return f"nyuv2-{settings.size}-{digest[:8]}"
+def directory_name(settings: Settings, digest: str, zarr: bool = False) -> str:
+    return f"nyuv2-{settings.size}-{digest[:8]}{'.zarr' if zarr else ''}"
 
 
-def shard_name(field: str, shard: int) -> str:
-    return f"{field}-{shard:05d}.npy"
+def shard_name(field: str, shard: int, zarr: bool = False) -> str:
+    return f"{field}/c/{shard}" + "/0" * len(row_shape(field, 0)) if zarr else f"{field}-{shard:05d}.npy"
+
+
+def column_name(name: str, zarr: bool = False) -> str:
+    more = "/0" if COLUMNS[name] in ("S", "<f4") else ""  # several bytes or numbers a row
+    return f"rows-{name}/c/0{more}" if zarr else f"rows-{name}.npy"
 
 
 # ---------------------------------------------------------------- writing one file
@@ -139,6 +145,7 @@ def fsync_dir(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[HashingFile], None]) -> dict[str, Any]:
     """Write under a temporary name, fsync, rename. Returns {"bytes", "sha256"} of what was written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             hashing = HashingFile(file)
@@ -164,14 +171,21 @@ def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
 
     def write(file: HashingFile) -> None:
         file.write(npy_header(array.dtype.str, array.shape))
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
+        file.write(raw(array))
 
     return write_atomically(path, write)
 
 
+def raw(array: np.ndarray) -> Any:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+
+
+def write_bytes(path: Path, *parts: Any) -> dict[str, Any]:
+    return write_atomically(path, lambda file: void([file.write(part) for part in parts]))
+
+
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    return write_atomically(path, lambda file: void(file.write(text.encode())))
+    return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
 def void(_: Any) -> None:
@@ -187,7 +201,7 @@ def manifest_text(manifest: dict[str, Any]) -> str:
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """The commit."""
-    write_atomically(directory / MANIFEST, lambda file: void(file.write(manifest_text(manifest).encode())))
+    write_bytes(directory / MANIFEST, manifest_text(manifest).encode())
 
 
 # ---------------------------------------------------------------- opening
@@ -235,11 +249,16 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     starts = range(0, n_rows, settings.rows_per_shard)
     if [s["rows"] for s in manifest["shards"]] != [[k, min(k + starts.step, n_rows)] for k in starts]:
         raise ValueError(f"its shards are not those of {n_rows} rows")
-    names = [{shard_name(field, k) for field in settings.fields} for k in range(len(starts))]
+    zarr = manifest["container"] == "zarr"
+    names = [{shard_name(field, k, zarr) for field in settings.fields} for k in range(len(starts))]
     if [set(s["files"]) for s in manifest["shards"]] != names or set(manifest["fields"]) != set(settings.fields):
         raise ValueError("its shards are not those of its fields, or outside the set")
-    if set(manifest["columns"]) != {f"rows-{name}.npy" for name in COLUMNS}:
+    if set(manifest["columns"]) != {column_name(name, zarr) for name in COLUMNS}:
         raise ValueError("its columns are not those of a set, or outside the set")
+    arrays = ("", *(f"{field}/" for field in settings.fields), *(f"rows-{name}/" for name in COLUMNS)) if zarr else ()
+    found = [set(manifest.get(key, ())) for key in ("metadata", "codecs")]
+    if found != [{f"{array}zarr.json" for array in arrays}, set(settings.fields if zarr else ())]:
+        raise ValueError("its metadata or its codecs are not those of a set, or outside the set")
 
 
 def _unfinished(directory: Path) -> str:
@@ -250,7 +269,7 @@ def _unfinished(directory: Path) -> str:
 
 def all_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every file of the set -> {"bytes", "sha256"}."""
-    files = dict(manifest["columns"])
+    files = {**manifest["columns"], **manifest.get("metadata", {})}
     for shard in manifest["shards"]:
         files.update(shard["files"])
     return files
@@ -273,6 +292,49 @@ def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=tuple(shape))
 
 
+@cache
+def shard_index(n_rows: int, row_bytes: int, n_slots: int) -> bytes:
+    """The end of an uncompressed Zarr shard: (offset, bytes) a row, ones where there is no row, their CRC32C."""
+    index = np.full((n_slots, 2), 2**64 - 1, "<u8")
+    index[:n_rows, 0], index[:n_rows, 1] = np.arange(n_rows) * row_bytes, row_bytes
+    return index.tobytes() + crc32c(index.tobytes())
+
+
+def crc32c(data: bytes) -> bytes:
+    """The Castagnoli CRC, little-endian, as Zarr puts it behind a shard's index."""
+    table, crc = np.arange(256), 0xFFFFFFFF
+    for _ in range(8):
+        table = table >> 1 ^ (table & 1) * 0x82F63B78
+    steps: list[int] = table.tolist()
+    for byte in data:
+        crc = steps[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) -> np.ndarray:
+    """Memory-map an uncompressed Zarr shard after checking that its index has the rows back to back from byte 0."""
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    expected = shard_index(shape[0], n_bytes // shape[0], n_slots)
+    with open_plain(path) as file:
+        offset = file.seek(max(0, os.fstat(file.fileno()).st_size - len(expected)))
+        found = file.read()
+    if (offset, found) != (n_bytes, expected):
+        whole = crc32c(found[:-4]) == found[-4:]
+        problem = "does not hold its rows back to back: it cannot be mapped" if whole else "has a damaged shard index"
+        raise UserError(f"{path} {problem}. {MEND}")
+    return np.memmap(path, dtype=dtype, mode="r", shape=tuple(shape))
+
+
+def decode_zarr(path: Path, start: int, stop: int) -> np.ndarray:
+    """Rows start..stop of a compressed array, in memory."""
+    from zarr import open_array
+
+    try:
+        return np.asarray(open_array(path, mode="r")[start:stop])
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}). {MEND}") from None
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """A finished set: where it is and what its manifest says. Arrays are mapped on request."""
@@ -288,30 +350,44 @@ class ShardSet:
     def size(self) -> int:
         return int(self.manifest["settings"]["size"])
 
+    @property
+    def codecs(self) -> dict[str, str] | None:  # a field each of a Zarr set; None for .npy
+        return self.manifest.get("codecs")
+
     def shards(self, field: str) -> list[np.ndarray]:
-        """The field's shards as read-only memory maps, in row order."""
+        """The field's shards in row order: read-only memory maps, or, where compressed, decoded into memory."""
         if field not in self.manifest["fields"]:
             have = ", ".join(self.manifest["fields"])
             raise UserError(
                 f"{self.path} has no field {field} (it has {have}). Run: make convert ARGS='--fields {field},...'"
             )
-        shape = row_shape(field, self.size)
-        return [
-            map_npy(self.path / shard_name(field, k), dtype=FIELDS[field]["dtype"], shape=(stop - start, *shape))
-            for k, (start, stop) in enumerate(s["rows"] for s in self.manifest["shards"])
-        ]
+        return [self.shard(field, k) for k in range(len(self.manifest["shards"]))]
+
+    def shard(self, field: str, k: int) -> np.ndarray:
+        start, stop = self.manifest["shards"][k]["rows"]
+        dtype, shape = FIELDS[field]["dtype"], (stop - start, *row_shape(field, self.size))
+        path = self.path / shard_name(field, k, self.codecs is not None)
+        if self.codecs is None:
+            return map_npy(path, dtype=dtype, shape=shape)
+        if self.codecs[field] == "none":
+            return map_zarr(path, dtype=dtype, shape=shape, n_slots=self.manifest["settings"]["rows_per_shard"])
+        return decode_zarr(self.path / field, start, stop)
 
     def column(self, name: str) -> np.ndarray:
         """One value a row, e.g. "split", "scene", "scene_type", "accel"; hashed, and in range for its names."""
-        file = f"rows-{name}.npy"
-        if file not in self.manifest["columns"]:
+        if name not in COLUMNS:
             raise UserError(f"{self.path} has no column {name}. Run: make convert")
+        file = column_name(name, self.codecs is not None)
         try:
             with open_plain(self.path / file) as opened:
                 data = opened.read()
             if hashlib.sha256(data).hexdigest() != self.manifest["columns"][file]["sha256"]:
                 raise ValueError("SHA-256")
-            values: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+            dtype = {"S": f"S{len(data) // self.n_rows}", "<f4": "(4,)<f4"}.get(COLUMNS[name], COLUMNS[name])
+            loaded = (
+                np.load(io.BytesIO(data), allow_pickle=False) if self.codecs is None else np.frombuffer(data, dtype)
+            )
+            values: np.ndarray = loaded
             names = {"split": SPLITS, "scene": self.manifest["names"]["scenes"]}.get(
                 name, self.manifest["names"]["scene_types"]
             )
@@ -327,13 +403,14 @@ class ShardSet:
 def open_set(path: str | Path) -> ShardSet:
     """Open a finished set after checking the size of every file and the header of every shard; no data is read."""
     found = ShardSet(Path(path), read_manifest(Path(path)))
-    headers = {
-        shard_name(field, k): npy_header(FIELDS[field]["dtype"], (stop - start, *row_shape(field, found.size)))
-        for k, (start, stop) in enumerate(s["rows"] for s in found.manifest["shards"])
-        for field in found.manifest["fields"]
-    }
+    root = found.path.resolve()
     for name, facts in all_files(found.manifest).items():
-        check_file(found.path / name, facts["bytes"], headers.get(name, b""))
+        if "/" in name and (found.path / name).parent.resolve() != (root / name).parent:
+            raise UserError(f"{found.path / name} lies behind a symbolic link. {MEND}")
+        check_file(found.path / name, facts["bytes"])
+    for field in found.manifest["fields"]:
+        if found.codecs is None or found.codecs[field] == "none":
+            found.shards(field)  # checks each header, or each index of a Zarr store
     return found
 
 
@@ -353,7 +430,8 @@ def resolve_set(path: str | Path) -> Path:
         raise UserError(f"{path}: no such directory. Run: make convert")
     if (path / MANIFEST).is_file() or DIRECTORY_NAME.fullmatch(path.name):
         return path
-    found = finished_sets(path)
+    there = finished_sets(path)
+    found = [p for p in there if p.suffix != ".zarr" or p.with_suffix("") not in there]  # the same rows, unpacked
     if not found:
         raise UserError(f"no finished set under {path}. Run: make convert")
     if len(found) > 1:
@@ -374,9 +452,12 @@ def verify(directory: Path) -> Iterator[tuple[str, str | None]]:
     files = all_files(read_manifest(directory))
     for name, facts in sorted(files.items()):
         yield name, what_is_wrong(directory / name, facts)
-    for path in sorted(directory.iterdir()):
-        if path.name not in files and not re.fullmatch(NOT_CONTENT, path.name):
-            yield path.name, "is not part of the set"
+    directories = {str(parent) for name in files for parent in Path(name).parents}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        known = name in files or (name in directories and not path.is_symlink())
+        if not known and not re.fullmatch(NOT_CONTENT, name):
+            yield name, "is not part of the set"
 
 
 def what_is_wrong(path: Path, facts: dict[str, Any]) -> str | None:

@@ -12,8 +12,8 @@ from .format import UserError
 
 
 @contextmanager
-def only_one(root: Path, name: str) -> Iterator[None]:
-    """Hold a lock on `ROOT/.NAME.lock`; a second process is told who holds it. A dead process holds nothing."""
+def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on `ROOT/.NAME.lock`; a second process waits or is told who holds it. A dead one holds nothing."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         handle = os.open(root / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -23,7 +23,7 @@ def only_one(root: Path, name: str) -> Iterator[None]:
         ) from None
     with open(handle, "r+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = file.read().strip() or "another process"
             raise UserError(

@@ -50,6 +50,7 @@ def _is_right(path: Path, facts: dict[str, Any]) -> bool:
 
 def _copy_file(source: Path, target: Path, facts: dict[str, Any]) -> None:
     """Copy in blocks, hashed on the way, then read back and hashed again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
     try:

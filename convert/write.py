@@ -26,6 +26,7 @@ from . import format as fmt
 from .format import FIELDS, Settings, UserError
 from .lock import only_one
 from .mat import KEYS, Mat, Reader, sampled_identity
+from .pack import Codecs, already, write_rest, write_shard
 from .resize import resize
 from .tables import row_columns
 
@@ -40,7 +41,7 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def convert(source: Path, root: Path, settings: Settings, workers: int | None = None) -> Path:
+def convert(source: Path, root: Path, settings: Settings, workers: int | None = None, codecs: Codecs = None) -> Path:
     """Convert `source` into a directory under `root` and return it; a finished one is returned as it is.
 
     Raises UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
@@ -50,9 +51,8 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
     try:
         identity = sampled_identity(source)
         digest = fmt.fingerprint(settings, identity)
-        directory = root / fmt.directory_name(settings, digest)
-        if (directory / fmt.MANIFEST).is_file():
-            fmt.open_set(directory)
+        directory = root / fmt.directory_name(settings, digest, codecs is not None)
+        if already(directory, codecs):
             _remove_receipts(directory)  # a run killed just after its commit leaves them
             log(f"{directory} is already there and complete: nothing to do")
             return directory
@@ -60,18 +60,14 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
         with only_one(root, directory.name):
             _make_directory(directory)
             columns, names = row_columns(mat, log)
-            job = Job(mat, directory, settings, columns["split"] == 0)
+            job = Job(mat, directory, settings, columns["split"] == 0, codecs)
             job.run(workers or len(os.sched_getaffinity(0)))
             if sampled_identity(source) != identity:
                 raise UserError(f"{source} changed while it was read. Delete {directory}, then run: make convert")
             manifest = _manifest(job, identity, digest, names)
-            manifest["columns"] = {
-                f"rows-{name}.npy": fmt.write_npy(directory / f"rows-{name}.npy", column)
-                for name, column in columns.items()
-            }
             seconds = time.perf_counter() - started
             fmt.write_json(directory / fmt.PROVENANCE, _provenance(source, seconds))
-            fmt.write_manifest(directory, manifest)
+            write_rest(directory, manifest, columns, codecs)
             _remove_receipts(directory)
     finally:
         mat.close()
@@ -102,7 +98,6 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
     settings = job.settings
     return {
         "format_version": fmt.FORMAT_VERSION,
-        "container": "npy",
         "fingerprint": digest,
         "source": identity,
         "settings": settings.to_dict(),
@@ -185,8 +180,10 @@ class Shard:
 class Job:
     """The decoding, resizing and writing of all shards that have no valid receipt."""
 
-    def __init__(self, mat: Mat, directory: Path, settings: Settings, is_train: np.ndarray) -> None:
-        self.mat, self.directory, self.settings, self.is_train = mat, directory, settings, is_train
+    def __init__(
+        self, mat: Mat, directory: Path, settings: Settings, is_train: np.ndarray, codecs: Codecs = None
+    ) -> None:
+        self.mat, self.directory, self.settings, self.is_train, self.codecs = mat, directory, settings, is_train, codecs
         self.n_rows = mat.n_rows
         step = settings.rows_per_shard
         self.bounds = [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
@@ -202,7 +199,7 @@ class Job:
     def _valid_receipt(self, shard: int) -> dict[str, Any] | None:
         try:
             receipt: dict[str, Any] = json.loads((self.directory / receipt_name(shard)).read_text())
-            if receipt["rows"] != list(self.bounds[shard]):
+            if receipt["rows"] != list(self.bounds[shard]) or receipt["codecs"] != self.codecs:
                 return None
             for name, facts in receipt["files"].items():
                 if fmt.sha256_file(self.directory / name) != facts["sha256"]:
@@ -333,18 +330,16 @@ class Job:
 
     def _write(self, shard: Shard) -> None:
         """Make a full shard durable, then its receipt."""
-        n = shard.stop - shard.start
-        files = {
-            name: fmt.write_npy(self.directory / name, shard.buffers[field][:n])
-            for field in self.settings.fields
-            for name in [fmt.shard_name(field, shard.number)]
-        }
-        receipt = {"rows": [shard.start, shard.stop], "files": files, "sums": shard.sums}
+        n, n_slots = shard.stop - shard.start, self.settings.rows_per_shard
+        files: dict[str, Any] = {}
+        for field, rows in shard.buffers.items():
+            files |= write_shard(self.directory, field, shard.number, rows[:n], n_slots, self.codecs)
+        receipt = {"rows": [shard.start, shard.stop], "codecs": self.codecs, "files": files, "sums": shard.sums}
         fmt.write_json(self.directory / receipt_name(shard.number), receipt)
         self.done[shard.number] = receipt
 
     def _remove_leftovers(self) -> None:
-        for path in self.directory.glob(".*.tmp"):
+        for path in self.directory.rglob(".*.tmp"):
             path.unlink()
 
     def _check_space(self) -> None:

@@ -10,6 +10,7 @@ stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the devi
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from convert.format import SPLITS, VOID, ShardSet, UserError, open_set, resolve_set
+from convert.format import MANIFEST, SPLITS, VOID, ShardSet, UserError, open_set, read_manifest, resolve_set
 from train.loader import Batches, DeviceLoader, Loader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,6 +82,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.path = resolve_set(path)
         if not allow_remote:
             refuse_remote(self.path)
+        self.path = unpacked(self.path)
         self.split, self.target, self.num_classes, self.normalize = split, target, num_classes, normalize
         self.fields = fields_for(target, fields)
         if not set(self.fields) <= set(INPUTS):
@@ -260,6 +262,21 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         if self._lut is not None:
             return torch.from_numpy(self._lut[self._stored("label", rows)])
         return torch.from_numpy(self._stored("instance", rows).astype(np.int64))
+
+
+def unpacked(path: Path) -> Path:
+    """The set; of a compressed one the .npy copy beside it, made once, by `convert`: zarr is never loaded here."""
+    if path.suffix != ".zarr" or set(read_manifest(path)["codecs"].values()) == {"none"}:
+        return path
+    copy = path.with_suffix("")
+    if not (copy / MANIFEST).is_file():
+        print(f"{path} is compressed: unpacking it once, into {copy}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "convert", "run", str(path), "--out", str(path.parent)]
+        here = str(Path(__file__).resolve().parents[1])
+        made = subprocess.run(command, env={**os.environ, "PYTHONPATH": here}, stdout=subprocess.DEVNULL)
+        if made.returncode:
+            raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
+    return copy
 
 
 def normalize_rgb(rgb_bchw: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""Write a set's files in either container: .npy, or one Zarr v3 group through zarr-python.
+
+A Zarr array a field: `rows_per_shard` rows a shard file, one row an inner chunk. The rows of an uncompressed shard lie
+back to back, so its bytes are written as they are, with the index behind them: what zarr-python writes, to the byte, at
+several times its speed. Compressed shards, the metadata and the per-row columns are zarr-python's own output.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from . import format as fmt
+from .format import FIELDS, Settings, ShardSet, UserError
+from .lock import only_one
+
+CODECS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "zstd": {"level": 3},
+    "blosc": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"},
+    "blosc-zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
+}
+Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None for .npy
+Facts = dict[str, Any]
+
+
+def codecs_of(container: str, codec: str, names: Iterable[str]) -> Codecs:
+    """`--format` and `--codec` (one for all fields, or field=codec,... and none for the rest) -> a codec a field."""
+    given = dict(pair.split("=", 1) for pair in codec.split(",")) if "=" in codec else dict.fromkeys(names, codec)
+    if not set(given) <= set(names) or not set(given.values()) <= set(CODECS):
+        raise UserError(f"--codec {codec}: choose one of {', '.join(CODECS)}, or rgb=none,depth=blosc,...")
+    if container == "npy" and codec != "none":
+        raise UserError(f"--codec {codec}: .npy files are never compressed. Add: --format zarr")
+    return {name: given.get(name, "none") for name in names} if container == "zarr" else None
+
+
+def write_shard(directory: Path, field: str, k: int, rows: np.ndarray, n_slots: int, codecs: Codecs) -> Facts:
+    """Write rows as shard `k`, which has room for `n_slots` of them. Returns {file: {"bytes", "sha256"}}."""
+    name = fmt.shard_name(field, k, codecs is not None)
+    if codecs is None:
+        return {name: fmt.write_npy(directory / name, rows)}
+    if codecs[field] == "none":
+        parts = [fmt.raw(rows), fmt.shard_index(len(rows), rows[0].nbytes, n_slots)]
+    else:
+        files: dict[str, Any] = {}
+        _create_array(files, field, rows.shape, n_slots, codecs[field])[:] = rows
+        parts = [files[fmt.shard_name(field, 0, True)].to_bytes()]
+    return {name: fmt.write_bytes(directory / name, *parts)}
+
+
+def write_rest(directory: Path, manifest: Facts, columns: dict[str, np.ndarray], codecs: Codecs) -> None:
+    """Write all but the shards, then the manifest, which commits the set."""
+    if codecs is None:
+        files = {fmt.column_name(name): column for name, column in columns.items()}
+        written = {name: fmt.write_npy(directory / name, column) for name, column in files.items()}
+        fmt.write_manifest(directory, {**manifest, "container": "npy", "columns": written})
+        return
+    written = {n: fmt.write_bytes(directory / n, data) for n, data in _group(manifest, columns, codecs).items()}
+    metadata = {name: facts for name, facts in written.items() if name.endswith("zarr.json")}
+    manifest = {**manifest, "container": "zarr", "codecs": codecs, "metadata": metadata}
+    manifest["columns"] = {name: facts for name, facts in written.items() if name not in metadata}
+    for path in {parent for name in fmt.all_files(manifest) for parent in Path(name).parents}:
+        fmt.fsync_dir(directory / path)
+    fmt.write_manifest(directory, manifest)
+
+
+def repack(source: Path, root: Path, settings: Settings, container: str, codec: str) -> Path:
+    """Copy a finished set under `root` in another container or codec; the rows and the fingerprint stay as they are.
+
+    Every file is checked on the way. A second process waits for the first and takes what it made.
+    """
+    found = fmt.open_set(source)
+    have, manifest = Settings.from_dict(found.manifest["settings"]), found.manifest
+    if settings not in (have, Settings()):
+        raise UserError(f"{source} has other settings ({have}). Run: python -m convert run FILE.mat --out {root}")
+    codecs = codecs_of(container, codec, have.fields)
+    directory = root / fmt.directory_name(have, manifest["fingerprint"], codecs is not None)
+    with only_one(root, directory.name, wait=True):
+        if not already(directory, codecs):
+            _copy(found, directory, codecs)
+    return directory
+
+
+def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> None:
+    manifest = {key: value for key, value in found.manifest.items() if key not in ("codecs", "metadata")}
+    for name, facts in fmt.all_files(found.manifest).items():
+        if problem := fmt.what_is_wrong(found.path / name, facts):
+            raise UserError(f"{found.path / name} {problem}. {fmt.MEND}")
+    for k, shard in enumerate(tqdm(manifest["shards"], desc="repack", unit="shard", disable=None)):
+        shard["files"] = {}
+        for field in manifest["fields"]:
+            rows, n_slots = found.shard(field, k), manifest["settings"]["rows_per_shard"]
+            shard["files"] |= write_shard(directory, field, k, rows, n_slots, codecs)
+    if (found.path / fmt.PROVENANCE).is_file():
+        fmt.write_bytes(directory / fmt.PROVENANCE, (found.path / fmt.PROVENANCE).read_bytes())
+    write_rest(directory, manifest, {name: found.column(name) for name in fmt.COLUMNS}, codecs)
+
+
+def already(directory: Path, codecs: Codecs) -> bool:
+    """Whether the finished set is there; with other codecs it is an error."""
+    if not (directory / fmt.MANIFEST).is_file():
+        return False
+    if (have := fmt.open_set(directory).codecs) != codecs:
+        raise UserError(f"{directory} is there already, with codecs {have}. Delete it, or use another --out")
+    return True
+
+
+def _create_array(files: dict[str, Any], field: str, shape: tuple[int, ...], n_slots: int, codec: str) -> Any:
+    """A field's array over `files` (a dict as the store), where no row is left out for being all 0."""
+    from zarr import create_array
+    from zarr.codecs import BloscCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
+    facts, row, options = FIELDS[field], shape[1:], CODECS[codec]
+    dtype = np.dtype(facts["dtype"])
+    compressor: Any = None
+    if options:
+        compressor = BloscCodec(typesize=dtype.itemsize, **options) if "cname" in options else ZstdCodec(**options)
+    return create_array(
+        MemoryStore(files),
+        name=field,
+        shape=shape,
+        shards=(n_slots, *row),
+        chunks=(1, *row),
+        dtype=dtype,
+        compressors=compressor,
+        fill_value=0,
+        dimension_names=("row", *("channel", "y", "x")[-len(row) :]),
+        attributes={"units": facts["unit"], "invalid": facts["invalid"]},
+        config={"write_empty_chunks": True},
+    )
+
+
+def _group(manifest: Facts, columns: dict[str, np.ndarray], codecs: dict[str, str]) -> dict[str, bytes]:
+    """Every file of the store but the shards. Text becomes rows of UTF-8 bytes, which every reader knows."""
+    from zarr import create_array, create_group
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    facts = {key: manifest[key] for key in ("fingerprint", "settings", "names")}
+    create_group(MemoryStore(files), attributes=json.loads(json.dumps(facts, sort_keys=True)))
+    for field, facts in manifest["fields"].items():
+        shape = (manifest["rows"], *facts["shape"])
+        _create_array(files, field, shape, manifest["settings"]["rows_per_shard"], codecs[field])
+    for name, column in columns.items():
+        is_text = column.dtype.kind == "S"
+        values = column.view(np.uint8).reshape(len(column), -1) if is_text else column
+        create_array(
+            MemoryStore(files),
+            name=f"rows-{name}",
+            data=values,
+            chunks=values.shape,
+            compressors=None,
+            dimension_names=("row", f"{name}_axis")[: values.ndim],
+            attributes={"encoding": "utf-8"} if is_text else {},
+            config={"write_empty_chunks": True},
+        )
+    return {name: data.to_bytes() for name, data in files.items()}
