@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.chunks import inflate
 from convert.format import FIELDS, Settings, row_shape
-from convert.mat import KEYS, Mat, inflate
+from convert.mat import KEYS, Mat
 from convert.resize import resize
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
@@ -36,7 +37,7 @@ def floor(source: Path, fields: tuple[str, ...], out: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         for name in fields:
             reader = mat.reader(name)
-            index = reader.index
+            index = reader._locate()
             if index is None:
                 raise SystemExit(f"{KEYS[name]} is not chunked with gzip: there is no floor to measure")
             order = np.argsort(index.offset, kind="stable")

@@ -1,6 +1,7 @@
 """verify and inspect: is every byte right, is it what the source gives, and what is in there."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
         rows = np.random.default_rng().choice(found.n_rows, min(n_rows, found.n_rows), replace=False)
         for name in settings.fields:
             reader, shards = mat.reader(name), found.shards(name)
+            if reader.needs_scratch:
+                reader.fill_scratch(Path(tempfile.gettempdir()))
             for row in sorted(int(r) for r in rows):
                 group = reader.read_group(row // reader.group_rows)
                 small = resize(

@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 FORMAT_VERSION = 1
-RESIZE_VERSION = 1
+RESIZE_VERSION = 2
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 NOT_CONTENT = r"manifest\.json|provenance\.json|receipt-\d+\.json"  # receipts: a kill just after the commit

@@ -4,6 +4,7 @@ Two shards of memory at most: one being filled, one being written. A shard is ha
 receipt is written; a run that was killed resumes after the last receipt and ends byte-identical.
 """
 
+import errno
 import json
 import os
 import platform
@@ -12,20 +13,23 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from . import format as fmt
+from .chunks import Reader
 from .format import FIELDS, Settings, UserError
 from .lock import only_one
-from .mat import KEYS, Mat, Reader, sampled_identity
+from .mat import KEYS, Mat, sampled_identity
 from .pack import Codecs, already, write_rest, write_shard
 from .resize import resize
 from .tables import row_columns
@@ -59,9 +63,8 @@ def convert(source: Path, root: Path, settings: Settings, workers: int | None = 
         _make_directory(root)
         with only_one(root, directory.name):
             _make_directory(directory)
-            columns, names = row_columns(mat, log)
-            job = Job(mat, directory, settings, columns["split"] == 0, codecs)
-            job.run(workers or len(os.sched_getaffinity(0)))
+            job = Job(mat, directory, settings, codecs)
+            columns, names = job.run(workers or len(os.sched_getaffinity(0)))
             if sampled_identity(source) != identity:
                 raise UserError(f"{source} changed while it was read. Delete {directory}, then run: make convert")
             manifest = _manifest(job, identity, digest, names)
@@ -136,25 +139,23 @@ def _provenance(source: Path, seconds: float) -> dict[str, Any]:
 # ---------------------------------------------------------------- statistics from integer sums
 
 
-def row_sums(name: str, row: np.ndarray) -> list[list[int]]:
-    """[count, sum, sum of squares] a channel over the row's valid pixels; exact (float64 holds them as integers)."""
+def train_sums(name: str, rows: Iterable[np.ndarray]) -> list[list[int]]:
+    """[count, sum, sum of squares] a channel over the rows' valid pixels; exact (float64 holds a row's as integers)."""
     if name in ("label", "instance"):
         return []
-    planes = row.reshape(3 if name == "rgb" else 1, -1).astype(np.float64)
-    return [
-        [int(p.size if name == "rgb" else np.count_nonzero(p)), int(p.sum()), int(np.square(p).sum())] for p in planes
-    ]
-
-
-def add_sums(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
-    return [[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)] if a else b
+    total = np.zeros((3 if name == "rgb" else 1, 3), np.int64)
+    for row in rows:
+        planes = row.reshape(len(total), -1).astype(np.float64)
+        total[:, 0] += planes.shape[1] if name == "rgb" else np.count_nonzero(row)
+        total[:, 1] += planes.sum(1).astype(np.int64)
+        total[:, 2] += np.square(planes, out=planes).sum(1).astype(np.int64)
+    return total.tolist()  # type: ignore[no-any-return]
 
 
 def statistics(name: str, shard_sums: list[dict[str, list[list[int]]]]) -> dict[str, Any] | None:
     """Mean and standard deviation a channel over the train rows' valid pixels; None for ids and empty train splits."""
-    total: list[list[int]] = []
-    for sums in shard_sums:
-        total = add_sums(total, sums[name]) if sums.get(name) else total
+    found = [sums[name] for sums in shard_sums if sums.get(name)]
+    total = [[sum(values) for values in zip(*channel, strict=True)] for channel in zip(*found, strict=True)]
     if not total or not all(count for count, _, _ in total):
         return None
     means = [s / n for n, s, _ in total]
@@ -167,30 +168,31 @@ def statistics(name: str, shard_sums: list[dict[str, list[list[int]]]]) -> dict[
 
 @dataclass
 class Shard:
-    """One shard being filled: its buffers, how many rows of how many fields are still to come, its sums."""
+    """One shard being filled: its buffers, and how many rows of how many fields are still to come."""
 
     number: int
     start: int
     stop: int
     buffers: dict[str, np.ndarray]
     remaining: int
-    sums: dict[str, list[list[int]]]
 
 
 class Job:
-    """The decoding, resizing and writing of all shards that have no valid receipt."""
+    """The decoding, resizing and writing of all shards that have no valid receipt.
 
-    def __init__(
-        self, mat: Mat, directory: Path, settings: Settings, is_train: np.ndarray, codecs: Codecs = None
-    ) -> None:
-        self.mat, self.directory, self.settings, self.is_train, self.codecs = mat, directory, settings, is_train, codecs
+    Decoding and resizing run in a pool, one writer thread makes full shards durable. Two shards are held, or as many as
+    one group of rows spans, and one more.
+    """
+
+    def __init__(self, mat: Mat, directory: Path, settings: Settings, codecs: Codecs = None) -> None:
+        self.mat, self.directory, self.settings, self.codecs = mat, directory, settings, codecs
         self.n_rows = mat.n_rows
         step = settings.rows_per_shard
         self.bounds = [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
         self.done = {k: r for k in range(len(self.bounds)) if (r := self._valid_receipt(k))}
         self.open: dict[int, Shard] = {}
         self.free: list[dict[str, np.ndarray]] = []
-        self.lock = threading.Lock()
+        self.lock, self.n_running, self.ended = threading.Lock(), 0, SimpleQueue[Future[Any]]()
 
     @property
     def receipts(self) -> list[dict[str, Any]]:
@@ -208,72 +210,70 @@ class Job:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def run(self, workers: int) -> None:
+    def run(self, workers: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Do all of it; returns what `row_columns` found in the file meanwhile."""
         self._remove_leftovers()
-        self._check_space()
+        readers = {name: self.mat.reader(name) for name in self.settings.fields}
+        self._check_space(sum(r.scratch_bytes for r in readers.values()))
         if self.done:
             log(f"{len(self.done)} of {len(self.bounds)} shards are done already: going on from there")
-        readers = {name: self.mat.reader(name) for name in self.settings.fields}
-        self._fill_scratch(readers)
         n_todo = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
-        bar = tqdm(total=n_todo, initial=0, unit="row", desc="convert", disable=None, smoothing=0.05)
-        pool, writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+        self.bar = tqdm(total=n_todo, unit="row", desc="convert", disable=None, smoothing=0.05)
+        self.pool, self.writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
         try:
-            self._work(readers, pool, writer, workers, bar)
+            self.facts = self._submit(self.pool, row_columns, self.mat, log)
+            self._work(readers)
+            return self.facts.result()  # type: ignore[no-any-return]
         finally:
-            pool.shutdown(cancel_futures=True)
-            writer.shutdown(cancel_futures=True)
-            bar.close()
+            self.pool.shutdown(cancel_futures=True)
+            self.writer.shutdown(cancel_futures=True)
+            self.bar.close()
+            for reader in readers.values():
+                reader.close()
 
-    def _work(self, readers: dict[str, Reader], pool: Any, writer: Any, workers: int, bar: Any) -> None:
-        """Keep the pool busy, hand each filled shard to the writer, hold two shards, or as many as one task spans."""
-        step = self.settings.rows_per_shard
+    def _work(self, readers: dict[str, Reader]) -> None:
+        for name, reader in readers.items():
+            if reader.needs_scratch and len(self.done) < len(self.bounds):
+                log(f"{KEYS[name]} is chunked across rows: unpacking it into a scratch file first")
+                with self._blaming(name, 0):
+                    reader.fill_scratch(self.directory, self.pool.map)
         most_rows = max(max(r.group_rows, ROWS_PER_TASK) for r in readers.values())
-        limit = max(2, (most_rows - 2) // step + 2)  # so many shards can one task touch
-        pending: set[Future[None]] = set()
-        writes: dict[int, Future[None]] = {}
+        limit = max(2, (most_rows - 2) // self.settings.rows_per_shard + 2)  # so many shards can one task touch
         for name, groups in self._tasks(readers):
-            reader = readers[name]
-            for k in self._shards_of(reader, groups):
+            for k in self._shards_of(readers[name], groups):
                 while k not in self.open and len(self.open) >= limit:
-                    pending = self._collect(pending, writes, writer, bar)
+                    self._wait()
                 if k not in self.open:
                     self._open_shard(k)
-            pending.add(pool.submit(self._do, name, reader, groups))
-            while len(pending) >= 8 * workers:
-                pending = self._collect(pending, writes, writer, bar)
-        while pending or self.open:
-            pending = self._collect(pending, writes, writer, bar)
+            self._submit(self.pool, self._do, name, readers[name], groups)
+        while self.n_running:
+            self._wait()
 
-    def _collect(self, pending: set[Any], writes: dict[int, Any], writer: Any, bar: Any) -> set[Any]:
-        """Wait until something ends; start writing the shards that are full; drop those that are written."""
-        for k, shard in list(self.open.items()):
-            if shard.remaining == 0 and k not in writes:
-                writes[k] = writer.submit(self._write, shard)
-        done, _ = wait(pending | set(writes.values()), return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-        for k in [k for k, future in writes.items() if future in done]:
-            del writes[k]
-            shard = self.open.pop(k)
-            self.free.append(shard.buffers)
-            bar.update(shard.stop - shard.start)
-            if bar.disable:
-                log(f"shard {k + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")
-        return pending - done
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        with self.lock:
+            self.n_running += 1
+        future = pool.submit(work, *args)
+        future.add_done_callback(self.ended.put)
+        return future
+
+    def _wait(self) -> None:
+        """Until something ends; raises what it raised."""
+        self.ended.get().result()
+        with self.lock:
+            self.n_running -= 1
 
     def _tasks(self, readers: dict[str, Reader]) -> Iterator[tuple[str, range]]:
-        """(field, groups of rows), in row order, leaving out what only finished shards need."""
+        """(field, groups of rows), shard by shard and field by field, without what only finished shards need."""
         tasks = []
-        for name, reader in readers.items():
+        for place, (name, reader) in enumerate(readers.items()):
             step = max(1, ROWS_PER_TASK // reader.group_rows)
             n_groups = -(-self.n_rows // reader.group_rows)
-            for g in range(0, n_groups, step):
-                groups = range(g, min(g + step, n_groups))
+            for first in range(0, n_groups, step):
+                groups = range(first, min(first + step, n_groups))
                 if self._shards_of(reader, groups):
-                    tasks.append((g * reader.group_rows, name, groups))
-        order = list(self.settings.fields)
-        for _, name, groups in sorted(tasks, key=lambda t: (t[0], order.index(t[1]))):
+                    row = first * reader.group_rows
+                    tasks.append((row // self.settings.rows_per_shard, place, row, name, groups))
+        for *_, name, groups in sorted(tasks, key=lambda t: t[:3]):
             yield name, groups
 
     def _shards_of(self, reader: Reader, groups: range) -> list[int]:
@@ -285,79 +285,80 @@ class Job:
 
     def _open_shard(self, k: int) -> None:
         start, stop = self.bounds[k]
+        n_rows, size = min(self.settings.rows_per_shard, self.n_rows), self.settings.size
         buffers = (
             self.free.pop()
             if self.free
-            else {
-                name: np.empty(
-                    (self.settings.rows_per_shard, *fmt.row_shape(name, self.settings.size)), FIELDS[name]["dtype"]
-                )
-                for name in self.settings.fields
-            }
+            else {f: np.empty((n_rows, *fmt.row_shape(f, size)), FIELDS[f]["dtype"]) for f in self.settings.fields}
         )
-        self.open[k] = Shard(k, start, stop, buffers, (stop - start) * len(self.settings.fields), {})
+        self.open[k] = Shard(k, start, stop, buffers, (stop - start) * len(self.settings.fields))
 
     def _do(self, name: str, reader: Reader, groups: range) -> None:
         """Decode some groups of one field and resize their rows into their shards."""
         for group in groups:
             first = group * reader.group_rows
-            try:
+            with self._blaming(name, first):
                 rows = reader.read_group(group)
-            except (ValueError, OSError, RuntimeError) as error:
-                raise UserError(self._bad(name, first, error)) from None
-            for i, row in enumerate(rows):
-                self._place(name, first + i, row)
+            for i, row in enumerate(rows, first):
+                self._place(name, i, row)
 
     def _place(self, name: str, row_number: int, row: np.ndarray) -> None:
         shard = self.open.get(row_number // self.settings.rows_per_shard)
         if shard is None:  # finished in an earlier run
             return
-        try:
+        with self._blaming(name, row_number):
             small = resize(name, row, self.settings.size, self.settings.crop, self.settings.depth_resize)
-        except ValueError as error:
-            raise UserError(self._bad(name, row_number, error)) from None
-        stored = shard.buffers[name][row_number - shard.start]
-        stored[...] = small
-        sums = row_sums(name, stored) if self.is_train[row_number] else []
+        shard.buffers[name][row_number - shard.start] = small
         with self.lock:
             shard.remaining -= 1
-            if sums:
-                shard.sums[name] = add_sums(shard.sums.get(name, []), sums)
+            full = not shard.remaining
+        if full:
+            self._submit(self.writer, self._write, shard)
 
-    def _bad(self, name: str, row: int, error: BaseException) -> str:
-        text = " ".join(str(error).split())[:200]
-        return f"{self.mat.path}: {KEYS[name]} row {row}: {text}. Download the file again, then run: make convert"
+    @contextmanager
+    def _blaming(self, name: str, row: int) -> Iterator[None]:
+        """One line that names the field and the row, for whatever is wrong with them."""
+        try:
+            yield
+        except (ValueError, OverflowError, RuntimeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            text = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.mat.path}: {KEYS[name]} row {row}: {text}. Download the file again, then run: make convert"
+            ) from None
 
     def _write(self, shard: Shard) -> None:
-        """Make a full shard durable, then its receipt."""
+        """Make a full shard durable, then its receipt; then its buffers can be used again."""
         n, n_slots = shard.stop - shard.start, self.settings.rows_per_shard
+        train = np.flatnonzero(self.facts.result()[0]["split"][shard.start : shard.stop] == 0)
         files: dict[str, Any] = {}
+        sums = {}
         for field, rows in shard.buffers.items():
             files |= write_shard(self.directory, field, shard.number, rows[:n], n_slots, self.codecs)
-        receipt = {"rows": [shard.start, shard.stop], "codecs": self.codecs, "files": files, "sums": shard.sums}
+            sums[field] = train_sums(field, (rows[i] for i in train))
+        receipt = {"rows": [shard.start, shard.stop], "codecs": self.codecs, "files": files, "sums": sums}
         fmt.write_json(self.directory / receipt_name(shard.number), receipt)
         self.done[shard.number] = receipt
+        self.free.append(shard.buffers)
+        del self.open[shard.number]
+        self.bar.update(shard.stop - shard.start)
+        if self.bar.disable:
+            log(f"shard {shard.number + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")
 
     def _remove_leftovers(self) -> None:
         for path in self.directory.rglob(".*.tmp"):
             path.unlink()
 
-    def _check_space(self) -> None:
+    def _check_space(self, scratch_bytes: int) -> None:
         n_rows = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
         row = sum(
             int(np.prod(fmt.row_shape(f, self.settings.size))) * np.dtype(FIELDS[f]["dtype"]).itemsize
             for f in self.settings.fields
         )
-        need, free = n_rows * row + (8 << 20), shutil.disk_usage(self.directory).free
+        need, free = n_rows * row + scratch_bytes * bool(n_rows) + (8 << 20), shutil.disk_usage(self.directory).free
         if need > free:
             raise UserError(
                 f"{self.directory.parent} has {free / 1e6:.0f} MB free, the shards need {need / 1e6:.0f} MB. "
                 "Free some, or run: make convert OUT=/another/disk"
             )
-
-    def _fill_scratch(self, readers: dict[str, Reader]) -> None:
-        """Fields whose chunks span too many rows to hold go through a scratch file, each chunk inflated once."""
-        for name, reader in readers.items():
-            if reader.needs_scratch():
-                log(f"{KEYS[name]} is chunked across rows: unpacking it into a scratch file first")
-                reader.fill_scratch(self.directory / f".scratch-{name}.tmp")

@@ -55,7 +55,7 @@ def test_any_layout_gives_the_same_bytes(small_set: Path, tmp_path: Path, chunks
 def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_bytes(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.mat.MAX_GROUP_BYTES", 1000)
+    monkeypatch.setattr("convert.chunks.MAX_GROUP_BYTES", 1000)
     write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks="resaved")
     made = convert(tmp_path / "a.mat", tmp_path / "out", SMALL)
     assert content(made) == content(small_set)
