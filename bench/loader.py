@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from convert.format import UserError, open_set, resolve_set
 from train.data import ShardDataset
-from train.loader import Batches, Loader
+from train.loader import Loader
+from train.order import Batches
 
 BATCH = 128
 STEP_S = 0.01
@@ -50,7 +51,8 @@ class PerSample(Dataset[Any]):
 
 def memcpy_limit(dataset: ShardDataset, batches: Batches) -> Epoch:
     """The rows of an epoch copied one by one by C's memcpy into one reused buffer; addresses are worked out before."""
-    fields = [dataset.shards(field) for field in dataset.fields]
+    found = open_set(dataset.path)
+    fields = [[np.asarray(shard) for shard in found.shards(field)] for field in dataset.fields]
     step, jobs = len(fields[0][0]), []
     for indices in batches:
         offset = 0

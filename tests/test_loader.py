@@ -16,7 +16,9 @@ from conftest import REPO
 from convert.format import UserError
 from train import data as data_module
 from train.data import ShardDataset, create_dataloaders
-from train.loader import N_SLOTS, Batches, Loader
+from train.loader import Loader
+from train.order import Batches
+from train.ring import N_SLOTS
 
 METHODS = ["fork", "forkserver", "spawn"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -91,9 +93,9 @@ def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(small_set: Pat
     for _ in range(2):
         labels += [batch[2] for batch in loader]
     np.testing.assert_array_equal(view, want[0][0][1, 2].numpy()[3:])
-    assert len(loader._source.ring.lent) == 1
+    assert len(loader.ring.lent) == 1
     del view
-    assert len(loader._source.ring.lent) == 0
+    assert len(loader.ring.lent) == 0
 
 
 @kinds
@@ -136,11 +138,11 @@ def test_two_loaders_at_once(small_set: Path, kind: dict[str, Any]) -> None:
 
 def test_workers_start_with_the_first_batch_and_stay(small_set: Path) -> None:
     loader = make(small_set, 2, "fork")
-    assert loader._source.crew == []
+    assert loader.source is None
     pids = []
     for _ in range(3):
         list(loader)
-        pids.append([process.pid for process, _ in loader._source.crew])
+        pids.append([process.pid for process, _ in loader.source.crew])
     assert pids[0] == pids[1] == pids[2]
 
 
@@ -183,7 +185,7 @@ def test_an_exception_names_the_rows_and_the_loader_goes_on(small_set: Path, kin
         with pytest.raises(ValueError, match="no such colour") as error:
             list(loader)
         assert ", ".join(map(str, first)) in error.value.__notes__[0]
-        assert ("loader worker" in error.value.__notes__[0]) == ("workers" in kind)
+        assert (error.value.__notes__[-1].startswith("in loader-0")) == ("workers" in kind)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,7 +193,7 @@ def test_a_killed_worker_is_an_error_soon_and_new_ones_follow(small_set: Path, m
     loader = make(small_set, 2, method)
     batches = iter(loader)
     next(batches)
-    os.kill(loader._source.crew[0][0].pid, signal.SIGKILL)
+    os.kill(loader.source.crew[0][0].pid, signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="killed by signal 9"):
         list(batches)
@@ -218,7 +220,7 @@ def test_nothing_is_left_when_the_loader_is_dropped(small_set: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     loader = make(small_set, 2, "fork")
     kept = next(iter(loader))[0]
-    pids = [process.pid for process, _ in loader._source.crew]
+    pids = [process.pid for process, _ in loader.source.crew]
     want = kept.clone()
     del loader
     assert all_gone(pids, 2)
@@ -236,7 +238,7 @@ if __name__ == "__main__":
     loader = make(Path({path!r}), {workers}, {method!r})
     batches = iter(loader)
     kept = next(batches)
-    print(*(process.pid for process, _ in getattr(loader._source, "crew", [])), flush=True)
+    print(*(process.pid for process, _ in getattr(loader.source, "crew", [])), flush=True)
     {end}
 """
 
@@ -295,14 +297,23 @@ def test_rows_kept_on_the_device_are_the_same_batches(small_set: Path, normalize
         assert same(list(cached), list(plain))
 
 
-def test_auto_says_what_it_chose(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train, test = create_dataloaders(small_set, batch_size=4, transform=flip)
-    assert (train.num_workers >= 1, test.num_workers) == (True, 0)
+def slow(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    time.sleep(0.02)
+    return batch
+
+
+def test_auto_measures_a_batch_and_says_what_it_chose(
+    small_set: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    train, test = create_dataloaders(small_set, batch_size=4, transform=slow, normalize=False)
+    assert (train.num_workers, test.num_workers) == (2, 0)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" (")[0] for line in lines] == [
-        f"loader: train: num_workers=auto is {train.num_workers}",
+        "loader: train: num_workers=auto is 2",
         "loader: test: num_workers=auto is 0",
     ]
+    assert all("ms to make, 2 cores" in line for line in lines)
 
 
 @pytest.mark.parametrize(("kind", "refused"), [("fuse.drivefs", True), ("ext4", False)])

@@ -9,11 +9,13 @@ stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the devi
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from convert.format import MANIFEST, SPLITS, VOID, ShardSet, UserError, open_set, read_manifest, resolve_set
-from train.loader import Batches, DeviceLoader, Loader
+from train.loader import Loader, Maker
+from train.order import Batches
+from train.ring import N_SLOTS, Layout, arrays_in, n_bytes_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,7 +39,7 @@ Transform = Callable[[tuple[Tensor, ...]], Any]
 TARGETS = ("scene", "semantic13", "semantic40", "semantic894", "depth", "instance")
 INPUTS = ("rgb", "depth", "raw_depth")
 MOUNTS = Path("/proc/self/mountinfo")
-MOST_AUTO_WORKERS = 4
+HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends
 
 
 def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
@@ -51,15 +55,11 @@ def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
     )
 
 
-def fields_for(target: str, fields: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The input fields: as asked for, else (rgb, depth), or rgb alone where depth is what is to be predicted."""
-    return fields if fields is not None else ("rgb",) if target == "depth" else ("rgb", "depth")
-
-
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
     """Rows of one split of a converted set.
 
     `ds[i]` is (rgb [3,H,W], depth [1,H,W], target); `batch(indices)` the same with a leading batch axis.
+    `device`: all rows are kept there as tensors (250 KB a row at 224), and so are batches.
     Pickles its path and settings only; everything else is reopened where it lands. Raises UserError for a set that
     is damaged, lacks a field, or has no row in the split.
     """
@@ -73,6 +73,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         target: str = "scene",
         num_classes: int = 13,
         normalize: bool = False,
+        device: str | torch.device | None = None,
         allow_remote: bool = False,
     ) -> None:
         if split not in (*SPLITS, "all") or target not in TARGETS:
@@ -84,10 +85,13 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             refuse_remote(self.path)
         self.path = unpacked(self.path)
         self.split, self.target, self.num_classes, self.normalize = split, target, num_classes, normalize
-        self.fields = fields_for(target, fields)
+        self.fields = fields if fields is not None else ("rgb",) if target == "depth" else ("rgb", "depth")
         if not set(self.fields) <= set(INPUTS):
             raise UserError(f"fields {self.fields}: choose from {', '.join(INPUTS)}")
         self._open()
+        if device is not None:
+            chunks = [self.stored(np.arange(a, min(a + 128, len(self)))) for a in range(0, len(self), 128)]
+            self._parts = [torch.cat([c.to(device) for c in parts]) for parts in zip(*chunks, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
@@ -100,36 +104,34 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """Read the manifest and the per-row columns; maps wait for the first row that is asked for."""
         self._set: ShardSet = open_set(self.path)
         manifest = self._set.manifest
+        self.size, self.fingerprint = self._set.size, str(manifest["fingerprint"])
         split = self._set.column("split")
         self._rows = np.arange(len(split)) if self.split == "all" else np.flatnonzero(split == SPLITS.index(self.split))
         if not len(self._rows):
             raise UserError(f"{self.path} has no {self.split} rows. Run: make convert with a .mat that has some")
-        self._rows_per_shard = int(manifest["settings"]["rows_per_shard"])
+        self._step = int(manifest["settings"]["rows_per_shard"])
         self._maps: dict[str, list[np.ndarray]] = {}
-        self.classes = self._class_names(manifest["names"])
-        types = manifest["names"]["scene_types"]
-        self._scene_ids = self._scene_lookup(types)[self._set.column("scene_type")] if self.target == "scene" else None
-        self._lut = self._label_lookup(manifest["names"])
+        self._parts = list[Tensor]()
+        self._read_names(manifest["names"])
+        statistics = manifest["fields"].get("depth", {}).get("statistics") or {"mean": [math.nan], "std": [math.nan]}
+        self.depth_mean, self.depth_std = statistics["mean"][0] / 1000, max(statistics["std"][0] / 1000, 1e-6)
+        if self.normalize and not self.depth_mean >= 0:
+            raise UserError(f"{self.path} has no train rows with depth to take statistics from. Run: make convert")
 
-    def _class_names(self, names: dict[str, Any]) -> list[str]:
+    def _read_names(self, names: dict[str, Any]) -> None:
+        """The classes, and what turns a stored scene type or label into one: void is -100, torch's ignore_index."""
+        self.classes: list[str] = []
+        self._scene_ids: np.ndarray | None = None
         if self.target == "scene":
-            return scene_classes(self.num_classes, names["scene_types"])
-        kind = {"semantic13": "classes13", "semantic40": "classes40", "semantic894": "classes"}.get(self.target)
-        return list(names[kind]) if kind else []
-
-    def _scene_lookup(self, scene_types: list[str]) -> np.ndarray:
-        """Stored scene type -> class id."""
-        ids = {name: i for i, name in enumerate(self.classes)}
-        return np.array([ids.get(name, len(ids) - 1) for name in scene_types], np.int64)
-
-    def _label_lookup(self, names: dict[str, Any]) -> np.ndarray | None:
-        """Stored label -> 0..K-1, void -> -100 (torch's ignore_index)."""
-        if not self.target.startswith("semantic"):
-            return None
-        n_ids = len(names["classes"]) + 1
-        key = {"semantic13": "to13", "semantic40": "to40"}.get(self.target)
-        ids = np.array(names[key] if key else range(n_ids), np.int64)
-        return np.where(ids > 0, ids - 1, VOID)
+            self.classes = scene_classes(self.num_classes, names["scene_types"])
+            ids = {name: i for i, name in enumerate(self.classes)}
+            table = np.array([ids.get(name, len(ids) - 1) for name in names["scene_types"]], np.int64)
+            self._scene_ids = table[self._set.column("scene_type")]
+        elif self.target.startswith("semantic"):
+            k = self.target.removeprefix("semantic").replace("894", "")
+            self.classes = list(names[f"classes{k}"])
+            ids_k = np.array(names[f"to{k}"] if k else range(len(names["classes"]) + 1), np.int64)
+            self._lut = np.where(ids_k > 0, ids_k - 1, VOID)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -142,30 +144,6 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
         """One gather for the whole batch, handed over as rows (views), as torch's default collate wants them."""
         return list(zip(*self.batch(np.asarray(indices)), strict=True))
-
-    @property
-    def size(self) -> int:
-        """Height and width of the stored pictures."""
-        return self._set.size
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self._set.manifest["fingerprint"])
-
-    @property
-    def depth_mean(self) -> float:
-        """Metres, over the valid pixels of the train rows."""
-        return self._depth_statistics()[0]
-
-    @property
-    def depth_std(self) -> float:
-        return self._depth_statistics()[1]
-
-    def _depth_statistics(self) -> tuple[float, float]:
-        statistics = self._set.manifest["fields"]["depth"]["statistics"]
-        if statistics is None:
-            raise UserError(f"{self.path} has no train rows to take depth statistics from. Run: make convert")
-        return statistics["mean"][0] / 1000, max(statistics["std"][0] / 1000, 1e-6)
 
     def labels(self) -> np.ndarray:
         """[N] int64: the scene class of every row of the split."""
@@ -180,24 +158,38 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     # ------------------------------------------------------------ gathering
 
-    def shards(self, field: str) -> list[np.ndarray]:
-        """The field's memory maps, opened on first use in this process."""
-        if field not in self._maps:
-            self._maps[field] = [np.asarray(shard) for shard in self._set.shards(field)]  # memmap's slices are slow
-        return self._maps[field]
+    def _map(self) -> None:
+        """Open the memory maps: on first use in each process.
 
-    def gather(self, field: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy stored rows of `field` into `out`. `rows` are row numbers of the set, already range-checked."""
-        shards, step = self.shards(field), self._rows_per_shard
-        if np.all(rows[1:] >= rows[:-1]):
-            cuts = np.searchsorted(rows, np.arange(1, len(shards)) * step)
-            bounds = [0, *cuts.tolist(), len(rows)]
-            for k, (a, b) in enumerate(pairwise(bounds)):
-                if b > a:  # without mode="clip" numpy buffers the output, at a third of the speed
-                    np.take(shards[k], rows[a:b] - k * step, axis=0, out=out[a:b], mode="clip")
-        else:
-            for i, row in enumerate(rows.tolist()):
-                out[i] = shards[row // step][row % step]
+        Seen as pieces of rows at any address between the first map and the end of the last, all shards and fields are
+        one table, and a batch is one index_select, which lets other threads run meanwhile. Below 32768 elements torch
+        divides the pieces among its threads, above that every single piece.
+        """
+        extra = () if self.target == "scene" else (self.target if self.target in ("depth", "instance") else "label",)
+        self._maps = {field: self._set.shards(field) for field in {*self.fields, *extra}}
+        maps = [shard for shards in self._maps.values() for shard in shards]
+        self._starts = {f: np.array([shard.ctypes.data for shard in shards]) for f, shards in self._maps.items()}
+        self._low = min(int(starts.min()) for starts in self._starts.values())
+        n_bytes = max(shard.ctypes.data + shard.nbytes for shard in maps) - self._low
+        piece = self.size * max(d for d in range(1, self.size + 1) if self.size % d == 0 and self.size * d < 32768)
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(self._low))
+        self._pieces = torch.from_numpy(memory).as_strided((n_bytes - piece + 1, piece), (1, 1))
+
+    def _gather(self, fields: tuple[str, ...], rows: np.ndarray, buffer: Any = None) -> list[np.ndarray]:
+        """Range-checked rows of each field, in `buffer` as `arrays_in` lays them out, or in new memory."""
+        if not self._maps:
+            self._map()
+        one = {field: self._maps[field][0][:1] for field in fields}
+        layout: Layout = [(one[field].dtype, (len(rows), *one[field].shape[1:])) for field in fields]
+        buffer = np.empty(n_bytes_of(layout), np.uint8).data if buffer is None else buffer
+        picks = []
+        for field in sorted(fields, key=lambda field: -one[field].itemsize):
+            starts = self._starts[field][rows // self._step] + rows % self._step * one[field].nbytes - self._low
+            picks.append(starts[:, None] + np.arange(0, one[field].nbytes, self._pieces.shape[1]))
+        index = torch.from_numpy(np.concatenate(picks, axis=None))
+        out = torch.from_numpy(np.frombuffer(buffer, np.uint8, n_bytes_of(layout))).view(len(index), -1)
+        torch.index_select(self._pieces, 0, index, out=out)
+        return arrays_in(buffer, layout)
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
         """Positions in the split -> row numbers of the set; a bad one is an IndexError."""
@@ -209,32 +201,41 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     @property
     def is_stored(self) -> bool:
         """Whether a batch is bytes of the shards and scene ids, with nothing to compute."""
-        return not self.normalize and self._scene_ids is not None
+        return not self.normalize and self._scene_ids is not None and not self._parts
 
-    def layout(self, n_rows: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-        """(dtype, shape) of every part of a batch of `n_rows` as stored, the scene ids last."""
-        side = self.size
-        parts = {"rgb": (np.dtype(np.uint8), (n_rows, 3, side, side))}
-        depth = (np.dtype(np.int16), (n_rows, 1, side, side))  # at most 32767 mm: the same bits as the uint16 on disk
-        return [*(parts.get(field, depth) for field in self.fields), (np.dtype(np.int64), (n_rows,))]
-
-    def fill(self, indices: np.ndarray, parts: list[np.ndarray]) -> None:
-        """Gather a stored batch into arrays of that `layout`."""
-        rows = self.rows_of(indices)
+    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout:
+        """Gather a stored batch into `buffer`; what lies there is the layout returned."""
+        rows, n = self.rows_of(indices), len(indices)
         assert self._scene_ids is not None
-        np.take(self._scene_ids, rows, out=parts[-1], mode="clip")
-        for field, part in zip(self.fields, parts, strict=False):
-            self.gather(field, rows, part if field == "rgb" else part[:, 0].view(np.uint16))
+        np.frombuffer(buffer, np.int64, n)[:] = self._scene_ids[rows]
+        self._gather(self.fields, rows, buffer[8 * n :])
+        side, u1, i2 = self.size, np.dtype(np.uint8), np.dtype(np.int16)
+        inputs = [(u1, (n, 3, side, side)) if field == "rgb" else (i2, (n, 1, side, side)) for field in self.fields]
+        return [*inputs, (np.dtype(np.int64), (n,))]
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """The fields asked for, then the target, each one fresh tensor."""
+        """The fields asked for, then the target."""
         batch = self.stored(indices)
         return self.normalized(batch) if self.normalize else batch
 
     def stored(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """`batch` before normalising."""
+        """`batch` before normalising. Depth is at most 32767 mm: the same bits as the uint16 on disk."""
         rows = self.rows_of(indices)
-        return (*(self._input(field, rows) for field in self.fields), self._target(rows))
+        if self._parts:
+            index = torch.as_tensor(indices, device=self._parts[0].device)
+            return tuple(part.index_select(0, index) for part in self._parts)
+        found = self._gather(self.fields, rows)
+        inputs = [torch.from_numpy(a) if a.ndim == 4 else torch.from_numpy(a.view(np.int16))[:, None] for a in found]
+        return (*inputs, torch.from_numpy(self._target(rows)))
+
+    def _target(self, rows: np.ndarray) -> np.ndarray:
+        if self._scene_ids is not None:
+            return self._scene_ids[rows]
+        if self.target == "depth":
+            return self._gather(("depth",), rows)[0][:, None].astype(np.float32) / np.float32(1000)
+        if self.target == "instance":
+            return self._gather(("instance",), rows)[0].astype(np.int64)
+        return self._lut[self._gather(("label",), rows)[0]]
 
     def normalized(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A stored batch, on any device, as float32 inputs; the target as it is."""
@@ -243,25 +244,6 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             for field, part in zip(self.fields, batch, strict=False)
         ]
         return (*inputs, batch[-1])
-
-    def _stored(self, field: str, rows: np.ndarray) -> np.ndarray:
-        shard = self.shards(field)[0]
-        out = np.empty((len(rows), *shard.shape[1:]), shard.dtype)
-        self.gather(field, rows, out)
-        return out
-
-    def _input(self, field: str, rows: np.ndarray) -> Tensor:
-        stored = self._stored(field, rows)
-        return torch.from_numpy(stored) if field == "rgb" else torch.from_numpy(stored.view(np.int16))[:, None]
-
-    def _target(self, rows: np.ndarray) -> Tensor:
-        if self._scene_ids is not None:
-            return torch.from_numpy(self._scene_ids[rows])
-        if self.target == "depth":
-            return torch.from_numpy(self._stored("depth", rows).astype(np.float32) / np.float32(1000))[:, None]
-        if self._lut is not None:
-            return torch.from_numpy(self._lut[self._stored("label", rows)])
-        return torch.from_numpy(self._stored("instance", rows).astype(np.int64))
 
 
 def unpacked(path: Path) -> Path:
@@ -315,11 +297,11 @@ def create_dataloaders(
     cache: str | None = None,
     device: str | torch.device | None = None,
     allow_remote: bool = False,
-) -> tuple[Loader | DeviceLoader, Loader]:
+) -> tuple[Loader, Loader]:
     """(train_loader, val_loader) over the official split of a converted set.
 
     dataset_path: a finished set or a ROOT that holds exactly one. num_workers: 0 gathers in one thread (in the caller
-    with prefetch=False), "auto" is 0 unless there is a transform. target_size: None, or the set's own size.
+    with prefetch=False), "auto" measures how long a batch takes to make. target_size: None, or the set's own size.
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows stay on `device`.
     allow_remote: read a set on a FUSE mount all the same. Raises UserError for a wrong setting.
     """
@@ -329,32 +311,34 @@ def create_dataloaders(
         raise UserError(f"cache {cache!r}: 'device' or None")
     settings: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize}
     settings |= {"fields": fields, "allow_remote": allow_remote}
-    loaders: list[Any] = []
+    loaders = []
     for split, change in zip(SPLITS, (transform, val_transform), strict=True):
-        dataset = ShardDataset(dataset_path, split=split, **settings)
+        is_train = split == "train"
+        place = (device or ("cuda" if torch.cuda.is_available() else "cpu")) if cache and is_train else None
+        dataset = ShardDataset(dataset_path, split=split, device=place, **settings)
         _check_size(dataset, target_size)
-        batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
-        if cache and split == "train":
-            loaders.append(DeviceLoader(dataset, batches, device, change))
-        else:
-            workers = _worker_count(num_workers, split, change is not None)
-            loaders.append(Loader(dataset, batches, workers, start_method, prefetch=prefetch, transform=change))
+        workers = 0 if place else _worker_count(num_workers, Maker(dataset, change, seed), batch_size)
+        batches = Batches(len(dataset), batch_size, seed if is_train else None, rank, world)
+        how: dict[str, Any] = {"prefetch": prefetch and place is None, "transform": change}
+        loaders.append(Loader(dataset, batches, workers, start_method, **how))
     return loaders[0], loaders[1]
 
 
-def _worker_count(num_workers: int | str, split: str, has_transform: bool) -> int:
-    if num_workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count, why = (min(cores, MOST_AUTO_WORKERS), f"a transform to run, {cores} cores") if has_transform else (
-            0, "rows are only copied, which one prefetch thread does at the speed of memory")  # fmt: skip
-        print(f"loader: {split}: num_workers=auto is {count} ({why})", file=sys.stderr)
-        return count
-    try:
-        count = int(num_workers)
-    except ValueError:
-        count = -1
-    if not 0 <= count <= 64:
-        raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
+def _worker_count(num_workers: int | str, make: Maker, batch_size: int) -> int:
+    if num_workers != "auto":
+        if not str(num_workers).isdecimal() or int(num_workers) > 64:
+            raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
+        return int(num_workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_rows = min(batch_size, len(make.dataset), 16)
+    buffer = np.empty(make.slot_bytes(n_rows)[0], np.uint8).data
+    for _ in range(2):  # the second is not the first to touch anything
+        started = time.perf_counter()
+        make(buffer, (0, 0, np.arange(n_rows)))
+    ms = (time.perf_counter() - started) * 1e3 * batch_size / n_rows
+    count = 0 if ms <= HIDDEN_MS else min(cores, N_SLOTS - 1) if cores > 1 else 0
+    why = f"a batch takes {ms:.1f} ms to make, {cores} cores"
+    print(f"loader: {make.dataset.split}: num_workers=auto is {count} ({why})", file=sys.stderr)
     return count
 
 
@@ -372,7 +356,7 @@ def refuse_remote(path: Path) -> None:
     if kind.startswith("fuse"):
         raise UserError(
             f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "
-            f"Run: make pull DRIVE={path.parent} (or insist with allow_remote=True)"
+            f"Run: make pull DRIVE={path.parent} (or insist: --allow-remote)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Memory of this process and everything it started, from /proc, with shared pages counted once.
+"""Memory of this process and everything it started, from /proc, with shared pages counted once; and what is left.
 
 The sum of RSS counts a page shared by eight workers eight times; PSS gives each of them an eighth. Pages that only
 mirror a file (the shards' memory maps) are the kernel's to drop at will, so they are kept apart.
@@ -7,10 +7,15 @@ mirror a file (the shards' memory maps) are the kernel's to drop at will, so the
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-PROC = Path("/proc")
+from convert.format import UserError
+
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+WARN_BELOW = 0.1  # of the limit
+WARNED: set[str] = set()  # whose limit was warned of
 
 
 class TreeMemory(NamedTuple):
@@ -20,58 +25,97 @@ class TreeMemory(NamedTuple):
     page_cache: int
 
 
-def _parents() -> dict[int, int]:
-    """Process id -> parent id, for every process visible here."""
-    parents: dict[int, int] = {}
-    for entry in PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text(errors="replace")
-        except OSError:  # ended meanwhile
-            continue
-        parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])  # the name in brackets may hold spaces
-    return parents
-
-
-def _tree(root: int) -> list[int]:
+def tree_of(root: int) -> list[int]:
     """The process and its descendants."""
     children: dict[int, list[int]] = {}
-    for pid, parent in _parents().items():
-        children.setdefault(parent, []).append(pid)
+    for entry in PROC.glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])  # the name may hold spaces
+        except OSError:  # ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(entry.parent.name))
     found = [root]
     for pid in found:
         found.extend(children.get(pid, []))
     return found
 
 
-def _fields(path: Path) -> dict[str, int]:
-    """The `Name:  12 kB` lines of a file in /proc, in bytes."""
-    lines = (line.split() for line in path.read_text().splitlines())
+def sizes_in(path: Path) -> dict[str, int]:
+    """The `Name:  12 kB` lines of a file in /proc, in bytes; nothing where there is no such file (any more)."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
 def _process_memory(pid: int) -> TreeMemory:
     """One process; the resident size where the kernel has no smaps_rollup; zeros once it has ended."""
-    try:
-        fields = _fields(PROC / str(pid) / "smaps_rollup")
-        if "Pss_Anon" in fields:
-            return TreeMemory(fields["Pss_Anon"] + fields.get("Pss_Shmem", 0), fields.get("Pss_File", 0))
-        if fields:  # before Linux 5.4: what only this process wrote to, and the rest of its share
-            return TreeMemory(fields.get("Private_Dirty", 0), fields.get("Pss", 0) - fields.get("Private_Dirty", 0))
-    except OSError:
-        pass
-    try:
-        fields = _fields(PROC / str(pid) / "status")
-    except OSError:
-        return TreeMemory(0, 0)
-    anonymous = fields.get("RssAnon", fields.get("VmRSS", 0)) + fields.get("RssShmem", 0)
-    return TreeMemory(anonymous, fields.get("RssFile", 0))
+    found = sizes_in(PROC / str(pid) / "smaps_rollup")
+    if "Pss_Anon" in found:
+        return TreeMemory(found["Pss_Anon"] + found.get("Pss_Shmem", 0), found.get("Pss_File", 0))
+    found = sizes_in(PROC / str(pid) / "status")
+    anonymous = found.get("RssAnon", found.get("VmRSS", 0)) + found.get("RssShmem", 0)
+    return TreeMemory(anonymous, found.get("RssFile", 0))
 
 
 def tree_memory(pid: int | None = None) -> TreeMemory:
     """Memory of the process (this one by default) and its descendants; zeros on a system without /proc."""
-    if not (PROC / "self").exists():
-        return TreeMemory(0, 0)
-    parts = [_process_memory(each) for each in _tree(pid or os.getpid())]
+    parts = [_process_memory(each) for each in tree_of(pid or os.getpid())]
     return TreeMemory(sum(part.pss_anon for part in parts), sum(part.page_cache for part in parts))
+
+
+def room() -> tuple[int, int, str] | None:
+    """(bytes that can still be taken, the limit, whose limit) where least is left; None where nothing tells."""
+    machine = sizes_in(PROC / "meminfo")
+    found = [(machine["MemAvailable"], machine["MemTotal"], "the machine")] if "MemAvailable" in machine else []
+    for group in _groups():
+        try:
+            is_v2 = (group / "memory.max").exists()
+            names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            limit, used = (int((group / name).read_text()) for name in names)
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not a memory group, or "max": no limit
+            continue
+        prefix = "" if is_v2 else "total_"
+        used -= int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])  # the kernel drops these first
+        found.append((limit - used, limit, "the container"))
+    return min(found) if found else None
+
+
+def _groups() -> list[Path]:
+    """This process's memory cgroup and those around it, v1 and v2; inside a container the mount's root is its own."""
+    try:
+        lines = [line.split(":", 2) for line in (PROC / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = [GROUPS, GROUPS / "memory"]
+    for _, controllers, name in lines:
+        if controllers in ("", "memory"):
+            base = GROUPS / controllers
+            found += [base / name[1:], *(base / parent for parent in Path(name[1:]).parents)]
+    return list(dict.fromkeys(found))
+
+
+def check_room(n_bytes: int, what: str) -> None:
+    """Raise UserError where there is less memory than that. Shared slots are memory too, and no part of /dev/shm."""
+    left = room()
+    if left and n_bytes > left[0]:
+        raise UserError(
+            f"{what} need {n_bytes / 2**20:.0f} MiB of memory, {left[2]} has {left[0] / 2**20:.0f} MiB left. "
+            "Use a smaller --batch-size"
+        )
+
+
+def warn_near_limit() -> None:
+    """Say once a limit, on standard error, when less than a tenth of it is left, and what to lower."""
+    left = room()
+    if left and left[0] < WARN_BELOW * left[1] and left[2] not in WARNED:
+        WARNED.add(left[2])
+        held = tree_memory()
+        print(
+            f"memory: {left[0] / 2**20:.0f} MiB left of the {left[1] / 2**20:.0f} of {left[2]}; this run holds "
+            f"{held.pss_anon / 2**20:.0f} (its page cache, {held.page_cache / 2**20:.0f} MiB, does not count). "
+            "Use a smaller --batch-size, or a lower --num-workers, before the kernel ends it",
+            file=sys.stderr,
+        )
