@@ -23,7 +23,7 @@ from train import ranks
 from train.augment import DepthStats, Draws, Strengths, augment, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
 from train.data import ShardDataset, create_dataloaders
-from train.memory import TreeMemory, tree_memory
+from train.memory import TreeMemory, tree_memory, warn_near_limit
 from train.model import build, load_imagenet, read_weights
 from train.order import steps_per_epoch, train_batches
 from train.settings import Settings
@@ -119,6 +119,7 @@ def start(settings: Settings, device: torch.device) -> Job:
     """Everything but the loaders: a mistake shows before they do anything."""
     directory, depth = resolve_set(settings.data), "raw_depth" if settings.task == "depth" else "depth"
     chosen = {"fields": ("rgb", depth), "target": settings.task, "num_classes": settings.num_classes}
+    chosen["allow_remote"] = settings.allow_remote
     train_set = ShardDataset(directory, split="train", **chosen)  # type: ignore[arg-type]
     task = make_task(settings, train_set, open_set(directory).manifest["settings"]["crop"])
     job = Job(settings, train_set, task, DepthStats(train_set.depth_mean, train_set.depth_std), device)
@@ -140,6 +141,7 @@ def open_loaders(job: Job) -> None:
         seed=s.seed,
         rank=ranks.RANK,
         world=ranks.WORLD,
+        allow_remote=s.allow_remote,
     )
 
 
@@ -164,6 +166,7 @@ class Meter:
             return
         self.shown = time.perf_counter()
         self.memory = TreeMemory(*(max(pair) for pair in zip(self.memory, tree_memory(), strict=True)))
+        warn_near_limit()
         if not self.bar.disable:
             loss, gib = float(run.sums[0] / run.sums[1]), self.memory.pss_anon / 2**30
             self.bar.set_postfix_str(f"loss {loss:.3f}, {self.rate():.0f}/s, mem {gib:.2f} GiB")
@@ -284,7 +287,8 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
         f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name.startswith(("train_", "test_"))
     )
     speed = f"{row['samples_per_s']:.0f} samples/s  {row['seconds']:.1f} s"
-    return f"epoch {row['epoch']}/{epochs}  {scores}  {speed}  memory {row['memory_bytes'] / 2**30:.2f} GiB"
+    memory = f"memory {row['memory_bytes'] / 2**30:.2f} GiB + {row['page_cache_bytes'] / 2**30:.2f} page cache"
+    return f"epoch {row['epoch']}/{epochs}  {scores}  {speed}  {memory}"
 
 
 def train(settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,18 @@ from typing import Any
 from convert.format import UserError
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
-MAY_CHANGE = {"data", "out", "epochs", "num_workers", "reset", "mirror", "save_minutes", "compile", "batch_size"}
+MAY_CHANGE = {
+    "data",
+    "out",
+    "allow_remote",
+    "epochs",
+    "num_workers",
+    "reset",
+    "mirror",
+    "save_minutes",
+    "compile",
+    "batch_size",
+}
 
 
 def _workers(text: str) -> int | str:
@@ -53,6 +64,7 @@ class Settings:
     save_minutes: float = _flag(5.0, "checkpoint at least this often, besides every epoch; 0 = every step")
     mirror: str | None = _flag(None, "copy checkpoints there in the background, and start from it", metavar="DIR")
     reset: bool = _flag(False, "forget the checkpoints in --out and start over")
+    allow_remote: bool = _flag(False, "read a set on a mounted Drive (FUSE) all the same")
 
     def check(self) -> None:
         """Refuse what no run can start from."""
