@@ -108,10 +108,11 @@ class Here:
     def __init__(self, make: Maker, ring: Ring, in_thread: bool) -> None:
         self.make, self.buffers, self.depth = make, ring.buffers, N_SLOTS - 1 if in_thread else 1
         self.jobs, self.results = SimpleQueue[Any](), SimpleQueue[Any]()
-        self.close = weakref.finalize(self, self.jobs.put, None)
         if in_thread:
             n_threads = torch.get_num_threads()
-            threading.Thread(target=_serve, args=(self.jobs, self.results, make), name="loader", daemon=True).start()
+            thread = threading.Thread(target=_serve, args=(self.jobs, self.results, make), name="loader", daemon=True)
+            thread.start()
+            self.close = weakref.finalize(self, _end_thread, self.jobs, thread)
             self.results.get()  # it has asked for one core; that holds for itself, and for every thread to come:
             torch.set_num_threads(n_threads)  # undone for those
 
@@ -123,6 +124,13 @@ class Here:
 
     def result(self) -> Any:
         return self.results.get()
+
+
+def _end_thread(jobs: SimpleQueue[Any], thread: threading.Thread) -> None:
+    """At exit too: a thread that comes back from torch to an interpreter that is gone takes the process down."""
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 def _serve(jobs: SimpleQueue[Any], results: SimpleQueue[Any], make: Maker) -> None:
@@ -280,7 +288,7 @@ class Loader:
         self._submit(source)
 
     def _open(self) -> Any:
-        if self.source:
+        if isinstance(self.source, Workers):
             self.source.close()
         n_rows = min(self.batches.batch_size, len(self.dataset))
         n_bytes, room = self.make.slot_bytes(n_rows)
