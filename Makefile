@@ -19,7 +19,7 @@ PINS := constraints.txt
 READY := .venv/installed
 endif
 
-.PHONY: demo convert train test verify inspect push pull bench bench-convert stress lint clean help
+.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert stress lint clean help
 .DEFAULT_GOAL := help
 
 .venv/installed: pyproject.toml constraints.txt
@@ -70,6 +70,9 @@ bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT
 
 bench: $(READY)  ## loader speed on these shards
 	$(PY) -m bench.loader "$(DATA)" $(ARGS)
+
+bench-memory: $(READY)  ## memory by number of workers, the note's method beside it: make bench-memory MAT=x.mat
+	$(PY) -m bench.memory "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
 
 stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and damages
 	$(PY) -m pytest -m stress $(ARGS)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import resource
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +51,7 @@ class PerSample(Dataset[Any]):
         return torch.from_numpy(rgb.copy()), torch.from_numpy(depth.copy().view(np.int16))[None], self.labels[i]
 
 
-def memcpy_limit(dataset: ShardDataset, batches: Batches) -> Epoch:
+def memcpy_limit(dataset: ShardDataset, batches: Batches, library: Any = ctypes.PyDLL, one_row: bool = False) -> Epoch:
     """The rows of an epoch copied one by one by C's memcpy into one reused buffer; addresses are worked out before."""
     found = open_set(dataset.path)
     fields = [[np.asarray(shard) for shard in found.shards(field)] for field in dataset.fields]
@@ -62,8 +64,8 @@ def memcpy_limit(dataset: ShardDataset, batches: Batches) -> Epoch:
                 jobs.append((offset, shards[row // step].ctypes.data + (row % step) * n_bytes, n_bytes))
                 offset += n_bytes
     buffer = np.zeros(max(offset + n for offset, _, n in jobs), np.uint8)
-    copies = [(buffer.ctypes.data + offset, source, n) for offset, source, n in jobs]
-    memmove, n_rows = ctypes.PyDLL(None).memmove, sum(map(len, batches))
+    copies = [(buffer.ctypes.data + (0 if one_row else offset), source, n) for offset, source, n in jobs]
+    memmove, n_rows = library(None).memmove, sum(map(len, batches))
     memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 
     def epoch() -> int:
@@ -105,8 +107,12 @@ def ways(path: str, spawn_too: bool = True) -> Iterator[tuple[str, Callable[[], 
         yield f"ours, {workers} workers (fork)", lambda workers=workers: ours(workers, "fork")
     if spawn_too:
         yield "ours, 2 workers (spawn)", lambda: ours(2, "spawn")
-    for workers in (0, 2):
+    for workers in (0, 1, 2, 4, 8):
         yield f"DataLoader, a row an item, {workers} workers", lambda workers=workers: per_sample(path, workers)
+    yield (
+        "DataLoader(ShardDataset), 0 workers",
+        lambda: DataLoader(ShardDataset(path, split="all"), BATCH),
+    )
 
 
 def rate(epoch: Epoch) -> tuple[float, float]:
@@ -159,7 +165,7 @@ def report_speed(path: str, n_pairs: int, limit: Epoch) -> None:
     for name, make in ways(path):
         epoch = epochs_of(make())
         epoch(), limit()
-        pairs = [(*rate(epoch), rate(limit)[0]) for _ in range(n_pairs)]
+        pairs = [(*rate(epoch), rate(limit)[0]) for _ in range(n_pairs if name.startswith("ours") else min(n_pairs, 5))]
         del epoch  # and its workers
         middle, low, high = interval([ours / most for ours, _, most in pairs])
         speed, cpu, _ = np.median(pairs, axis=0)
@@ -176,6 +182,40 @@ def report_waits(path: str, n_steps: int) -> None:
         del loader
 
 
+FIRST = """
+import sys, time
+from train.data import ShardDataset
+from train.loader import Loader
+from train.order import Batches
+started = time.perf_counter()
+dataset = ShardDataset(sys.argv[1], split="all")
+next(iter(Loader(dataset, Batches(len(dataset), 128, 0), int(sys.argv[2]), "fork")))
+print(time.perf_counter() - started)
+"""
+
+
+def report_first_batch(path: str, n_runs: int) -> None:
+    """Each time in a fresh process, from opening the set to the first batch; imports are not counted."""
+    print(f"\n{'seconds from opening the set to the first batch':44}")
+    for workers, name in ((0, "ours, no worker, one thread ahead"), (2, "ours, 2 workers (fork)")):
+        command = [sys.executable, "-c", FIRST, path, str(workers)]
+        seconds = [float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(n_runs)]
+        print("{:44}{:10.3f} ({:.3f}-{:.3f})".format(name, *interval(seconds)), flush=True)
+
+
+def control_variants(dataset: ShardDataset, batches: Batches) -> None:
+    """Why the limit is copied as it is: what else a C copy of the same rows could be measured as."""
+    print(f"\n{'C memcpy of the same rows, one thread':44}{'rows/s':>10}")
+    for name, how in (
+        ("into one batch buffer, GIL kept (the limit)", {}),
+        ("the same, GIL released a row (ctypes.CDLL)", {"library": ctypes.CDLL}),
+        ("into one row's place: nothing is delivered", {"one_row": True}),
+    ):
+        epoch = memcpy_limit(dataset, batches, **how)  # type: ignore[arg-type]
+        epoch()
+        print(f"{name:44}{np.median([rate(epoch)[0] for _ in range(7)]):10,.0f}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.loader", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("data", metavar="DIR|ROOT")
@@ -188,12 +228,20 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     torch.set_num_threads(1)  # with more, torch.stack in the DataLoader without workers can be 100 times slower here
     limit = memcpy_limit(dataset, Batches(len(dataset), BATCH, 0))
     limit()
     print(f"{path}: {len(dataset)} rows of {dataset.size}x{dataset.size}, batches of {BATCH}, {args.pairs} pairs\n")
     report_speed(path, args.pairs, limit)
     report_waits(path, args.steps)
+    report_first_batch(path, 7)
+    control_variants(dataset, Batches(len(dataset), BATCH, 0))
+    torch.set_num_threads(2)
+    epoch = epochs_of(Loader(dataset, Batches(len(dataset), BATCH, 0), prefetch=False))
+    pairs = [(rate(epoch)[0], rate(limit)[0]) for _ in range(args.pairs)]
+    middle, low, high = interval([ours / most for ours, most in pairs])
+    print(f"ours, gathered when asked for, 2 torch threads: {middle:.2f} ({low:.2f}-{high:.2f}) of the limit")
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB (RSS)")
     print(
         "CPU ms: of this process an epoch, workers not included. A wait is the median over steps, the first two apart."

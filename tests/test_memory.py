@@ -1,0 +1,112 @@
+"""The promise in the title: a worker holds next to nothing; and what is left of memory is known before it is needed."""
+
+import multiprocessing as mp
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cgroup import memory_group
+
+from convert.format import UserError
+from train import memory
+from train.data import ShardDataset
+from train.loader import Loader
+from train.memory import PROC, check_room, sizes_in, tree_memory, warn_near_limit
+from train.order import Batches
+
+MOST = 8 << 20
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def private_dirty(pid: int) -> int:
+    return sizes_in(PROC / str(pid) / "smaps_rollup")["Private_Dirty"]
+
+
+def empty(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return ()
+
+
+class Nothing:
+    """A dataset that holds and delivers nothing: what a worker costs that only exists."""
+
+    split, size, is_stored = "all", 1, False
+
+    def __len__(self) -> int:
+        return 36
+
+    def batch(self, indices: object) -> tuple[torch.Tensor, ...]:
+        return (torch.zeros(1),)
+
+
+def worker_memory(dataset: object, workers: int, method: str) -> list[int]:
+    loader = Loader(dataset, Batches(36, 4, 0), workers, method)  # type: ignore[arg-type]
+    for _ in range(2 * max(1, workers // 4)):  # every worker gets jobs
+        for batch in loader:
+            del batch
+    return [private_dirty(process.pid) for process, _ in loader.source.crew]
+
+
+@pytest.mark.parametrize(
+    ("method", "workers"), [("fork", 1), ("fork", 4), ("fork", 16), ("forkserver", 1), ("forkserver", 4), ("spawn", 2)]
+)
+def test_a_worker_holds_next_to_nothing(small_set: Path, method: str, workers: int) -> None:
+    bare = worker_memory(Nothing(), 1, method)[0]
+    held = worker_memory(ShardDataset(small_set, split="all"), workers, method)
+    assert max(held) - bare <= MOST
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_sixteen_workers_hold_next_to_nothing(small_set: Path, method: str) -> None:
+    test_a_worker_holds_next_to_nothing(small_set, method, 16)
+
+
+def test_the_tree_counts_shared_pages_once() -> None:
+    data = torch.ones(32 << 20, dtype=torch.uint8)
+    before = tree_memory().pss_anon
+    context = mp.get_context("fork")
+    stop = context.Event()
+    processes = [context.Process(target=stop.wait) for _ in range(3)]
+    for process in processes:
+        process.start()
+    after = tree_memory().pss_anon
+    stop.set()
+    for process in processes:
+        process.join()
+    assert after - before < data.nbytes
+
+
+def test_more_than_there_is_left_is_refused_with_what_to_lower() -> None:
+    check_room(1, "1 batch")
+    with pytest.raises(UserError, match="smaller --batch-size"):
+        check_room(1 << 50, "4 batches")
+
+
+SCRIPT = """
+import sys
+from train.memory import check_room, room, warn_near_limit
+held = bytearray(b"x") * (int(sys.argv[1]) << 20)
+print(room()[1], room()[2])
+warn_near_limit()
+warn_near_limit()
+check_room(200 << 20, "4 batches of 128 rows")
+"""
+
+
+def test_the_limit_is_the_containers_and_is_warned_of_once() -> None:
+    with memory_group(256 << 20) as group:
+        done = group.run([sys.executable, "-c", SCRIPT, 220], env={**os.environ}, timeout=60)
+    assert done.stdout.split() == [str(256 << 20), "the", "container"]
+    assert done.stderr.count("memory: ") == 1
+    assert "smaller --batch-size, or a lower --num-workers" in done.stderr
+    assert "UserError: 4 batches of 128 rows need 200 MiB of memory, the container has" in done.stderr
+
+
+def test_nothing_is_said_far_from_the_limit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "WARN_BELOW", 0.0)
+    warn_near_limit()
+    assert capsys.readouterr().err == ""
