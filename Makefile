@@ -19,7 +19,7 @@ PINS := constraints.txt
 READY := .venv/installed
 endif
 
-.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert stress lint clean help
+.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step stress lint clean help
 .DEFAULT_GOAL := help
 
 .venv/installed: pyproject.toml constraints.txt
@@ -42,7 +42,7 @@ demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minut
 	$(PY) -m convert run demo/rooms.mat --out demo/data
 	$(PY) -m convert inspect demo/data --picture demo/rooms.png
 	$(PY) -m train --data demo/data --out demo/run --num-classes 10 --epochs 8 --batch-size 16 --width 16 --size 96
-	@echo "pictures: demo/rooms.png demo/run/curves.png demo/run/confusion.png"
+	@echo "pictures: demo/rooms.png demo/run/curves.png demo/run/confusion.png demo/run/mistakes.png"
 
 convert: $(READY)  ## the .mat into shards: make convert MAT=nyu_depth_v2_labeled.mat
 	$(PY) -m convert run "$(MAT)" --out "$(OUT)" $(ARGS)
@@ -73,6 +73,9 @@ bench: $(READY)  ## loader speed on these shards
 
 bench-memory: $(READY)  ## memory by number of workers, the note's method beside it: make bench-memory MAT=x.mat
 	$(PY) -m bench.memory "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
+
+bench-step: $(READY)  ## what the loader costs a training step
+	$(PY) -m bench.step --data "$(DATA)" $(ARGS)
 
 stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and damages
 	$(PY) -m pytest -m stress $(ARGS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from convert.format import UserError, void, write_atomically
 from train.checkpoint import CHECKPOINT, METRICS, Run, newest, write_csv
-from train.loop import Job, apply, evaluate, new_run, open_loaders, start
+from train.loop import Job, apply, epoch_line, evaluate, new_run, open_loaders, start
 from train.settings import Settings
 from train.tasks import Depth
 
@@ -157,22 +160,54 @@ def _caption(facts: dict[str, Any]) -> str:
     return f"{facts['picture']}\n" + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in list(facts.items())[1:3])
 
 
-def report(run: Run, job: Job) -> tuple[list[str], float | None]:
-    """Draw and tabulate a finished run; the names of its files, and the top-1 of naming the most frequent class."""
-    out, baseline = Path(job.settings.out), None
-    if job.settings.task == "scene":
-        most = np.bincount(job.train_set.labels()).argmax()
-        baseline = float((job.test_loader.dataset.labels() == most).mean())
-    files = [CHECKPOINT, METRICS, *_tables_and_pictures(out, run, job)]
-    try:
+def report(run: Run, job: Job) -> tuple[list[str], dict[str, Any]]:
+    """Draw, tabulate and sum up a finished run: the names of its files, and the summary as a dict."""
+    out, baseline = Path(job.settings.out), _baseline(job)
+    write_csv(out / METRICS, run.history)
+    names = [CHECKPOINT, METRICS, *_tables_and_pictures(out, run, job)]
+    with suppress(ModuleNotFoundError):  # announced above
         from pictures.plots import curves_png
 
-        return [*files, _write(out / "curves.png", curves_png(run.history, baseline))], baseline
-    except ModuleNotFoundError:
-        return files, baseline
+        names.append(_write(out / "curves.png", curves_png(run.history, baseline)))
+    main = f"test_{job.task.main}"
+    last, best = run.history[-1], (min if main == "test_rmse" else max)(run.history, key=lambda row: row[main])
+    print(f"last  {epoch_line(last, job.settings.epochs)}")
+    print(f"best  epoch {best['epoch']}: {main} {best[main]:.3f} (picked on the test rows, so optimistic)")
+    if baseline is not None:
+        print(f"always the most frequent class: top-1 {baseline:.1%}")
+    files = [str(out / name) for name in names]
+    print("files:", *files)
+    print("continue:", command(job.settings, epochs=2 * run.epoch), flush=True)
+    return names, {"epochs": run.epoch, "last": last, "best": best, "baseline": baseline, "files": files}
+
+
+def _baseline(job: Job) -> float | None:
+    """Top-1 of always naming the most frequent train class."""
+    if job.settings.task != "scene":
+        return None
+    most = np.bincount(job.train_set.labels()).argmax()
+    return float((job.test_loader.dataset.labels() == most).mean())
+
+
+def command(settings: Settings, **changes: Any) -> str:
+    """The command line of these settings, defaults left out."""
+    values, words = {**asdict(settings), "reset": False, **changes}, ["python", "-m", "train"]
+    for f in fields(settings):
+        if values[f.name] != f.default:
+            words += ["--" + f.name.replace("_", "-"), *([] if values[f.name] is True else [str(values[f.name])])]
+    return shlex.join(words)
 
 
 # ---------------------------------------------------------------- python -m train predict
+
+
+def predict_flags(parser: ArgumentParser) -> ArgumentParser:
+    parser.description = "What a run says about the test rows, or about a folder of pictures."
+    parser.add_argument("run", metavar="RUN", help="the --out of a run")
+    parser.add_argument("--images", metavar="DIR", help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)")
+    parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/predict")
+    return parser
 
 
 def predict(run: str, images: str | None, data: str | None, out: str | None) -> None:
@@ -182,8 +217,7 @@ def predict(run: str, images: str | None, data: str | None, out: str | None) -> 
         raise UserError(f"{run} has no checkpoint. Run: make train RUN={run}")
     path, state = found
     settings = Settings(**state["settings"])
-    width = settings.width or (64 if settings.weights else 32)
-    settings = replace(settings, data=data or settings.data, width=width, weights=None)
+    settings = replace(settings, data=data or settings.data, width=settings.channels, weights=None)
     job, target = start(settings, torch.device("cpu")), Path(out or f"{run}/predict")
     again = new_run(job)
     open_loaders(job)

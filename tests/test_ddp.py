@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import REPO
 
+from pictures.report import command
 from train.data import ShardDataset
 from train.order import eval_batches
 from train.settings import Settings
@@ -22,7 +23,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_
 
 def arguments(data: Path, out: Path, **changes: object) -> list[str]:
     """-m train and its flags."""
-    return Settings(str(data), str(out), **{**SETTINGS, **changes}).command().split()[1:]  # type: ignore[arg-type]
+    return command(Settings(str(data), str(out), **{**SETTINGS, **changes})).split()[1:]  # type: ignore[arg-type]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

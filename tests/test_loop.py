@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.__main__ import make_parser
+from train.__main__ import main, make_parser
 from train.loop import lr_at, train
 from train.settings import Settings
 
@@ -34,7 +34,7 @@ def test_a_run_leaves_checkpoint_curves_confusion_and_one_csv_row_an_epoch(whole
     assert all(0 <= float(row["test_top1"]) <= 1 and float(row["memory_bytes"]) > 0 for row in rows)
 
 
-def test_a_users_own_network_and_mistakes(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_path: Path, command: Run) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -48,16 +48,29 @@ def test_a_users_own_network_and_mistakes(small_set: Path, tmp_path: Path, comma
     done = command(*base, "--model", "mine:Net", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continue: python -m train" in done.stdout
-    for extra, words in (
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--task", "depth", "--class-balance", "1"], "--class-balance 0"),
         (["--crop", "7"], "--crop 7"),
-        (["--model", "mine:Absent"], "Absent"),
-        (["--size", 5], "--size 5"),
-        (["--frobnicate"], "help"),
-    ):
-        done = command(*base, *extra, cwd=tmp_path)
-        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
-        assert words in done.stderr
+        (["--model", "networks:Absent"], "Absent"),
+        (["--weights", "absent.pth", "--width", "64"], "absent.pth"),
+        (["--size", "5"], "--size 5"),
+        (["--frobnicate"], "--help"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    flags: list[str], words: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = main(["--data", str(small_set), "--out", str(tmp_path), *flags])
+    except SystemExit as error:  # argparse
+        status = error.code
+    lines = capsys.readouterr().err.splitlines()
+    assert (status, len(lines)) == (2, 1)
+    assert words in lines[0]
 
 
 def test_the_flags_are_the_settings(small_set: Path) -> None:

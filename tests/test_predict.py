@@ -2,19 +2,16 @@
 
 import csv
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from train.__main__ import main
 from train.data import ShardDataset
 from train.loop import train
 from train.settings import Settings
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -40,33 +37,32 @@ def export(small_set: Path, folder: Path, n: int) -> None:
         Image.fromarray(depth[0].numpy().astype(np.uint16)).save(folder / "depth" / f"{i}.png")
 
 
-def test_on_the_test_rows_it_gives_the_scores_of_the_run(scene: Path, command: Run) -> None:
-    done = command("train", "predict", scene)
-    assert done.returncode == 0, done.stderr
+def predict(*words: object) -> int:
+    return main(["predict", *map(str, words)])
+
+
+def test_on_the_test_rows_it_gives_the_scores_of_the_run(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(scene) == 0
     last = rows(scene / "metrics.csv")[-1]
-    assert f"test_top1 {float(last['test_top1']):.4f}" in done.stdout
+    assert f"test_top1 {float(last['test_top1']):.4f}" in capsys.readouterr().out
     assert rows(scene / "predict" / "predictions.csv") == rows(scene / "predictions.csv")
     right = [row["true"] == row["named"] for row in rows(scene / "predictions.csv")]
     assert sum(right) / len(right) == pytest.approx(float(last["test_top1"]))
 
 
-def test_on_a_folder_of_the_same_pictures_it_says_the_same(
-    scene: Path, small_set: Path, tmp_path: Path, command: Run
-) -> None:
+def test_on_a_folder_of_the_same_pictures_it_says_the_same(scene: Path, small_set: Path, tmp_path: Path) -> None:
     export(small_set, tmp_path / "photos", 3)
-    done = command("train", "predict", scene, "--images", tmp_path / "photos", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert predict(scene, "--images", tmp_path / "photos", "--out", tmp_path / "out") == 0
     for ours, theirs in zip(rows(tmp_path / "out" / "predictions.csv"), rows(scene / "predictions.csv"), strict=False):
         assert ours["named"] == theirs["named"]
         assert float(ours["confidence"]) == pytest.approx(float(theirs["confidence"]), abs=1e-3)
     assert (tmp_path / "out" / "page.png").stat().st_size > 1000
 
 
-def test_a_dense_network_writes_a_picture_for_each(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_dense_network_writes_a_picture_for_each(small_set: Path, tmp_path: Path) -> None:
     train(Settings(str(small_set), str(tmp_path / "run"), task="depth", epochs=1, batch_size=8, width=4, size=32))
     export(small_set, tmp_path / "photos", 2)
-    done = command("train", "predict", tmp_path / "run", "--images", tmp_path / "photos")
-    assert done.returncode == 0, done.stderr
+    assert predict(tmp_path / "run", "--images", tmp_path / "photos") == 0
     with Image.open(tmp_path / "run" / "predict" / "1.png") as image:
         depth_mm = np.array(image)
     assert depth_mm.shape == (32, 32)
@@ -79,7 +75,7 @@ def test_a_dense_network_writes_a_picture_for_each(small_set: Path, tmp_path: Pa
     [((), "no pictures in"), (("rgb",), "0.png is missing"), (("rgb", "RGB as depth"), "one channel")],
 )
 def test_a_mistake_is_one_line(
-    made: tuple[str, ...], words: str, scene: Path, small_set: Path, tmp_path: Path, command: Run
+    made: tuple[str, ...], words: str, scene: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
     if made:
@@ -87,13 +83,13 @@ def test_a_mistake_is_one_line(
         (folder / "depth" / "0.png").unlink()
     if len(made) > 1:
         shutil.copy(folder / "rgb" / "0.png", folder / "depth" / "0.png")
-    done = command("train", "predict", scene, "--images", folder)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert len([line for line in done.stderr.splitlines() if not line.startswith("loader:")]) == 1
+    capsys.readouterr()
+    assert predict(scene, "--images", folder) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loader:")]
+    assert len(lines) == 1
+    assert words in lines[0]
 
 
-def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path, command: Run) -> None:
-    done = command("train", "predict", tmp_path)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "has no checkpoint" in done.stderr
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(tmp_path) == 2
+    assert "has no checkpoint" in capsys.readouterr().err

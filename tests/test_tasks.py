@@ -12,12 +12,11 @@ from torchmetrics.functional import mean_squared_error
 from convert.format import VOID
 from train.loop import train
 from train.settings import Settings
-from train.tasks import Classes, Depth, eigen_box
+from train.tasks import EIGEN_BOXES, Classes, Depth
 
 K = 5
 PIXELS = Classes([f"c{k}" for k in range(K)], torch.ones(K), 0.0, "miou")
 ROWS = Classes(PIXELS.names, torch.ones(K), 0.0, "top1")
-WHOLE = (0.0, 1.0, 0.0, 1.0)
 
 
 def pixels(n: int = 6) -> tuple[Tensor, Tensor]:
@@ -73,7 +72,7 @@ def test_depth_scores_are_averaged_over_pictures_and_leave_out_unmeasured_pixels
     true = 0.5 + 8 * torch.rand((3, 1, 12, 12), generator=generator, dtype=torch.float64)
     out = (true / 3 * (0.7 + 0.6 * torch.rand(true.shape, generator=generator))).log()
     true[1, 0, :6] = 0
-    task = Depth(3.0, WHOLE)
+    task = Depth(3.0, EIGEN_BOXES["eigen"])
     scores = task.scores(task.count(out, true))
     rmse, abs_rel, delta1 = [], [], []
     for named, gold in zip(task.metres(out), true, strict=True):
@@ -89,13 +88,13 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     true = torch.full((1, 1, 480, 640), 2.0)
     out = torch.full_like(true, 1.0)
     out[:, :, 45:471, 41:601] = 0.0
-    task = Depth(2.0, eigen_box("none"))
+    task = Depth(2.0, EIGEN_BOXES["none"])
     assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
     out[0, 0, 45, 41] = 1.0
     assert task.scores(task.count(out, true))["rmse"] > 0
-    assert eigen_box("eigen") == pytest.approx(WHOLE)
-    top, _, left, _ = eigen_box("border")
-    assert (top * 467 + 6, left * 625 + 7) == (pytest.approx(45), pytest.approx(41))
+    top, bottom, left, right = EIGEN_BOXES["border"]  # of the picture without its first 6 rows and 7 columns
+    assert (top * 467 + 6, bottom * 467 + 6) == (pytest.approx(45), pytest.approx(471))
+    assert (left * 625 + 7, right * 625 + 7) == (pytest.approx(41), pytest.approx(601))
 
 
 @pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])

@@ -25,54 +25,48 @@ EPILOG = """examples:
 The same command again continues where it stopped."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A mistake is one line, without the usage block."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. Run: python -m train --help\n")
+        self.exit(2, f"{self.prog}: {message}. Run: python -m {self.prog} --help\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The flags are the fields of Settings."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="train", description=__doc__, epilog=EPILOG, formatter_class=raw)
+    parser = Parser("train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     return parser
 
 
-def _predict(argv: Sequence[str]) -> None:
-    from pictures.report import predict
+def _run(words: list[str]) -> None:
+    if words[:1] == ["predict"]:
+        from pictures.report import predict, predict_flags
 
-    parser = _Parser(prog="train predict", description="On the test rows, or on a folder of pictures.")
-    parser.add_argument("run", metavar="RUN", help="the --out of a run")
-    parser.add_argument("--images", metavar="DIR", help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)")
-    parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
-    parser.add_argument("--out", metavar="DIR", help="default: RUN/predict")
-    predict(**vars(parser.parse_args(argv)))
+        predict(**vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
+    else:
+        train(Settings(**vars(make_parser().parse_args(words))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train, and turn a user's mistake into one line and status 2."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Parse, do it, and turn a user's mistake into one line and status 2."""
     who = f"train: rank {ranks.RANK} of {ranks.WORLD}" if ranks.WORLD > 1 else "train"
+    status = 0
     try:
-        _predict(words[1:]) if words[:1] == ["predict"] else train(Settings(**vars(make_parser().parse_args(words))))
-        ranks.leave()
+        _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
+        status, text = 2, str(error)
     except torch.cuda.OutOfMemoryError:
-        print(f"{who}: the GPU's memory is full. Use a smaller --batch-size", file=sys.stderr)
-        return 2
+        status, text = 2, "the GPU's memory is full. Use a smaller --batch-size"
     except KeyboardInterrupt:
-        print(f"{who}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+        status, text = 130, "stopped; the same command continues from the last checkpoint"
     except RuntimeError as error:
-        if ranks.WORLD == 1 or not ranks.is_lost(error):
+        if not ranks.is_lost(error):
             raise
-        print(f"{who}: lost another rank ({one_line(error)}). Run the same command again to continue", file=sys.stderr)
-        return 1
-    return 0
+        status, text = 1, f"lost another rank ({one_line(error)}). Run the same command again to continue"
+    if status:
+        print(f"{who}: {text}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.data import normalize_depth, normalize_rgb
+from train.settings import Settings
 
 Pictures = tuple[Tensor, list[Tensor]]
 
@@ -22,15 +23,6 @@ class DepthStats(NamedTuple):
 
     mean_m: float
     std_m: float
-
-
-class Strengths(NamedTuple):
-    """How much of each augmentation; none of it: (1, 0, 0, 0)."""
-
-    crop: float = 0.5  # smallest share of the area
-    jitter: float = 0.4  # brightness, contrast and saturation by 1 -+ this
-    erase: float = 0.0  # share of the rows that lose a rectangle
-    depth_noise: float = 0.0  # depth scaled by 1 -+ this
 
 
 class Draws:
@@ -106,31 +98,10 @@ def color_jitter(rgb_bchw: Tensor, draws: Draws, strength: float) -> Tensor:
     return (grey + (rgb - grey) * saturation).clamp(0, 255)
 
 
-def random_erase(rgb_bchw: Tensor, depth_b1hw: Tensor, draws: Draws, share: float) -> tuple[Tensor, Tensor]:
-    """A rectangle (a quarter to a half of each side) of `share` of the rows: mid grey, and no depth."""
-    size = rgb_bchw.shape[-1]
-    inside, at = torch.ones((), dtype=torch.bool, device=rgb_bchw.device), torch.arange(size, device=rgb_bchw.device)
-    for axis in ((1, 1, size, 1), (1, 1, 1, size)):
-        side = draws.uniform(1, 1, 1, low=0.25, high=0.5) * size
-        start = draws.uniform(1, 1, 1) * (size - side)
-        inside = inside & (at.view(axis) >= start) & (at.view(axis) < start + side)
-    inside = inside & (draws.uniform(1, 1, 1) < share)
-    return rgb_bchw.masked_fill(inside, 118.0), depth_b1hw.masked_fill(inside, 0)
-
-
-def scale_depth(depth_b1hw: Tensor, draws: Draws, strength: float) -> Tensor:
-    """Depth of each row times its own 1 - strength .. 1 + strength, in the same integers; a hole stays 0."""
-    factor = draws.uniform(1, 1, 1, low=1 - strength, high=1 + strength)
-    return (depth_b1hw * factor).clamp(0, 32767).to(depth_b1hw.dtype)
-
-
-def augment(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, strengths: Strengths) -> Pictures:
-    """Float RGB 0..255 and the planes, all size x size; the planes after the first (targets) are moved, not changed."""
-    rgb, planes = random_resized_crop(rgb_bchw, planes, draws, size, strengths.crop)
-    rgb, (depth, *targets) = random_flip(rgb, planes, draws)
-    rgb = color_jitter(rgb, draws, strengths.jitter)
-    if strengths.erase:
-        rgb, depth = random_erase(rgb, depth, draws, strengths.erase)
-    if strengths.depth_noise:
-        depth = scale_depth(depth, draws, strengths.depth_noise)
-    return rgb, [depth, *targets]
+def augment(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, how: Settings) -> Pictures:
+    """Crop, flip and colour jitter: float RGB 0..255 and the planes, all size x size."""
+    rgb, planes = random_resized_crop(
+        rgb_bchw, planes, draws, size, 1.0 if how.task == "depth" else how.crop
+    )  # a zoom would change what is a metre
+    rgb, planes = random_flip(rgb, planes, draws)
+    return color_jitter(rgb, draws, how.jitter), planes

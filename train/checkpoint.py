@@ -44,7 +44,7 @@ class Run:
 
 
 def one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def say(message: str) -> None:
@@ -57,6 +57,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: void(file.write(text.getvalue().encode())))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with open(source, "rb") as file:  # stays the same file when a newer one takes its name
+        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
 
 
 def save(run: Run, settings: Settings, fingerprint: str) -> None:
@@ -74,21 +79,16 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
     write_atomically(out / CHECKPOINT, lambda file: torch.save(state, file))  # type: ignore[arg-type]
 
 
-def copy_file(source: Path, target: Path) -> None:
-    with open(source, "rb") as file:  # stays the same file when a newer one takes its name
-        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
-
-
 class Mirror:
     """Copies the run to --mirror in a thread of its own: a failing Drive is announced, a hanging one left behind."""
 
     def __init__(self, settings: Settings) -> None:
-        self.source, self.target = Path(settings.out), Path(settings.mirror) if settings.mirror else None
-        self.thread: threading.Thread | None = None
+        self.source, self.target = settings.out, settings.mirror if ranks.RANK == 0 else None
+        self.thread = threading.Thread()
 
     def copy(self, *names: str, wait_s: float = 0.0) -> None:
         """Start copying, unless the last copy is still under way: then the next checkpoint's will do."""
-        if self.target is None or ranks.RANK:
+        if self.target is None:
             return
         if is_done := self._is_done(wait_s):
             self.thread = threading.Thread(target=self._copy, args=(self.target, names), daemon=True)
@@ -98,15 +98,15 @@ class Mirror:
             say(f"--mirror {self.target}: not done after {wait_s:.0f} s; the run is whole in {self.source}")
 
     def _is_done(self, wait_s: float) -> bool:
-        if self.thread:
+        if self.thread.ident:
             self.thread.join(wait_s)
-        return not (self.thread and self.thread.is_alive())
+        return not self.thread.is_alive()
 
-    def _copy(self, target: Path, names: tuple[str, ...]) -> None:
+    def _copy(self, target: str, names: tuple[str, ...]) -> None:
         try:
-            target.mkdir(parents=True, exist_ok=True)
+            Path(target).mkdir(parents=True, exist_ok=True)
             for name in names:
-                copy_file(self.source / name, target / name)
+                copy_file(Path(self.source, name), Path(target, name))
         except Exception as error:  # a mounted Drive fails in many ways
             say(f"--mirror {target}: {one_line(error)}; training goes on, the run is whole in {self.source}")
 
@@ -114,30 +114,29 @@ class Mirror:
 def _read(path: Path) -> dict[str, Any] | None:
     """The stored state, every byte checked; a file that cannot be read is named, set aside and skipped."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch stores a CRC of every tensor and does not look at it
+        with zipfile.ZipFile(path) as archive:  # torch stores a checksum of every tensor and does not look at it
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and {"model", "optimizer", "step", "settings", "fingerprint"} <= state.keys():
-            return state
-        reason = "it is not a checkpoint of this program"
+        if not isinstance(state, dict) or not {"model", "optimizer", "step", "settings"} <= state.keys():
+            raise ValueError("it is not a checkpoint of this program")
+        return state
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip or pickle raises almost anything
-        reason = one_line(error)
-    with suppress(OSError):  # else the next save would put it in the place of the good one before
-        os.replace(path, path.with_suffix(".broken"))
-    say(f"{path} is damaged, renamed to .broken and skipped: {reason}")
-    return None
+        with suppress(OSError):  # else the next save would put it in the place of the good one before
+            os.replace(path, path.with_suffix(".broken"))
+        say(f"{path} is damaged, renamed to .broken and skipped: {one_line(error)}")
+        return None
 
 
 def newest(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint: last.pt, else the further one of previous.pt and --mirror's."""
-    out = Path(settings.out)
-    if state := _read(out / CHECKPOINT):
-        return out / CHECKPOINT, state
-    paths = [out / PREVIOUS, *([Path(settings.mirror) / CHECKPOINT] if settings.mirror else [])]
-    found = [(path, state) for path in paths if (state := _read(path))]
+    last, *others = (Path(settings.out, name) for name in (CHECKPOINT, PREVIOUS))
+    if state := _read(last):
+        return last, state
+    others += [Path(settings.mirror, CHECKPOINT)] if settings.mirror else []
+    found = [(path, state) for path in others if (state := _read(path))]
     return max(found, key=lambda each: (each[1]["epoch"], each[1]["step"]), default=None)
 
 
@@ -154,35 +153,30 @@ def _refuse_other(state: dict[str, Any], settings: Settings, fingerprint: str, p
             raise UserError(f"{path} was trained with {flag} {stored}, this run has {flag} {value}. {hint}")
 
 
-def load(run: Run, state: dict[str, Any], path: Path) -> None:
-    """Put a stored state into the run; sums of the epoch so far go on in the first rank."""
+def restore(run: Run, settings: Settings, fingerprint: str) -> None:
+    """Continue from the newest valid checkpoint, else from the start; every rank gets what the first one read."""
+    out = Path(settings.out)
+    if settings.reset:
+        for name in (CHECKPOINT, PREVIOUS) if ranks.RANK == 0 else ():
+            (out / name).unlink(missing_ok=True)
+    elif found := ranks.first(lambda: newest(settings)):
+        path, state = found
+        _refuse_other(state, settings, fingerprint, path)
+        _load(run, state, path)
+        if ranks.RANK == 0:
+            if path != out / CHECKPOINT:
+                copy_file(path, out / CHECKPOINT)
+            say(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
+
+
+def _load(run: Run, state: dict[str, Any], path: Path) -> None:
+    """Put a stored state into the run; the sums of the epoch so far go on in the first rank."""
     try:
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not fit --model {state['settings']['model']}: {one_line(error)} Use --reset"
-        ) from error
+        model = state["settings"]["model"]
+        raise UserError(f"{path} does not fit --model {model}: {one_line(error)}. Use --reset") from error
     run.scaler.load_state_dict(state["scaler"])
-    run.sums = (state["sums"] if ranks.RANK == 0 else torch.zeros_like(state["sums"])).to(run.sums.device)
+    run.sums.copy_(state["sums"] * (ranks.RANK == 0))
     run.counts, run.history, run.step = state["counts"], state["history"], state["step"]
-
-
-def restore(run: Run, settings: Settings, fingerprint: str) -> None:
-    """Continue from the newest valid checkpoint, else from the start; every rank gets what the first one read."""
-    out = Path(settings.out)
-    if settings.reset and ranks.RANK == 0:
-        for name in (CHECKPOINT, PREVIOUS):
-            (out / name).unlink(missing_ok=True)
-    found = ranks.first(lambda: None if settings.reset else newest(settings))
-    if found is None:
-        return
-    path, state = found
-    _refuse_other(state, settings, fingerprint, path)
-    load(run, state, path)
-    if ranks.RANK == 0:
-        if path != out / CHECKPOINT:
-            copy_file(path, out / CHECKPOINT)
-        if run.history:
-            write_csv(out / METRICS, run.history)
-        say(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")

@@ -7,20 +7,20 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from convert.format import UserError, open_set, resolve_set
 from train import ranks
-from train.augment import DepthStats, Draws, Strengths, augment, resize, to_input
+from train.augment import DepthStats, Draws, augment, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
 from train.data import ShardDataset, create_dataloaders
 from train.memory import TreeMemory, tree_memory, warn_near_limit
@@ -32,6 +32,7 @@ from train.tasks import Task, make_task
 MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
 SHOW_EVERY_S = 1.0  # each refresh of the bar waits for the device and reads /proc
 DENSE_ROWS = 16  # scored at once at full resolution
+Batch = tuple[Tensor, ...]
 
 
 @dataclass
@@ -51,6 +52,20 @@ class Job:
     def n_steps(self) -> int:
         return steps_per_epoch(len(self.train_set), self.settings.batch_size, ranks.WORLD)
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """Channels last: twice the speed on a CPU. But there torch 2.13's strided 1x1 convolution of 4 channels in it
+        writes beyond its memory, so only for a network of multiples of 8."""
+        fits = self.settings.model == "resnet18" and self.settings.channels % 8 == 0
+        return torch.channels_last if fits else torch.contiguous_format
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """bfloat16 where the GPU has it in hardware (a T4 only emulates it), else float16; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
+
 
 # ---------------------------------------------------------------- pieces
 
@@ -58,13 +73,6 @@ class Job:
 def seed_of(*parts: int) -> int:
     """One 63-bit seed for (seed, epoch, step)."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def half_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the GPU has it in hardware (a T4 only emulates it), else float16; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
@@ -76,51 +84,39 @@ def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
 
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; biases and norms (one-dimensional) do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr)
-
-
-def pick_layout(settings: Settings) -> torch.memory_format:
-    """Channels last doubles the speed of a CPU; but torch 2.13's strided 1x1 convolution of 4 channels in that layout
-    writes beyond its memory there, so only for a network of multiples of 8."""
-    fits = settings.model == "resnet18" and settings.width % 8 == 0
-    return torch.channels_last if fits else torch.contiguous_format
-
-
-def new_model(settings: Settings, n_out: int) -> nn.Module:
-    width, dense = settings.width or (64 if settings.weights else 32), settings.task != "scene"
-    inputs = "rgb" if settings.task == "depth" else settings.inputs
-    model = build(settings.model, n_out, width=width, inputs=inputs, dense=dense)
-    if settings.weights:
-        try:
-            load_imagenet(model, read_weights(settings.weights))  # type: ignore[arg-type]
-        except Exception as error:  # a missing file, no network, a pickle of anything else
-            hint = "Give a ResNet-18 state_dict (and --width 64)"
-            raise UserError(f"--weights {settings.weights}: {one_line(error)}. {hint}") from error
-    return model.to(memory_format=pick_layout(settings))  # type: ignore[call-overload, no-any-return]
+    groups: dict[float, list[nn.Parameter]] = {settings.weight_decay: [], 0.0: []}
+    for p in model.parameters():
+        groups[settings.weight_decay if p.ndim > 1 else 0.0].append(p)
+    return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for decay, ps in groups.items()], lr=settings.lr)
 
 
 def new_run(job: Job) -> Run:
-    torch.manual_seed(seed_of(job.settings.seed))
-    model = new_model(job.settings, job.task.n_out).to(job.device)
+    """Fresh weights (or --weights), optimizer and counts."""
+    s = job.settings
+    torch.manual_seed(seed_of(s.seed))
+    inputs = "rgb" if s.task == "depth" else s.inputs
+    model = build(s.model, job.task.n_out, width=s.channels, inputs=inputs, dense=s.task != "scene")
+    if s.weights:
+        try:
+            load_imagenet(model, read_weights(s.weights))  # type: ignore[arg-type]
+        except Exception as error:  # a missing file, no network, a pickle of anything else
+            hint = "Give a ResNet-18 state_dict (and --width 64)"
+            raise UserError(f"--weights {s.weights}: {one_line(error)}. {hint}") from error
+    model = model.to(job.device, memory_format=job.layout)  # type: ignore[call-overload]
     if job.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks.WORLD > 1 else model
-    scaler = torch.amp.GradScaler(job.device.type, enabled=half_dtype(job.device) == torch.float16)
-    sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64)
-    return Run(model, _optimizer(model, job.settings), scaler, sums.to(job.device), sums[2:], [])
+    scaler = torch.amp.GradScaler(job.device.type, enabled=job.half == torch.float16)
+    sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
+    return Run(model, _optimizer(model, s), scaler, sums, sums[2:], [])
 
 
 def start(settings: Settings, device: torch.device) -> Job:
     """Everything but the loaders: a mistake shows before they do anything."""
     directory, depth = resolve_set(settings.data), "raw_depth" if settings.task == "depth" else "depth"
-    chosen = {"fields": ("rgb", depth), "target": settings.task, "num_classes": settings.num_classes}
+    chosen: Any = {"fields": ("rgb", depth), "target": settings.task, "num_classes": settings.num_classes}
     chosen["allow_remote"] = settings.allow_remote
-    train_set = ShardDataset(directory, split="train", **chosen)  # type: ignore[arg-type]
+    train_set = ShardDataset(directory, split="train", **chosen)
     task = make_task(settings, train_set, open_set(directory).manifest["settings"]["crop"])
     job = Job(settings, train_set, task, DepthStats(train_set.depth_mean, train_set.depth_std), device)
     if job.n_steps == 0:
@@ -129,68 +125,34 @@ def start(settings: Settings, device: torch.device) -> Job:
 
 
 def open_loaders(job: Job) -> None:
-    s, train_set = job.settings, job.train_set
-    job.train_loader, job.test_loader = create_dataloaders(
-        train_set.path,
-        batch_size=s.batch_size,
-        num_workers=s.num_workers,
-        num_classes=s.num_classes,
-        target=s.task,
-        fields=train_set.fields,
-        normalize=False,
-        seed=s.seed,
-        rank=ranks.RANK,
-        world=ranks.WORLD,
-        allow_remote=s.allow_remote,
-    )
+    s, same = job.settings, job.train_set
+    chosen: Any = {"num_classes": s.num_classes, "target": s.task, "fields": same.fields, "normalize": False}
+    chosen["allow_remote"] = s.allow_remote
+    place: Any = {"batch_size": s.batch_size, "seed": s.seed, "rank": ranks.RANK, "world": ranks.WORLD}
+    found = create_dataloaders(same.path, num_workers=s.num_workers, **chosen, **place)
+    job.train_loader, job.test_loader = found
 
 
-# ---------------------------------------------------------------- one epoch
-
-
-class Meter:
-    """Speed and memory of this process's part of an epoch; the bar asks once a second, as reading sums waits."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.rows, self.memory = bar, 0, TreeMemory(0, 0)
-        self.started = self.shown = time.perf_counter()
-
-    def rate(self) -> float:
-        return self.rows * ranks.WORLD / (time.perf_counter() - self.started)
-
-    def show(self, run: Run, n_rows: int, is_last: bool) -> None:
-        """Measure the memory (the largest is kept) and refresh the bar, at most once a second, and at the end."""
-        self.rows += n_rows
-        self.bar.update()
-        if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
-            return
-        self.shown = time.perf_counter()
-        self.memory = TreeMemory(*(max(pair) for pair in zip(self.memory, tree_memory(), strict=True)))
-        warn_near_limit()
-        if not self.bar.disable:
-            loss, gib = float(run.sums[0] / run.sums[1]), self.memory.pss_anon / 2**30
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {self.rate():.0f}/s, mem {gib:.2f} GiB")
-
-
-def _sums(job: Job, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
-    return torch.cat((torch.stack((loss, weight)).double(), job.task.count(out, target)))
+# ---------------------------------------------------------------- one step
 
 
 def _forward(job: Job, net: nn.Module, rgb: Tensor, depth: Tensor, target: Tensor) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
     inputs = list(to_input(rgb, depth, job.stats))[: 1 if job.settings.task == "depth" else 2]
-    inputs[0] = inputs[0].contiguous(memory_format=pick_layout(job.settings))
-    half = half_dtype(job.device)
-    with torch.autocast(job.device.type, dtype=half) if half else nullcontext():
+    inputs[0] = inputs[0].contiguous(memory_format=job.layout)
+    with torch.autocast(job.device.type, dtype=job.half) if job.half else nullcontext():
         out: Tensor = net(*inputs)
-    out = out.float()
-    return out if target.ndim == 1 else F.interpolate(out, target.shape[-2:], mode="bilinear", align_corners=False)
+    return out.float() if target.ndim == 1 else F.interpolate(out.float(), target.shape[-2:], mode="bilinear")
 
 
-def _to_device(job: Job, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _to_device(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """RGB, depth, target; a depth target counts only where the sensor measured."""
     rgb, depth, target = (part.to(job.device, non_blocking=True) for part in batch)
     return rgb, depth, torch.where(depth > 0, target, 0.0) if job.settings.task == "depth" else target
+
+
+def _sums(job: Job, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((torch.stack((loss, weight)).double(), job.task.count(out, target)))
 
 
 def _places(job: Job, epoch: int, start: int) -> Iterator[Any]:
@@ -203,16 +165,15 @@ def _places(job: Job, epoch: int, start: int) -> Iterator[Any]:
     return (np.searchsorted(a, b) for a, b in zip(whole, mine, strict=True))
 
 
-def _step(run: Run, job: Job, batch: tuple[Tensor, ...], mine: Any) -> None:
+def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     """One step; every draw in it comes from (seed, epoch, step)."""
     s, at = job.settings, (job.settings.seed, run.epoch, run.step)
     torch.manual_seed(seed_of(*at, ranks.RANK))  # dropout
     rgb, depth, target = _to_device(job, batch)
-    dense, size = target.ndim > 1, s.size or rgb.shape[-1]
     draws = Draws(seed_of(*at), len(rgb) * ranks.WORLD, mine, job.device)
-    strengths = Strengths(1.0 if s.task == "depth" else s.crop, s.jitter, s.erase, s.depth_noise)
-    rgb, (depth, *targets) = augment(rgb, [depth, target] if dense else [depth], draws, size, strengths)
-    target = targets[0] if dense else target
+    dense = [target] if target.ndim > 1 else []
+    rgb, (depth, *dense) = augment(rgb, [depth, *dense], draws, s.size or rgb.shape[-1], s)
+    target = dense[0] if dense else target
     out = _forward(job, job.net, rgb, depth, target)
     loss, weight = job.task.loss(out, target)
     n_warmup = min(s.warmup_epochs, s.epochs // 4) * job.n_steps
@@ -226,8 +187,33 @@ def _step(run: Run, job: Job, batch: tuple[Tensor, ...], mine: Any) -> None:
     run.step += 1
 
 
-def _is_due(saved: float, minutes: float) -> bool:
-    return time.perf_counter() - saved >= 60 * minutes
+# ---------------------------------------------------------------- one epoch
+
+
+class Meter:
+    """Speed and memory of this process's part of an epoch; the bar asks once a second, as reading sums waits."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.rows, self.memory = bar, 0, TreeMemory(0, 0)
+        self.started = self.shown = time.perf_counter()
+
+    def values(self) -> dict[str, float]:
+        rate = self.rows * ranks.WORLD / (time.perf_counter() - self.started)
+        own, cache = self.memory
+        return {"samples_per_s": rate, "memory_bytes": own, "page_cache_bytes": cache}
+
+    def show(self, run: Run, n_rows: int, is_last: bool) -> None:
+        """Measure the memory (the largest is kept) and refresh the bar, at most once a second, and at the end."""
+        self.rows += n_rows
+        self.bar.update()
+        if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
+            return
+        self.shown = time.perf_counter()
+        self.memory = TreeMemory(*(max(pair) for pair in zip(self.memory, tree_memory(), strict=True)))
+        warn_near_limit()
+        if not self.bar.disable:
+            loss, rate, memory = float(run.sums[0] / run.sums[1]), *list(self.values().values())[:2]
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f}/s, mem {memory / 2**30:.2f} GiB")
 
 
 def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
@@ -239,23 +225,25 @@ def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
     with tqdm(total=n_steps, initial=run.step, desc=name, disable=ranks.RANK > 0 or None, leave=False) as bar:
         meter = Meter(bar)
         for batch, mine in zip(job.train_loader, places, strict=False):
-            _step(run, job, batch, mine)
+            train_step(run, job, batch, mine)
             meter.show(run, len(batch[0]), run.step == n_steps)
-            due = ranks.first(partial(_is_due, saved, s.save_minutes))
-            if due and run.step < n_steps:
+            due = time.perf_counter() - saved >= 60 * s.save_minutes
+            if run.step < n_steps and ranks.first(lambda due=due: due):  # type: ignore[misc]
                 save(run, s, job.train_set.fingerprint)
                 mirror.copy(CHECKPOINT)
                 saved = time.perf_counter()
-    sums = ranks.total(run.sums)
-    loss = float(sums[0] / sums[1])
-    if not math.isfinite(loss):
-        raise UserError(f"the loss became {loss} in epoch {run.epoch + 1}. Use a smaller --lr than {s.lr}")
-    row = {"lr": run.optimizer.param_groups[0]["lr"], "train_loss": loss, "samples_per_s": meter.rate()}
-    row |= {f"train_{name}": value for name, value in job.task.scores(sums[2:]).items()}
-    return row | {"memory_bytes": meter.memory.pss_anon, "page_cache_bytes": meter.memory.page_cache}
+    row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", ranks.total(run.sums)), **meter.values()}
+    if not math.isfinite(row["train_loss"]):
+        raise UserError(f"the loss became nan in epoch {run.epoch + 1}. Use a smaller --lr than {s.lr}")
+    return row
 
 
-def apply(net: nn.Module, job: Job, batch: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _scores(job: Job, split: str, sums: Tensor) -> dict[str, float]:
+    scores = {"loss": float(sums[0] / sums[1]), **job.task.scores(sums[2:])}
+    return {f"{split}_{name}": value for name, value in scores.items()}
+
+
+def apply(net: nn.Module, job: Job, batch: Batch) -> tuple[Tensor, Batch]:
     """Outputs at the target's resolution for whole pictures as stored; and these, on the device."""
     rgb, depth, target = _to_device(job, batch)
     small, (small_depth,) = resize(rgb, [depth], job.settings.size or rgb.shape[-1])
@@ -266,7 +254,10 @@ def apply(net: nn.Module, job: Job, batch: tuple[Tensor, ...]) -> tuple[Tensor, 
 def evaluate(run: Run, job: Job) -> dict[str, float]:
     """Every test row once over all ranks; leaves the counts in the run."""
     run.model.eval()
-    ranks.same_buffers(run.model)
+    for buffer in (
+        run.model.buffers() if ranks.WORLD > 1 else ()
+    ):  # on gloo each rank has BatchNorm statistics of its own
+        dist.broadcast(buffer, 0)
     sums = torch.zeros_like(run.sums)
     for batch in job.test_loader:
         n = DENSE_ROWS if batch[-1].ndim > 1 else len(batch[-1])
@@ -275,20 +266,16 @@ def evaluate(run: Run, job: Job) -> dict[str, float]:
             sums += _sums(job, out, target, *job.task.loss(out, target))
     sums = ranks.total(sums).cpu()
     run.counts = sums[2:]
-    scores = {f"test_{name}": value for name, value in job.task.scores(run.counts).items()}
-    return {"test_loss": float(sums[0] / sums[1]), **scores}
+    return _scores(job, "test", sums)
 
 
 # ---------------------------------------------------------------- a run
 
 
-def _epoch_line(row: dict[str, float], epochs: int) -> str:
-    scores = "  ".join(
-        f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name.startswith(("train_", "test_"))
-    )
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    scores = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items() if k.startswith(("train_", "test_"))]
     speed = f"{row['samples_per_s']:.0f} samples/s  {row['seconds']:.1f} s"
-    memory = f"memory {row['memory_bytes'] / 2**30:.2f} GiB + {row['page_cache_bytes'] / 2**30:.2f} page cache"
-    return f"epoch {row['epoch']}/{epochs}  {scores}  {speed}  {memory}"
+    return f"epoch {row['epoch']}/{epochs}  {'  '.join(scores)}  {speed}  memory {row['memory_bytes'] / 2**30:.2f} GiB"
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -307,27 +294,16 @@ def train(settings: Settings) -> dict[str, Any]:
         row: dict[str, float] = {"epoch": run.epoch + 1}
         row |= {**_train_epoch(run, job, mirror), **evaluate(run, job)}
         run.history.append(row | {"seconds": time.perf_counter() - started})
-        run.step, run.sums = 0, torch.zeros_like(run.sums)
+        run.step = 0
+        run.sums.zero_()
         save(run, settings, job.train_set.fingerprint)
         if ranks.RANK == 0:
-            print(_epoch_line(run.history[-1], settings.epochs), flush=True)
+            print(epoch_line(run.history[-1], settings.epochs), flush=True)
         mirror.copy(METRICS, CHECKPOINT)
-    return _finish(run, job, mirror) if ranks.RANK == 0 else {}
-
-
-def _finish(run: Run, job: Job, mirror: Mirror) -> dict[str, Any]:
-    """Pictures and tables, and the summary on standard output and as a dict."""
+    if ranks.RANK:
+        return {}
     from pictures.report import report
 
-    s, main, out = job.settings, f"test_{job.task.main}", Path(job.settings.out)
-    last, best = run.history[-1], (min if main == "test_rmse" else max)(run.history, key=lambda row: row[main])
-    names, baseline = report(run, job)
-    mirror.copy(*names, wait_s=MIRROR_WAIT_S)
-    print(f"last  {_epoch_line(last, s.epochs)}")
-    print(f"best  epoch {best['epoch']}: {main} {best[main]:.3f} (picked on the test rows, so optimistic)")
-    if baseline is not None:
-        print(f"always the most frequent class: top-1 {baseline:.1%}")
-    files = [str(out / name) for name in names]
-    print("files:", *files)
-    print("continue:", s.command(epochs=2 * run.epoch), flush=True)
-    return {"epochs": run.epoch, "last": last, "best": best, "baseline": baseline, "files": files}
+    files, summary = report(run, job)
+    mirror.copy(*files, wait_s=MIRROR_WAIT_S)
+    return summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from convert.format import UserError
 
-T = TypeVar("T")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SILENT = timedelta(minutes=10)  # a rank that says nothing for so long is dead
 
@@ -30,11 +29,6 @@ def join() -> torch.device:
     return device
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The same weights in every rank, gradients averaged."""
     if WORLD == 1:
@@ -45,33 +39,26 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 def total(sums: Tensor) -> Tensor:
     """The sum over all ranks."""
     if WORLD > 1:
-        sums = sums.clone()
-        dist.all_reduce(sums)
+        dist.all_reduce(sums := sums.clone())
     return sums
 
 
-def first(make: Callable[[], T]) -> T:
+def first(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, in every rank; a UserError there is one everywhere."""
     if WORLD == 1:
         return make()
-    box: list[T | UserError | None] = [None]
+    box = [None]
     if RANK == 0:
         try:
             box = [make()]
         except UserError as error:
-            box = [error]
+            box = [error]  # type: ignore[list-item]
     dist.broadcast_object_list(box)
     if isinstance(box[0], UserError):
         raise box[0]
-    return box[0]  # type: ignore[return-value]
-
-
-def same_buffers(model: nn.Module) -> None:
-    """Rank 0's BatchNorm statistics in every rank (on gloo each rank has its own while training)."""
-    for buffer in model.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)
+    return box[0]
 
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether it says that another rank is gone (gloo and nccl raise RuntimeErrors of many texts)."""
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))
+    return WORLD > 1 and (isinstance(error, dist.DistError) or any(w in str(error).lower() for w in ("gloo", "nccl")))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from argparse import ArgumentParser
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from convert.format import UserError
@@ -24,10 +23,6 @@ MAY_CHANGE = {
 }
 
 
-def _workers(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def _flag(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
@@ -44,12 +39,10 @@ class Settings:
     size: int = _flag(128, "training resolution, 0 = as stored")
     epochs: int = _flag(90, "passes over the train rows")
     batch_size: int = _flag(128, "rows a step and process")
-    num_workers: int | str = _flag("auto", "loader processes", type=_workers, metavar="N|auto")
+    num_workers: int | str = _flag("auto", "loader processes", metavar="N|auto")
     model: str = _flag("resnet18", "resnet18, or package.module:callable(outputs)", metavar="NAME")
     width: int = _flag(0, "channels of the first layer, 0 = 64 with --weights, else 32")
-    weights: str | None = _flag(
-        None, "ImageNet ResNet-18 for every stream: a file, or fetched", metavar="imagenet|PATH"
-    )
+    weights: str | None = _flag(None, "ImageNet ResNet-18 for every stream", metavar="imagenet|PATH")
     lr: float = _flag(1e-3, "peak learning rate")
     weight_decay: float = _flag(0.05, "of AdamW, on weights but not on biases and norms")
     warmup_epochs: int = _flag(5, "rising learning rate, a quarter of --epochs at most")
@@ -57,8 +50,6 @@ class Settings:
     class_balance: float = _flag(0.0, "scene loss weight = class frequency ** -X, 0 = off, 1 = full")
     crop: float = _flag(0.5, "smallest random crop, as a share of the area (task depth: whole pictures)")
     jitter: float = _flag(0.4, "brightness, contrast, saturation times 1 -+ X")
-    erase: float = _flag(0.0, "share of the rows that lose a rectangle")
-    depth_noise: float = _flag(0.0, "depth times 1 -+ X, a factor a row")
     seed: int = _flag(0, "of everything random")
     compile: bool = _flag(False, "torch.compile the network")
     save_minutes: float = _flag(5.0, "checkpoint at least this often, besides every epoch; 0 = every step")
@@ -70,25 +61,18 @@ class Settings:
         """Refuse what no run can start from."""
         if self.size != 0 and self.size < 32:
             raise UserError(f"--size {self.size}: the network halves it five times. Use 32 or more, or 0 (as stored)")
-        for name, low, high in (("epochs", 1, None), ("batch_size", 1, None), ("crop", 0.05, 1), ("jitter", 0, 1)):
-            value = getattr(self, name)
-            if value < low or (high and value > high):
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value}: choose {low} {f'to {high}' if high else 'or more'}"
-                )
+        for name, low, high in (("epochs", 1, 1e9), ("batch_size", 1, 1e9), ("crop", 0.05, 1), ("jitter", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high:g}")
         if self.weights and self.model != "resnet18":
             raise UserError(f"--weights is for --model resnet18; load them inside {self.model}")
         if self.task != "scene" and self.class_balance:
             raise UserError(f"--class-balance is for --task scene, not {self.task}. Use --class-balance 0")
 
-    def command(self, **changes: Any) -> str:
-        """The command line of these settings, defaults left out."""
-        values, words = {**asdict(self), "reset": False, **changes}, ["python", "-m", "train"]
-        for f in fields(self):
-            if values[f.name] != f.default:
-                value = [] if values[f.name] is True else [str(values[f.name])]
-                words += ["--" + f.name.replace("_", "-"), *value]
-        return shlex.join(words)
+    @property
+    def channels(self) -> int:
+        """`width`, its default worked out."""
+        return self.width or (64 if self.weights else 32)
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -96,7 +80,7 @@ def add_flags(parser: ArgumentParser) -> None:
     for f in fields(Settings):
         more = {"required": True} if f.default is MISSING else {"default": f.default}
         if f.default is False:
-            more |= {"action": "store_true"}
+            more = {"action": "store_true"}
         elif isinstance(f.default, int | float):
             more |= {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), **{**more, **f.metadata})

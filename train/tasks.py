@@ -13,8 +13,11 @@ from torch import Tensor
 from convert.format import VOID
 from train.settings import Settings
 
-EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # top, bottom, left, right of the whole picture
-BORDER = (6 / 480, 473 / 480, 7 / 640, 632 / 640)
+EIGEN_BOXES = {  # top, bottom, left, right of [45:471, 41:601] as shares of the stored picture, by the set's crop
+    "none": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+    "border": (39 / 467, 465 / 467, 34 / 625, 594 / 625),
+    "eigen": (0.0, 1.0, 0.0, 1.0),
+}
 DEEPEST_M = 10.0
 Scores = dict[str, float]
 
@@ -109,23 +112,16 @@ Task = Classes | Depth
 def class_weights(labels_n: np.ndarray, num_classes: int, power: float) -> Tensor:
     """frequency ** -power, scaled to a mean of 1 over the train rows; 0 for a class without train rows."""
     counts = np.bincount(labels_n, minlength=num_classes)
-    weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** -power, 0.0)
+    weights = (counts > 0) * np.maximum(counts, 1.0) ** -power
     return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
 
 def make_task(settings: Settings, train_set: Any, crop: str) -> Task:
     """The task of these settings on a dataset."""
     if settings.task == "depth":
-        return Depth(train_set.depth_mean, eigen_box(crop))
+        return Depth(train_set.depth_mean, EIGEN_BOXES[crop])
     names, smoothing = list(train_set.classes), settings.label_smoothing
     if settings.task == "scene":
         weights_k = class_weights(train_set.labels(), len(names), settings.class_balance)
         return Classes(names, weights_k, smoothing, "top1")
     return Classes(names, torch.ones(len(names)), smoothing, "miou")
-
-
-def eigen_box(crop: str) -> tuple[float, float, float, float]:
-    """The Eigen crop as shares of a stored picture."""
-    top, bottom, left, right = {"none": (0.0, 1.0, 0.0, 1.0), "border": BORDER, "eigen": EIGEN}[crop]
-    down, across = bottom - top, right - left
-    return (EIGEN[0] - top) / down, (EIGEN[1] - top) / down, (EIGEN[2] - left) / across, (EIGEN[3] - left) / across

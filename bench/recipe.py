@@ -1,0 +1,98 @@
+"""How good a recipe is, without the test rows: python -m bench.recipe --data DIR --minutes 5 [flags of python -m train]
+
+The train split's scenes are dealt into folds; one is left out and judged, so no scene is on both sides. --minutes is
+what each training may take: a first epoch is timed and the number of epochs follows from it (--epochs is ignored), so
+recipes are compared at equal time, not at equal epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from convert.format import UserError, open_set
+from train import ranks
+from train.data import ShardDataset
+from train.loader import Batches, Loader
+from train.loop import Job, evaluate, new_run, start, train_step
+from train.settings import Settings, add_flags
+
+
+def fold_of_rows(dataset: ShardDataset, n_folds: int) -> np.ndarray:
+    """The fold of every train row; rows of one scene stay together."""
+    scene = open_set(dataset.path).column("scene")[dataset._rows]
+    names = np.unique(scene)
+    deal = np.random.default_rng(0).permutation(len(names)) % n_folds
+    return deal[np.searchsorted(names, scene)]
+
+
+def part(job: Job, keep: np.ndarray, batch_size: int, seed: int | None) -> Loader:
+    """A loader over some of the train rows."""
+    s = job.settings
+    chosen: Any = {"fields": job.train_set.fields, "target": s.task, "num_classes": s.num_classes}
+    dataset = ShardDataset(job.train_set.path, split="train", **chosen)
+    dataset._rows = dataset._rows[keep]
+    return Loader(dataset, Batches(len(dataset), batch_size, seed))
+
+
+def learn(job: Job, n_epochs: int) -> dict[str, float]:
+    """Scores of the fold left out after n_epochs."""
+    run = new_run(job)
+    job.net = run.model
+    for epoch in range(n_epochs):
+        job.train_loader.set_epoch(epoch)
+        run.model.train()
+        for batch in job.train_loader:
+            train_step(run, job, batch, slice(None))
+        run.history.append({})
+        run.step = 0
+    return evaluate(run, job)
+
+
+def judge(settings: Settings, fold: int, n_folds: int, minutes: float) -> dict[str, float]:
+    job = start(settings, ranks.join())
+    folds = fold_of_rows(job.train_set, n_folds)
+    job.train_loader = part(job, folds != fold, settings.batch_size, settings.seed)
+    job.test_loader = part(job, folds == fold, 64, None)
+    job.train_set = job.train_loader.dataset
+    job.settings = replace(settings, epochs=1)
+    learn(job, 1)  # warm: files, caches of the convolutions
+    started = time.perf_counter()
+    learn(job, 1)
+    n_epochs = max(1, int(60 * minutes / (time.perf_counter() - started)))
+    job.settings = replace(settings, epochs=n_epochs)
+    started = time.perf_counter()
+    scores = learn(job, n_epochs)
+    return {"epochs": n_epochs, "seconds": time.perf_counter() - started, **scores}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.recipe", description=(__doc__ or "").split("\n", 1)[0])
+    add_flags(parser)
+    parser.add_argument("--minutes", type=float, default=3.0, help="of each training")
+    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--only", type=int, metavar="FOLD", help="leave out this fold only")
+    parser.set_defaults(out=tempfile.gettempdir())
+    next(a for a in parser._actions if a.dest == "out").required = False
+    values = vars(parser.parse_args(argv))
+    minutes, n_folds, only = values.pop("minutes"), values.pop("folds"), values.pop("only")
+    try:
+        found = []
+        for fold in range(n_folds) if only is None else [only]:
+            found.append(judge(Settings(**values), fold, n_folds, minutes))
+            print(f"fold {fold}:", "  ".join(f"{k} {v:.3f}" for k, v in found[-1].items()), flush=True)
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print("mean:  ", "  ".join(f"{k} {np.mean([each[k] for each in found]):.3f}" for k in found[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
