@@ -1,35 +1,50 @@
-# make help lists the targets. MAT, OUT, DATA, RUN, DRIVE and ARGS can be given: make convert MAT=/content/x.mat
+# make help lists the targets. MAT, URL, OUT, DATA, RUN, DRIVE and ARGS can be given: make convert MAT=/content/x.mat
 SHELL := /bin/bash
-MAT ?= nyu_depth_v2_labeled.mat
-OUT ?= data
+
+# What make makes lies here, or in ~/nyuv2-shards where this folder is read-only.
+WRITABLE := $(shell test -w . && echo yes)
+AT := $(if $(WRITABLE),,$(HOME)/nyuv2-shards/)
+MAT ?=
+URL ?=
+OUT ?= $(AT)data
 DATA ?= $(OUT)
-RUN ?= runs/scene
+RUN ?= $(AT)runs/scene
 DRIVE ?=
 ARGS ?=
 PYTHON ?= python3
 
-# On Colab the system's Python is used and nothing it has is replaced; elsewhere a .venv is made here.
+# On Colab the system's Python is used and nothing it has is replaced; elsewhere a .venv is made.
 ifdef COLAB_RELEASE_TAG
 PY := $(PYTHON)
-PINS := .installed-colab.txt
-READY := .installed-colab
+PINS := $(AT).installed-colab.txt
+READY := $(AT).installed-colab
 else
-PY := .venv/bin/python
+PY := $(AT).venv/bin/python
 PINS := constraints.txt
-READY := .venv/installed
+READY := $(AT).venv/installed
 endif
 
-.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step stress lint clean help
+# A read-only folder cannot be installed from, and need not be: make runs the packages where they lie.
+ifeq ($(WRITABLE),yes)
+WHAT := -e '.[fast,show]'
+else
+WHAT := $$($(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	x = p['optional-dependencies']; print(*p['dependencies'] + x['fast'] + x['show'])")
+endif
+INSTALL := $(PY) -m pip install --quiet -c $(PINS) $(WHAT)
+
+.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step stress lint clean help drive-given
 .DEFAULT_GOAL := help
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[fast,show]'
+$(AT).venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(AT).venv
+	$(INSTALL)
 	touch $@
 
-.installed-colab: pyproject.toml
+$(AT).installed-colab: pyproject.toml
+	mkdir -p $(@D)
 	$(PY) -m pip list --format freeze 2>/dev/null | grep -iE '^(torch|numpy|h5py)==' > $(PINS)
-	$(PY) -m pip install --quiet -c $(PINS) -e '.[fast,show]'
+	$(INSTALL)
 	touch $@
 
 .venv/dev: $(READY)
@@ -37,15 +52,15 @@ endif
 	mkdir -p .venv && touch $@
 
 demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minutes after the install)
-	rm -rf demo
-	$(PY) -m convert sample demo/rooms.mat --rows 192
-	$(PY) -m convert run demo/rooms.mat --out demo/data
-	$(PY) -m convert inspect demo/data --picture demo/rooms.png
-	$(PY) -m train --data demo/data --out demo/run --num-classes 10 --epochs 8 --batch-size 16 --width 16 --size 96
-	@echo "pictures: demo/rooms.png demo/run/curves.png demo/run/confusion.png demo/run/mistakes.png"
+	rm -rf $(AT)demo
+	$(PY) -m convert sample $(AT)demo/rooms.mat --rows 192
+	$(PY) -m convert run $(AT)demo/rooms.mat --out $(AT)demo/data
+	$(PY) -m convert inspect $(AT)demo/data --picture $(AT)demo/rooms.png
+	$(PY) -m train --data $(AT)demo/data --out $(AT)demo/run --num-classes 10 --epochs 8 --batch-size 16 --width 16 --size 96
+	@echo "pictures: $(AT)demo/rooms.png $(AT)demo/run/curves.png $(AT)demo/run/confusion.png $(AT)demo/run/mistakes.png"
 
-convert: $(READY)  ## the .mat into shards: make convert MAT=nyu_depth_v2_labeled.mat
-	$(PY) -m convert run "$(MAT)" --out "$(OUT)" $(ARGS)
+convert: $(READY)  ## shards on this disk, the cheapest way: make convert [DRIVE=/content/drive/MyDrive/nyuv2] [MAT=x.mat]
+	$(PY) -m convert run $(if $(MAT),"$(MAT)") --out "$(OUT)" $(if $(DRIVE),--drive "$(DRIVE)") $(if $(URL),--url "$(URL)") $(ARGS)
 
 train: $(READY)  ## train on the shards; continues by itself: make train ARGS='--epochs 30'
 	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(ARGS)
@@ -59,11 +74,14 @@ verify: $(READY)  ## check every byte of the shards
 inspect: $(READY)  ## what is in the shards
 	$(PY) -m convert inspect "$(DATA)" $(ARGS)
 
-push: $(READY)  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDrive/nyuv2
+push: $(READY) drive-given  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDrive/nyuv2
 	$(PY) -m convert push "$(DATA)" "$(DRIVE)"
 
-pull: $(READY)  ## copy the shards from Drive
+pull: $(READY) drive-given  ## copy the shards from Drive: make pull DRIVE=/content/drive/MyDrive/nyuv2
 	$(PY) -m convert pull "$(DRIVE)" "$(OUT)"
+
+drive-given:
+	@test -n "$(DRIVE)" || { echo "Say which folder: make $(MAKECMDGOALS) DRIVE=/content/drive/MyDrive/nyuv2" >&2; exit 2; }
 
 bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
 	$(PY) -m bench.convert "$(MAT)" $(ARGS)
@@ -84,7 +102,7 @@ lint: .venv/dev  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 clean:  ## remove the demo and the caches, never data or runs
-	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(AT)demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ #/' | column -t -s '#'

@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -21,11 +22,17 @@ def run(args: argparse.Namespace) -> None:
     from .write import convert
 
     settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
-    if args.source.is_dir() and args.source.suffix != ".mat":
+    if args.source and args.source.is_dir() and args.source.suffix != ".mat":
         print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
+        return
+    codecs = codecs_of(args.format, args.codec, settings.fields)
+    make = partial(convert, root=args.out, settings=settings, workers=args.workers, codecs=codecs)
+    if args.source and not args.drive:
+        print(make(args.source))
     else:
-        codecs = codecs_of(args.format, args.codec, settings.fields)
-        print(convert(args.source, args.out, settings, args.workers, codecs))
+        from .session import prepare
+
+        print(prepare(args.source, args.out, settings, args.drive, args.url, make))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -50,19 +57,15 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    from .shelf import copy_set
+    from . import shelf
 
-    source = fmt.resolve_set(args.directory)
-    print(copy_set(source, args.drive))
-    print(
-        "On Colab run drive.flush_and_unmount() before closing: the copy was read back from the mount, not from Google"
-    )
+    print(shelf.push(fmt.resolve_set(args.directory), args.drive))
 
 
 def pull(args: argparse.Namespace) -> None:
-    from .shelf import copy_set
+    from . import shelf
 
-    print(copy_set(fmt.resolve_set(args.drive), args.root))
+    print(shelf.pull(fmt.resolve_set(args.drive), args.root))
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -85,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command(run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data")
-    p.add_argument("source", type=Path, metavar="SOURCE", help="the .mat, or a finished set")
+    p.add_argument("source", type=Path, nargs="?", help="the .mat, or a finished set (default: found, else fetched)")
+    p.add_argument("--drive", type=Path, metavar="DIR", help="take a finished set from there, or leave one there")
+    p.add_argument("--url", help="where to fetch the .mat (default: its home at NYU)")
     p.add_argument("--out", type=Path, required=True, metavar="ROOT")
     p.add_argument("--format", choices=("npy", "zarr"), default="npy")
     p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help="with zarr; or depth=blosc,label=zstd")

@@ -1,71 +1,184 @@
-"""push and pull: a verified copy of a finished set, to Google Drive or back. The manifest goes last."""
+"""push and pull: verified copies of a finished set to a mounted Google Drive, or back. The manifest goes last.
 
+A mounted Drive drops out (ENOTCONN), answers EIO or EAGAIN under load, refuses over quota, and shows files that never
+arrived whole. So every call on it is tried again a few times, every byte is hashed on its way, and what was written is
+read back: that proves the mount, not what Google has of it. Plain buffered copies; nothing on a mount is mapped.
+"""
+
+import errno
 import hashlib
 import os
 import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from . import format as fmt
 from .format import UserError
+from .lock import only_one
+
+T = TypeVar("T")
+Files = dict[str, dict[str, Any]]
 
 BLOCK = 4 << 20
+PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
+MOUNT = Path("/content/drive")  # where Colab mounts Drive
+GONE = {errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ECONNABORTED, errno.ECONNRESET}
+FULL = {errno.EDQUOT, errno.ENOSPC}
+PASSING = GONE | FULL | {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR, errno.EBADMSG}
 
 
-def copy_set(source: Path, root: Path) -> Path:
-    """Copy a finished set under `root`, only what is missing or wrong there, and read every copied file back."""
-    manifest = fmt.read_manifest(source)
-    target = root / source.name
-    target.mkdir(parents=True, exist_ok=True)
-    files = fmt.all_files(manifest)
-    _check_space(files, target)
-    with tqdm(
-        total=sum(f["bytes"] for f in files.values()), unit="B", unit_scale=True, desc="copy", disable=None
-    ) as bar:
-        for name, facts in sorted(files.items()):
-            if not _is_right(target / name, facts):
-                _copy_file(source / name, target / name, facts)
-            bar.update(facts["bytes"])
-    for name in (fmt.PROVENANCE, fmt.MANIFEST):
-        if (source / name).is_file():
-            data = (source / name).read_bytes()
-            fmt.write_atomically(target / name, lambda file, data=data: fmt.void(file.write(data)))  # type: ignore[misc]
+class Incomplete(UserError):
+    """A copy on Drive that is not whole: not to be used, but the next push mends it."""
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress(tqdm):
+    """Bytes on their way: a bar on a terminal, else a line each eighth of it."""
+
+    def __init__(self, doing: str, total: int, initial: int = 0) -> None:
+        self.doing, self.size, self.done, self.started = doing, total, initial, time.perf_counter()
+        super().__init__(total=total, initial=initial, desc=doing, unit="B", unit_scale=True, disable=None, miniters=1)
+
+    def add(self, n_bytes: int, what: str = "") -> None:
+        self.update(n_bytes)
+        before, self.done = self.done, self.done + n_bytes
+        if self.disable and 8 * self.done // self.size > 8 * before // self.size:
+            say(f"{self.doing}: {what}{self.done / 1e6:.0f} of {self.size / 1e6:.0f} MB")
+
+
+def patiently(action: Callable[[], T], doing: str, command: str) -> T:
+    """Call `action`, again after a pause where a mount answers with an error that passes, then give up with advice."""
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except (OSError, UserError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError) or cause.errno not in PASSING:
+                raise
+            if pause is None:
+                raise _advice(cause.errno, doing, command) from None
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _advice(number: int, doing: str, command: str) -> UserError:
+    times = len(PAUSES) + 1
+    if number == errno.EBADMSG:
+        return Incomplete(
+            f"{doing} gave other content than the manifest has, {times} times. Run: make verify, {command}"
+        )
+    what = f"Drive answered {errno.errorcode[number]} {times} times while {doing}"
+    if number in FULL:
+        return UserError(f"{what}: it is full or over its quota. Free space there (also its bin), then: {command}")
+    often = "" if number in GONE else " or wait (it may have been asked too much today)"
+    return UserError(f"{what}. Remount it (drive.mount('{MOUNT}', force_remount=True)){often}, then: {command}")
+
+
+def check_mounted(drive: Path, command: str) -> None:
+    """Refuse a folder that is not on a mounted Drive: what is written there would be lost with the machine."""
+    unmounted = drive.is_relative_to(MOUNT) and not os.path.ismount(MOUNT)
+    if unmounted or not patiently(lambda: exists(drive.parent), f"looking for {drive.parent}", command):
+        raise UserError(
+            f"{drive.parent} is not there: run drive.mount('{MOUNT}') in a cell of its own, then: {command}"
+        )
+
+
+def size_of(path: Path) -> int:
+    """Bytes; -1 where there is nothing. (Path.exists() hides what a mount answers.)"""
+    try:
+        return os.stat(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+
+
+def exists(path: Path) -> bool:
+    return size_of(path) >= 0
+
+
+def not_whole(directory: Path, files: Files) -> list[str]:
+    """The files that are not there or have another size: no byte is read."""
+    return [name for name, facts in files.items() if size_of(directory / name) != facts["bytes"]]
+
+
+def push(source: Path, drive: Path, command: str = "make push") -> Path:
+    """Copy a finished set to `drive`: only what is missing or wrong there. Every file is read back."""
+    check_mounted(drive, command)
+    patiently(lambda: drive.mkdir(exist_ok=True), f"making {drive}", command)
+    target = _copy_set(source, drive / source.name, fmt.all_files(fmt.read_manifest(source)), "writing", command)
+    say("read back from the mount. It reaches Google later: run drive.flush_and_unmount() in a cell before you close")
     return target
 
 
-def _check_space(files: dict[str, dict[str, Any]], target: Path) -> None:
-    need = sum(f["bytes"] for name, f in files.items() if not (target / name).exists())
-    free = shutil.disk_usage(target).free
+def pull(source: Path, root: Path, command: str = "make pull") -> Path:
+    """Copy a finished set from Drive under `root`: only what is missing or wrong there. Raises Incomplete."""
+    files = fmt.all_files(patiently(lambda: fmt.read_manifest(source), f"reading {fmt.MANIFEST}", command))
+    if missing := patiently(lambda: not_whole(source, files), f"looking through {source}", command):
+        raise Incomplete(f"{len(missing)} of {len(files)} files in {source} are missing or short. Run: make push there")
+    root.mkdir(parents=True, exist_ok=True)
+    with only_one(root, source.name):
+        return _copy_set(source, root / source.name, files, "reading", command)
+
+
+def _copy_set(source: Path, target: Path, files: Files, verb: str, command: str) -> Path:
+    patiently(lambda: _prepare(source, target, files), f"preparing {target}", command)
+    with Progress(verb, sum(f["bytes"] for f in files.values())) as progress:
+        for k, (name, facts) in enumerate(sorted(files.items()), 1):
+            patiently(partial(_copy, source / name, target / name, facts, verb), f"{verb} {name}", command)
+            progress.add(facts["bytes"], f"{k} of {len(files)} files, ")
+    for name in (fmt.PROVENANCE, fmt.MANIFEST):
+        if patiently(partial(exists, source / name), f"{verb} {name}", command):
+            patiently(partial(_copy, source / name, target / name, {}, verb), f"{verb} {name}", command)
+    return target
+
+
+def _prepare(source: Path, target: Path, files: Files) -> None:
+    """Room for what is missing; no manifest of other content, and nothing that a killed copy left behind."""
+    target.mkdir(exist_ok=True)
+    theirs = target / fmt.MANIFEST
+    if exists(theirs) and theirs.read_bytes() != (source / fmt.MANIFEST).read_bytes():
+        theirs.unlink()
+    for path in target.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    need, free = sum(files[n]["bytes"] for n in not_whole(target, files)), shutil.disk_usage(target).free
     if need > free:
-        raise UserError(
-            f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some, then run the same command"
-        )
+        raise UserError(f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some and run it again")
+
+
+def _copy(source: Path, target: Path, facts: dict[str, Any], verb: str) -> None:
+    """Copy one file unless it is right already. Other bytes than the manifest's are EBADMSG: try again."""
+
+    def write(file: fmt.HashingFile) -> None:
+        try:
+            with open(source, "rb") as reading:
+                while block := reading.read(BLOCK):
+                    file.write(block)
+        except FileNotFoundError:  # a mount may list what it cannot open
+            raise OSError(errno.EBADMSG, "gone", str(source)) from None
+        if facts and file.sha256.hexdigest() != facts["sha256"]:
+            raise OSError(errno.EBADMSG, "other content", str(source))
+
+    if not (facts and _is_right(target, facts)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written = fmt.write_atomically(target, write)
+        if verb == "writing" and not _is_right(target, written):
+            raise OSError(errno.EBADMSG, "other content", str(target))
 
 
 def _is_right(path: Path, facts: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == facts["bytes"] and fmt.sha256_file(path) == facts["sha256"]
-
-
-def _copy_file(source: Path, target: Path, facts: dict[str, Any]) -> None:
-    """Copy in blocks, hashed on the way, then read back and hashed again."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    digest = hashlib.sha256()
+    """Whether the file is what the manifest says, read from where it lies and not from the page cache."""
     try:
-        with open(source, "rb") as reading, open(temporary, "wb") as writing:
-            while block := reading.read(BLOCK):
-                digest.update(block)
-                writing.write(block)
-            writing.flush()
-            os.fsync(writing.fileno())
-        if digest.hexdigest() != facts["sha256"]:
-            raise UserError(f"{source} is damaged (SHA-256). Delete its directory there and push it again: make push")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if not _is_right(target, facts):
-        raise UserError(
-            f"{target} reads back differently from what was written. Remount Drive, then run the same command"
-        )
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            right_size = os.fstat(file.fileno()).st_size == facts["bytes"]
+            return right_size and hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
+    except FileNotFoundError:
+        return False

@@ -356,16 +356,6 @@ def test_pickled_content_is_never_loaded(copy: Path) -> None:
         fmt.open_set(copy).column("split")
 
 
-def test_push_then_pull_is_the_same_set_and_mends_a_bad_file(small_set: Path, tmp_path: Path, command: Run) -> None:
-    drive, root = tmp_path / "my drive", tmp_path / "root"
-    assert command("convert", "push", small_set, drive).returncode == 0
-    flip(drive / small_set.name / "rgb-00000.npy")
-    assert command("convert", "push", small_set, drive).returncode == 0
-    done = command("convert", "pull", drive, root)
-    assert done.stdout.splitlines()[-1] == str(root / small_set.name)
-    assert content(root / small_set.name) == content(small_set)
-
-
 def test_inspect_tells_rows_splits_and_classes(small_set: Path, tmp_path: Path, command: Run) -> None:
     done = command("convert", "inspect", small_set, "--picture", tmp_path / "a.png", "--rows", 3)
     assert done.returncode == 0, done.stderr

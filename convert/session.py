@@ -1,0 +1,131 @@
+"""One command, every session: the cheapest way to a finished set under ROOT, and a copy of it on Drive.
+
+whole on this disk                        -> nothing to do
+whole on Drive                            -> pulled
+the .mat: given, on Drive, or fetched     -> converted, then pushed
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from . import format as fmt
+from .format import Settings, UserError
+from .mat import open_mat, sampled_identity
+from .remote import OFFICIAL, fetch
+from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push, say
+
+MAT_NAME = "nyu_depth_v2_labeled.mat"
+
+
+def prepare(
+    source: Path | None,
+    root: Path,
+    settings: Settings,
+    drive: Path | None,
+    url: str | None,
+    make: Callable[[Path], Path],
+) -> Path:
+    """A finished set of `settings` under `root`; `make` converts a .mat. Says what it chose and what that saved."""
+    command = "make convert" + (f" DRIVE={shlex.quote(str(drive))}" if drive else "")
+    if drive:
+        check_mounted(drive, command)
+    find = partial(find_set, settings=settings, wanted=_wanted(source, command), command=command)
+    here, there = find(root), find(drive) if drive else None
+    directory = here and _checked(here)
+    if not directory and there and not (directory := _pulled(there, root, command)):
+        there = None  # not whole: it is mended below
+    if not directory:
+        mat = source or _find_mat(root, drive, command) or fetch(url or OFFICIAL, root / MAT_NAME)
+        say(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
+        if here:  # damaged
+            (here / fmt.MANIFEST).unlink()
+        directory = make(mat)
+    if drive and not (there and _is_whole(there, command)):
+        say(f"{drive} gets its copy of {directory.name}, for the next session")
+        push(directory, drive, command)
+    if len(fmt.finished_sets(root)) > 1:
+        say(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
+    return directory
+
+
+def find_set(where: Path, settings: Settings, wanted: dict[str, object], command: str) -> Path | None:
+    """The finished set of these settings, from the wanted source where one is known."""
+    found: dict[str, Path] = {}
+    for path in patiently(lambda: fmt.finished_sets(where) if exists(where) else [], f"looking in {where}", command):
+        patiently((path / fmt.MANIFEST).read_bytes, f"reading {path / fmt.MANIFEST}", command)
+        try:
+            manifest = fmt.read_manifest(path)
+        except UserError as error:
+            say(f"passed over: {error}")
+            continue
+        same = manifest["fingerprint"] == fmt.fingerprint(settings, manifest["source"])
+        if same and wanted.items() <= manifest["source"].items():
+            found.setdefault(manifest["fingerprint"], path)
+    if len(found) > 1:
+        names = ", ".join(sorted(p.name for p in found.values()))
+        raise UserError(f"{where} has {names}, of other sources. Say which is meant: make convert MAT=/path/to/it.mat")
+    return next(iter(found.values()), None)
+
+
+def _wanted(source: Path | None, command: str) -> dict[str, object]:
+    """What a set's source must be: the given .mat, or, where that is gone, one of its name."""
+    if source is None:
+        return {}
+    if not patiently(lambda: exists(source), f"looking for {source}", command):
+        return {"name": source.name}
+    return patiently(lambda: sampled_identity(source), f"reading {source}", command)
+
+
+def _find_mat(root: Path, drive: Path | None, command: str) -> Path | None:
+    for where in dict.fromkeys([root, Path(), *([drive, drive.parent] if drive else [])]):
+        path = where / MAT_NAME
+        if patiently(partial(exists, path), f"looking for {path}", command):
+            try:
+                open_mat(path).close()
+                return path
+            except UserError as error:
+                say(f"passed over: {error}")
+    return None
+
+
+def _cost(directory: Path) -> str:
+    try:
+        seconds = json.loads((directory / fmt.PROVENANCE).read_text())["seconds"]
+    except (OSError, ValueError, KeyError):
+        seconds = "some"
+    return f"the .mat ({fmt.read_manifest(directory)['source']['bytes'] / 1e6:.0f} MB) and {seconds} s of converting it"
+
+
+def _checked(here: Path) -> Path | None:
+    """The set on this disk if every byte of it is right."""
+    started, files = time.perf_counter(), fmt.all_files(fmt.read_manifest(here))
+    wrong = [f"{name} {problem}" for name, problem in fmt.verify(here) if problem and name in files]
+    if wrong:
+        say(f"{here} is damaged: {'; '.join(wrong[:3])}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        return None
+    say(
+        f"{here} is on this disk and whole: {len(files)} files checked in {time.perf_counter() - started:.1f} s. "
+        f"Not needed: Drive, {_cost(here)}"
+    )
+    return here
+
+
+def _is_whole(there: Path, command: str) -> bool:
+    files = fmt.all_files(fmt.read_manifest(there))
+    return not patiently(lambda: not_whole(there, files), f"looking through {there}", command)
+
+
+def _pulled(there: Path, root: Path, command: str) -> Path | None:
+    started = time.perf_counter()
+    try:
+        say(f"{there} is on Drive: copying it here instead of making it again")
+        directory = pull(there, root, command)
+    except Incomplete as error:
+        say(f"{error}")
+        return None
+    say(f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}")
+    return directory

@@ -1,0 +1,98 @@
+"""Fetching the .mat: resumed, retried, checked; and reading one in place."""
+
+import os
+from pathlib import Path
+
+import pytest
+from flaky import serving
+
+from convert import remote
+from convert.format import UserError
+from convert.remote import fetch
+
+DATA = os.urandom(3_000_000)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES", (0.001, 0.002, 0.003))
+
+
+def test_a_server_that_drops_connections_is_asked_for_the_rest(tmp_path: Path) -> None:
+    with serving(x_mat=DATA) as server:
+        server.drop_after = 400_000
+        fetch(server.url("x.mat"), tmp_path / "x.mat")
+        asked = [int(r.removeprefix("bytes=").split("-")[0]) for _, r in server.requests]
+        assert server.sent < 1.1 * len(DATA)
+    assert (tmp_path / "x.mat").read_bytes() == DATA
+    assert len(asked) >= 8
+    assert asked == sorted(asked)
+    assert os.listdir(tmp_path) == ["x.mat"]
+
+
+def test_a_later_run_goes_on_where_the_first_was_cut(tmp_path: Path) -> None:
+    with serving(x_mat=DATA) as server:
+        server.drop_after, server.fail_next = 1_000_000, []
+        real = remote._some
+
+        def once(*args: object) -> None:
+            real(*args)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        remote._some = once  # type: ignore[assignment]
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                fetch(server.url("x.mat"), tmp_path / "x.mat")
+        finally:
+            remote._some = real
+        assert not (tmp_path / "x.mat").exists()
+        server.drop_after, server.sent = None, 0
+        fetch(server.url("x.mat"), tmp_path / "x.mat")
+        assert server.sent < 2_100_000
+    assert (tmp_path / "x.mat").read_bytes() == DATA
+
+
+def test_another_file_at_the_address_is_not_glued_to_the_old_part(tmp_path: Path) -> None:
+    part = tmp_path / ".x.mat.00000000.part"
+    part.write_bytes(b"of another version")
+    with serving(x_mat=DATA) as server:
+        fetch(server.url("x.mat"), tmp_path / "x.mat")
+    assert (tmp_path / "x.mat").read_bytes() == DATA
+
+
+def test_a_server_without_ranges_is_read_from_the_start_each_time(tmp_path: Path) -> None:
+    with serving(x_mat=DATA) as server:
+        server.ranges, server.drop_after, server.drop_chance = False, 1_500_000, 0.5
+        fetch(server.url("x.mat"), tmp_path / "x.mat")
+    assert (tmp_path / "x.mat").read_bytes() == DATA
+
+
+def test_busy_answers_are_tried_again(tmp_path: Path) -> None:
+    with serving(x_mat=DATA) as server:
+        server.fail_next = [503, 429, 500]
+        fetch(server.url("x.mat"), tmp_path / "x.mat")
+    assert (tmp_path / "x.mat").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("kind", ["host down", "not found", "web page", "always drops"])
+def test_what_cannot_be_fetched_is_one_line_and_leaves_no_mat(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(x_mat=DATA) as server:
+        url = {"host down": "http://127.0.0.1:9/x.mat", "not found": server.url("y.mat")}.get(kind, server.url("x.mat"))
+        server.content_type = "text/html" if kind == "web page" else server.content_type
+        server.drop_after = 0 if kind == "always drops" else None
+        with pytest.raises(UserError) as error:
+            fetch(url, tmp_path / "x.mat")
+    assert "\n" not in str(error.value)
+    assert "make convert" in str(error.value)
+    assert ("by hand" in capsys.readouterr().err) == (kind != "web page")
+    assert not (tmp_path / "x.mat").exists()
+
+
+def test_the_original_is_held_against_its_size_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(x_mat=DATA) as server:
+        monkeypatch.setattr(remote, "OFFICIAL", server.url("x.mat"))
+        with pytest.raises(UserError, match="SHA-256"):
+            fetch(remote.OFFICIAL, tmp_path / "x.mat")
+    assert os.listdir(tmp_path) == []

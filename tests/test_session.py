@@ -1,0 +1,223 @@
+"""make convert, session after session: the cheapest way to a finished set, said in words."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import REPO, SMALL
+from flaky import serving
+
+from convert import format as fmt
+from convert import shelf
+from convert.__main__ import main
+from convert.format import Settings, UserError
+from convert.session import MAT_NAME, find_set, prepare
+from convert.write import convert
+
+ARGS = ("--size", 32, "--rows-per-shard", 10)
+
+
+def same(a: Path, b: Path) -> bool:
+    return all((a / p.name).read_bytes() == p.read_bytes() for p in b.glob("*.npy"))
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command of `make convert DRIVE=`, with this test's folders, in this process."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*more: object) -> Done:
+        capsys.readouterr()
+        argv = ["convert", "run", "--out", tmp_path / "root", "--drive", tmp_path / "drive", *ARGS, *more]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        return Done(main(), *capsys.readouterr())
+
+    return call
+
+
+def test_the_first_session_fetches_converts_and_pushes_and_the_next_need_less(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    made = tmp_path / "root" / small_set.name
+    with serving(x_mat=mat.read_bytes()) as server:
+        first = run("--url", server.url("x.mat"))
+        assert first.returncode == 0, first.stderr
+        assert first.stdout == f"{made}\n"
+        assert "fetching http" in first.stderr
+        assert "gets its copy" in first.stderr
+        n_requests = len(server.requests)
+        again = run("--url", server.url("x.mat"))
+        assert "on this disk and whole" in again.stderr
+        shutil.rmtree(tmp_path / "root")  # another machine
+        second = run("--url", server.url("x.mat"))
+        assert len(server.requests) == n_requests
+    assert second.stdout == f"{made}\n"
+    assert re.search(
+        r"pulled and verified in .* s. Not needed: the .mat \(\d+ MB\) and .* s of converting", second.stderr
+    )
+    assert same(made, small_set)
+
+
+@pytest.mark.parametrize("where", ["drive", "", "root"])
+def test_a_mat_on_drive_beside_it_or_on_this_disk_is_found(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done], where: str
+) -> None:
+    (tmp_path / where).mkdir(exist_ok=True)
+    shutil.copy(mat, tmp_path / where / MAT_NAME)
+    done = run("--url", "http://127.0.0.1:9/not-asked")
+    assert done.returncode == 0, done.stderr
+    assert f"converting {tmp_path / where / MAT_NAME}" in done.stderr
+
+
+def test_a_found_mat_that_is_cut_is_passed_over(mat: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
+    (tmp_path / "drive").mkdir()
+    (tmp_path / "drive" / MAT_NAME).write_bytes(mat.read_bytes()[:100_000])
+    with serving(x_mat=mat.read_bytes()) as server:
+        done = run("--url", server.url("x.mat"))
+    assert done.returncode == 0, done.stderr
+    assert "passed over" in done.stderr
+
+
+def test_a_half_synced_drive_is_mended(mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
+    run(mat)
+    there = tmp_path / "drive" / small_set.name
+    os.truncate(there / "rgb-00001.npy", 0)
+    shutil.rmtree(tmp_path / "root")
+    done = run(mat)
+    assert "1 of 26 files" in done.stderr
+    assert same(there, small_set)
+    assert same(tmp_path / "root" / small_set.name, small_set)
+
+
+def test_a_damaged_set_here_is_replaced_from_drive(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    run(mat)
+    made = tmp_path / "root" / small_set.name
+    os.truncate(made / "rgb-00001.npy", 0)
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "is damaged: rgb-00001.npy has 0 bytes" in done.stderr
+    assert same(made, small_set)
+
+
+def test_a_damaged_set_here_without_a_copy_is_converted_again(mat: Path, small_set: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    made = convert(mat, root, SMALL)
+    os.truncate(made / "rgb-00001.npy", 0)
+    assert prepare(mat, root, SMALL, None, None, lambda m: convert(m, root, SMALL)) == made
+    assert same(made, small_set)
+
+
+def test_other_settings_keep_the_old_set(mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
+    run(mat)
+    done = run(mat, "--size", 16)
+    other = Path(done.stdout.strip())
+    assert done.stderr.splitlines()[-1].endswith(f"make train DATA={other}")
+    for root in (tmp_path / "root", tmp_path / "drive"):
+        assert {p.name for p in fmt.finished_sets(root)} == {small_set.name, other.name}
+
+
+def test_a_given_mat_that_is_gone_is_matched_by_name(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    run(mat)
+    shutil.rmtree(tmp_path / "root")
+    assert run(tmp_path / "gone" / mat.name).stdout.strip().endswith(small_set.name)
+    done = run(tmp_path / "gone" / "other.mat")
+    assert done.returncode == 2
+    assert "no such file" in done.stderr
+
+
+def test_sets_of_two_sources_are_an_error_that_names_them(mat: Path, small_set: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(small_set.parent, tmp_path / "root"))
+    other = tmp_path / "other.mat"
+    other.write_bytes(mat.read_bytes() + b"\0")
+    second = convert(other, root, SMALL)
+    with pytest.raises(UserError, match=f"{min(small_set.name, second.name)}.*MAT="):
+        find_set(root, SMALL, {}, "make convert")
+    assert find_set(root, SMALL, {"name": "other.mat"}, "make convert") == second
+    assert find_set(root, Settings(), {}, "make convert") is None
+
+
+def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "PAUSES", (0.001,))
+    (tmp_path / "drive").mkdir()
+    real = os.stat
+
+    def dead(path: object, *args: object, **kwargs: object) -> os.stat_result:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(107, "Transport endpoint is not connected")
+        return real(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", dead)
+    with pytest.raises(UserError, match=r"ENOTCONN 2 times while looking for .*force_remount=True"):
+        prepare(None, tmp_path / "root", SMALL, tmp_path / "drive", "http://127.0.0.1:9/", lambda m: m)
+
+
+# ---------------------------------------------------------------- the Makefile
+
+
+@pytest.fixture
+def colab_folder(tmp_path: Path) -> Path:
+    """A copy of the checkout in a folder with a space, as if `make` had installed it on Colab."""
+    copy = tmp_path / "my repo"
+    for name in ("convert", "train", "rooms", "pictures", "Makefile", "pyproject.toml", "constraints.txt"):
+        source = REPO / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            copy.mkdir(exist_ok=True)
+            shutil.copy(source, copy / name)
+    (copy / ".installed-colab").touch()
+    return copy
+
+
+def make(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLAB_RELEASE_TAG": "test"}
+    command = ["make", "-C", str(folder), "--no-print-directory", f"PYTHON={sys.executable}", *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
+    mat: Path, small_set: Path, tmp_path: Path, colab_folder: Path
+) -> None:
+    drive = tmp_path / "My Drive" / "nyu v2"
+    drive.parent.mkdir()
+    args = "ARGS=--size 32 --rows-per-shard 10"
+    done = make(colab_folder, "convert", f"MAT={mat}", f"DRIVE={drive}", args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"data/{small_set.name}"
+    train = "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8"
+    done = make(colab_folder, "train", train)
+    assert done.returncode == 0, done.stderr + done.stdout
+    shutil.rmtree(colab_folder / "data")
+    done = make(colab_folder, "pull", f"DRIVE={drive}")
+    assert same(colab_folder / "data" / small_set.name, small_set)
+
+
+@pytest.mark.parametrize("target", ["push", "pull"])
+def test_make_push_without_a_folder_copies_nothing(colab_folder: Path, target: str) -> None:
+    done = make(colab_folder, target)
+    assert done.returncode == 2
+    assert f"make {target} DRIVE=/content/drive/MyDrive/nyuv2" in done.stderr
+
+
+def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: Path) -> None:
+    done = make(colab_folder, "-n", "convert", "WRITABLE=", "HOME=/home/me")
+    assert '--out "/home/me/nyuv2-shards/data"' in done.stdout
+    assert "-e '." not in done.stdout

@@ -1,0 +1,243 @@
+"""push and pull: nothing wrong is accepted and nothing is lost, whatever the mount does."""
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from flaky import ERRORS, Drive, why_no_fuse
+
+from convert import format as fmt
+from convert import session, shelf
+from convert.format import UserError
+from convert.shelf import Incomplete, patiently, pull, push
+from convert.write import convert
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def shards(directory: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(directory).items() if name.endswith(".npy")}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "PAUSES", (0.001, 0.002, 0.003))
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_push_then_pull_is_the_same_set_to_the_byte(small_set: Path, tmp_path: Path, command: Run) -> None:
+    drive, root = tmp_path / "my drive", tmp_path / "root"
+    done = command("convert", "push", small_set, drive)
+    assert "drive.flush_and_unmount()" in done.stderr
+    done = command("convert", "pull", drive, root)
+    assert done.stdout.splitlines()[-1] == str(root / small_set.name)
+    assert content(root / small_set.name) == content(small_set)
+
+
+def test_only_what_is_missing_or_wrong_is_copied(small_set: Path, tmp_path: Path) -> None:
+    made = push(small_set, tmp_path / "drive")
+    flip(made / "rgb-00000.npy")
+    (made / "depth-00001.npy").unlink()
+    os.truncate(made / "label-00002.npy", 0)
+    before = {p.name: p.stat().st_mtime_ns for p in made.glob("*.npy")}
+    push(small_set, tmp_path / "drive")
+    after = {p.name: p.stat().st_mtime_ns for p in made.glob("*.npy")}
+    assert content(made) == content(small_set)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"rgb-00000.npy", "depth-00001.npy", "label-00002.npy"}
+
+
+def test_the_manifest_is_written_last_and_another_one_is_withdrawn_first(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "drive" / small_set.name
+    target.mkdir(parents=True)
+    (target / "manifest.json").write_text("{}")
+    (target / ".rgb-00000.npy.99.tmp").write_text("left by a killed copy")
+    seen = []
+    real = fmt.write_atomically
+
+    def watching(path: Path, write: Callable[[fmt.HashingFile], None]) -> dict[str, object]:
+        seen.append((path.name, (target / "manifest.json").exists()))
+        return real(path, write)
+
+    monkeypatch.setattr(fmt, "write_atomically", watching)
+    push(small_set, tmp_path / "drive")
+    assert seen[-1] == ("manifest.json", False)
+    assert not any(had_manifest for _, had_manifest in seen)
+    assert content(target) == content(small_set)
+
+
+def test_a_half_synced_folder_is_recognised_before_anything_is_copied(small_set: Path, tmp_path: Path) -> None:
+    made = push(small_set, tmp_path / "drive")
+    os.truncate(made / "rgb-00003.npy", 0)  # as Drive shows a file that was never sent
+    (made / "depth-00001.npy").unlink()
+    with pytest.raises(Incomplete, match=r"2 of \d+ files in .* are missing or short"):
+        pull(made, tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_changed_byte_on_drive_is_never_accepted(small_set: Path, tmp_path: Path) -> None:
+    made = push(small_set, tmp_path / "drive")
+    flip(made / "rgb-00001.npy")
+    with pytest.raises(Incomplete, match=r"reading rgb-00001.npy gave other content"):
+        pull(made, tmp_path / "root")
+    assert not fmt.finished_sets(tmp_path / "root")
+
+
+def test_a_damaged_set_is_never_pushed(small_set: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_set, tmp_path / small_set.name))
+    flip(copy / "rgb-00001.npy")
+    with pytest.raises(UserError, match="make verify"):
+        push(copy, tmp_path / "drive")
+    assert not fmt.finished_sets(tmp_path / "drive")
+
+
+def test_too_little_room_is_said_before_copying(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"needs \d+ MB, 0 MB are free"):
+        push(small_set, tmp_path / "drive")
+
+
+def test_a_copy_without_a_terminal_says_a_few_lines(small_set: Path, tmp_path: Path, command: Run) -> None:
+    done = command("convert", "push", small_set, tmp_path / "drive")
+    lines = done.stderr.splitlines()
+    assert 2 <= len(lines) <= 10
+    assert "\r" not in done.stderr
+    assert lines[-2].startswith("writing: ")
+
+
+# ---------------------------------------------------------------- what a mount answers
+
+
+@pytest.mark.parametrize("name", ["ENOTCONN", "EIO", "EAGAIN", "EDQUOT", "ESTALE"])
+def test_an_error_that_stays_is_one_line_with_the_cell_to_run(name: str) -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise OSError(getattr(errno, name), "as a mount does")
+
+    with pytest.raises(UserError) as error:
+        patiently(fails, "reading rgb-00007.npy", "make pull")
+    assert len(calls) == 4
+    text = str(error.value)
+    assert text.startswith(f"Drive answered {name} 4 times while reading rgb-00007.npy")
+    assert text.endswith("then: make pull")
+    assert ("force_remount=True" in text) == (name != "EDQUOT")
+    assert "\n" not in text
+
+
+def test_an_error_that_passes_is_not_seen() -> None:
+    answers = iter([OSError(errno.EIO, ""), OSError(errno.EAGAIN, ""), None])
+
+    def sometimes() -> int:
+        if answer := next(answers):
+            raise answer
+        return 7
+
+    assert patiently(sometimes, "reading", "make pull") == 7
+
+
+def test_an_error_that_is_not_the_mounts_is_not_tried_again() -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise PermissionError(errno.EACCES, "no")
+
+    with pytest.raises(PermissionError):
+        patiently(fails, "reading", "make pull")
+    assert len(calls) == 1
+
+
+def test_a_drive_that_is_not_mounted_is_refused(small_set: Path, tmp_path: Path, command: Run) -> None:
+    for drive in ("/content/drive/MyDrive/nyuv2", tmp_path / "no" / "such"):
+        done = command("convert", "push", small_set, drive)
+        assert done.returncode == 2
+        assert "drive.mount('/content/drive')" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------- a mount that fails at random
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Drive]:
+    if reason := why_no_fuse():
+        pytest.skip(f"no FUSE mount to be had: {reason}")
+    made = Drive(tmp_path / "fuse")
+    yield made
+    made.close()
+
+
+def spoil(directory: Path, chance: random.Random) -> None:
+    """What can happen to a folder on Drive between two sessions."""
+    files = [p for p in directory.rglob("*") if p.is_file()]
+    for path in chance.sample(files, min(len(files), chance.choice([0, 0, 1, 3]))):
+        chance.choice([Path.unlink, flip, lambda p: os.truncate(p, 0)])(path)
+
+
+def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -> str:
+    """A session with faults, then one without. Whatever was called done must be right."""
+    chance, right, happened = random.Random(seed), shards(small_set), ""
+    kinds = chance.sample([*ERRORS, "short", "forget", "stall"], 4)
+    drive.fail(chance.choice([0.002, 0.01, 0.05]), *kinds)
+    root = base / "root"
+    try:
+        session.prepare(mat, root, SMALL, drive.mount / "set", None, lambda m: convert(m, root, SMALL))
+        happened = "done"
+    except (UserError, OSError):
+        happened = "refused"
+    drive.fail(0)
+    for finished in fmt.finished_sets(root):  # never a wrong byte under a manifest
+        assert shards(finished) == right
+    for there in fmt.finished_sets(drive.back / "set"):  # on Drive there may be one, and it is never taken for right
+        with suppress(Incomplete):
+            assert shards(pull(there, base / "other")) == right
+        shutil.rmtree(base / "other", ignore_errors=True)
+    if chance.random() < 0.5:
+        shutil.rmtree(root, ignore_errors=True)  # the machine is gone
+    spoil(drive.back, chance)
+    made = session.prepare(mat, root, SMALL, drive.mount / "set", None, lambda m: convert(m, root, SMALL))
+    assert shards(made) == right
+    if chance.random() < 0.5:
+        shutil.rmtree(root)
+    if chance.random() < 0.3:
+        shutil.rmtree(drive.back / "set")
+    return happened
+
+
+def test_a_mount_that_fails_at_random_loses_nothing_and_nothing_wrong_is_accepted(
+    mat: Path, small_set: Path, drive: Drive, tmp_path: Path
+) -> None:
+    for seed in range(10):
+        one_round(mat, small_set, drive, tmp_path, seed)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("batch", range(1, 11))
+def test_300_rounds_with_a_failing_mount(mat: Path, small_set: Path, drive: Drive, tmp_path: Path, batch: int) -> None:
+    outcomes = [one_round(mat, small_set, drive, tmp_path, 30 * batch + k) for k in range(30)]
+    print(f"30 rounds with a failing mount: {outcomes.count('done')} done, {outcomes.count('refused')} refused")
