@@ -48,7 +48,7 @@ $(AT).installed-colab: pyproject.toml
 	touch $@
 
 .venv/dev: $(READY)
-	$(PY) -m pip install --quiet -c $(PINS) -e '.[fast,show,dev]'
+	$(PY) -m pip install --quiet -c $(PINS) -e '.[fast,show,remote,dev]'
 	mkdir -p .venv && touch $@
 
 demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minutes after the install)
