@@ -7,6 +7,7 @@ the .mat: given, on Drive, or fetched     -> converted, then pushed
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,12 @@ from pathlib import Path
 from . import format as fmt
 from .format import Settings, UserError
 from .mat import open_mat, sampled_identity
+from .pack import repack
 from .remote import OFFICIAL, fetch
 from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push, say
 
+PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
+SHELF = ".shelf"  # under ROOT: that form on its way
 MAT_NAME = "nyu_depth_v2_labeled.mat"
 
 
@@ -35,18 +39,19 @@ def prepare(
         check_mounted(drive, command)
     find = partial(find_set, settings=settings, wanted=_wanted(source, command), command=command)
     here, there = find(root), find(drive) if drive else None
+    shelved = bool(there and _is_whole(there, command))
     directory = here and _checked(here)
-    if not directory and there and not (directory := _pulled(there, root, command)):
-        there = None  # not whole: it is mended below
+    if not directory and there:
+        directory = _pulled(there, root, settings, command)
+        shelved = directory is not None
     if not directory:
         mat = source or _find_mat(root, drive, command) or fetch(url or OFFICIAL, root / MAT_NAME)
         say(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
         if here:  # damaged
             (here / fmt.MANIFEST).unlink()
         directory = make(mat)
-    if drive and not (there and _is_whole(there, command)):
-        say(f"{drive} gets its copy of {directory.name}, for the next session")
-        push(directory, drive, command)
+    if drive and not shelved:
+        _shelve(directory, drive, there.suffix if there else PACKED, settings, command)
     if len(fmt.finished_sets(root)) > 1:
         say(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
     return directory
@@ -119,13 +124,27 @@ def _is_whole(there: Path, command: str) -> bool:
     return not patiently(lambda: not_whole(there, files), f"looking through {there}", command)
 
 
-def _pulled(there: Path, root: Path, command: str) -> Path | None:
-    started = time.perf_counter()
+def _pulled(there: Path, root: Path, settings: Settings, command: str) -> Path | None:
+    started, packed = time.perf_counter(), there.suffix == PACKED
     try:
         say(f"{there} is on Drive: copying it here instead of making it again")
-        directory = pull(there, root, command)
+        directory = pull(there, root / SHELF if packed else root, command)
     except Incomplete as error:
         say(f"{error}")
         return None
+    if packed:
+        (root / there.stem / fmt.MANIFEST).unlink(missing_ok=True)  # of a damaged set
+        directory = repack(directory, root, settings, "npy", "none")
+        shutil.rmtree(root / SHELF)
     say(f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}")
     return directory
+
+
+def _shelve(directory: Path, drive: Path, form: str, settings: Settings, command: str) -> None:
+    """Push the set, compressed unless Drive has its plain form: 295 MB to copy instead of 727, unpacked in 5 s."""
+    say(f"{drive} gets a copy of {directory.name} for the next session")
+    if form == directory.suffix:
+        push(directory, drive, command)
+        return
+    push(repack(directory, directory.parent / SHELF, settings, "zarr", CODEC), drive, command)
+    shutil.rmtree(directory.parent / SHELF)

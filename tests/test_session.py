@@ -19,6 +19,7 @@ from convert import shelf
 from convert.__main__ import main
 from convert.format import Settings, UserError
 from convert.session import MAT_NAME, find_set, prepare
+from convert.shelf import push
 from convert.write import convert
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
@@ -58,7 +59,7 @@ def test_the_first_session_fetches_converts_and_pushes_and_the_next_need_less(
         assert first.returncode == 0, first.stderr
         assert first.stdout == f"{made}\n"
         assert "fetching http" in first.stderr
-        assert "gets its copy" in first.stderr
+        assert "gets a copy" in first.stderr
         n_requests = len(server.requests)
         again = run("--url", server.url("x.mat"))
         assert "on this disk and whole" in again.stderr
@@ -94,13 +95,24 @@ def test_a_found_mat_that_is_cut_is_passed_over(mat: Path, tmp_path: Path, run: 
 
 def test_a_half_synced_drive_is_mended(mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
     run(mat)
-    there = tmp_path / "drive" / small_set.name
-    os.truncate(there / "rgb-00001.npy", 0)
+    there = tmp_path / "drive" / f"{small_set.name}.zarr"
+    os.truncate(there / "rgb/c/1/0/0/0", 0)
     shutil.rmtree(tmp_path / "root")
     done = run(mat)
-    assert "1 of 26 files" in done.stderr
-    assert same(there, small_set)
+    assert re.search(r"1 of \d+ files .* missing or short", done.stderr)
     assert same(tmp_path / "root" / small_set.name, small_set)
+    assert not [problem for _, problem in fmt.verify(there) if problem]
+
+
+def test_a_plain_set_that_somebody_pushed_is_used_and_mended(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    there = push(small_set, tmp_path / "drive")
+    assert run(mat).returncode == 0
+    os.truncate(there / "rgb-00001.npy", 0)
+    assert run(mat).returncode == 0
+    assert same(there, small_set)
+    assert os.listdir(tmp_path / "drive") == [small_set.name]
 
 
 def test_a_damaged_set_here_is_replaced_from_drive(
@@ -128,8 +140,9 @@ def test_other_settings_keep_the_old_set(mat: Path, small_set: Path, tmp_path: P
     done = run(mat, "--size", 16)
     other = Path(done.stdout.strip())
     assert done.stderr.splitlines()[-1].endswith(f"make train DATA={other}")
-    for root in (tmp_path / "root", tmp_path / "drive"):
-        assert {p.name for p in fmt.finished_sets(root)} == {small_set.name, other.name}
+    for root, form in (("root", ""), ("drive", ".zarr")):
+        names = {p.name for p in fmt.finished_sets(tmp_path / root)}
+        assert names == {small_set.name + form, other.name + form}
 
 
 def test_a_given_mat_that_is_gone_is_matched_by_name(
@@ -172,19 +185,20 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
 # ---------------------------------------------------------------- the Makefile
 
 
+def copy_of_the_checkout(folder: Path) -> Path:
+    """The checkout as if `make` had installed it on Colab."""
+    folder.mkdir()
+    for name in ("convert", "train", "rooms", "pictures"):
+        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPO / name, folder / name)
+    (folder / ".installed-colab").touch()
+    return folder
+
+
 @pytest.fixture
 def colab_folder(tmp_path: Path) -> Path:
-    """A copy of the checkout in a folder with a space, as if `make` had installed it on Colab."""
-    copy = tmp_path / "my repo"
-    for name in ("convert", "train", "rooms", "pictures", "Makefile", "pyproject.toml", "constraints.txt"):
-        source = REPO / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            copy.mkdir(exist_ok=True)
-            shutil.copy(source, copy / name)
-    (copy / ".installed-colab").touch()
-    return copy
+    return copy_of_the_checkout(tmp_path / "my repo")
 
 
 def make(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -206,7 +220,7 @@ def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
     done = make(colab_folder, "train", train)
     assert done.returncode == 0, done.stderr + done.stdout
     shutil.rmtree(colab_folder / "data")
-    done = make(colab_folder, "pull", f"DRIVE={drive}")
+    done = make(colab_folder, "convert", f"DRIVE={drive}", args)
     assert same(colab_folder / "data" / small_set.name, small_set)
 
 

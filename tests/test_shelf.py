@@ -16,6 +16,7 @@ from flaky import ERRORS, Drive, why_no_fuse
 from convert import format as fmt
 from convert import session, shelf
 from convert.format import UserError
+from convert.pack import repack
 from convert.shelf import Incomplete, patiently, pull, push
 from convert.write import convert
 
@@ -215,7 +216,8 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
         assert shards(finished) == right
     for there in fmt.finished_sets(drive.back / "set"):  # on Drive there may be one, and it is never taken for right
         with suppress(Incomplete):
-            assert shards(pull(there, base / "other")) == right
+            packed = pull(there, base / "other")
+            assert shards(repack(packed, base / "other", SMALL, "npy", "none")) == right
         shutil.rmtree(base / "other", ignore_errors=True)
     if chance.random() < 0.5:
         shutil.rmtree(root, ignore_errors=True)  # the machine is gone
