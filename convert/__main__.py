@@ -7,9 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from . import format as fmt
 from .format import CROPS, DEPTH_RESIZES, FIELDS, Settings, UserError
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 EPILOG = """examples:
   python -m convert run nyu_depth_v2_labeled.mat --out data
@@ -19,6 +23,7 @@ EPILOG = """examples:
 
 def run(args: argparse.Namespace) -> None:
     from .pack import codecs_of, repack
+    from .remote import READERS, Remote
     from .write import convert
 
     settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
@@ -26,9 +31,14 @@ def run(args: argparse.Namespace) -> None:
         print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
         return
     codecs = codecs_of(args.format, args.codec, settings.fields)
-    make = partial(convert, root=args.out, settings=settings, workers=args.workers, codecs=codecs)
+    is_remote = isinstance(args.source, Remote)
+    workers = args.workers or (READERS if is_remote else None)
+    make = partial(convert, root=args.out, settings=settings, workers=workers, codecs=codecs)
     if args.source and not args.drive:
-        print(make(args.source))
+        made = make(args.source)
+        if is_remote:
+            print(args.source.report(), file=sys.stderr)
+        print(made)
     else:
         from .session import prepare
 
@@ -75,6 +85,12 @@ def sample(args: argparse.Namespace) -> None:
     print(args.file)
 
 
+def _source(text: str) -> "Path | Remote":
+    from .remote import Remote
+
+    return Remote(text) if text.startswith(("http://", "https://")) else Path(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "python -m convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command(run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data")
-    p.add_argument("source", type=Path, nargs="?", help="the .mat, or a finished set (default: found, else fetched)")
+    p.add_argument("source", type=_source, nargs="?", help=".mat, URL or finished set (default: found, else fetched)")
     p.add_argument("--drive", type=Path, metavar="DIR", help="take a finished set from there, or leave one there")
     p.add_argument("--url", help="where to fetch the .mat (default: its home at NYU)")
     p.add_argument("--out", type=Path, required=True, metavar="ROOT")
@@ -130,10 +146,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    args = parser().parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
+        args = parser().parse_args()
         args.function(args)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -84,8 +85,9 @@ class Reader:
     `group_rows` rows are decoded together by `read_group`, which threads may call at once.
     """
 
-    def __init__(self, dset: h5py.Dataset, handle: int) -> None:
-        self.dset, self.handle, self.lock = dset, handle, threading.Lock()
+    def __init__(self, dset: h5py.Dataset, handle: int | Callable[[int, int], bytes]) -> None:
+        self.dset, self.lock = dset, threading.Lock()
+        self.pread = handle if callable(handle) else partial(os.pread, handle)  # (bytes, offset)
         self.dtype, self.n_rows, self.row_shape = dset.dtype, dset.shape[0], dset.shape[1:]
         self.chunk = dset.chunks or (1, *self.row_shape)  # a contiguous dataset is read as chunks of one row
         self.grid = tuple(-(-s // c) for s, c in zip(dset.shape, self.chunk, strict=True))
@@ -140,7 +142,7 @@ class Reader:
         else:
             expected = self.dset[0].tobytes()
         for base in (0, self.dset.file.userblock_size):
-            if os.pread(self.handle, size, int(index.offset[first]) + base) == expected:
+            if self.pread(size, int(index.offset[first]) + base) == expected:
                 index.offset[written] += base
                 return index
         return None
@@ -182,7 +184,7 @@ class Reader:
                 yield block[offset - low : offset - low + size]
 
     def _pread(self, n_bytes: int, offset: int) -> memoryview:
-        data = os.pread(self.handle, n_bytes, offset)
+        data = self.pread(n_bytes, offset)
         if len(data) != n_bytes:
             raise ValueError("the file ends inside a chunk")
         return memoryview(data)

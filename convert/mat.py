@@ -8,16 +8,19 @@ import errno
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
 from .chunks import Reader
 from .format import UserError
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 ORIGINAL_BYTES = 2_972_037_809
 KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
@@ -29,11 +32,11 @@ MAX_SIDE = 2048  # of a picture
 MAX_TILES = 16384  # chunks in one row
 
 
-def sampled_identity(path: Path, n_blocks: int = 16, block: int = 65536) -> dict[str, Any]:
+def sampled_identity(path: "Path | Remote", n_blocks: int = 16, block: int = 65536) -> dict[str, Any]:
     """The source's identity in milliseconds: its size and a SHA-256 over head, tail and fixed positions."""
     n_bytes = path.stat().st_size
     digest = hashlib.sha256(str(n_bytes).encode())
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for k in range(n_blocks):
             file.seek(max(0, n_bytes - block) * k // (n_blocks - 1))
             digest.update(file.read(block))
@@ -43,7 +46,7 @@ def sampled_identity(path: Path, n_blocks: int = 16, block: int = 65536) -> dict
 # ---------------------------------------------------------------- opening, and saying what is wrong
 
 
-def open_mat(path: Path) -> h5py.File:
+def open_mat(path: "Path | Remote") -> h5py.File:
     """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
     if not path.exists():
         raise UserError(f"{path}: no such file. Download nyu_depth_v2_labeled.mat, then run: make convert MAT=...")
@@ -57,7 +60,7 @@ def open_mat(path: Path) -> h5py.File:
     if head.startswith(b"MATLAB 5.0"):
         raise UserError(f"{path} is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert")
     try:
-        return h5py.File(path, "r", locking=False)
+        return h5py.File(path if isinstance(path, Path) else path.open("rb"), "r", locking=False)
     except Exception as error:  # h5py raises whatever HDF5 comes upon
         n_bytes = path.stat().st_size
         if "truncated" in str(error):
@@ -70,11 +73,11 @@ def open_mat(path: Path) -> h5py.File:
         ) from None
 
 
-def _head(path: Path) -> bytes:
+def _head(path: "Path | Remote") -> bytes:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError(errno.EINVAL, "not a regular file")
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return file.read(520)
     except OSError as error:
         raise UserError(
@@ -89,12 +92,12 @@ def _one_line(error: BaseException) -> str:
 class Mat:
     """The labelled set in an open .mat: names, per-row facts, and readers for the fields asked for."""
 
-    handle = -1
+    handle: int | Callable[[int, int], bytes] = -1
 
-    def __init__(self, path: Path, fields: tuple[str, ...]) -> None:
+    def __init__(self, path: "Path | Remote", fields: tuple[str, ...]) -> None:
         self.path, self.file = path, open_mat(path)
         try:
-            self.handle = os.open(path, os.O_RDONLY)
+            self.handle = os.open(path, os.O_RDONLY) if isinstance(path, Path) else path.pread
             with self._refusing("it"):
                 self._check_keys(fields)
                 self.n_rows = self._check_shapes(fields)
@@ -104,7 +107,7 @@ class Mat:
 
     def close(self) -> None:
         self.file.close()
-        if self.handle >= 0:
+        if isinstance(self.handle, int) and self.handle >= 0:
             os.close(self.handle)
             self.handle = -1
 
@@ -164,7 +167,7 @@ class Mat:
         sides = all(8 <= s <= MAX_SIDE for s in shape[-2:])
         if len(shape) != wanted or (name == "rgb" and shape[1] != 3) or not sides:
             raise self._refuse(f"{key} has shape {shape}, expected (rows, {'3, ' if wanted == 4 else ''}640, 480)")
-        n_bytes = os.fstat(self.handle).st_size
+        n_bytes = self.path.stat().st_size
         if math.prod(shape) * kind.itemsize > n_bytes * MAX_DEFLATE:
             raise self._refuse(f"{key} claims shape {shape}, more than {n_bytes} bytes can hold")
         if not dset.chunks:

@@ -2,12 +2,14 @@
 
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +19,12 @@ from .shelf import Progress, say
 
 T = TypeVar("T")
 
+MAT_NAME = "nyu_depth_v2_labeled.mat"
 OFFICIAL = "https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat"
 ORIGINAL = (2_972_037_809, "2d724b0c0ab358aa1ce5df855e5bd14a2279ab7202efe22f32a30d612dcb86aa")
 PAUSES = (1.0, 4.0, 16.0)  # seconds before another try; progress starts over
 TIMEOUT = 30.0
+READERS = 8  # range requests in flight
 FINAL = (400, 401, 403, 404, 405, 410, 416)  # HTTP answers that another try does not change
 BY_HAND = """by hand, any one of:
   the data set's page    https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html
@@ -106,3 +110,96 @@ def _block(answer: Any) -> bytes:
         return answer.read(1 << 20)  # type: ignore[no-any-return]
     except (OSError, http.client.HTTPException):
         return b""
+
+
+class Remote:
+    """A .mat on a web server, used like a Path: only what is read of it travels, in ranges, several at once."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec
+
+            self.system: Any = fsspec.filesystem("http")
+        except ImportError:
+            raise UserError("reading from a URL needs fsspec. Run: pip install 'nyuv2-shards[remote]'") from None
+        self.url, self.name, self.n_read, self.n_requests = url, url.rpartition("/")[2], 0, 0
+        try:
+            self.n_bytes, _, ranges = patiently(lambda: probe(url))
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url} cannot be read ({error}). Run: make convert MAT=/path/to/{MAT_NAME}") from None
+        if not ranges:
+            raise UserError(f"{url}: its server gives whole files only (no ranges). Run: make convert URL={url}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def exists(self) -> bool:
+        return True
+
+    is_file = exists
+
+    def is_dir(self) -> bool:
+        return False
+
+    def stat(self) -> os.stat_result:
+        return os.stat_result((0o100444, 0, 0, 1, 0, 0, self.n_bytes, 0, 0, 0))
+
+    def open(self, _mode: str) -> io.BufferedIOBase:
+        return _Blocks(self)
+
+    def pread(self, n_bytes: int, offset: int) -> bytes:
+        """One range request, again where the connection drops. Threads may call it at once."""
+        stop = min(self.n_bytes, offset + n_bytes)
+
+        def ask() -> bytes:
+            try:
+                data: bytes = self.system.cat_file(self.url, offset, stop)
+            except Exception as error:  # aiohttp's own types
+                raise OSError(f"{type(error).__name__}: {error}") from None
+            if len(data) != stop - offset:
+                raise OSError(f"{len(data)} bytes came, {stop - offset} were asked for")
+            return data
+
+        data = patiently(ask)
+        self.n_read, self.n_requests = self.n_read + len(data), self.n_requests + 1
+        return data
+
+    def report(self) -> str:
+        read, of = self.n_read / 1e6, self.n_bytes / 1e6
+        return f"read {read:.1f} of {of:.1f} MB ({read / of:.0%}) in {self.n_requests} requests"
+
+
+class _Blocks(io.BufferedIOBase):
+    """What h5py reads through: small things near each other, so in blocks that are kept."""
+
+    SIZE, MOST = 64 << 10, 512
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote, self.at, self.kept = remote, 0, lru_cache(self.MOST)(self._block)
+
+    def _block(self, k: int) -> bytes:
+        return self.remote.pread(self.SIZE, k * self.SIZE)
+
+    def seekable(self) -> bool:
+        return True
+
+    readable = seekable
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.remote.n_bytes)[whence]
+        return self.at
+
+    def read(self, n_bytes: int | None = -1) -> bytes:
+        end = self.remote.n_bytes if n_bytes is None or n_bytes < 0 else min(self.remote.n_bytes, self.at + n_bytes)
+        first, last = self.at // self.SIZE, -(-end // self.SIZE)
+        data = b"".join(self.kept(k) for k in range(first, last))[self.at - first * self.SIZE : end - first * self.SIZE]
+        self.at += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(memoryview(buffer).nbytes)
+        memoryview(buffer).cast("B")[: len(data)] = data
+        return len(data)

@@ -17,21 +17,20 @@ from . import format as fmt
 from .format import Settings, UserError
 from .mat import open_mat, sampled_identity
 from .pack import repack
-from .remote import OFFICIAL, fetch
+from .remote import MAT_NAME, OFFICIAL, Remote, fetch
 from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push, say
 
 PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
 SHELF = ".shelf"  # under ROOT: that form on its way
-MAT_NAME = "nyu_depth_v2_labeled.mat"
 
 
 def prepare(
-    source: Path | None,
+    source: Path | Remote | None,
     root: Path,
     settings: Settings,
     drive: Path | None,
     url: str | None,
-    make: Callable[[Path], Path],
+    make: Callable[[Path | Remote], Path],
 ) -> Path:
     """A finished set of `settings` under `root`; `make` converts a .mat. Says what it chose and what that saved."""
     command = "make convert" + (f" DRIVE={shlex.quote(str(drive))}" if drive else "")
@@ -76,11 +75,11 @@ def find_set(where: Path, settings: Settings, wanted: dict[str, object], command
     return next(iter(found.values()), None)
 
 
-def _wanted(source: Path | None, command: str) -> dict[str, object]:
+def _wanted(source: Path | Remote | None, command: str) -> dict[str, object]:
     """What a set's source must be: the given .mat, or, where that is gone, one of its name."""
     if source is None:
         return {}
-    if not patiently(lambda: exists(source), f"looking for {source}", command):
+    if not patiently(lambda: isinstance(source, Remote) or exists(source), f"looking for {source}", command):
         return {"name": source.name}
     return patiently(lambda: sampled_identity(source), f"reading {source}", command)
 

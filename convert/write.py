@@ -31,6 +31,7 @@ from .format import FIELDS, Settings, UserError
 from .lock import only_one
 from .mat import KEYS, Mat, sampled_identity
 from .pack import Codecs, already, write_rest, write_shard
+from .remote import Remote
 from .resize import resize
 from .tables import row_columns
 
@@ -45,7 +46,9 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def convert(source: Path, root: Path, settings: Settings, workers: int | None = None, codecs: Codecs = None) -> Path:
+def convert(
+    source: Path | Remote, root: Path, settings: Settings, workers: int | None = None, codecs: Codecs = None
+) -> Path:
     """Convert `source` into a directory under `root` and return it; a finished one is returned as it is.
 
     Raises UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
@@ -118,7 +121,7 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
     }
 
 
-def _provenance(source: Path, seconds: float) -> dict[str, Any]:
+def _provenance(source: Path | Remote, seconds: float) -> dict[str, Any]:
     packages = {}
     for name in ("nyuv2-shards", "numpy", "h5py", "torch", "deflate"):
         try:

@@ -1,14 +1,18 @@
 """Fetching the .mat: resumed, retried, checked; and reading one in place."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flaky import serving
 
 from convert import remote
-from convert.format import UserError
-from convert.remote import fetch
+from convert.format import Settings, UserError
+from convert.remote import READERS, Remote, fetch
+from convert.write import convert
+from rooms.sample import write_sample
 
 DATA = os.urandom(3_000_000)
 
@@ -96,3 +100,38 @@ def test_the_original_is_held_against_its_size_and_hash(tmp_path: Path, monkeypa
         with pytest.raises(UserError, match="SHA-256"):
             fetch(remote.OFFICIAL, tmp_path / "x.mat")
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- reading in place
+
+
+def test_converting_from_a_url_gives_the_same_set_and_reads_only_what_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sample(tmp_path / "x.mat", 24)
+    data, settings = (tmp_path / "x.mat").read_bytes(), Settings(fields=("label",), size=64, rows_per_shard=8)
+    expected = convert(tmp_path / "x.mat", tmp_path / "local", settings)
+    with serving(x_mat=data) as server:
+        server.drop_after, server.drop_chance = 20_000, 0.2
+        server.fail_next = [503]
+        source = Remote(server.url("x.mat"))
+        made = convert(source, tmp_path / "remote", settings, READERS)
+    assert made.name == expected.name  # the same fingerprint: the same identity
+    for path in expected.glob("*.npy"):
+        assert (made / path.name).read_bytes() == path.read_bytes()
+    assert source.n_read < 0.7 * len(data)  # a small file: mostly its index, in blocks of 64 KB
+    assert "MB" in source.report()
+
+
+def test_a_server_without_ranges_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(x_mat=DATA) as server:
+        server.ranges = False
+        with pytest.raises(UserError, match=r"no ranges\)\. Run: make convert URL="):
+            Remote(server.url("x.mat"))
+
+
+def test_a_server_that_goes_away_is_one_line(tmp_path: Path, command: Callable[..., Any]) -> None:
+    done = command("convert", "run", "http://127.0.0.1:9/x.mat", "--out", tmp_path / "out", "--fields", "rgb")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
