@@ -84,7 +84,7 @@ drive-given:
 	@test -n "$(DRIVE)" || { echo "Say which folder: make $(MAKECMDGOALS) DRIVE=/content/drive/MyDrive/nyuv2" >&2; exit 2; }
 
 bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
-	$(PY) -m bench.convert "$(MAT)" $(ARGS)
+	$(PY) -m bench.convert "$(MAT)" --profile $(ARGS)
 
 bench: $(READY)  ## loader speed on these shards
 	$(PY) -m bench.loader "$(DATA)" $(ARGS)

@@ -1,11 +1,11 @@
-"""How far converting is from its floor: python -m bench.convert X.mat [--pairs 9] [--fields images,...]
+"""How far converting is from its floor: python -m bench.convert X.mat [--pairs 9] [--fields rgb,...] [--profile]
 
 Every method is a process of its own, run in turn (A B C A B C ...), so that drift of the machine hits all alike.
 
-floor       every chunk read and inflated once in two threads, the result dropped
+floor       every chunk read and unpacked once in two threads, in file order, the result dropped; the index not counted
 whole load  each field read whole through h5py, then resized row by row with the same rules, saved
 row loop    h5py row by row, resized with the same rules, saved
-ours        python -m convert run, to a durable, hashed, finished set
+ours        python -m convert run, to a durable, hashed, finished set; one process, threads only
 """
 
 import argparse
@@ -16,40 +16,56 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from convert.chunks import inflate
+from convert.chunks import Reader
 from convert.format import FIELDS, Settings, row_shape
 from convert.mat import KEYS, Mat
 from convert.resize import resize
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
-BATCH = 64
+RUN = 64  # chunks that lie together, in one read
 
 
-def floor(source: Path, fields: tuple[str, ...], out: Path) -> None:
-    """Read and inflate every chunk once."""
+def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
+    """Read and unpack every chunk once; the seconds that took, the index not counted."""
     mat = Mat(source, fields)
+    readers = [mat.reader(name) for name in fields]
+    indices = [reader._locate() for reader in readers]
+    chunks = [
+        (int(o), int(n), int(m), reader)
+        for reader, index in zip(readers, indices, strict=True)
+        if index is not None
+        for o, n, m in zip(index.offset, index.n_bytes, index.filter_mask, strict=True)
+        if o >= 0
+    ]
+    chunks.sort(key=lambda c: c[0])
+    runs: list[list[tuple[int, int, int, Reader]]] = []
+    for chunk in chunks:
+        last = runs[-1][-1] if runs else None
+        if last and chunk[0] == last[0] + last[1] and len(runs[-1]) < RUN:
+            runs[-1].append(chunk)
+        else:
+            runs.append([chunk])
+
+    def work(run: list[tuple[int, int, int, Reader]]) -> None:
+        low = run[0][0]
+        block = memoryview(os.pread(mat.handle, run[-1][0] + run[-1][1] - low, low))
+        for offset, n_bytes, mask, reader in run:
+            reader._undo(block[offset - low : offset - low + n_bytes], mask)
+
+    started = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        for name in fields:
-            reader = mat.reader(name)
-            index = reader._locate()
-            if index is None:
-                raise SystemExit(f"{KEYS[name]} is not chunked with gzip: there is no floor to measure")
-            order = np.argsort(index.offset, kind="stable")
-
-            def work(ks: np.ndarray, index=index, size: int = reader.chunk_bytes) -> None:  # type: ignore[no-untyped-def]
-                low, high = int(index.offset[ks[0]]), int(index.offset[ks[-1]] + index.n_bytes[ks[-1]])
-                block = memoryview(os.pread(mat.handle, high - low, low))
-                for k in ks.tolist():
-                    begin = int(index.offset[k]) - low
-                    inflate(block[begin : begin + int(index.n_bytes[k])], size)
-
-            list(pool.map(work, [order[i : i + BATCH] for i in range(0, len(order), BATCH)]))
+        list(pool.map(work, runs))
+    for reader, index in zip(readers, indices, strict=True):
+        for k in range(0 if index else int(np.prod(reader.grid))):
+            reader._through_hdf5(k)
+    return time.perf_counter() - started
 
 
 def _save(source: Path, fields: tuple[str, ...], out: Path, whole: bool) -> None:
@@ -80,6 +96,49 @@ def ours(source: Path, fields: tuple[str, ...], out: Path) -> None:
     from convert.write import convert
 
     convert(source, out, Settings(fields))
+
+
+def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
+    """`ours` with a clock around each stage: CPU seconds of the thread that runs it, and seconds."""
+    from convert import chunks, write
+
+    stages = [
+        ("index", chunks, "read_index"),
+        ("names and per-row facts", write, "row_columns"),
+        ("read", Reader, "_pread"),
+        ("inflate", chunks, "inflate"),
+        ("rows from chunks", Reader, "_rows"),
+        *((f"resize {name}", None, name) for name in fields),
+        ("statistics", write, "train_sums"),
+        ("hash, write, fsync", write, "write_shard"),
+    ]
+    spent: dict[str, list[float]] = {name: [] for name, _, _ in stages}
+    walls: dict[str, list[float]] = {name: [] for name, _, _ in stages}
+
+    def clocked(function: Callable[..., Any], stage: str | None) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            cpu, wall = time.thread_time(), time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                name = stage or f"resize {args[0]}"
+                spent[name].append(time.thread_time() - cpu)
+                walls[name].append(time.perf_counter() - wall)
+
+        return run
+
+    for name, owner, attribute in stages:
+        if owner is not None:
+            setattr(owner, attribute, clocked(getattr(owner, attribute), name))
+    write.resize = clocked(write.resize, None)  # type: ignore[assignment]
+    before, started = time.process_time(), time.perf_counter()
+    ours(source, fields, out)
+    total, seconds = time.process_time() - before, time.perf_counter() - started
+    lines = [(name, sum(spent[name]), sum(walls[name]), len(spent[name])) for name in spent]
+    lines.append(("rest: Python, threads, copies", total - sum(cpu for _, cpu, _, _ in lines), 0, 0))
+    print(f"{'stage':<30} {'CPU s':>7} {'share':>6} {'thread s':>9} {'calls':>7}")
+    for name, cpu, wall, calls in [*lines, ("imports and start", before, 0, 1), ("work in all", total, seconds, 1)]:
+        print(f"{name:<30} {cpu:>7.2f} {cpu / total:>6.1%} {wall:>9.2f} {calls:>7}")
 
 
 METHODS = {f.__name__: f for f in (floor, whole_load, row_loop, ours)}
@@ -123,11 +182,11 @@ def table(runs: dict[str, list[tuple[float, float, float, float]]]) -> Iterator[
     yield f"{'method':<12} {'process s':>10} {'work s':>8} {'CPU s':>7} {'peak MiB':>9}   work / floor's, pair by pair"
     for name, values in runs.items():
         process, work, cpu, peak = (statistics.median(v[k] for v in values) for k in range(4))
-        ratios = [v[1] / f[1] for v, f in zip(values, runs["floor"], strict=True)]
+        ratios = [v[1] / f[1] for v, f in zip(values, runs["floor"], strict=False)]
         yield f"{name:<12} {process:>10.2f} {work:>8.2f} {cpu:>7.2f} {peak:>9.0f}   {interval(ratios)}"
     for name in ("whole_load", "row_loop"):
         if name in runs:
-            ratios = [v[0] / o[0] for v, o in zip(runs[name], runs["ours"], strict=True)]
+            ratios = [v[0] / o[0] for v, o in zip(runs[name], runs["ours"], strict=False)]
             yield f"{name} / ours, whole processes: {interval(ratios)}"
     ratios = [o[0] / f[1] for o, f in zip(runs["ours"], runs["floor"], strict=True)]
     yield f"ours with process start / floor's work: {interval(ratios)}"
@@ -137,6 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--slow-pairs", type=int, default=3, help="rounds of whole_load and row_loop")
+    parser.add_argument("--profile", action="store_true", help="also say where our time goes, by stage")
     parser.add_argument("--fields", default=DEFAULT_FIELDS)
     parser.add_argument("--methods", default=",".join(METHODS), help="floor and ours, and others to compare with")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
@@ -144,16 +205,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         started = time.perf_counter()
-        METHODS[args.one](args.source, tuple(args.fields.split(",")), args.out)
-        print(time.perf_counter() - started)
+        seconds = METHODS[args.one](args.source, tuple(args.fields.split(",")), args.out)
+        print(seconds or time.perf_counter() - started)
         return
     methods = args.methods.split(",")
     runs: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in methods}
     for k in range(args.pairs):
-        for name in methods:
+        for name in methods if k < args.slow_pairs else [m for m in methods if m in ("floor", "ours")]:
             runs[name].append(run_once(name, args.source, args.fields))
         print(f"round {k + 1} of {args.pairs}", file=sys.stderr)
     print("\n".join(table(runs)))
+    if args.profile:
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=args.source.parent) as folder:
+            profile(args.source, tuple(args.fields.split(",")), Path(folder) / "o")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
 """Every layout of the same content gives the same rows, each chunk decoded once, with h5py as the reference."""
 
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from conftest import REPO, SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert.chunks as chunks_module
 from convert.chunks import Reader
+from convert.format import UserError
+from convert.mat import KEYS
+from convert.write import convert
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [{}, GZIP, {**GZIP, "shuffle": True}, {"shuffle": True}, {"compression": "lzf"}, {**GZIP, "fletcher32": True}]
@@ -105,3 +113,76 @@ def test_both_inflaters_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> 
         chunks_module.inflate(packed[:-9] + b"123456789", len(data))
     with pytest.raises(ValueError, match="expected"):
         chunks_module.inflate(packed, len(data) + 1)
+
+
+# ---------------------------------------------------------------- whole sets: the same bytes from every layout
+
+
+def shards(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.glob("*.npy"))}
+
+
+def repacked(path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any) -> Path:
+    """The same content, every field in chunks of `chunk(shape)`."""
+    shutil.copy(mat, path)
+    with h5py.File(path, "r+") as file:
+        for key in KEYS.values():
+            values = file[key][()]
+            del file[key]
+            file.create_dataset(key, data=values, chunks=chunk(values.shape), **filters)
+    return path
+
+
+LAYOUTS: dict[str, tuple[Callable[[tuple[int, ...]], tuple[int, ...]], dict[str, Any]]] = {
+    "several rows": (lambda s: (5, *s[1:-2], 10, s[-1]), GZIP),
+    "a plane": (lambda s: (*(1,) * (len(s) - 2), *s[-2:]), GZIP),
+    "small tiles": (lambda s: (*(1,) * (len(s) - 2), 7, 9), GZIP),
+    "all rows": (lambda s: (*s[:-2], 3, 20), {**GZIP, "shuffle": True}),
+    "uncompressed": (lambda s: (1, *s[1:-2], 10, s[-1]), {}),
+    "unknown filter": (lambda s: (4, *s[1:-2], 33, s[-1]), {"compression": "lzf"}),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("scratch", [False, True])
+def test_every_layout_gives_the_same_bytes(
+    kind: str, scratch: bool, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, filters = LAYOUTS[kind]
+    path = repacked(tmp_path / "x.mat", mat, chunk, **filters)
+    if scratch:
+        monkeypatch.setattr(chunks_module, "MAX_GROUP_BYTES", 50_000)
+    made = convert(path, tmp_path / "out", SMALL, workers=3)
+    assert shards(made) == shards(small_set)
+    assert not list(made.glob(".*"))
+
+
+def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
+    mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks_module, "_libdeflate", None)
+    assert shards(convert(mat, tmp_path, SMALL, workers=16)) == shards(small_set)
+
+
+def test_converting_needs_no_torch(mat: Path, small_set: Path, tmp_path: Path) -> None:
+    code = f"""import sys; sys.modules["torch"] = None
+from pathlib import Path
+from convert.format import Settings
+from convert.write import convert
+convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), Settings(size=32, rows_per_shard=10))"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
+    assert shards(tmp_path / small_set.name) == shards(small_set)
+
+
+def test_the_disk_is_asked_for_the_scratch_files_too(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, filters = LAYOUTS["all rows"]
+    path = repacked(tmp_path / "x.mat", mat, chunk, **filters)
+    n_bytes = 36 * 64 * 48 * 14  # of the five fields, unpacked
+    usage = shutil.disk_usage(tmp_path)._replace(free=n_bytes + (8 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    convert(path, tmp_path / "a", SMALL)
+    monkeypatch.setattr(chunks_module, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(UserError, match="MB free"):
+        convert(path, tmp_path / "b", SMALL)

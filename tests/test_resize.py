@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.format import FIELDS
-from convert.resize import ValueRangeError, area, depth_mm, nearest_indices, resize
+from convert.resize import ValueRangeError, _triangle_bands, area, depth_mm, nearest_indices, resize
 
 DTYPES = {"rgb": np.uint8, "depth": np.float32, "raw_depth": np.float32, "label": np.uint16, "instance": np.uint8}
 
@@ -75,12 +75,34 @@ def test_eigen_crop_takes_its_box_of_the_picture() -> None:
         resize("instance", stored[:64, :48], 32, "eigen", "nearest")
 
 
-def test_rgb_is_the_float_antialiased_result_to_one_grey_level() -> None:
+PICTURES = {
+    "noise": np.random.default_rng(0).integers(0, 256, (3, 640, 480)).astype(np.uint8),
+    "stripes": np.broadcast_to(np.arange(480) // 3 % 2 * 255, (3, 640, 480)).astype(np.uint8),
+    "white": np.full((3, 640, 480), 255, np.uint8),
+}
+
+
+@pytest.mark.parametrize("size", [8, 97, 224, 480])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_rgb_is_the_exact_antialiased_result_to_one_grey_level(kind: str, size: int) -> None:
     import torch
 
-    rng = np.random.default_rng(0)
-    planes = rng.integers(0, 256, (3, 640, 480)).astype(np.uint8)
+    planes = PICTURES[kind]
     exact = torch.nn.functional.interpolate(
-        torch.from_numpy(planes.transpose(0, 2, 1)[None].copy()).double(), (224, 224), mode="bilinear", antialias=True
+        torch.from_numpy(planes.transpose(0, 2, 1)[None].copy()).double(), (size, size), mode="bilinear", antialias=True
     )[0].numpy()
-    assert np.abs(resize("rgb", planes, 224, "none", "nearest") - exact).max() <= 1.01
+    assert np.abs(resize("rgb", planes, size, "none", "nearest") - exact).max() <= 1
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(640, 224), (480, 224), (640, 8), (480, 480), (560, 97), (8, 480)])
+def test_rgb_sums_are_whole_numbers_that_float32_holds(n_in: int, n_out: int) -> None:
+    for bits, gain, largest in ((16, 16.0, 255), (12, 1 / 16, 255 * 16)):
+        bands = _triangle_bands(n_in, n_out, bits, gain)
+        whole = [weights.astype(np.float64) * 2**bits / gain for _, _, weights in bands]
+        for weights in whole:
+            np.testing.assert_array_equal(weights, np.rint(weights))
+            assert weights.min() >= 0
+            np.testing.assert_array_equal(weights.sum(1), 2**bits)
+            assert largest * 2**bits <= 2**24
+        assert [o.start for o, _, _ in bands] == [0, *(o.stop for o, _, _ in bands[:-1])]
+        assert bands[-1][0].stop == n_out
