@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,16 @@ def per_sample(path: str, workers: int) -> DataLoader[Any]:
 def ways(path: str, spawn_too: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, how to make its loader), in the order of the table."""
 
-    def ours(workers: int = 0, method: str | None = None, prefetch: bool = True) -> Loader:
+    def ours(workers: int = 0, method: str | None = None, prefetch: bool = True, path: str = path) -> Loader:
         dataset = ShardDataset(path, split="all")
         return Loader(dataset, Batches(len(dataset), BATCH, 0), workers, method, prefetch=prefetch)
 
     yield "ours, no worker, gathered when asked for", lambda: ours(prefetch=False)
     yield "ours, no worker, one thread ahead", ours
+    store = Path(f"{path}.zarr")  # python -m convert run DIR --out ROOT --format zarr
+    if store.is_dir() and set((open_set(store).codecs or {}).values()) == {"none"}:
+        yield "... of the mapped Zarr store, when asked for", lambda: ours(prefetch=False, path=str(store))
+        yield "... of the mapped Zarr store, a thread ahead", lambda: ours(path=str(store))
     for workers in (1, 2, 4, 8):
         yield f"ours, {workers} workers (fork)", lambda workers=workers: ours(workers, "fork")
     if spawn_too:
