@@ -102,6 +102,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         most = self.server.drop_after
         dropping = most is not None and len(body) > most and random.random() < self.server.drop_chance
+        with self.server.lock:
+            again = self.server.requests.count((self.path, self.headers["Range"])) > 1
+        dropping = dropping and not (again and self.server.drop_once)
         try:
             self.wfile.write(body[:most] if dropping else body)
             self.wfile.flush()
@@ -119,6 +122,7 @@ class Server(ThreadingHTTPServer):
     ranges, content_type = True, "application/octet-stream"
     drop_after: int | None = None  # bytes of an answer before the connection drops
     drop_chance = 1.0
+    drop_once = False  # the same request again is answered in full
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -112,7 +112,7 @@ def test_converting_from_a_url_gives_the_same_set_and_reads_only_what_is_asked_f
     data, settings = (tmp_path / "x.mat").read_bytes(), Settings(fields=("label",), size=64, rows_per_shard=8)
     expected = convert(tmp_path / "x.mat", tmp_path / "local", settings)
     with serving(x_mat=data) as server:
-        server.drop_after, server.drop_chance = 20_000, 0.2
+        server.drop_after, server.drop_chance, server.drop_once = 20_000, 0.2, True
         server.fail_next = [503]
         source = Remote(server.url("x.mat"))
         made = convert(source, tmp_path / "remote", settings, READERS)
