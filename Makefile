@@ -26,10 +26,10 @@ endif
 
 # A read-only folder cannot be installed from, and need not be: make runs the packages where they lie.
 ifeq ($(WRITABLE),yes)
-WHAT := -e '.[fast,show]'
+WHAT := -e '.[fast,show,remote]'
 else
 WHAT := $$($(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	x = p['optional-dependencies']; print(*p['dependencies'] + x['fast'] + x['show'])")
+	x = p['optional-dependencies']; print(*p['dependencies'] + x['fast'] + x['show'] + x['remote'])")
 endif
 INSTALL := $(PY) -m pip install --quiet -c $(PINS) $(WHAT)
 

@@ -9,7 +9,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,8 @@ OFFICIAL = "https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_l
 ORIGINAL = (2_972_037_809, "2d724b0c0ab358aa1ce5df855e5bd14a2279ab7202efe22f32a30d612dcb86aa")
 PAUSES = (1.0, 4.0, 16.0)  # seconds before another try; progress starts over
 TIMEOUT = 30.0
-READERS = 8  # range requests in flight
+READERS = 8  # threads that convert from a URL
+IN_FLIGHT, STEP = 4, 8 << 20  # ranges of a download
 FINAL = (400, 401, 403, 404, 405, 410, 416)  # HTTP answers that another try does not change
 BY_HAND = """by hand, any one of:
   the data set's page    https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html
@@ -38,17 +40,34 @@ def fetch(url: str, path: Path) -> Path:
     """Download `url` to `path`. What an earlier run got of the same file is kept in a .part file and goes on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        n_bytes, version = patiently(lambda: probe(url)[:2])
-        part = path.with_name(f".{path.name}.{hashlib.sha256(f'{url} {version}'.encode()).hexdigest()[:8]}.part")
-        _fetch_rest(url, part, n_bytes)
-    except (OSError, http.client.HTTPException) as error:
+        remote = Remote(url)
+        part = path.with_name(f".{path.name}.{hashlib.sha256(f'{url} {remote.version}'.encode()).hexdigest()[:8]}.part")
+        _fetch_rest(remote, part)
+    except (OSError, UserError) as error:
         say(BY_HAND)
-        raise UserError(f"{url} cannot be fetched ({error}). Run: make convert (it resumes)") from None
-    if part.stat().st_size != n_bytes or (url == OFFICIAL and (n_bytes, fmt.sha256_file(part)) != ORIGINAL):
+        raise UserError(f"{error}. What was fetched is kept. Run: make convert (it resumes)") from None
+    if url == OFFICIAL and (remote.n_bytes, fmt.sha256_file(part)) != ORIGINAL:
         part.unlink()
         raise UserError(f"{url} gave other bytes than it should (size, SHA-256). Run: make convert (from the start)")
     os.replace(part, path)
     return path
+
+
+def _fetch_rest(remote: "Remote", part: Path) -> None:
+    """Append what is missing, a few ranges in flight, written in order."""
+    with open(part, "ab") as file, ThreadPoolExecutor(IN_FLIGHT) as pool:
+        have, free = file.tell(), shutil.disk_usage(part.parent).free
+        if remote.n_bytes - have > free:
+            raise OSError(f"{remote} has {remote.n_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+        say(f"fetching {remote}: {remote.n_bytes / 1e6:.0f} MB" + (f", {have / 1e6:.0f} are here" if have else ""))
+        starts = range(have, remote.n_bytes, STEP)
+        with Progress("fetching", remote.n_bytes, have) as progress:
+            for lo in range(0, len(starts), IN_FLIGHT):
+                for data in pool.map(partial(remote.pread, STEP), starts[lo : lo + IN_FLIGHT]):
+                    file.write(data)
+                    progress.add(len(data))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def patiently(action: Callable[[], T]) -> T:
@@ -65,51 +84,16 @@ def patiently(action: Callable[[], T]) -> T:
     return action()
 
 
-def _open(url: str, start: int, stop: int | str = "") -> Any:
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{stop}", "User-Agent": "nyuv2-shards"})
-    return urllib.request.urlopen(request, timeout=TIMEOUT)
-
-
-def probe(url: str) -> tuple[int, str, bool]:
-    """Size, version (ETag or date), and whether the server answers ranges."""
-    with _open(url, 0, 0) as answer:
+def probe(url: str) -> tuple[int, str]:
+    """Size and version (ETag or date). UserError where that is no file that can be read in ranges."""
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-0", "User-Agent": "nyuv2-shards"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise UserError(f"{url} is a web page, not a .mat. Open it in a browser, then: make convert MAT=THE_FILE")
-        ranges = answer.status == 206
-        size = answer.headers["Content-Range"].rpartition("/")[2] if ranges else answer.headers["Content-Length"]
-        return int(size), answer.headers["ETag"] or answer.headers["Last-Modified"] or size, ranges
-
-
-def _fetch_rest(url: str, part: Path, n_bytes: int) -> None:
-    with open(part, "ab") as file:
-        if n_bytes - file.tell() > (free := shutil.disk_usage(part.parent).free):
-            raise UserError(
-                f"{url} has {n_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Run: make convert OUT=..."
-            )
-        say(f"fetching {url}: {n_bytes / 1e6:.0f} MB" + (f", {file.tell() / 1e6:.0f} are here" if file.tell() else ""))
-        with Progress("fetching", n_bytes, file.tell()) as progress:
-            while (have := file.tell()) < n_bytes:
-                patiently(lambda have=have: _some(url, file, have, progress))  # type: ignore[misc]
-        os.fsync(file.fileno())
-
-
-def _some(url: str, file: Any, have: int, progress: Progress) -> None:
-    """Append what one request gives. A connection that drops after some bytes is no error: the next goes on there."""
-    with _open(url, have) as answer:
-        if have and answer.status != 206:  # no ranges: from the start
-            file.truncate(0)
-        while block := _block(answer):
-            file.write(block)
-            progress.add(len(block))
-    if file.tell() <= have:
-        raise OSError("the connection drops before any byte")
-
-
-def _block(answer: Any) -> bytes:
-    try:
-        return answer.read(1 << 20)  # type: ignore[no-any-return]
-    except (OSError, http.client.HTTPException):
-        return b""
+        if answer.status != 206:
+            raise UserError(f"{url}: its server gives no ranges. Run: curl -O {url}, then: make convert MAT=THE_FILE")
+        size = answer.headers["Content-Range"].rpartition("/")[2]
+        return int(size), answer.headers["ETag"] or answer.headers["Last-Modified"] or size
 
 
 class Remote:
@@ -124,11 +108,9 @@ class Remote:
             raise UserError("reading from a URL needs fsspec. Run: pip install 'nyuv2-shards[remote]'") from None
         self.url, self.name, self.n_read, self.n_requests = url, url.rpartition("/")[2], 0, 0
         try:
-            self.n_bytes, _, ranges = patiently(lambda: probe(url))
+            self.n_bytes, self.version = patiently(lambda: probe(url))
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{url} cannot be read ({error}). Run: make convert MAT=/path/to/{MAT_NAME}") from None
-        if not ranges:
-            raise UserError(f"{url}: its server gives whole files only (no ranges). Run: make convert URL={url}")
 
     def __str__(self) -> str:
         return self.url

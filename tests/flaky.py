@@ -87,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         if server.ranges and (asked := self.headers["Range"]):
             first, last = asked.removeprefix("bytes=").split("-")
             start, stop = int(first), min(len(data), int(last) + 1) if last else len(data)
+        if start >= server.refuse_from:
+            return self._send(503, b"no", {})
         partial = server.ranges and self.headers["Range"] is not None
         headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"} if partial else {}
         if server.ranges:
@@ -122,6 +124,7 @@ class Server(ThreadingHTTPServer):
     ranges, content_type = True, "application/octet-stream"
     drop_after: int | None = None  # bytes of an answer before the connection drops
     drop_chance = 1.0
+    refuse_from = 1 << 60  # ranges that start there are answered with 503
     drop_once = False  # the same request again is answered in full
 
     def __init__(self, files: dict[str, bytes]) -> None:
