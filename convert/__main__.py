@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import format as fmt
 from .format import CROPS, DEPTH_RESIZES, FIELDS, Settings, UserError
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     codecs = codecs_of(args.format, args.codec, settings.fields)
     is_remote = isinstance(args.source, Remote)
     workers = args.workers or (READERS if is_remote else None)
-    make = partial(convert, root=args.out, settings=settings, workers=workers, codecs=codecs)
+    make = partial(convert, root=args.out, settings=settings, workers=workers, codecs=codecs, repair=args.repair)
     if args.source and not args.drive:
         made = make(args.source)
         if is_remote:
@@ -91,8 +91,21 @@ def _source(text: str) -> "Path | Remote":
     return Remote(text) if text.startswith(("http://", "https://")) else Path(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. Run: {self.prog} --help\n")
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         "python -m convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -115,17 +128,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--crop", choices=CROPS, default="none")
     p.add_argument("--depth-resize", choices=DEPTH_RESIZES, default="nearest")
     p.add_argument("--rows-per-shard", type=int, default=128)
-    p.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    p.add_argument("--workers", type=_count, metavar="N", help="threads (default: one a core)")
+    p.add_argument("--repair", action="store_true", help="redo the shards of a finished set that are wrong")
 
     p = command(verify, "check every byte of a set", "data")
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("--against", type=Path, metavar="SOURCE", help="also compare random rows with the .mat")
-    p.add_argument("--rows", type=int, default=16)
+    p.add_argument("--rows", type=_count, default=16)
 
     p = command(inspect, "what is in a set", "data --picture a.png")
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
-    p.add_argument("--rows", type=int, default=8, help="rows in the picture")
+    p.add_argument("--rows", type=_count, default=8, help="rows in the picture")
 
     p = command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2")
     p.add_argument("directory", type=Path, metavar="DIR")
@@ -137,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = command(sample, "write a small .mat of made-up rooms", "rooms.mat")
     p.add_argument("file", type=Path, metavar="FILE.mat")
-    p.add_argument("--rows", type=int, default=48)
+    p.add_argument("--rows", type=_count, default=48)
     return top
 
 
@@ -146,24 +160,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a path need not be UTF-8
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         args = parser().parse_args()
         args.function(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
-        print("interrupted: finished shards are kept. Run the same command again to go on", file=sys.stderr)
-        return 130
+        status, message = 130, "interrupted: what is finished is kept. Run the same command again to go on"
+    except MemoryError:
+        status, message = 2, "out of memory: what is finished is kept. Run the same command with fewer --workers"
+    except UserError as error:
+        status, message = 2, str(error)
     except OSError as error:
-        print(
-            f"{error}. Finished shards are kept. Free space or mend the disk, then run the same command again",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+        status, message = 2, f"{error}. What is finished is kept: mend that, then run the same command again"
+    print(message.replace("\n", " "), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """verify and inspect: is every byte right, is it what the source gives, and what is in there."""
 
 import json
+import shlex
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -12,15 +14,36 @@ from .format import Settings, ShardSet, UserError
 
 
 def verify_all(directory: Path) -> int:
-    """Check every file; raises UserError naming the first wrong ones. Returns how many are right."""
-    n_files, wrong = len(fmt.all_files(fmt.read_manifest(directory))), []
-    for name, problem in tqdm(fmt.verify(directory), total=n_files, desc="verify", unit="file", disable=None):
+    """Check every file; raises UserError naming the wrong ones and the command. Returns how many are right."""
+    manifest = fmt.read_manifest(directory)
+    files, wrong = fmt.all_files(manifest), {}
+    for name, problem in tqdm(fmt.verify(directory), total=len(files), desc="verify", unit="file", disable=None):
         if problem:
-            wrong.append(f"{name} {problem}")
+            wrong[name] = problem
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(f"{directory}: {'; '.join(wrong[:3])}{more}. Delete it and run: make convert (or make pull)")
-    return n_files
+        said = [f"{directory / name} {problem}" for name, problem in wrong.items()]
+        more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
+        foreign = [str(directory / name) for name in wrong if name not in files]
+        again = ["python", "-m", "convert", "verify", str(directory)]
+        commands = [["rm", "-r", *foreign]] if foreign else []
+        commands += [repair_command(directory, manifest)] if len(foreign) < len(wrong) else [again]
+        raise UserError(f"{'; '.join(said[:3])}{more}. Run: {' && '.join(shlex.join(c) for c in commands)}")
+    return len(files)
+
+
+def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """What makes the wrong shards of this set again."""
+    try:
+        source = json.loads((directory / fmt.PROVENANCE).read_text())["source_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        source = manifest["source"]["name"]
+    command = ["python", "-m", "convert", "run", source, "--out", str(directory.parent), "--repair"]
+    if codecs := manifest.get("codecs"):
+        command += ["--format", "zarr", "--codec", ",".join(f"{k}={v}" for k, v in codecs.items())]
+    for key, value in manifest["settings"].items():
+        if value != Settings().to_dict()[key]:
+            command += [f"--{key.replace('_', '-')}", ",".join(value) if key == "fields" else str(value)]
+    return command
 
 
 def against_source(directory: Path, source: Path, n_rows: int) -> int:
@@ -46,8 +69,9 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
                 )
                 shard, offset = divmod(row, settings.rows_per_shard)
                 if not np.array_equal(small, shards[shard][offset]):
+                    file = directory / fmt.shard_name(name, shard)
                     raise UserError(
-                        f"{name} row {row} is not what {source} gives. Delete {directory}, then run: make convert"
+                        f"{file}: row {row} is not what {source} gives. Delete {directory}, then run: make convert"
                     )
     finally:
         mat.close()

@@ -132,8 +132,8 @@ class Reader:
         if not len(written):
             return index
         first, size = int(written[0]), int(index.n_bytes[written[0]])
-        if size > 2 * self.chunk_bytes + 4096:
-            return None
+        if size > 2 * self.chunk_bytes + 4096:  # HDF5 would unpack it whole, then drop what is too much
+            raise ValueError(f"a chunk claims {size} compressed bytes for {self.chunk_bytes}")
         if self.dset.chunks:
             place = np.unravel_index(first, self.grid)
             expected = self.dset.id.read_direct_chunk(

@@ -39,6 +39,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "instance": {"dtype": "|u1", "planes": 0, "unit": "number within its class", "invalid": 0},
 }
 COLUMNS = {"split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "<f4", "raw_rgb": "S", "raw_depth": "S"}
+NAME_TABLES = {"scenes": [str], "scene_types": [str], "classes": [str], "classes40": [str], "classes13": [str]}
+MANIFEST_TYPES: dict[str, Any] = {
+    "rows": int,
+    "source": {"name": str, "bytes": int, "sampled_sha256": str},
+    "names": {**NAME_TABLES, "to40": [int], "to13": [int]},
+    "shards": [{"files": dict}],
+}
 CROPS = ("none", "border", "eigen")
 DEPTH_RESIZES = ("nearest", "area")
 SPLITS = ("train", "test")
@@ -142,8 +149,11 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[HashingFile], None]) -> dict[str, Any]:
-    """Write under a temporary name, fsync, rename. Returns {"bytes", "sha256"} of what was written."""
+def write_atomically(path: Path, write: Callable[[HashingFile], None], *, keep_same: bool = False) -> dict[str, Any]:
+    """Write under a temporary name, fsync, rename. Returns {"bytes", "sha256"} of what was written.
+
+    With `keep_same` a file that holds these very bytes already is left untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -152,12 +162,13 @@ def write_atomically(path: Path, write: Callable[[HashingFile], None]) -> dict[s
             write(hashing)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        facts = {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
+        if not keep_same or what_is_wrong(path, facts):
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     fsync_dir(path.parent)
-    return {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
+    return facts
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -173,7 +184,7 @@ def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
         file.write(npy_header(array.dtype.str, array.shape))
         file.write(raw(array))
 
-    return write_atomically(path, write)
+    return write_atomically(path, write, keep_same=True)
 
 
 def raw(array: np.ndarray) -> Any:
@@ -181,7 +192,7 @@ def raw(array: np.ndarray) -> Any:
 
 
 def write_bytes(path: Path, *parts: Any) -> dict[str, Any]:
-    return write_atomically(path, lambda file: void([file.write(part) for part in parts]))
+    return write_atomically(path, lambda file: void([file.write(part) for part in parts]), keep_same=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
@@ -192,16 +203,16 @@ def void(_: Any) -> None:
     """Drop a result, where a callback may not return one."""
 
 
-def manifest_text(manifest: dict[str, Any]) -> str:
-    """The last key is the SHA-256 of the text of the rest."""
-    body = json.dumps(manifest, indent=2, sort_keys=True)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return f'{body[:-2]},\n  "sha256": "{digest}"\n}}\n'
-
-
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """The commit."""
-    write_bytes(directory / MANIFEST, manifest_text(manifest).encode())
+    text = _signed(json.dumps(manifest, indent=2, sort_keys=True)[:-2])
+    write_bytes(directory / MANIFEST, text.encode())
+
+
+def _signed(body: str) -> str:
+    """A JSON object without its end -> with a last key, the SHA-256 of the object without that key."""
+    digest = hashlib.sha256(f"{body}\n}}".encode()).hexdigest()
+    return f'{body},\n  "sha256": "{digest}"\n}}\n'
 
 
 # ---------------------------------------------------------------- opening
@@ -227,26 +238,41 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not os.path.lexists(path):
         raise UserError(_unfinished(directory))
+    with open_plain(path) as file:
+        data = file.read()
     try:
-        with open_plain(path) as file:
-            text = file.read().decode()
+        text = data.decode()
+        if text != _signed(text.rpartition(',\n  "sha256": ')[0]):
+            raise ValueError("its SHA-256 does not match its content")
         manifest: dict[str, Any] = json.loads(text)
         del manifest["sha256"]
-        if text != manifest_text(manifest):
-            raise ValueError("its SHA-256 does not match its content")
         _check_manifest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}. {MEND}") from None
     return manifest
+
+
+def _like(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has these types; a list's one item stands for all of its items."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_like(value[key], inner) for key, inner in kind.items())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_like(item, kind[0]) for item in value)
+    return type(value) is kind
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}")
+    facts = [*all_files(manifest).values()]
+    if not _like(manifest, MANIFEST_TYPES) or not _like(facts, [{"bytes": int, "sha256": str}]):
+        raise ValueError("a value has the wrong type")
     settings, n_rows = Settings.from_dict(manifest["settings"]), manifest["rows"]
     if manifest["fingerprint"] != fingerprint(settings, manifest["source"]):
         raise ValueError("its fingerprint is not that of its settings and source")
     starts = range(0, n_rows, settings.rows_per_shard)
+    if n_rows < 1 or len(manifest["shards"]) != len(starts):
+        raise ValueError(f"it has {n_rows} rows in {len(manifest['shards'])} shards")
     if [s["rows"] for s in manifest["shards"]] != [[k, min(k + starts.step, n_rows)] for k in starts]:
         raise ValueError(f"its shards are not those of {n_rows} rows")
     zarr = manifest["container"] == "zarr"

@@ -19,7 +19,7 @@ def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
         handle = os.open(root / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(
-            f"{root} cannot be written to ({error.strerror}). Run: make convert OUT=/a/writable/directory"
+            f"{root} cannot be made or written to ({error.strerror}). Run: make convert OUT=/a/writable/directory"
         ) from None
     with open(handle, "r+") as file:
         try:

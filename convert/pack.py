@@ -6,6 +6,7 @@ several times its speed. Compressed shards, the metadata and the per-row columns
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> None:
 
 def already(directory: Path, codecs: Codecs) -> bool:
     """Whether the finished set is there; with other codecs it is an error."""
-    if not (directory / fmt.MANIFEST).is_file():
+    if not os.path.lexists(directory / fmt.MANIFEST):
         return False
     if (have := fmt.open_set(directory).codecs) != codecs:
         raise UserError(f"{directory} is there already, with codecs {have}. Delete it, or use another --out")

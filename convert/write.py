@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from . import format as fmt
 from .chunks import Reader
+from .commit import is_finished, log, make_directory, receipt_name, remove_receipts, set_of, stamp
 from .format import FIELDS, Settings, UserError
 from .lock import only_one
 from .mat import KEYS, Mat, sampled_identity
-from .pack import Codecs, already, write_rest, write_shard
+from .pack import Codecs, write_rest, write_shard
 from .remote import Remote
 from .resize import resize
 from .tables import row_columns
@@ -38,61 +39,50 @@ from .tables import row_columns
 ROWS_PER_TASK = 8
 
 
-def receipt_name(shard: int) -> str:
-    return f"receipt-{shard:05d}.json"
-
-
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def convert(
-    source: Path | Remote, root: Path, settings: Settings, workers: int | None = None, codecs: Codecs = None
+    source: Path | Remote,
+    root: Path,
+    settings: Settings,
+    workers: int | None = None,
+    codecs: Codecs = None,
+    *,
+    repair: bool = False,
 ) -> Path:
     """Convert `source` into a directory under `root` and return it; a finished one is returned as it is.
 
-    Raises UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
+    With `repair` a finished one is checked byte for byte, and the shards that are wrong are made again. Raises
+    UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
     """
     started = time.perf_counter()
+    if not source.exists() and (found := set_of(settings, root, source.name, codecs is not None)):
+        log(f"{source} is not there, nor needed: {found} is complete")
+        return found
     mat = Mat(source, settings.fields)
     try:
-        identity = sampled_identity(source)
+        before, identity = stamp(source), sampled_identity(source)
         digest = fmt.fingerprint(settings, identity)
         directory = root / fmt.directory_name(settings, digest, codecs is not None)
-        if already(directory, codecs):
-            _remove_receipts(directory)  # a run killed just after its commit leaves them
-            log(f"{directory} is already there and complete: nothing to do")
+        if not repair and is_finished(directory, digest, codecs):
             return directory
-        _make_directory(root)
         with only_one(root, directory.name):
-            _make_directory(directory)
+            if is_finished(directory, digest, codecs, repair):  # by another run, meanwhile
+                return directory
+            make_directory(directory)
+            remove_receipts(directory, older_than=before[-1])
             job = Job(mat, directory, settings, codecs)
             columns, names = job.run(workers or len(os.sched_getaffinity(0)))
-            if sampled_identity(source) != identity:
-                raise UserError(f"{source} changed while it was read. Delete {directory}, then run: make convert")
+            if (stamp(source), sampled_identity(source)) != (before, identity):
+                remove_receipts(directory)
+                raise UserError(f"{source} changed while it was read. When it is whole, run: make convert")
             manifest = _manifest(job, identity, digest, names)
             seconds = time.perf_counter() - started
             fmt.write_json(directory / fmt.PROVENANCE, _provenance(source, seconds))
             write_rest(directory, manifest, columns, codecs)
-            _remove_receipts(directory)
+            remove_receipts(directory)
     finally:
         mat.close()
     log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {peak_memory() / 2**20:.0f} MiB")
     return directory
-
-
-def _remove_receipts(directory: Path) -> None:
-    for receipt in directory.glob("receipt-*.json"):
-        receipt.unlink(missing_ok=True)
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be made ({error.strerror}). Run: make convert OUT=/a/writable/directory"
-        ) from None
 
 
 def peak_memory() -> int:
@@ -116,7 +106,7 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
             }
             for name in settings.fields
         },
-        "shards": [{"rows": r["rows"], "files": r["files"]} for r in job.receipts],
+        "shards": [{key: r[key] for key in ("rows", "files", "sums")} for r in job.receipts],
         "names": names,
     }
 
@@ -204,8 +194,12 @@ class Job:
     def _valid_receipt(self, shard: int) -> dict[str, Any] | None:
         try:
             receipt: dict[str, Any] = json.loads((self.directory / receipt_name(shard)).read_text())
+            names = {fmt.shard_name(field, shard, self.codecs is not None) for field in self.settings.fields}
             if receipt["rows"] != list(self.bounds[shard]) or receipt["codecs"] != self.codecs:
                 return None
+            if receipt["files"].keys() != names:
+                return None
+            receipt["sums"].keys()
             for name, facts in receipt["files"].items():
                 if fmt.sha256_file(self.directory / name) != facts["sha256"]:
                     return None

@@ -1,0 +1,88 @@
+"""What a directory is: a finished set, an unfinished one with receipts, or a damaged one.
+
+A receipt is a shard's entry in the manifest, written as soon as the shard is durable; the manifest collects them. So a
+damaged set is taken back to an unfinished one by writing out the entries of the shards that are right.
+"""
+
+import math
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from . import format as fmt
+from .format import Settings, UserError
+from .pack import Codecs, already
+from .remote import Remote
+
+
+def receipt_name(shard: int) -> str:
+    return f"receipt-{shard:05d}.json"
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def stamp(source: Path | Remote) -> tuple[int, ...]:
+    """Differs once anybody has written to the file or put another in its place; the last is when."""
+    facts = source.stat()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def set_of(settings: Settings, root: Path, source_name: str, zarr: bool) -> Path | None:
+    """The finished set of these settings under `root`, from a source of this name that is gone."""
+    wanted = (settings.to_dict(), source_name)
+    sets = [p for p in fmt.finished_sets(root) if (p.suffix == ".zarr") == zarr]
+    found = [p for p in sets for m in [fmt.read_manifest(p)] if (m["settings"], m["source"]["name"]) == wanted]
+    if len(found) > 1:
+        raise UserError(f"{root} has {', '.join(p.name for p in found)}, of other sources. Run: make convert MAT=X.mat")
+    return fmt.open_set(found[0]).path if found else None
+
+
+def is_finished(directory: Path, digest: str, codecs: Codecs, repair: bool = False) -> bool:
+    """Whether the set is there and whole; `repair` checks every byte, and takes a damaged set's commit back."""
+    if repair and os.path.lexists(directory / fmt.MANIFEST) and _take_back(directory):
+        return False
+    if not already(directory, codecs):
+        return False
+    if fmt.open_set(directory).manifest["fingerprint"] != digest:
+        raise UserError(f"{directory} holds another set, renamed. Move it elsewhere, then run: make convert")
+    remove_receipts(directory)  # a run killed just after its commit leaves them
+    log(f"{directory} is already there and complete: nothing to do")
+    return True
+
+
+def _take_back(directory: Path) -> bool:
+    """Make a damaged set an unfinished one again, with receipts of the shards that are right. False: none is wrong."""
+    try:
+        manifest = fmt.read_manifest(directory)
+        shards = [{"codecs": manifest.get("codecs"), **shard} for shard in manifest["shards"]]
+        wrong = {name: problem for name, problem in fmt.verify(directory) if problem}
+    except UserError as error:
+        shards, wrong = [], {fmt.MANIFEST: str(error)}
+    for name, problem in wrong.items():
+        log(f"{directory / name} {problem}")
+    right = [k for k, shard in enumerate(shards) if not wrong.keys() & shard["files"].keys()]
+    if wrong:
+        for k in right:
+            fmt.write_json(directory / receipt_name(k), shards[k])
+        (directory / fmt.MANIFEST).unlink()
+    return bool(wrong)
+
+
+def remove_receipts(directory: Path, older_than: float = math.inf) -> None:
+    """All, or those from before the source's last change. On a read-only disk they stay; nobody minds."""
+    with suppress(OSError):
+        for receipt in directory.glob("receipt-*.json"):
+            if receipt.stat().st_mtime_ns < older_than:
+                receipt.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be made ({error.strerror}). Run: make convert OUT=/a/writable/directory"
+        ) from None
