@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import REPO, SHARED, SMALL, shared
+from conftest import SHARED, SMALL, shared
 
 import convert.write as write_module
 from convert import format as fmt
@@ -99,21 +96,6 @@ def test_statistics_are_those_of_the_valid_train_pixels(small_set: Path) -> None
     np.testing.assert_allclose([facts["mean"][0], facts["std"][0]], [depth[depth > 0].mean(), depth[depth > 0].std()])
 
 
-def test_killed_runs_resume_and_end_byte_identical(mat: Path, small_set: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "convert", "run", str(mat), "--out", str(tmp_path)]
-    command += ["--size", "32", "--rows-per-shard", "10"]
-    for k in range(10):
-        with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            time.sleep(0.5 + 0.15 * k)
-            process.kill()
-        if not (tmp_path / small_set.name / "manifest.json").exists():
-            with pytest.raises(UserError):
-                fmt.resolve_set(tmp_path)
-    made = convert(mat, tmp_path, SMALL)
-    assert content(made) == content(small_set)
-    assert {p.name for p in made.iterdir()} == {p.name for p in small_set.iterdir()}
-
-
 def test_finished_shards_survive_a_failure_and_are_not_redone(
     mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,21 +112,6 @@ def test_finished_shards_survive_a_failure_and_are_not_redone(
             convert(mat, tmp_path, SMALL, 1)
     assert content(convert(mat, tmp_path, SMALL)) == content(small_set)
     assert "shards are done already" in capsys.readouterr().err
-
-
-def test_a_terminated_run_leaves_no_temporary_file(mat: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "convert", "run", str(mat), "--out", str(tmp_path), "--rows-per-shard", "2"]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob("*/receipt-*")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
-    if process.returncode != 0:
-        assert process.returncode == 130
-        assert errors.splitlines()[-1].startswith("interrupted")
-        assert not list(tmp_path.glob("*/manifest.json"))
-    assert not list(tmp_path.glob("*/.*.tmp"))
 
 
 def test_two_runs_into_one_root_do_not_mix(mat: Path, tmp_path: Path) -> None:
@@ -268,12 +235,6 @@ def test_real_matlab_files_that_are_not_the_dataset_are_one_line(tmp_path: Path)
             convert(path, tmp_path / "out", SMALL)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_readable_root_is_needed(mat: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
-        convert(mat, tmp_path / "file" / "out", SMALL)
 
 
 # ---------------------------------------------------------------- tables, verify, shelf
