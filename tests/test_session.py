@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from convert.format import Settings, UserError
 from convert.session import MAT_NAME, find_set, prepare
 from convert.shelf import push
 from convert.write import convert
+from rooms.sample import write_sample
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
 
@@ -235,3 +237,26 @@ def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: P
     done = make(colab_folder, "-n", "convert", "WRITABLE=", "HOME=/home/me")
     assert '--out "/home/me/nyuv2-shards/data"' in done.stdout
     assert "-e '." not in done.stdout
+
+
+@pytest.mark.stress
+def test_make_on_colab_leaves_torch_numpy_and_h5py_as_they_are(tmp_path: Path) -> None:
+    """A venv with older numpy and h5py of its own and the torch of this one, as a stand-in for Colab's system."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "colab"], check=True)
+    python = tmp_path / "colab" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "numpy==2.3.2", "h5py==3.14.0"], check=True)
+    site = Path(
+        subprocess.check_output([python, "-c", "import h5py; print(h5py.__path__[0])"], text=True).strip()
+    ).parent
+    (site / "system.pth").write_text(sysconfig.get_paths()["purelib"])  # behind the venv's own packages
+    repo = copy_of_the_checkout(tmp_path / "my repo")
+    (repo / ".installed-colab").unlink()
+    versions = "import torch, numpy, h5py; print(torch.__version__, numpy.__version__, h5py.__version__)"
+    before = subprocess.check_output([python, "-c", versions], text=True)
+    env = {**os.environ, "COLAB_RELEASE_TAG": "test"}
+    command = ["make", "-C", repo, f"PYTHON={python}", "convert", f"MAT={tmp_path / 'x.mat'}", "ARGS=--size 32"]
+    write_sample(tmp_path / "x.mat", 36, size_wh=(64, 48))
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert subprocess.check_output([python, "-c", versions], text=True) == before
+    assert " 2.3.2 3.14.0" in before
