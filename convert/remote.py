@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,8 +126,8 @@ class Remote:
     def stat(self) -> os.stat_result:
         return os.stat_result((0o100444, 0, 0, 1, 0, 0, self.n_bytes, 0, 0, 0))
 
-    def open(self, _mode: str) -> io.BufferedIOBase:
-        return _Blocks(self)
+    def open(self, _mode: str) -> io.RawIOBase:
+        return _Stream(self)
 
     def pread(self, n_bytes: int, offset: int) -> bytes:
         """One range request, again where the connection drops. Threads may call it at once."""
@@ -151,37 +151,30 @@ class Remote:
         return f"read {read:.1f} of {of:.1f} MB ({read / of:.0%}) in {self.n_requests} requests"
 
 
-class _Blocks(io.BufferedIOBase):
-    """What h5py reads through: small things near each other, so in blocks that are kept."""
-
-    SIZE, MOST = 64 << 10, 512
+class _Stream(io.RawIOBase):
+    """What h5py reads its small things through: blocks of 64 KB, the last 512 of them kept."""
 
     def __init__(self, remote: Remote) -> None:
-        self.remote, self.at, self.kept = remote, 0, lru_cache(self.MOST)(self._block)
+        from fsspec.caching import BlockCache
 
-    def _block(self, k: int) -> bytes:
-        return self.remote.pread(self.SIZE, k * self.SIZE)
+        def fetch_block(start: int, stop: int) -> bytes:
+            return remote.pread(stop - start, start)
 
-    def seekable(self) -> bool:
+        self.at, self.n_bytes = 0, remote.n_bytes
+        self.cache: Any = BlockCache(64 << 10, fetch_block, remote.n_bytes, 512)
+
+    def readable(self) -> bool:
         return True
 
-    readable = seekable
-
-    def tell(self) -> int:
-        return self.at
+    seekable = readable
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.remote.n_bytes)[whence]
+        self.at = offset + (0, self.at, self.n_bytes)[whence]
         return self.at
 
-    def read(self, n_bytes: int | None = -1) -> bytes:
-        end = self.remote.n_bytes if n_bytes is None or n_bytes < 0 else min(self.remote.n_bytes, self.at + n_bytes)
-        first, last = self.at // self.SIZE, -(-end // self.SIZE)
-        data = b"".join(self.kept(k) for k in range(first, last))[self.at - first * self.SIZE : end - first * self.SIZE]
-        self.at += len(data)
-        return data
-
     def readinto(self, buffer: Any) -> int:
-        data = self.read(memoryview(buffer).nbytes)
-        memoryview(buffer).cast("B")[: len(data)] = data
+        view = memoryview(buffer).cast("B")
+        data = self.cache._fetch(self.at, min(self.n_bytes, self.at + len(view)))
+        view[: len(data)] = data
+        self.at += len(data)
         return len(data)
