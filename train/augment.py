@@ -6,7 +6,7 @@ changes a picture. `planes` are what is sampled nearest, beside RGB: depth, and 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,6 @@ from train.data import normalize_depth, normalize_rgb
 from train.settings import Settings
 
 Pictures = tuple[Tensor, list[Tensor]]
-
-
-class DepthStats(NamedTuple):
-    """Mean and standard deviation of the valid train pixels, in metres."""
-
-    mean_m: float
-    std_m: float
 
 
 class Draws:

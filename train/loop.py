@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from convert.format import UserError, open_set, resolve_set
 from train import ranks
-from train.augment import DepthStats, Draws, augment, resize, to_input
+from train.augment import Draws, augment, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
 from train.data import ShardDataset, create_dataloaders
 from train.memory import TreeMemory, tree_memory, warn_near_limit
@@ -42,7 +42,6 @@ class Job:
     settings: Settings
     train_set: ShardDataset
     task: Task
-    stats: DepthStats
     device: torch.device
     net: Any = None  # run.model, compiled or wrapped
     train_loader: Any = None
@@ -56,8 +55,8 @@ class Job:
     def layout(self) -> torch.memory_format:
         """Channels last: twice the speed on a CPU. But there torch 2.13's strided 1x1 convolution of 4 channels in it
         writes beyond its memory, so only for a network of multiples of 8."""
-        fits = self.settings.model == "resnet18" and self.settings.channels % 8 == 0
-        return torch.channels_last if fits else torch.contiguous_format
+        is_safe = self.settings.model == "resnet18" and self.settings.channels % 8 == 0
+        return torch.channels_last if is_safe else torch.contiguous_format
 
     @property
     def half(self) -> torch.dtype | None:
@@ -114,23 +113,21 @@ def new_run(job: Job) -> Run:
 def start(settings: Settings, device: torch.device) -> Job:
     """Everything but the loaders: a mistake shows before they do anything."""
     directory, depth = resolve_set(settings.data), "raw_depth" if settings.task == "depth" else "depth"
-    chosen: Any = {"fields": ("rgb", depth), "target": settings.task, "num_classes": settings.num_classes}
-    chosen["allow_remote"] = settings.allow_remote
-    train_set = ShardDataset(directory, split="train", **chosen)
+    chosen: Any = {"num_classes": settings.num_classes, "allow_remote": settings.allow_remote}
+    train_set = ShardDataset(directory, split="train", target=settings.task, fields=("rgb", depth), **chosen)
     task = make_task(settings, train_set, open_set(directory).manifest["settings"]["crop"])
-    job = Job(settings, train_set, task, DepthStats(train_set.depth_mean, train_set.depth_std), device)
+    job = Job(settings, train_set, task, device)
     if job.n_steps == 0:
         raise UserError(f"{directory} has {len(train_set)} train rows for {ranks.WORLD} ranks. Use fewer ranks")
     return job
 
 
 def open_loaders(job: Job) -> None:
-    s, same = job.settings, job.train_set
-    chosen: Any = {"num_classes": s.num_classes, "target": s.task, "fields": same.fields, "normalize": False}
-    chosen["allow_remote"] = s.allow_remote
-    place: Any = {"batch_size": s.batch_size, "seed": s.seed, "rank": ranks.RANK, "world": ranks.WORLD}
-    found = create_dataloaders(same.path, num_workers=s.num_workers, **chosen, **place)
-    job.train_loader, job.test_loader = found
+    s, path = job.settings, job.train_set.path
+    same: dict[str, Any] = {"fields": job.train_set.fields, "normalize": False}
+    same |= {"rank": ranks.RANK, "world": ranks.WORLD, "target": s.task}
+    same |= {name: getattr(s, name) for name in ("batch_size", "num_workers", "num_classes", "seed", "allow_remote")}
+    job.train_loader, job.test_loader = create_dataloaders(path, **same)
 
 
 # ---------------------------------------------------------------- one step
@@ -138,7 +135,9 @@ def open_loaders(job: Job) -> None:
 
 def _forward(job: Job, net: nn.Module, rgb: Tensor, depth: Tensor, target: Tensor) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
-    inputs = list(to_input(rgb, depth, job.stats))[: 1 if job.settings.task == "depth" else 2]
+    inputs = list(to_input(rgb, depth, (job.train_set.depth_mean, job.train_set.depth_std)))[
+        : 1 if job.settings.task == "depth" else 2
+    ]
     inputs[0] = inputs[0].contiguous(memory_format=job.layout)
     with torch.autocast(job.device.type, dtype=job.half) if job.half else nullcontext():
         out: Tensor = net(*inputs)

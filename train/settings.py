@@ -10,17 +10,8 @@ from convert.format import UserError
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
 MAY_CHANGE = {
-    "data",
-    "out",
-    "allow_remote",
-    "epochs",
-    "num_workers",
-    "reset",
-    "mirror",
-    "save_minutes",
-    "compile",
-    "batch_size",
-}
+    "data", "out", "allow_remote", "epochs", "num_workers", "reset", "mirror", "save_minutes", "compile", "batch_size",
+}  # fmt: skip
 
 
 def _flag(default: Any, help: str, **more: Any) -> Any:
