@@ -11,6 +11,10 @@ DATA ?= $(OUT)
 RUN ?= $(AT)runs/scene
 DRIVE ?=
 ARGS ?=
+# The cheapest of the recipes compared; a full run of it has not been measured. RECIPE= goes back to the flags' defaults.
+RECIPE ?= --size 64 --width 16 --batch-size 32 --lr 2e-3
+EXPECT := measured with a quarter of the train scenes left out, 10 classes, 40 epochs (73 s, 2 busy cores): top-1 43.8 %, \
+mean class 37.4 % (one run, about 200 rows, each with its mirror image); always the most frequent class on test: 29.2 %
 PYTHON ?= python3
 
 # On Colab the system's Python is used and nothing it has is replaced; elsewhere a .venv is made.
@@ -63,7 +67,8 @@ convert: $(READY)  ## shards on this disk, the cheapest way: make convert [DRIVE
 	$(PY) -m convert run $(if $(MAT),"$(MAT)") --out "$(OUT)" $(if $(DRIVE),--drive "$(DRIVE)") $(if $(URL),--url "$(URL)") $(ARGS)
 
 train: $(READY)  ## train on the shards; continues by itself: make train ARGS='--epochs 30'
-	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(ARGS)
+	@echo "$(EXPECT)"
+	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(RECIPE) $(ARGS)
 
 test: .venv/dev  ## every test
 	$(PY) -m pytest $(ARGS)
