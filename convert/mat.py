@@ -227,6 +227,8 @@ class Mat:
 
 
 def _check_stored_here(dset: h5py.h5d.DatasetID) -> None:
+    if dset.get_offset() is not None:  # contiguous in this file: spares each string a property list
+        return
     plist = dset.get_create_plist()
     if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
         raise ValueError("its data lies in another file")
