@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from . import format as fmt
@@ -14,11 +13,6 @@ from .format import CROPS, DEPTH_RESIZES, FIELDS, Settings, UserError
 
 if TYPE_CHECKING:
     from .remote import Remote
-
-EPILOG = """examples:
-  python -m convert run nyu_depth_v2_labeled.mat --out data
-  python -m convert inspect data --picture rooms.png
-  python -m convert verify data"""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,14 +94,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _count(text: str) -> int:
     if int(text) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(
-        "python -m convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = _Parser("python -m convert", description=__doc__, epilog="example: python -m convert run X.mat --out data")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
@@ -155,14 +147,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a path need not be UTF-8
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     try:
         args = parser().parse_args()
         args.function(args)

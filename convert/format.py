@@ -273,18 +273,16 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     starts = range(0, n_rows, settings.rows_per_shard)
     if n_rows < 1 or len(manifest["shards"]) != len(starts):
         raise ValueError(f"it has {n_rows} rows in {len(manifest['shards'])} shards")
-    if [s["rows"] for s in manifest["shards"]] != [[k, min(k + starts.step, n_rows)] for k in starts]:
-        raise ValueError(f"its shards are not those of {n_rows} rows")
     zarr = manifest["container"] == "zarr"
-    names = [{shard_name(field, k, zarr) for field in settings.fields} for k in range(len(starts))]
-    if [set(s["files"]) for s in manifest["shards"]] != names or set(manifest["fields"]) != set(settings.fields):
-        raise ValueError("its shards are not those of its fields, or outside the set")
-    if set(manifest["columns"]) != {column_name(name, zarr) for name in COLUMNS}:
-        raise ValueError("its columns are not those of a set, or outside the set")
     arrays = ("", *(f"{field}/" for field in settings.fields), *(f"rows-{name}/" for name in COLUMNS)) if zarr else ()
-    found = [set(manifest.get(key, ())) for key in ("metadata", "codecs")]
-    if found != [{f"{array}zarr.json" for array in arrays}, set(settings.fields if zarr else ())]:
-        raise ValueError("its metadata or its codecs are not those of a set, or outside the set")
+    for k, (start, shard) in enumerate(zip(starts, manifest["shards"], strict=True)):
+        rows, names = [start, min(start + starts.step, n_rows)], {shard_name(f, k, zarr) for f in settings.fields}
+        if (shard["rows"], set(shard["files"])) != (rows, names):
+            raise ValueError(f"shard {k} is not that of its rows and fields, or outside the set")
+    found = [set(manifest.get(key, ())) for key in ("fields", "columns", "metadata", "codecs")]
+    columns, metadata = {column_name(name, zarr) for name in COLUMNS}, {f"{array}zarr.json" for array in arrays}
+    if found != [set(settings.fields), columns, metadata, set(settings.fields if zarr else ())]:
+        raise ValueError("its fields or columns are not those of a set, or outside the set")
 
 
 def _unfinished(directory: Path) -> str:
@@ -410,13 +408,10 @@ class ShardSet:
             if hashlib.sha256(data).hexdigest() != self.manifest["columns"][file]["sha256"]:
                 raise ValueError("SHA-256")
             dtype = {"S": f"S{len(data) // self.n_rows}", "<f4": "(4,)<f4"}.get(COLUMNS[name], COLUMNS[name])
-            loaded = (
-                np.load(io.BytesIO(data), allow_pickle=False) if self.codecs is None else np.frombuffer(data, dtype)
-            )
-            values: np.ndarray = loaded
-            names = {"split": SPLITS, "scene": self.manifest["names"]["scenes"]}.get(
-                name, self.manifest["names"]["scene_types"]
-            )
+            npy = self.codecs is None
+            values: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False) if npy else np.frombuffer(data, dtype)
+            tables = self.manifest["names"]
+            names = {"split": SPLITS, "scene": tables["scenes"]}.get(name, tables["scene_types"])
             if values.dtype.kind != np.dtype(COLUMNS[name]).kind or len(values) != self.n_rows:
                 raise ValueError(f"{values.dtype}{values.shape}")
             if values.dtype.kind == "u" and values.max() >= len(names):
