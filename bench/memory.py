@@ -123,9 +123,10 @@ def as_text(line: dict[str, Any]) -> str:
 
 
 def lines_of(path: str, mat: str | None) -> Iterator[dict[str, Any]]:
-    for limit in (COLAB, SMALL):
-        for method, workers in OURS:
-            yield run_limited(limit, "ours", path, method, workers)
+    for method, workers in OURS:
+        yield run_limited(COLAB, "ours", path, method, workers)
+    for workers in WORKERS:
+        yield run_limited(SMALL, "ours", path, "fork", workers)
     if mat:
         with tempfile.TemporaryDirectory(
             dir=Path(mat).parent if os.access(Path(mat).parent, os.W_OK) else None
