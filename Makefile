@@ -101,7 +101,7 @@ bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)
 
 stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and damages
-	$(PY) -m pytest -m stress $(ARGS)
+	$(PY) -m pytest -m stress -o faulthandler_timeout=1500 $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -337,6 +337,8 @@ def hostile(n: int, layouts: list[Path], small_set: Path, root: Path) -> dict[st
         shutil.rmtree(out, ignore_errors=True)
         if not wrong:
             path.unlink()
+        if k % 60 == 59:
+            print(k + 1, "cases", counts, flush=True)
         return wrong and f"{k} {name}: {wrong}"
 
     with ThreadPoolExecutor(2) as pool:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -81,15 +81,15 @@ def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: obje
     """Kill that many runs, some of them repairing a damaged set; returns how many sets were finished in between."""
     rng, n_finished, kills = random.Random(n_kills), 0, 0
     directory = root / whole.name
+    started = time.monotonic()
+    convert_once = subprocess.run(command_of(mat, root / "once"), cwd=REPO, capture_output=True)
+    assert convert_once.returncode == 0, convert_once.stderr
+    seconds = time.monotonic() - started  # of a whole run, on this machine, now
     while kills < n_kills:
         repair = directory.exists() and (directory / fmt.MANIFEST).exists()
         with running(mat, root, "--size", 32, "--rows-per-shard", 10, *(["--repair"] if repair else [])) as process:
-            if rng.random() < 0.7:  # most of a run is imports: aim at the work itself
-                while process.poll() is None and not (directory.exists() or repair):
-                    time.sleep(0.001)
-                time.sleep(rng.uniform(0, 0.5))
-            else:
-                time.sleep(rng.uniform(0, 1.2))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.2, 1.1) * seconds)
             if process.poll() is None:
                 process.kill()
                 kills += 1
