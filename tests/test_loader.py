@@ -188,7 +188,7 @@ def test_an_exception_names_the_rows_and_the_loader_goes_on(small_set: Path, kin
         assert (error.value.__notes__[-1].startswith("in loader-0")) == ("workers" in kind)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_a_killed_worker_is_an_error_soon_and_new_ones_follow(small_set: Path, method: str) -> None:
     loader = make(small_set, 2, method)
     batches = iter(loader)
@@ -223,7 +223,7 @@ def test_nothing_is_left_when_the_loader_is_dropped(small_set: Path) -> None:
     pids = [process.pid for process, _ in loader.source.crew]
     want = kept.clone()
     del loader
-    assert all_gone(pids, 2)
+    assert all_gone(pids, 4)
     assert torch.equal(kept, want)
     del kept
     assert set(os.listdir("/proc/self/fd")) <= before
@@ -256,7 +256,7 @@ def first_line(process: subprocess.Popen[str]) -> list[int]:
     return [int(word) for word in process.stdout.readline().split()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_end_when_their_parent_is_killed(small_set: Path, tmp_path: Path, method: str) -> None:
     before = set(os.listdir("/dev/shm"))
     with start(tmp_path, small_set, "time.sleep(60)", method=method) as process:
@@ -272,12 +272,12 @@ def test_ctrl_c_ends_everything_with_one_traceback(small_set: Path, tmp_path: Pa
         pids = first_line(process)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=20)
-    assert all_gone(pids, 2)
+    assert all_gone(pids, 4)
     assert errors.count("Traceback") == 1
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, "fork"), (2, "fork"), (2, "forkserver"), (2, "spawn")])
+@pytest.mark.parametrize(("workers", "method"), [(0, "fork"), (2, "fork"), (1, "spawn")])
 def test_the_interpreter_exits_in_mid_epoch_without_a_word(
     small_set: Path, tmp_path: Path, workers: int, method: str
 ) -> None:
@@ -285,7 +285,7 @@ def test_the_interpreter_exits_in_mid_epoch_without_a_word(
         pids = first_line(process)
         _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (0, "")
-    assert all_gone(pids, 2)
+    assert all_gone(pids, 4)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -306,14 +306,13 @@ def test_auto_measures_a_batch_and_says_what_it_chose(
     small_set: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    train, test = create_dataloaders(small_set, batch_size=4, transform=slow, normalize=False)
-    assert (train.num_workers, test.num_workers) == (2, 0)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
-        "loader: train: num_workers=auto is 2",
-        "loader: test: num_workers=auto is 0",
-    ]
-    assert all("ms to make, 2 cores" in line for line in lines)
+    for hidden_ms, count in ((10, 2), (1e9, 0)):  # a batch sleeps for 20 ms
+        monkeypatch.setattr(data_module, "HIDDEN_MS", hidden_ms)
+        train, _ = create_dataloaders(small_set, batch_size=4, transform=slow, normalize=False)
+        assert train.num_workers == count
+        said = capsys.readouterr().err.splitlines()[0]
+        assert said.startswith(f"loader: train: num_workers=auto is {count} (a batch takes ")
+        assert said.endswith(" ms to make, 2 cores)")
 
 
 @pytest.mark.parametrize(("kind", "refused"), [("fuse.drivefs", True), ("ext4", False)])
