@@ -36,7 +36,7 @@ def memory_png(lines: Sequence[Mapping[str, Any]]) -> bytes:
         xlabel="workers", ylabel="memory of all processes, GB", xticks=[0, 1, 2, 4, 8, 16], ylim=(0, limit * 1.1 / 1e9)
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
+    axes.legend(loc="center", bbox_to_anchor=(0.5, 0.72))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
