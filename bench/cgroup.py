@@ -9,10 +9,11 @@ Without the right to make groups: NoGroup.
 """
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
         _limit(path, limit_bytes)
         yield MemoryGroup(path)
     finally:
+        for pid in (path / "cgroup.procs").read_text().split():  # what outlived a process that was killed
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         for attempt in range(100):  # an ended process leaves its group a moment later
             try:
                 path.rmdir()
