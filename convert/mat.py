@@ -111,7 +111,7 @@ class Mat:
             os.close(self.handle)
             self.handle = -1
 
-    def _refuse(self, what: str) -> UserError:
+    def refuse(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what}. Download it again, then run: make convert")
 
     @contextmanager
@@ -122,7 +122,7 @@ class Mat:
         except UserError:
             raise
         except Exception as error:
-            raise self._refuse(f"{what} cannot be read ({_one_line(error)})") from None
+            raise self.refuse(f"{what} cannot be read ({_one_line(error)})") from None
 
     def _check_keys(self, fields: tuple[str, ...]) -> None:
         keys = [*(KEYS[f] for f in fields), *CELLS]
@@ -139,7 +139,7 @@ class Mat:
         hard = isinstance(self.file.get(key, getlink=True), h5py.HardLink)
         dset = self.file[key] if hard else None
         if not isinstance(dset, h5py.Dataset):
-            raise self._refuse(f"{key} is {'a group' if hard else 'a link'}, expected a dataset")
+            raise self.refuse(f"{key} is {'a group' if hard else 'a link'}, expected a dataset")
         _check_stored_here(dset.id)
         return dset
 
@@ -151,10 +151,10 @@ class Mat:
             self._check_field(name, dset)
             found[KEYS[name]] = (dset.shape[0], dset.shape[-2:])
         if len(set(found.values())) != 1:
-            raise self._refuse(f"its fields disagree on rows and picture size: {found}")
+            raise self.refuse(f"its fields disagree on rows and picture size: {found}")
         count: int = next(iter(found.values()))[0]
         if not 1 <= count <= 1_000_000:
-            raise self._refuse(f"it has {count} rows")
+            raise self.refuse(f"it has {count} rows")
         return count
 
     def _check_field(self, name: str, dset: h5py.Dataset) -> None:
@@ -162,21 +162,21 @@ class Mat:
         key, kind = KEYS[name], np.dtype(KINDS[name])
         shape: tuple[int, ...] = dset.shape or ()
         if dset.dtype.newbyteorder("=") != kind:
-            raise self._refuse(f"{key} is {dset.dtype}, expected {kind}")
+            raise self.refuse(f"{key} is {dset.dtype}, expected {kind}")
         wanted = 4 if name == "rgb" else 3
         sides = all(8 <= s <= MAX_SIDE for s in shape[-2:])
         if len(shape) != wanted or (name == "rgb" and shape[1] != 3) or not sides:
-            raise self._refuse(f"{key} has shape {shape}, expected (rows, {'3, ' if wanted == 4 else ''}640, 480)")
+            raise self.refuse(f"{key} has shape {shape}, expected (rows, {'3, ' if wanted == 4 else ''}640, 480)")
         n_bytes = self.path.stat().st_size
         if math.prod(shape) * kind.itemsize > n_bytes * MAX_DEFLATE:
-            raise self._refuse(f"{key} claims shape {shape}, more than {n_bytes} bytes can hold")
+            raise self.refuse(f"{key} claims shape {shape}, more than {n_bytes} bytes can hold")
         if not dset.chunks:
             return
         if math.prod(dset.chunks) * kind.itemsize > MAX_CHUNK_BYTES:
-            raise self._refuse(f"{key} has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each")
+            raise self.refuse(f"{key} has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each")
         grid = [-(-s // c) for s, c in zip(shape, dset.chunks, strict=True)]
         if math.prod(grid[1:]) > MAX_TILES or math.prod(grid) > n_bytes:
-            raise self._refuse(f"{key} has {math.prod(grid)} chunks of {dset.chunks}")
+            raise self.refuse(f"{key} has {math.prod(grid)} chunks of {dset.chunks}")
 
     def strings(self, key: str) -> list[str]:
         """A cell array of strings: a (1, N) array of references to uint16 character codes."""
@@ -207,7 +207,7 @@ class Mat:
     def row_strings(self, key: str) -> list[str]:
         values = self.strings(key)
         if len(values) != self.n_rows:
-            raise self._refuse(f"{key} has {len(values)} entries for {self.n_rows} rows")
+            raise self.refuse(f"{key} has {len(values)} entries for {self.n_rows} rows")
         return values
 
     def accel(self) -> np.ndarray:

@@ -64,6 +64,8 @@ def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np
 def _label_names(mat: Mat, announce: Callable[[str], None]) -> dict[str, Any]:
     """The file's class names and, for each id from 0, its id among the 40 and the 13 (0 = void)."""
     official, names = tables(), mat.strings("names")
+    if len(names) < len(official["classes"]):  # labels go up to 894: each needs its name
+        raise mat.refuse(f"names has {len(names)} entries, expected {len(official['classes'])}")
     known = {name: i for i, name in enumerate(official["classes"])}
     strange = [name for name in names if name not in known]
     if strange:
