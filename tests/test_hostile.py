@@ -28,6 +28,11 @@ from rooms.sample import write_sample
 
 MAX_RESIDENT = 512 << 20
 LIMITS = 'ulimit -v 6000000; ulimit -t 10; exec "$@"'  # KiB of address space (torch alone maps 3 GB); CPU seconds
+LAUNCH = """import atexit, runpy, sys
+from pathlib import Path
+atexit.register(lambda: print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]))
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
 Change = Callable[[Path, random.Random], Any]
 
 
@@ -38,14 +43,11 @@ class Outcome(NamedTuple):
 
 
 def limited(*args: object) -> Outcome:
-    """Run `python -m ARGS` under the limits."""
-    command = ["sh", "-c", LIMITS, "sh", sys.executable, "-m", *map(str, args)]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read()  # type: ignore[union-attr]
-    process.stderr.close()  # type: ignore[union-attr]
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return Outcome(process.returncode, errors.decode(errors="replace"), usage.ru_maxrss * 1024)
+    """Run `python -m ARGS` under the limits. (wait4's largest size would count this process's own, as it forks.)"""
+    command = ["sh", "-c", LIMITS, "sh", sys.executable, "-c", LAUNCH, *map(str, args)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True)
+    last = done.stdout.split()[-1:]
+    return Outcome(done.returncode, done.stderr.decode(errors="replace"), int(last[0]) * 1024 if last else 0)
 
 
 def complaint(outcome: Outcome) -> str | None:
