@@ -1,6 +1,7 @@
 """python -m convert run|verify|inspect|push|pull|sample: parse, call one function, print."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -161,6 +162,9 @@ def main() -> int:
         status, message = 2, "out of memory: what is finished is kept. Run the same command with fewer --workers"
     except UserError as error:
         status, message = 2, str(error)
+    except BrokenPipeError:  # such as | head: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         status, message = 2, f"{error}. What is finished is kept: mend that, then run the same command again"
     print(message.replace("\n", " "), file=sys.stderr)
