@@ -1,6 +1,7 @@
 """One small made-up set, converted once a session, for every test that only reads."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rooms.sample import write_sample
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl-C, and processes inherit that
 SMALL = Settings(size=32, rows_per_shard=10)
 
 
