@@ -13,12 +13,13 @@ from . import format as fmt
 from .format import CROPS, DEPTH_RESIZES, FIELDS, Settings, UserError
 
 if TYPE_CHECKING:
-    from .remote import Remote
+    from .mat import Source
 
 
 def run(args: argparse.Namespace) -> None:
+    from drive.remote import READERS, Remote
+
     from .pack import codecs_of, repack
-    from .remote import READERS, Remote
     from .write import convert
 
     settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
             print(args.source.report(), file=sys.stderr)
         print(made)
     else:
-        from .session import prepare
+        from drive.session import prepare
 
         print(prepare(args.source, args.out, settings, args.drive, args.url, make))
 
@@ -62,15 +63,15 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    from . import shelf
+    from drive.shelf import push
 
-    print(shelf.push(fmt.resolve_set(args.directory), args.drive))
+    print(push(fmt.resolve_set(args.directory), args.drive))
 
 
 def pull(args: argparse.Namespace) -> None:
-    from . import shelf
+    from drive.shelf import pull
 
-    print(shelf.pull(fmt.resolve_set(args.drive), args.root))
+    print(pull(fmt.resolve_set(args.drive), args.root))
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -80,8 +81,8 @@ def sample(args: argparse.Namespace) -> None:
     print(args.file)
 
 
-def _source(text: str) -> "Path | Remote":
-    from .remote import Remote
+def _source(text: str) -> "Source":
+    from drive.remote import Remote
 
     return Remote(text) if text.startswith(("http://", "https://")) else Path(text)
 

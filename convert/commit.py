@@ -12,8 +12,8 @@ from pathlib import Path
 
 from . import format as fmt
 from .format import Settings, UserError
+from .mat import Source
 from .pack import Codecs, already
-from .remote import Remote
 
 
 def receipt_name(shard: int) -> str:
@@ -24,7 +24,7 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def stamp(source: Path | Remote) -> tuple[int, ...]:
+def stamp(source: Source) -> tuple[int, ...]:
     """Differs once anybody has written to the file or put another in its place; the last is when."""
     facts = source.stat()
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

@@ -11,16 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
 
 from .chunks import Reader
 from .format import UserError
-
-if TYPE_CHECKING:
-    from .remote import Remote
 
 ORIGINAL_BYTES = 2_972_037_809
 KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
@@ -32,7 +29,23 @@ MAX_SIDE = 2048  # of a picture
 MAX_TILES = 16384  # chunks in one row
 
 
-def sampled_identity(path: "Path | Remote", n_blocks: int = 16, block: int = 65536) -> dict[str, Any]:
+class Elsewhere(Protocol):
+    """What a .mat that is no file must offer: these methods of a Path, and `pread`, which threads may call at once."""
+
+    @property
+    def name(self) -> str: ...
+    def exists(self) -> bool: ...
+    def is_file(self) -> bool: ...
+    def is_dir(self) -> bool: ...
+    def stat(self) -> os.stat_result: ...
+    def open(self, mode: str, /) -> Any: ...
+    def pread(self, n_bytes: int, offset: int) -> bytes: ...
+
+
+Source = Path | Elsewhere
+
+
+def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> dict[str, Any]:
     """The source's identity in milliseconds: its size and a SHA-256 over head, tail and fixed positions."""
     n_bytes = path.stat().st_size
     digest = hashlib.sha256(str(n_bytes).encode())
@@ -46,7 +59,7 @@ def sampled_identity(path: "Path | Remote", n_blocks: int = 16, block: int = 655
 # ---------------------------------------------------------------- opening, and saying what is wrong
 
 
-def open_mat(path: "Path | Remote") -> h5py.File:
+def open_mat(path: Source) -> h5py.File:
     """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
     if not path.exists():
         raise UserError(f"{path}: no such file. Download nyu_depth_v2_labeled.mat, then run: make convert MAT=...")
@@ -73,7 +86,7 @@ def open_mat(path: "Path | Remote") -> h5py.File:
         ) from None
 
 
-def _head(path: "Path | Remote") -> bytes:
+def _head(path: Source) -> bytes:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError(errno.EINVAL, "not a regular file")
@@ -94,7 +107,7 @@ class Mat:
 
     handle: int | Callable[[int, int], bytes] = -1
 
-    def __init__(self, path: "Path | Remote", fields: tuple[str, ...]) -> None:
+    def __init__(self, path: Source, fields: tuple[str, ...]) -> None:
         self.path, self.file = path, open_mat(path)
         try:
             self.handle = os.open(path, os.O_RDONLY) if isinstance(path, Path) else path.pread

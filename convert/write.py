@@ -30,9 +30,8 @@ from .chunks import Reader
 from .commit import is_finished, log, make_directory, receipt_name, remove_receipts, set_of, stamp
 from .format import FIELDS, Settings, UserError
 from .lock import only_one
-from .mat import KEYS, Mat, sampled_identity
+from .mat import KEYS, Mat, Source, sampled_identity
 from .pack import Codecs, write_rest, write_shard
-from .remote import Remote
 from .resize import resize
 from .tables import row_columns
 
@@ -40,7 +39,7 @@ ROWS_PER_TASK = 8
 
 
 def convert(
-    source: Path | Remote,
+    source: Source,
     root: Path,
     settings: Settings,
     workers: int | None = None,
@@ -111,7 +110,7 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
     }
 
 
-def _provenance(source: Path | Remote, seconds: float) -> dict[str, Any]:
+def _provenance(source: Source, seconds: float) -> dict[str, Any]:
     packages = {}
     for name in ("nyuv2-shards", "numpy", "h5py", "torch", "deflate"):
         try:

@@ -1,38 +1,60 @@
-"""Who imports whom: `train` only the format of `convert`, `convert` nothing of `train`, training no h5py."""
+"""Who imports whom: `train` only `convert.format`, `drive` only `convert`, `convert` neither; training no h5py."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import REPO
 
+OURS = {"convert", "drive", "train", "rooms", "pictures", "bench"}
 ALLOWED_IN_FORMAT = {"numpy", "zarr"}
 
 
-def imported(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, at any depth."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Absolute names of everything that is imported, at any depth."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = f"{path.parent.name}." * bool(node.level) + (node.module or "")
-            names |= {base.rstrip(".")} | {f"{base.rstrip('.')}.{alias.name}" for alias in node.names}
-    return names
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "train").glob("*.py")), ids=lambda p: p.name)
+def imported(path: Path) -> set[str]:
+    return set(imports(ast.parse(path.read_text()), path.parent.name))
+
+
+def foreign(path: Path) -> set[str]:
+    """Our other packages that a file imports from."""
+    return {n.split(".")[0] for n in imported(path)} & OURS - {path.parent.name}
+
+
+def files(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", sorted((REPO / package).glob("*.py")), ids=lambda p: p.name)
+
+
+@files("train")
 def test_train_imports_only_the_format_of_convert(path: Path) -> None:
-    foreign = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("convert.format")}
-    assert foreign == set()
+    of_convert = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("convert.format")}
+    assert of_convert == set()
+    assert foreign(path) <= {"convert", "pictures"}
     assert "h5py" not in imported(path)
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "convert").glob("*.py")), ids=lambda p: p.name)
-def test_convert_never_imports_train(path: Path) -> None:
-    assert {n for n in imported(path) if n.split(".")[0] == "train"} == set()
+@files("drive")
+def test_drive_imports_only_convert(path: Path) -> None:
+    assert foreign(path) <= {"convert"}
+
+
+@files("convert")
+def test_convert_imports_neither_train_nor_drive_but_inside_its_commands(path: Path) -> None:
+    in_commands = {"drive", "rooms", "pictures"} if path.name in ("__main__.py", "check.py") else set()
+    assert foreign(path) <= in_commands
+    top = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.FunctionDef)]
+    assert {n.split(".")[0] for n in imports(ast.Module(top, []), "convert")} & OURS <= {"convert"}
 
 
 def test_the_format_is_a_leaf() -> None:
@@ -41,7 +63,8 @@ def test_the_format_is_a_leaf() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "absent"), [("train.data", "h5py"), ("convert.write", "torch"), ("train.loop", "h5py")]
+    ("module", "absent"),
+    [("train.data", "h5py"), ("train.loop", "h5py"), ("convert.write", "torch"), ("convert.__main__", "h5py")],
 )
 def test_importing_it_does_not_load(module: str, absent: str) -> None:
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"

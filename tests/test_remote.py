@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from flaky import serving
 
-from convert import remote
 from convert.format import Settings, UserError
-from convert.remote import READERS, Remote, fetch
 from convert.write import convert
+from drive import remote
+from drive.remote import READERS, Remote, fetch
 from rooms.sample import write_sample
 
 DATA = os.urandom(3_000_000)

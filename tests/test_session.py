@@ -16,12 +16,12 @@ from conftest import REPO, SMALL
 from flaky import serving
 
 from convert import format as fmt
-from convert import shelf
 from convert.__main__ import main
 from convert.format import Settings, UserError
-from convert.session import MAT_NAME, find_set, prepare
-from convert.shelf import push
 from convert.write import convert
+from drive import shelf
+from drive.session import MAT_NAME, find_set, prepare
+from drive.shelf import push
 from rooms.sample import write_sample
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
@@ -190,7 +190,7 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
 def copy_of_the_checkout(folder: Path) -> Path:
     """The checkout as if `make` had installed it on Colab."""
     folder.mkdir()
-    for name in ("convert", "train", "rooms", "pictures"):
+    for name in ("convert", "train", "drive", "rooms", "pictures"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPO / name, folder / name)

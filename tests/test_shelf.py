@@ -14,11 +14,11 @@ from conftest import SMALL
 from flaky import ERRORS, Drive, why_no_fuse
 
 from convert import format as fmt
-from convert import session, shelf
 from convert.format import UserError
 from convert.pack import repack
-from convert.shelf import Incomplete, patiently, pull, push
 from convert.write import convert
+from drive import session, shelf
+from drive.shelf import Incomplete, patiently, pull, push
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import format as fmt
-from .format import Settings, UserError
-from .mat import open_mat, sampled_identity
-from .pack import repack
-from .remote import MAT_NAME, OFFICIAL, Remote, fetch
+from convert import format as fmt
+from convert.format import Settings, UserError
+from convert.mat import Source, open_mat, sampled_identity
+from convert.pack import repack
+
+from .remote import MAT_NAME, OFFICIAL, fetch
 from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push, say
 
 PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
@@ -25,12 +26,12 @@ SHELF = ".shelf"  # under ROOT: that form on its way
 
 
 def prepare(
-    source: Path | Remote | None,
+    source: Source | None,
     root: Path,
     settings: Settings,
     drive: Path | None,
     url: str | None,
-    make: Callable[[Path | Remote], Path],
+    make: Callable[[Source], Path],
 ) -> Path:
     """A finished set of `settings` under `root`; `make` converts a .mat. Says what it chose and what that saved."""
     command = "make convert" + (f" DRIVE={shlex.quote(str(drive))}" if drive else "")
@@ -75,11 +76,11 @@ def find_set(where: Path, settings: Settings, wanted: dict[str, object], command
     return next(iter(found.values()), None)
 
 
-def _wanted(source: Path | Remote | None, command: str) -> dict[str, object]:
+def _wanted(source: Source | None, command: str) -> dict[str, object]:
     """What a set's source must be: the given .mat, or, where that is gone, one of its name."""
     if source is None:
         return {}
-    if not patiently(lambda: isinstance(source, Remote) or exists(source), f"looking for {source}", command):
+    if not patiently(lambda: not isinstance(source, Path) or exists(source), f"looking for {source}", command):
         return {"name": source.name}
     return patiently(lambda: sampled_identity(source), f"reading {source}", command)
 

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import format as fmt
-from .format import UserError
+from convert import format as fmt
+from convert.format import UserError
+
 from .shelf import Progress, say
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from . import format as fmt
-from .format import UserError
-from .lock import only_one
+from convert import format as fmt
+from convert.format import UserError
+from convert.lock import only_one
 
 T = TypeVar("T")
 Files = dict[str, dict[str, Any]]
