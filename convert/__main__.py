@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> None:
     from drive.remote import READERS, Remote
+    from drive.session import prepare
 
     from .pack import codecs_of, repack
     from .write import convert
@@ -29,16 +29,13 @@ def run(args: argparse.Namespace) -> None:
     codecs = codecs_of(args.format, args.codec, settings.fields)
     is_remote = isinstance(args.source, Remote)
     workers = args.workers or (READERS if is_remote else None)
-    make = partial(convert, root=args.out, settings=settings, workers=workers, codecs=codecs, repair=args.repair)
     if args.source and not args.drive:
-        made = make(args.source)
-        if is_remote:
-            print(args.source.report(), file=sys.stderr)
-        print(made)
+        made = convert(args.source, args.out, settings, workers, codecs, repair=args.repair)
     else:
-        from drive.session import prepare
-
-        print(prepare(args.source, args.out, settings, args.drive, args.url, make))
+        made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
+    if is_remote:
+        print(args.source.report(), file=sys.stderr)
+    print(made)
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -7,8 +7,10 @@ damaged set is taken back to an unfinished one by writing out the entries of the
 import math
 import os
 import sys
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from . import format as fmt
 from .format import Settings, UserError
@@ -55,20 +57,25 @@ def is_finished(directory: Path, digest: str, codecs: Codecs, repair: bool = Fal
 
 def _take_back(directory: Path) -> bool:
     """Make a damaged set an unfinished one again, with receipts of the shards that are right. False: none is wrong."""
+    manifest: dict[str, Any] = {"shards": []}
     try:
         manifest = fmt.read_manifest(directory)
-        shards = [{"codecs": manifest.get("codecs"), **shard} for shard in manifest["shards"]]
         wrong = {name: problem for name, problem in fmt.verify(directory) if problem}
     except UserError as error:
-        shards, wrong = [], {fmt.MANIFEST: str(error)}
+        wrong = {fmt.MANIFEST: str(error)}
     for name, problem in wrong.items():
         log(f"{directory / name} {problem}")
-    right = [k for k, shard in enumerate(shards) if not wrong.keys() & shard["files"].keys()]
     if wrong:
-        for k in right:
-            fmt.write_json(directory / receipt_name(k), shards[k])
+        write_receipts(directory, manifest, wrong.keys())
         (directory / fmt.MANIFEST).unlink()
     return bool(wrong)
+
+
+def write_receipts(directory: Path, manifest: dict[str, Any], wrong: Set[str]) -> None:
+    """Receipts of the shards without a wrong file: a conversion into `directory` makes the others only."""
+    for k, shard in enumerate(manifest["shards"]):
+        if not wrong & shard["files"].keys():
+            fmt.write_json(directory / receipt_name(k), {"codecs": manifest.get("codecs"), **shard})
 
 
 def remove_receipts(directory: Path, older_than: float = math.inf) -> None:

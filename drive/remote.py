@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from convert import format as fmt
+from convert.commit import log
 from convert.format import UserError
 
-from .shelf import Progress, say
+from .shelf import Progress
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ def fetch(url: str, path: Path) -> Path:
         part = path.with_name(f".{path.name}.{hashlib.sha256(f'{url} {remote.version}'.encode()).hexdigest()[:8]}.part")
         _fetch_rest(remote, part)
     except (OSError, UserError) as error:
-        say(BY_HAND)
+        log(BY_HAND)
         raise UserError(f"{error}. What was fetched is kept. Run: make convert (it resumes)") from None
     if url == OFFICIAL and (remote.n_bytes, fmt.sha256_file(part)) != ORIGINAL:
         part.unlink()
@@ -60,7 +61,7 @@ def _fetch_rest(remote: "Remote", part: Path) -> None:
         have, free = file.tell(), shutil.disk_usage(part.parent).free
         if remote.n_bytes - have > free:
             raise OSError(f"{remote} has {remote.n_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-        say(f"fetching {remote}: {remote.n_bytes / 1e6:.0f} MB" + (f", {have / 1e6:.0f} are here" if have else ""))
+        log(f"fetching {remote}: {remote.n_bytes / 1e6:.0f} MB" + (f", {have / 1e6:.0f} are here" if have else ""))
         starts = range(have, remote.n_bytes, STEP)
         with Progress("fetching", remote.n_bytes, have) as progress:
             for lo in range(0, len(starts), IN_FLIGHT):

@@ -2,24 +2,25 @@
 
 whole on this disk                        -> nothing to do
 whole on Drive                            -> pulled
-the .mat: given, on Drive, or fetched     -> converted, then pushed
+the .mat: given, on Drive, or fetched     -> what is not right on this disk, else on Drive, is converted; then pushed
 """
 
 import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from convert import format as fmt
+from convert.commit import log
 from convert.format import Settings, UserError
 from convert.mat import Source, open_mat, sampled_identity
-from convert.pack import repack
+from convert.pack import Codecs, repack
+from convert.write import convert
 
 from .remote import MAT_NAME, OFFICIAL, fetch
-from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push, say
+from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push
 
 PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
 SHELF = ".shelf"  # under ROOT: that form on its way
@@ -31,29 +32,34 @@ def prepare(
     settings: Settings,
     drive: Path | None,
     url: str | None,
-    make: Callable[[Source], Path],
+    workers: int | None = None,
+    codecs: Codecs = None,
 ) -> Path:
-    """A finished set of `settings` under `root`; `make` converts a .mat. Says what it chose and what that saved."""
+    """A finished set of `settings` under `root`. Says what it chose and what that saved."""
     command = "make convert" + (f" DRIVE={shlex.quote(str(drive))}" if drive else "")
     if drive:
         check_mounted(drive, command)
     find = partial(find_set, settings=settings, wanted=_wanted(source, command), command=command)
     here, there = find(root), find(drive) if drive else None
-    shelved = bool(there and _is_whole(there, command))
+    shelved = bool(there and not patiently(lambda: not_whole(there), f"looking through {there}", command))
     directory = here and _checked(here)
     if not directory and there:
         directory = _pulled(there, root, settings, command)
         shelved = directory is not None
     if not directory:
         mat = source or _find_mat(root, drive, command) or fetch(url or OFFICIAL, root / MAT_NAME)
-        say(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
-        if here:  # damaged
+        log(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
+        where, codecs = _begun(here, there, root, codecs, command)
+        directory = convert(mat, where, settings, workers, codecs, repair=True)
+        if where != root:
+            directory = repack(directory, root, settings, "npy", "none")
+        if here and here != directory:  # of another source
             (here / fmt.MANIFEST).unlink()
-        directory = make(mat)
     if drive and not shelved:
         _shelve(directory, drive, there.suffix if there else PACKED, settings, command)
+    shutil.rmtree(root / SHELF, ignore_errors=True)
     if len(fmt.finished_sets(root)) > 1:
-        say(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
+        log(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
     return directory
 
 
@@ -65,7 +71,7 @@ def find_set(where: Path, settings: Settings, wanted: dict[str, object], command
         try:
             manifest = fmt.read_manifest(path)
         except UserError as error:
-            say(f"passed over: {error}")
+            log(f"passed over: {error}")
             continue
         same = manifest["fingerprint"] == fmt.fingerprint(settings, manifest["source"])
         if same and wanted.items() <= manifest["source"].items():
@@ -93,7 +99,7 @@ def _find_mat(root: Path, drive: Path | None, command: str) -> Path | None:
                 open_mat(path).close()
                 return path
             except UserError as error:
-                say(f"passed over: {error}")
+                log(f"passed over: {error}")
     return None
 
 
@@ -110,41 +116,47 @@ def _checked(here: Path) -> Path | None:
     started, files = time.perf_counter(), fmt.all_files(fmt.read_manifest(here))
     wrong = [f"{name} {problem}" for name, problem in fmt.verify(here) if problem and name in files]
     if wrong:
-        say(f"{here} is damaged: {'; '.join(wrong[:3])}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        log(f"{here} is damaged: {'; '.join(wrong[:3])}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
         return None
-    say(
+    log(
         f"{here} is on this disk and whole: {len(files)} files checked in {time.perf_counter() - started:.1f} s. "
         f"Not needed: Drive, {_cost(here)}"
     )
     return here
 
 
-def _is_whole(there: Path, command: str) -> bool:
-    files = fmt.all_files(fmt.read_manifest(there))
-    return not patiently(lambda: not_whole(there, files), f"looking through {there}", command)
-
-
 def _pulled(there: Path, root: Path, settings: Settings, command: str) -> Path | None:
     started, packed = time.perf_counter(), there.suffix == PACKED
     try:
-        say(f"{there} is on Drive: copying it here instead of making it again")
+        log(f"{there} is on Drive: copying it here instead of making it again")
         directory = pull(there, root / SHELF if packed else root, command)
     except Incomplete as error:
-        say(f"{error}")
+        log(f"{error}")
         return None
     if packed:
         (root / there.stem / fmt.MANIFEST).unlink(missing_ok=True)  # of a damaged set
         directory = repack(directory, root, settings, "npy", "none")
-        shutil.rmtree(root / SHELF)
-    say(f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}")
+    log(f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}")
     return directory
+
+
+def _begun(here: Path | None, there: Path | None, root: Path, codecs: Codecs, command: str) -> tuple[Path, Codecs]:
+    """(where to convert, into which codecs) so that what is right of a damaged set here or on Drive is kept."""
+    if here:
+        return root, fmt.read_manifest(here).get("codecs")
+    if there:
+        codecs = patiently(lambda: fmt.read_manifest(there), f"reading {there}", command).get("codecs")
+        where = root / SHELF if codecs else root
+        pull(there, where, command, in_part=True)
+        return where, codecs
+    return root, codecs
 
 
 def _shelve(directory: Path, drive: Path, form: str, settings: Settings, command: str) -> None:
     """Push the set, compressed unless Drive has its plain form: 295 MB to copy instead of 727, unpacked in 5 s."""
-    say(f"{drive} gets a copy of {directory.name} for the next session")
-    if form == directory.suffix:
-        push(directory, drive, command)
-        return
-    push(repack(directory, directory.parent / SHELF, settings, "zarr", CODEC), drive, command)
-    shutil.rmtree(directory.parent / SHELF)
+    log(f"{drive} gets a copy of {directory.name} for the next session")
+    if form != directory.suffix:
+        packed = directory.parent / SHELF / f"{directory.name}{PACKED}"
+        finished = exists(packed / fmt.MANIFEST)
+        directory = packed if finished else repack(directory, packed.parent, settings, "zarr", CODEC)
+    push(directory, drive, command)

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from convert import format as fmt
+from convert.commit import log, write_receipts
 from convert.format import UserError
 from convert.lock import only_one
 
@@ -37,10 +37,6 @@ class Incomplete(UserError):
     """A copy on Drive that is not whole: not to be used, but the next push mends it."""
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 class Progress(tqdm):
     """Bytes on their way: a bar on a terminal, else a line each eighth of it."""
 
@@ -52,7 +48,7 @@ class Progress(tqdm):
         self.update(n_bytes)
         before, self.done = self.done, self.done + n_bytes
         if self.disable and 8 * self.done // self.size > 8 * before // self.size:
-            say(f"{self.doing}: {what}{self.done / 1e6:.0f} of {self.size / 1e6:.0f} MB")
+            log(f"{self.doing}: {what}{self.done / 1e6:.0f} of {self.size / 1e6:.0f} MB")
 
 
 def patiently(action: Callable[[], T], doing: str, command: str) -> T:
@@ -104,8 +100,9 @@ def exists(path: Path) -> bool:
     return size_of(path) >= 0
 
 
-def not_whole(directory: Path, files: Files) -> list[str]:
-    """The files that are not there or have another size: no byte is read."""
+def not_whole(directory: Path, files: Files | None = None) -> list[str]:
+    """The files (default: the manifest's) that are not there or have another size: no byte of them is read."""
+    files = files or fmt.all_files(fmt.read_manifest(directory))
     return [name for name, facts in files.items() if size_of(directory / name) != facts["bytes"]]
 
 
@@ -113,31 +110,54 @@ def push(source: Path, drive: Path, command: str = "make push") -> Path:
     """Copy a finished set to `drive`: only what is missing or wrong there. Every file is read back."""
     check_mounted(drive, command)
     patiently(lambda: drive.mkdir(exist_ok=True), f"making {drive}", command)
-    target = _copy_set(source, drive / source.name, fmt.all_files(fmt.read_manifest(source)), "writing", command)
-    say("read back from the mount. It reaches Google later: run drive.flush_and_unmount() in a cell before you close")
-    return target
+    files = fmt.all_files(fmt.read_manifest(source))
+    _copy_files(source, drive / source.name, files, "writing", command)
+    _commit(source, drive / source.name, "writing", command)
+    log("read back from the mount. It reaches Google later: run drive.flush_and_unmount() in a cell before you close")
+    return drive / source.name
 
 
-def pull(source: Path, root: Path, command: str = "make pull") -> Path:
-    """Copy a finished set from Drive under `root`: only what is missing or wrong there. Raises Incomplete."""
-    files = fmt.all_files(patiently(lambda: fmt.read_manifest(source), f"reading {fmt.MANIFEST}", command))
-    if missing := patiently(lambda: not_whole(source, files), f"looking through {source}", command):
+def pull(source: Path, root: Path, command: str = "make pull", *, in_part: bool = False) -> Path:
+    """Copy a finished set from Drive under `root`: only what is missing or wrong there. Raises Incomplete.
+
+    With `in_part` what is right there is copied, as an unfinished set that a conversion goes on with.
+    """
+    manifest = patiently(lambda: fmt.read_manifest(source), f"reading {fmt.MANIFEST}", command)
+    files, target = fmt.all_files(manifest), root / source.name
+    missing = patiently(lambda: not_whole(source, files), f"looking through {source}", command)
+    if missing and not in_part:
         raise Incomplete(f"{len(missing)} of {len(files)} files in {source} are missing or short. Run: make push there")
     root.mkdir(parents=True, exist_ok=True)
     with only_one(root, source.name):
-        return _copy_set(source, root / source.name, files, "reading", command)
+        there = {name: facts for name, facts in files.items() if name not in missing}
+        wrong = _copy_files(source, target, there, "reading", command, go_on=in_part)
+        if in_part:
+            write_receipts(target, manifest, wrong.union(missing))
+        else:
+            _commit(source, target, "reading", command)
+    return target
 
 
-def _copy_set(source: Path, target: Path, files: Files, verb: str, command: str) -> Path:
+def _copy_files(source: Path, target: Path, files: Files, verb: str, command: str, *, go_on: bool = False) -> set[str]:
+    """Copy all but the manifest; with `go_on` past what is wrong in `source`, which is returned."""
     patiently(lambda: _prepare(source, target, files), f"preparing {target}", command)
+    wrong = set()
     with Progress(verb, sum(f["bytes"] for f in files.values())) as progress:
         for k, (name, facts) in enumerate(sorted(files.items()), 1):
-            patiently(partial(_copy, source / name, target / name, facts, verb), f"{verb} {name}", command)
+            try:
+                patiently(partial(_copy, source / name, target / name, facts, verb), f"{verb} {name}", command)
+            except Incomplete:
+                if not go_on:
+                    raise
+                wrong.add(name)
             progress.add(facts["bytes"], f"{k} of {len(files)} files, ")
+    return wrong
+
+
+def _commit(source: Path, target: Path, verb: str, command: str) -> None:
     for name in (fmt.PROVENANCE, fmt.MANIFEST):
         if patiently(partial(exists, source / name), f"{verb} {name}", command):
             patiently(partial(_copy, source / name, target / name, {}, verb), f"{verb} {name}", command)
-    return target
 
 
 def _prepare(source: Path, target: Path, files: Files) -> None:

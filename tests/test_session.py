@@ -95,15 +95,59 @@ def test_a_found_mat_that_is_cut_is_passed_over(mat: Path, tmp_path: Path, run: 
     assert "passed over" in done.stderr
 
 
-def test_a_half_synced_drive_is_mended(mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def written(directory: Path) -> dict[str, int]:
+    """Which file of a set is which, and when it was written."""
+    return {name: (directory / name).stat().st_mtime_ns for name in fmt.all_files(fmt.read_manifest(directory))}
+
+
+@pytest.mark.parametrize("form", [".zarr", ""])
+@pytest.mark.parametrize(
+    "spoil", [lambda path: os.truncate(path, 0), flip, os.unlink], ids=["empty", "flipped", "gone"]
+)
+def test_of_a_half_synced_drive_only_what_is_wrong_is_made_and_copied_again(
+    mat: Path,
+    small_set: Path,
+    tmp_path: Path,
+    run: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
+    form: str,
+) -> None:
+    monkeypatch.setattr(shelf, "PAUSES", (0.001,))
+    if not form:
+        push(small_set, tmp_path / "drive")
     run(mat)
-    there = tmp_path / "drive" / f"{small_set.name}.zarr"
-    os.truncate(there / "rgb/c/1/0/0/0", 0)
+    there = tmp_path / "drive" / f"{small_set.name}{form}"
+    before, wrong = written(there), fmt.shard_name("rgb", 1, bool(form))
+    spoil(there / wrong)
     shutil.rmtree(tmp_path / "root")
     done = run(mat)
-    assert re.search(r"1 of \d+ files .* missing or short", done.stderr)
+    assert re.search(r"1 of \d+ files .* missing or short|gave other content", done.stderr)
+    assert "3 of 4 shards are done already" in done.stderr
     assert same(tmp_path / "root" / small_set.name, small_set)
     assert not [problem for _, problem in fmt.verify(there) if problem]
+    assert {name for name, when in written(there).items() if when != before[name]} == {wrong}
+    assert sorted(p.name for p in (tmp_path / "root").iterdir() if p.name[0] != ".") == [small_set.name]
+    assert not (tmp_path / "root" / ".shelf").exists()
+
+
+def test_of_a_half_synced_drive_with_another_mat_at_hand_nothing_is_taken(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    there = push(small_set, tmp_path / "drive")
+    (there / "rgb-00001.npy").unlink()
+    (tmp_path / "drive" / MAT_NAME).write_bytes(mat.read_bytes() + b"\0")
+    done = run()
+    assert done.returncode == 0, done.stderr
+    made = Path(done.stdout.strip())
+    assert made.name != small_set.name
+    assert [p.name for p in fmt.finished_sets(tmp_path / "root")] == [made.name]
 
 
 def test_a_plain_set_that_somebody_pushed_is_used_and_mended(
@@ -129,12 +173,26 @@ def test_a_damaged_set_here_is_replaced_from_drive(
     assert same(made, small_set)
 
 
-def test_a_damaged_set_here_without_a_copy_is_converted_again(mat: Path, small_set: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codecs", [None, dict.fromkeys(SMALL.fields, "zstd")], ids=["npy", "zarr"])
+def test_of_a_damaged_set_here_only_what_is_wrong_is_made_again(
+    mat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], codecs: dict[str, str] | None
+) -> None:
     root = tmp_path / "root"
-    made = convert(mat, root, SMALL)
-    os.truncate(made / "rgb-00001.npy", 0)
-    assert prepare(mat, root, SMALL, None, None, lambda m: convert(m, root, SMALL)) == made
-    assert same(made, small_set)
+    made = convert(mat, root, SMALL, codecs=codecs)
+    before, wrong = written(made), fmt.shard_name("rgb", 1, codecs is not None)
+    flip(made / wrong)
+    assert prepare(mat, root, SMALL, None, None) == made
+    assert "3 of 4 shards are done already" in capsys.readouterr().err
+    assert not [problem for _, problem in fmt.verify(made) if problem]
+    assert {name for name, when in written(made).items() if when != before[name]} == {wrong}
+
+
+def test_a_damaged_manifest_here_is_mended_and_no_right_file_is_written_again(mat: Path, tmp_path: Path) -> None:
+    made = convert(mat, tmp_path / "root", SMALL)
+    before = written(made)
+    flip(made / fmt.MANIFEST)
+    assert prepare(mat, tmp_path / "root", SMALL, None, None) == made
+    assert written(made) == before
 
 
 def test_other_settings_keep_the_old_set(mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
@@ -181,7 +239,7 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "stat", dead)
     with pytest.raises(UserError, match=r"ENOTCONN 2 times while looking for .*force_remount=True"):
-        prepare(None, tmp_path / "root", SMALL, tmp_path / "drive", "http://127.0.0.1:9/", lambda m: m)
+        prepare(None, tmp_path / "root", SMALL, tmp_path / "drive", "http://127.0.0.1:9/")
 
 
 # ---------------------------------------------------------------- the Makefile
@@ -237,6 +295,28 @@ def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: P
     done = make(colab_folder, "-n", "convert", "WRITABLE=", "HOME=/home/me")
     assert '--out "/home/me/nyuv2-shards/data"' in done.stdout
     assert "-e '." not in done.stdout
+
+
+def test_a_read_only_folder_converts_and_trains_all_the_same(
+    mat: Path, small_set: Path, tmp_path: Path, colab_folder: Path
+) -> None:
+    mount = ["mount", "--bind", colab_folder, colab_folder], ["mount", "-o", "remount,bind,ro", colab_folder]
+    if subprocess.run(mount[0], capture_output=True).returncode:
+        pytest.skip("a folder cannot be mounted read-only here (not root)")
+    try:
+        subprocess.run(mount[1], check=True)
+        made = tmp_path / "home" / "nyuv2-shards"
+        made.mkdir(parents=True)
+        (made / ".installed-colab").touch()
+        home = f"HOME={tmp_path / 'home'}"
+        done = make(colab_folder, "convert", f"MAT={mat}", home, "ARGS=--size 32 --rows-per-shard 10")
+        assert done.returncode == 0, done.stderr
+        assert same(made / "data" / small_set.name, small_set)
+        done = make(colab_folder, "train", home, "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8")
+        assert done.returncode == 0, done.stderr
+        assert (made / "runs" / "scene").is_dir()
+    finally:
+        subprocess.run(["umount", "-l", colab_folder], check=True)
 
 
 @pytest.mark.stress

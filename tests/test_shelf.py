@@ -16,7 +16,6 @@ from flaky import ERRORS, Drive, why_no_fuse
 from convert import format as fmt
 from convert.format import UserError
 from convert.pack import repack
-from convert.write import convert
 from drive import session, shelf
 from drive.shelf import Incomplete, patiently, pull, push
 
@@ -207,7 +206,7 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     drive.fail(chance.choice([0.002, 0.01, 0.05]), *kinds)
     root = base / "root"
     try:
-        session.prepare(mat, root, SMALL, drive.mount / "set", None, lambda m: convert(m, root, SMALL))
+        session.prepare(mat, root, SMALL, drive.mount / "set", None)
         happened = "done"
     except (UserError, OSError):
         happened = "refused"
@@ -222,7 +221,7 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     if chance.random() < 0.5:
         shutil.rmtree(root, ignore_errors=True)  # the machine is gone
     spoil(drive.back, chance)
-    made = session.prepare(mat, root, SMALL, drive.mount / "set", None, lambda m: convert(m, root, SMALL))
+    made = session.prepare(mat, root, SMALL, drive.mount / "set", None)
     assert shards(made) == right
     if chance.random() < 0.5:
         shutil.rmtree(root)
