@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.augment import Draws, augment, color_jitter, random_flip, random_resized_crop, resize, to_input
-from train.data import IMAGENET_MEAN, IMAGENET_STD
+from train.augment import (
+    IMAGENET_MEAN, IMAGENET_STD, Draws, augment, color_jitter, random_flip, random_resized_crop, resize, to_input,
+)  # fmt: skip
 from train.settings import Settings
 
 STATS = (2.842, 1.417)

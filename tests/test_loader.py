@@ -323,8 +323,9 @@ def test_a_set_on_a_fuse_mount_is_refused_unless_insisted(
     drive.mkdir()
     (drive / small_set.name).symlink_to(small_set)
     mounts = tmp_path / "mountinfo"
-    point = str(small_set.parent.resolve()).replace(" ", "\\040")
-    mounts.write_text(f"1 0 0:1 / / rw - overlay o rw\n2 1 0:2 / {point} rw shared:1 - {kind} drive rw\n")
+    device = os.stat(small_set).st_dev
+    at = f"{os.major(device)}:{os.minor(device)}"
+    mounts.write_text(f"1 0 0:0 / / rw - overlay o rw\n2 1 {at} / /My\\040Drive rw shared:1 - {kind} drive rw\n")
     monkeypatch.setattr(data_module, "MOUNTS", mounts)
     assert len(ShardDataset(small_set, allow_remote=True)) > 0
     if refused:

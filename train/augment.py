@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.data import normalize_depth, normalize_rgb
 from train.settings import Settings
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Pictures = tuple[Tensor, list[Tensor]]
 
 
@@ -31,8 +31,20 @@ class Draws:
         return drawn[self.mine].to(self.device, non_blocking=True)
 
 
+def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
+    """Grey levels 0..255 [B,3,H,W] -> float32, ImageNet mean and standard deviation."""
+    scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD], device=rgb_bchw.device)[:, None, None]
+    shift = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], device=rgb_bchw.device)
+    return rgb_bchw * scale - shift[:, None, None]
+
+
+def normalize_depth(depth_mm_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:
+    """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; a pixel without a measurement is exactly 0."""
+    return torch.where(depth_mm_b1hw > 0, (depth_mm_b1hw * 1e-3 - mean_m) / std_m, 0.0)
+
+
 def to_input(rgb_bchw: Tensor, depth_mm_b1hw: Tensor, stats: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """RGB 0..255 -> ImageNet-normalised float32; depth -> (metres - mean) / std, exactly 0.0 where it was 0."""
+    """Both pictures as the network sees them; `stats`: mean and standard deviation of depth in metres."""
     return normalize_rgb(rgb_bchw), normalize_depth(depth_mm_b1hw, *stats)
 
 
@@ -93,8 +105,7 @@ def color_jitter(rgb_bchw: Tensor, draws: Draws, strength: float) -> Tensor:
 
 def augment(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, how: Settings) -> Pictures:
     """Crop, flip and colour jitter: float RGB 0..255 and the planes, all size x size."""
-    rgb, planes = random_resized_crop(
-        rgb_bchw, planes, draws, size, 1.0 if how.task == "depth" else how.crop
-    )  # a zoom would change what is a metre
+    smallest = 1.0 if how.task == "depth" else how.crop  # a zoom would change what is a metre
+    rgb, planes = random_resized_crop(rgb_bchw, planes, draws, size, smallest)
     rgb, planes = random_flip(rgb, planes, draws)
     return color_jitter(rgb, draws, how.jitter), planes

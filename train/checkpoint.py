@@ -23,6 +23,8 @@ from train import ranks
 from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
+PARTS = ("model", "optimizer", "scaler")  # of a Run, stored as their state_dict
+STORED = {*PARTS, "epoch", "step", "sums", "counts", "history", "settings", "batch", "fingerprint"}
 
 
 @dataclass
@@ -69,7 +71,7 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
     sums, out = ranks.total(run.sums), Path(settings.out)
     if ranks.RANK:
         return
-    state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
+    state = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"epoch": run.epoch, "step": run.step, "sums": sums, "counts": run.counts, "history": run.history}
     state |= {"settings": asdict(settings), "batch": settings.batch_size * ranks.WORLD, "fingerprint": fingerprint}
     if run.history:
@@ -85,22 +87,19 @@ class Mirror:
     def __init__(self, settings: Settings) -> None:
         self.source, self.target = settings.out, settings.mirror if ranks.RANK == 0 else None
         self.thread = threading.Thread()
+        self.thread.start()
 
     def copy(self, *names: str, wait_s: float = 0.0) -> None:
         """Start copying, unless the last copy is still under way: then the next checkpoint's will do."""
         if self.target is None:
             return
-        if is_done := self._is_done(wait_s):
+        self.thread.join(wait_s)
+        if not self.thread.is_alive():
             self.thread = threading.Thread(target=self._copy, args=(self.target, names), daemon=True)
             self.thread.start()
-            is_done = self._is_done(wait_s)
-        if wait_s and not is_done:
-            say(f"--mirror {self.target}: not done after {wait_s:.0f} s; the run is whole in {self.source}")
-
-    def _is_done(self, wait_s: float) -> bool:
-        if self.thread.ident:
             self.thread.join(wait_s)
-        return not self.thread.is_alive()
+        if wait_s and self.thread.is_alive():
+            say(f"--mirror {self.target}: not done after {wait_s:.0f} s; the run is whole in {self.source}")
 
     def _copy(self, target: str, names: tuple[str, ...]) -> None:
         try:
@@ -118,7 +117,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"model", "optimizer", "step", "settings"} <= state.keys():
+        if not isinstance(state, dict) or not STORED <= state.keys():
             raise ValueError("it is not a checkpoint of this program")
         return state
     except FileNotFoundError:
@@ -140,33 +139,32 @@ def newest(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
     return max(found, key=lambda each: (each[1]["epoch"], each[1]["step"]), default=None)
 
 
-def _refuse_other(state: dict[str, Any], settings: Settings, fingerprint: str, path: Path) -> None:
-    """A checkpoint of another set or other settings is never continued."""
-    pairs: dict[str, tuple[Any, Any]] = {"--data with shards": (state["fingerprint"][:8], fingerprint[:8])}
-    pairs["--batch-size times ranks"] = state["batch"], settings.batch_size * ranks.WORLD
-    for name, value in asdict(settings).items():
-        if name not in MAY_CHANGE:
-            pairs["--" + name.replace("_", "-")] = state["settings"].get(name), value
-    for flag, (stored, value) in pairs.items():
-        if stored != value:
-            hint = f"Use {flag} {stored}, another --out, or --reset"
-            raise UserError(f"{path} was trained with {flag} {stored}, this run has {flag} {value}. {hint}")
+def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
+    """What must not change when a run is continued, by flag."""
+    kept = {"--" + name.replace("_", "-"): value for name, value in settings.items() if name not in MAY_CHANGE}
+    return {"--data with shards": fingerprint[:8], "--batch-size times ranks": batch, **kept}
 
 
 def restore(run: Run, settings: Settings, fingerprint: str) -> None:
     """Continue from the newest valid checkpoint, else from the start; every rank gets what the first one read."""
-    out = Path(settings.out)
-    if settings.reset:
-        for name in (CHECKPOINT, PREVIOUS) if ranks.RANK == 0 else ():
-            (out / name).unlink(missing_ok=True)
-    elif found := ranks.first(lambda: newest(settings)):
-        path, state = found
-        _refuse_other(state, settings, fingerprint, path)
-        _load(run, state, path)
-        if ranks.RANK == 0:
-            if path != out / CHECKPOINT:
-                copy_file(path, out / CHECKPOINT)
-            say(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
+    last, previous = (Path(settings.out, name) for name in (CHECKPOINT, PREVIOUS))
+    if settings.reset and ranks.RANK == 0:
+        for path in (last, previous):
+            path.unlink(missing_ok=True)
+    found = None if settings.reset else ranks.first(lambda: newest(settings))
+    if found is None:
+        return
+    path, state = found
+    stored = _identity(state["settings"], state["batch"], state["fingerprint"])
+    for flag, value in _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint).items():
+        if (before := stored.get(flag)) != value:
+            hint = f"Use {flag} {before}, another --out, or --reset"
+            raise UserError(f"{path} was trained with {flag} {before}, this run has {flag} {value}. {hint}")
+    _load(run, state, path)
+    if ranks.RANK == 0:
+        if path != last:
+            copy_file(path, last)
+        say(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
 
 
 def _load(run: Run, state: dict[str, Any], path: Path) -> None:

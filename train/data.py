@@ -24,19 +24,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from convert.format import MANIFEST, SPLITS, VOID, ShardSet, UserError, open_set, read_manifest, resolve_set
+from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, open_set, read_manifest, resolve_set
+from train.augment import normalize_depth, normalize_rgb
 from train.loader import Loader, Maker
 from train.order import Batches
-from train.ring import N_SLOTS, Layout, arrays_in, n_bytes_of
+from train.ring import N_SLOTS, Layout, arrays_in, n_bytes_of, tensors_in
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 SCENE_10 = [
     "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom", "bookstore",
 ]  # fmt: skip
 SCENE_13 = [*SCENE_10, "playroom", "study", "reception_room"]
 Transform = Callable[[tuple[Tensor, ...]], Any]
-TARGETS = ("scene", "semantic13", "semantic40", "semantic894", "depth", "instance")
+TARGETS = {  # and the field each is read from
+    "scene": "", "semantic13": "label", "semantic40": "label", "semantic894": "label", "depth": "depth",
+    "instance": "instance",
+}  # fmt: skip
 INPUTS = ("rgb", "depth", "raw_depth")
 MOUNTS = Path("/proc/self/mountinfo")
 HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends
@@ -44,15 +46,11 @@ HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before a
 
 def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
     """The scene class names in id order: 27 as stored, 10 and 13 with `others` last."""
-    if num_classes == 10:
-        return [*SCENE_10, "others"]
-    if num_classes == 13:
-        return [*SCENE_13, "others"]
-    if num_classes == len(scene_types):
-        return list(scene_types)
-    raise UserError(
-        f"num_classes {num_classes}: choose 10, 13 or {len(scene_types)}. Run: python -m train --num-classes 13"
-    )
+    every = len(scene_types)
+    classes = {every: list(scene_types), 10: [*SCENE_10, "others"], 13: [*SCENE_13, "others"]}
+    if num_classes not in classes:
+        raise UserError(f"num_classes {num_classes}: choose 10, 13 or {every}. Run: python -m train --num-classes 13")
+    return classes[num_classes]
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
@@ -77,21 +75,19 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         allow_remote: bool = False,
     ) -> None:
         if split not in (*SPLITS, "all") or target not in TARGETS:
-            raise UserError(
-                f"split {split!r}, target {target!r}: choose from train, test, all and {', '.join(TARGETS)}"
-            )
+            choices = f"train, test, all and {', '.join(TARGETS)}"
+            raise UserError(f"split {split!r}, target {target!r}: choose from {choices}")
         self.path = resolve_set(path)
         if not allow_remote:
             refuse_remote(self.path)
         self.path = unpacked(self.path)
         self.split, self.target, self.num_classes, self.normalize = split, target, num_classes, normalize
-        self.fields = fields if fields is not None else ("rgb",) if target == "depth" else ("rgb", "depth")
+        self.fields = fields or (("rgb",) if target == "depth" else ("rgb", "depth"))
         if not set(self.fields) <= set(INPUTS):
             raise UserError(f"fields {self.fields}: choose from {', '.join(INPUTS)}")
         self._open()
         if device is not None:
-            chunks = [self.stored(np.arange(a, min(a + 128, len(self)))) for a in range(0, len(self), 128)]
-            self._parts = [torch.cat([c.to(device) for c in parts]) for parts in zip(*chunks, strict=True)]
+            self._parts = [part.to(device) for part in self.stored(np.arange(len(self)))]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
@@ -102,26 +98,21 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def _open(self) -> None:
         """Read the manifest and the per-row columns; maps wait for the first row that is asked for."""
-        self._set: ShardSet = open_set(self.path)
-        manifest = self._set.manifest
+        self._set, self._maps, self._parts = open_set(self.path), dict[str, list[np.ndarray]](), list[Tensor]()
+        manifest, split = self._set.manifest, self._set.column("split")
         self.size, self.fingerprint = self._set.size, str(manifest["fingerprint"])
-        split = self._set.column("split")
         self._rows = np.arange(len(split)) if self.split == "all" else np.flatnonzero(split == SPLITS.index(self.split))
         if not len(self._rows):
             raise UserError(f"{self.path} has no {self.split} rows. Run: make convert with a .mat that has some")
-        self._step = int(manifest["settings"]["rows_per_shard"])
-        self._maps: dict[str, list[np.ndarray]] = {}
-        self._parts = list[Tensor]()
         self._read_names(manifest["names"])
         statistics = manifest["fields"].get("depth", {}).get("statistics") or {"mean": [math.nan], "std": [math.nan]}
         self.depth_mean, self.depth_std = statistics["mean"][0] / 1000, max(statistics["std"][0] / 1000, 1e-6)
-        if self.normalize and not self.depth_mean >= 0:
+        if self.normalize and set(self.fields) != {"rgb"} and not self.depth_mean >= 0:
             raise UserError(f"{self.path} has no train rows with depth to take statistics from. Run: make convert")
 
     def _read_names(self, names: dict[str, Any]) -> None:
         """The classes, and what turns a stored scene type or label into one: void is -100, torch's ignore_index."""
         self.classes: list[str] = []
-        self._scene_ids: np.ndarray | None = None
         if self.target == "scene":
             self.classes = scene_classes(self.num_classes, names["scene_types"])
             ids = {name: i for i, name in enumerate(self.classes)}
@@ -147,7 +138,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def labels(self) -> np.ndarray:
         """[N] int64: the scene class of every row of the split."""
-        if self._scene_ids is None:
+        if self.target != "scene":
             raise UserError("labels() is for target='scene'")
         return self._scene_ids[self._rows]
 
@@ -155,6 +146,13 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """The row as a caption: number in the .mat, scene."""
         row = int(self._rows[index])
         return f"row {row}: {self._set.manifest['names']['scenes'][self._set.column('scene')[row]]}"
+
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """Positions in the split -> row numbers of the set; a bad one is an IndexError."""
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"positions {indices.min()}..{indices.max()} of {len(self)} rows")
+        return self._rows[indices]
 
     # ------------------------------------------------------------ gathering
 
@@ -165,84 +163,77 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         one table, and a batch is one index_select, which lets other threads run meanwhile. Below 32768 elements torch
         divides the pieces among its threads, above that every single piece.
         """
-        extra = () if self.target == "scene" else (self.target if self.target in ("depth", "instance") else "label",)
-        self._maps = {field: self._set.shards(field) for field in {*self.fields, *extra}}
-        maps = [shard for shards in self._maps.values() for shard in shards]
-        self._starts = {f: np.array([shard.ctypes.data for shard in shards]) for f, shards in self._maps.items()}
-        self._low = min(int(starts.min()) for starts in self._starts.values())
-        n_bytes = max(shard.ctypes.data + shard.nbytes for shard in maps) - self._low
+        maps = {field: self._set.shards(field) for field in {*self.fields, TARGETS[self.target]} if field}
+        ends = [(shard.ctypes.data, shard.nbytes) for shards in maps.values() for shard in shards]
+        low, high = min(start for start, _ in ends), max(map(sum, ends))
+        self._starts = {f: np.array([shard.ctypes.data for shard in shards]) - low for f, shards in maps.items()}
         piece = self.size * max(d for d in range(1, self.size + 1) if self.size % d == 0 and self.size * d < 32768)
-        memory = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(self._low))
-        self._pieces = torch.from_numpy(memory).as_strided((n_bytes - piece + 1, piece), (1, 1))
+        memory = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low)))
+        self._pieces = memory.as_strided((high - low - piece + 1, piece), (1, 1))
+        self._maps = maps  # last: another thread may look
 
-    def _gather(self, fields: tuple[str, ...], rows: np.ndarray, buffer: Any = None) -> list[np.ndarray]:
-        """Range-checked rows of each field, in `buffer` as `arrays_in` lays them out, or in new memory."""
+    def _gather(self, fields: tuple[str, ...], rows: np.ndarray, buffer: memoryview | None = None) -> np.ndarray:
+        """The bytes of rows that exist, field after field, the widest first, in `buffer` or in new memory."""
         if not self._maps:
             self._map()
-        one = {field: self._maps[field][0][:1] for field in fields}
-        layout: Layout = [(one[field].dtype, (len(rows), *one[field].shape[1:])) for field in fields]
-        buffer = np.empty(n_bytes_of(layout), np.uint8).data if buffer is None else buffer
-        picks = []
-        for field in sorted(fields, key=lambda field: -one[field].itemsize):
-            starts = self._starts[field][rows // self._step] + rows % self._step * one[field].nbytes - self._low
-            picks.append(starts[:, None] + np.arange(0, one[field].nbytes, self._pieces.shape[1]))
+        picks, piece = [], self._pieces.shape[1]
+        for field in sorted(fields, key=lambda field: -self._maps[field][0].itemsize):
+            first = self._maps[field][0]
+            n_bytes = first.nbytes // len(first)
+            starts = self._starts[field][rows // len(first)] + rows % len(first) * n_bytes
+            picks.append(starts[:, None] + np.arange(0, n_bytes, piece))
         index = torch.from_numpy(np.concatenate(picks, axis=None))
-        out = torch.from_numpy(np.frombuffer(buffer, np.uint8, n_bytes_of(layout))).view(len(index), -1)
-        torch.index_select(self._pieces, 0, index, out=out)
-        return arrays_in(buffer, layout)
+        size = len(index) * piece
+        out = np.empty(size, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8, size)
+        torch.index_select(self._pieces, 0, index, out=torch.from_numpy(out).view(-1, piece))
+        return out
 
-    def rows_of(self, indices: np.ndarray) -> np.ndarray:
-        """Positions in the split -> row numbers of the set; a bad one is an IndexError."""
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"positions {indices.min()}..{indices.max()} of {len(self)} rows")
-        return self._rows[indices]
+    def _layout(self, n: int) -> Layout:
+        """Of a stored batch of n rows. Depth is at most 32767 mm: as int16 it has the bits of the uint16 on disk."""
+        side = self.size
+        kinds = {"scene": ("i8", (n,)), "depth": ("f4", (n, 1, side, side))}
+        parts: list[tuple[str, tuple[int, ...]]] = [
+            ("u1", (n, 3, side, side)) if field == "rgb" else ("i2", (n, 1, side, side)) for field in self.fields
+        ]
+        parts.append(kinds.get(self.target, ("i8", (n, side, side))))
+        return [(np.dtype(kind), shape) for kind, shape in parts]
+
+    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout:
+        """Make a stored batch in `buffer`; what lies there is the layout returned."""
+        rows, layout = self.rows_of(indices), self._layout(len(indices))
+        target = arrays_in(buffer, layout)[-1]  # no part is wider: it lies first
+        if field := TARGETS[self.target]:
+            stored = self._gather((field,), rows).view(FIELDS[field]["dtype"]).reshape(target.shape)
+            stored = self._lut[stored] if field == "label" else stored
+            target[:] = stored / np.float32(1000) if field == "depth" else stored
+        else:
+            target[:] = self._scene_ids[rows]
+        self._gather(self.fields, rows, buffer[target.nbytes :])
+        return layout
+
+    def stored(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        """`batch` before normalising."""
+        if self._parts:
+            self.rows_of(indices)  # they exist
+            index = torch.as_tensor(indices, device=self._parts[0].device)
+            return tuple(part.index_select(0, index) for part in self._parts)
+        buffer = np.empty(n_bytes_of(self._layout(len(indices))), np.uint8).data
+        return tensors_in(buffer, self.fill(buffer, indices))
 
     @property
     def is_stored(self) -> bool:
-        """Whether a batch is bytes of the shards and scene ids, with nothing to compute."""
-        return not self.normalize and self._scene_ids is not None and not self._parts
-
-    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout:
-        """Gather a stored batch into `buffer`; what lies there is the layout returned."""
-        rows, n = self.rows_of(indices), len(indices)
-        assert self._scene_ids is not None
-        np.frombuffer(buffer, np.int64, n)[:] = self._scene_ids[rows]
-        self._gather(self.fields, rows, buffer[8 * n :])
-        side, u1, i2 = self.size, np.dtype(np.uint8), np.dtype(np.int16)
-        inputs = [(u1, (n, 3, side, side)) if field == "rgb" else (i2, (n, 1, side, side)) for field in self.fields]
-        return [*inputs, (np.dtype(np.int64), (n,))]
+        """Whether a batch is gathered from the shards, with nothing to compute."""
+        return not (self.normalize or self._parts)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
         """The fields asked for, then the target."""
         batch = self.stored(indices)
         return self.normalized(batch) if self.normalize else batch
 
-    def stored(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """`batch` before normalising. Depth is at most 32767 mm: the same bits as the uint16 on disk."""
-        rows = self.rows_of(indices)
-        if self._parts:
-            index = torch.as_tensor(indices, device=self._parts[0].device)
-            return tuple(part.index_select(0, index) for part in self._parts)
-        found = self._gather(self.fields, rows)
-        inputs = [torch.from_numpy(a) if a.ndim == 4 else torch.from_numpy(a.view(np.int16))[:, None] for a in found]
-        return (*inputs, torch.from_numpy(self._target(rows)))
-
-    def _target(self, rows: np.ndarray) -> np.ndarray:
-        if self._scene_ids is not None:
-            return self._scene_ids[rows]
-        if self.target == "depth":
-            return self._gather(("depth",), rows)[0][:, None].astype(np.float32) / np.float32(1000)
-        if self.target == "instance":
-            return self._gather(("instance",), rows)[0].astype(np.int64)
-        return self._lut[self._gather(("label",), rows)[0]]
-
     def normalized(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A stored batch, on any device, as float32 inputs; the target as it is."""
-        inputs = [
-            normalize_rgb(part) if field == "rgb" else normalize_depth(part, self.depth_mean, self.depth_std)
-            for field, part in zip(self.fields, batch, strict=False)
-        ]
+        stats, pairs = (self.depth_mean, self.depth_std), zip(self.fields, batch, strict=False)
+        inputs = (normalize_rgb(part) if field == "rgb" else normalize_depth(part, *stats) for field, part in pairs)
         return (*inputs, batch[-1])
 
 
@@ -259,19 +250,6 @@ def unpacked(path: Path) -> Path:
         if made.returncode:
             raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
     return copy
-
-
-def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
-    """uint8 [B,3,H,W] -> float32, ImageNet mean and standard deviation."""
-    scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD], device=rgb_bchw.device)[:, None, None]
-    shift = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], device=rgb_bchw.device)
-    return rgb_bchw * scale - shift[:, None, None]
-
-
-def normalize_depth(depth_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:
-    """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; a pixel without a measurement is exactly 0."""
-    metres = depth_b1hw * 1e-3
-    return torch.where(depth_b1hw > 0, (metres - mean_m) / std_m, 0.0)
 
 
 # ---------------------------------------------------------------- loaders
@@ -309,19 +287,17 @@ def create_dataloaders(
         raise UserError(f"batch_size {batch_size}: at least 1. Run: python -m train --batch-size 128")
     if cache not in (None, "device"):
         raise UserError(f"cache {cache!r}: 'device' or None")
-    settings: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize}
-    settings |= {"fields": fields, "allow_remote": allow_remote}
-    loaders = []
-    for split, change in zip(SPLITS, (transform, val_transform), strict=True):
-        is_train = split == "train"
-        place = (device or ("cuda" if torch.cuda.is_available() else "cpu")) if cache and is_train else None
-        dataset = ShardDataset(dataset_path, split=split, device=place, **settings)
+    chosen: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize, "fields": fields}
+
+    def loader(split: str, change: Transform | None, order_seed: int | None, place: Any = None) -> Loader:
+        dataset = ShardDataset(dataset_path, split=split, device=place, allow_remote=allow_remote, **chosen)
         _check_size(dataset, target_size)
         workers = 0 if place else _worker_count(num_workers, Maker(dataset, change, seed), batch_size)
-        batches = Batches(len(dataset), batch_size, seed if is_train else None, rank, world)
-        how: dict[str, Any] = {"prefetch": prefetch and place is None, "transform": change}
-        loaders.append(Loader(dataset, batches, workers, start_method, **how))
-    return loaders[0], loaders[1]
+        batches = Batches(len(dataset), batch_size, order_seed, rank, world)
+        return Loader(dataset, batches, workers, start_method, prefetch=prefetch and place is None, transform=change)
+
+    place = cache and (device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loader("train", transform, seed, place), loader("test", val_transform, None)
 
 
 def _worker_count(num_workers: int | str, make: Maker, batch_size: int) -> int:
@@ -344,15 +320,13 @@ def _worker_count(num_workers: int | str, make: Maker, batch_size: int) -> int:
 
 def refuse_remote(path: Path) -> None:
     """Raise UserError for a set on a FUSE mount (Google Drive): each page would be a request over the network."""
+    device = os.stat(path).st_dev
     try:
-        lines = MOUNTS.read_text().splitlines()
+        mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
     except OSError:  # no /proc: not a Linux machine
         return
-    resolved, kind_at = path.resolve(), {}
-    for words in (line.split(" ") for line in lines):
-        point = Path(words[4].encode().decode("unicode_escape"))  # a space is written \040
-        kind_at[point] = words[words.index("-") + 1]
-    kind = next((kind_at[p] for p in (resolved, *resolved.parents) if p in kind_at), "")
+    at = f"{os.major(device)}:{os.minor(device)}"
+    kind = next((words[words.index("-") + 1] for words in mounts if words[2] == at), "")
     if kind.startswith("fuse"):
         raise UserError(
             f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "

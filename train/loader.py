@@ -7,15 +7,16 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
-import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,16 +34,10 @@ BYTES_A_PIXEL = 64  # room for what a transform returns; a page of it exists onc
 LOOK_S = 1.0  # how often a worker looks whether its parent is alive
 
 Job = tuple[int, int, np.ndarray]  # epoch, step, positions in the split
+Answer = Callable[[], Any]  # waits for a batch: its layout in the slot, or itself, or the exception
 
 
 # ---------------------------------------------------------------- one batch
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An exception on its way to the user."""
-
-    error: Exception
 
 
 @dataclass(frozen=True)
@@ -54,19 +49,18 @@ class Maker:
     seed: int
 
     def __call__(self, buffer: memoryview, job: Job) -> Any:
-        """The layout (a list) of what is in `buffer` now; the batch itself if it does not fit there; or a Failure."""
+        """The layout (a list) of what is in `buffer` now; the batch itself if it does not fit; or the exception."""
         epoch, step, indices = job
         try:
             if self.transform is None:
-                if self.dataset.is_stored:
-                    return self.dataset.fill(buffer, indices)
-                return _packed(self.dataset.batch(indices), buffer)
+                is_stored = self.dataset.is_stored
+                return self.dataset.fill(buffer, indices) if is_stored else _packed(self.dataset.batch(indices), buffer)
             with _seeded(self.seed, epoch, step):  # the same draws wherever the batch is made
                 return _packed(self.transform(self.dataset.batch(indices)), buffer)
         except Exception as error:
             rows = ", ".join(map(str, indices.tolist()))
             error.add_note(f"in the loader, epoch {epoch}, step {step}, {self.dataset.split} rows {rows}")
-            return Failure(error)
+            return error
 
     def slot_bytes(self, n_rows: int) -> tuple[int, int]:
         """What a slot will hold, and room for it."""
@@ -99,45 +93,24 @@ def _seeded(*parts: int) -> Iterator[None]:
             np.random.set_state(before)  # noqa: NPY002
 
 
-# ---------------------------------------------------------------- who fills it: submit, then result in the same order
+# ---------------------------------------------------------------- who makes it
 
 
 class Here:
-    """The caller at once, or one thread that runs ahead of it."""
+    """The caller when it asks, or one thread that runs ahead of it."""
 
     def __init__(self, make: Maker, ring: Ring, in_thread: bool) -> None:
         self.make, self.buffers, self.depth = make, ring.buffers, N_SLOTS - 1 if in_thread else 1
-        self.jobs, self.results = SimpleQueue[Any](), SimpleQueue[Any]()
-        if in_thread:
+        self.pool = ThreadPoolExecutor(1, "loader") if in_thread else None
+        if self.pool:
             n_threads = torch.get_num_threads()
-            thread = threading.Thread(target=_serve, args=(self.jobs, self.results, make), name="loader", daemon=True)
-            thread.start()
-            self.close = weakref.finalize(self, _end_thread, self.jobs, thread)
-            self.results.get()  # it has asked for one core; that holds for itself, and for every thread to come:
+            self.pool.submit(torch.set_num_threads, 1).result()  # holds for that thread, and for every one to come:
             torch.set_num_threads(n_threads)  # undone for those
 
-    def submit(self, slot: int, job: Job) -> None:
-        if self.depth > 1:
-            self.jobs.put((self.buffers[slot], job))
-        else:
-            self.results.put(self.make(self.buffers[slot], job))
-
-    def result(self) -> Any:
-        return self.results.get()
-
-
-def _end_thread(jobs: SimpleQueue[Any], thread: threading.Thread) -> None:
-    """At exit too: a thread that comes back from torch to an interpreter that is gone takes the process down."""
-    jobs.put(None)
-    if thread is not threading.current_thread():
-        thread.join()
-
-
-def _serve(jobs: SimpleQueue[Any], results: SimpleQueue[Any], make: Maker) -> None:
-    torch.set_num_threads(1)
-    results.put(None)
-    while (work := jobs.get()) is not None:
-        results.put(make(*work))
+    def submit(self, slot: int, job: Job) -> Answer:
+        if self.pool:
+            return self.pool.submit(self.make, self.buffers[slot], job).result
+        return partial(self.make, self.buffers[slot], job)
 
 
 class Workers:
@@ -148,7 +121,6 @@ class Workers:
     def __init__(self, make: Maker, ring: Ring, count: int, start_method: str | None) -> None:
         self.crew: list[tuple[Any, Connection]] = []
         self.close = weakref.finalize(self, _end_crew, os.getpid(), self.crew)
-        self.n_sent = self.n_received = 0
         context: Any = mp.get_context(start_method)
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload(["__main__", "train.data"])
@@ -162,28 +134,28 @@ class Workers:
                 theirs.close()
         finally:
             gc.unfreeze()
+        self.turns = cycle(self.crew)
 
-    def submit(self, slot: int, job: Job) -> None:
+    def submit(self, slot: int, job: Job) -> Answer:
+        process, pipe = next(self.turns)
         with suppress(OSError):  # a worker that is gone is noticed where its answer is awaited
-            self.crew[self.n_sent % len(self.crew)][1].send((slot, job))
-        self.n_sent += 1
+            pipe.send((slot, job))
+        return partial(_answer, process, pipe)
 
-    def result(self) -> Any:
-        process, pipe = self.crew[self.n_received % len(self.crew)]
-        try:
-            if not pipe.poll() and pipe not in wait([pipe, process.sentinel]):
-                raise EOFError
-            made = pipe.recv()
-        except (EOFError, OSError):
-            process.join(LOOK_S)
-            code = process.exitcode
-            how = f"was killed by signal {-code}" if code and code < 0 else f"ended by itself (status {code})"
-            raise RuntimeError(
-                f"{process.name} (process {process.pid}) {how}: out of memory, or a crash in the transform. "
-                "Use a smaller batch size or fewer workers (--num-workers 0 needs none)"
-            ) from None
-        self.n_received += 1
-        return pickle.loads(made) if isinstance(made, bytes) else made
+
+def _answer(process: Any, pipe: Connection) -> Any:
+    try:
+        if pipe not in wait([pipe, process.sentinel]):
+            raise EOFError
+        return pickle.loads(pipe.recv_bytes())
+    except (EOFError, OSError):
+        process.join(LOOK_S)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code and code < 0 else f"ended by itself (status {code})"
+        raise RuntimeError(
+            f"{process.name} (process {process.pid}) {how}: out of memory, or a crash in the transform. "
+            "Use a smaller batch size or fewer workers (--num-workers 0 needs none)"
+        ) from None
 
 
 def _end_crew(owner: int, crew: list[tuple[Any, Connection]]) -> None:
@@ -214,19 +186,19 @@ def _work(pipe: Connection, make: Maker, arena: Arena) -> None:
                     return
             if (work := pipe.recv()) is None:
                 return
-            made = make(slots[work[0]], work[1])
-            pipe.send(made if isinstance(made, list) else _pickled(made))
+            pipe.send_bytes(_pickled(make(slots[work[0]], work[1])))
 
 
 def _pickled(made: Any) -> bytes:
+    """An exception takes its traceback along; one that cannot travel, or a batch that cannot, arrives as text."""
     try:
-        if isinstance(made, Failure):
-            made.error.add_note(f"in {mp.current_process().name}\n{''.join(traceback.format_exception(made.error))}")
+        if isinstance(made, Exception):
+            made.add_note(f"in {mp.current_process().name}\n{''.join(traceback.format_exception(made))}")
             pickle.loads(pickle.dumps(made))
         return pickle.dumps(made)
-    except Exception as error:  # it cannot travel
-        text = "".join(traceback.format_exception(made.error if isinstance(made, Failure) else error))
-        return pickle.dumps(Failure(RuntimeError(text)))
+    except Exception as error:
+        text = "".join(traceback.format_exception(made if isinstance(made, Exception) else error))
+        return pickle.dumps(RuntimeError(text))
 
 
 # ---------------------------------------------------------------- what users hold
@@ -252,8 +224,8 @@ class Loader:
     ) -> None:
         self.dataset, self.batches, self.num_workers, self.start_method = dataset, batches, num_workers, start_method
         self.make, self.in_thread = Maker(dataset, transform, batches.seed or 0), prefetch and not transform
-        self.source: Any = None
-        self._turn, self._pending = 0, deque[int]()  # slots submitted
+        self.source: Here | Workers | None = None
+        self._turn, self._pending = 0, deque[tuple[int, Answer]]()  # slots being filled
         self._at: tuple[int, int] | None = None  # of the next batch; None before the first and after an exception
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -279,15 +251,15 @@ class Loader:
             self.set_epoch(self.batches.epoch + 1)
 
     def _restart(self, epoch: int, step: int) -> None:
-        source = self.source if self._at else self._open()
-        self._at = None
+        source, self._at = self.source if self._at else self._open(), None
         while self._pending:  # made ahead for another position
-            source.result()
-            self.ring.free.append(self._pending.popleft())
+            slot, answer = self._pending.popleft()
+            answer()
+            self.ring.free.append(slot)
         self._jobs, self._at = self.batches.endless(epoch, step), (epoch, step)
         self._submit(source)
 
-    def _open(self) -> Any:
+    def _open(self) -> Here | Workers:
         if isinstance(self.source, Workers):
             self.source.close()
         n_rows = min(self.batches.batch_size, len(self.dataset))
@@ -303,16 +275,17 @@ class Loader:
 
     def _submit(self, source: Any) -> None:
         while self.ring.free and len(self._pending) < source.depth:
-            self._pending.append(self.ring.take())
-            source.submit(self._pending[-1], next(self._jobs))
+            slot = self.ring.take()
+            self._pending.append((slot, source.submit(slot, next(self._jobs))))
 
     def _next(self) -> Any:
         assert self._at is not None
         (epoch, step), self._at = self._at, None
         self._submit(self.source)
-        batch, slot = self.source.result(), self._pending.popleft()
-        if isinstance(batch, Failure):
-            raise batch.error
+        slot, answer = self._pending.popleft()
+        batch = answer()
+        if isinstance(batch, Exception):
+            raise batch
         if isinstance(batch, list):
             batch = self.ring.lend(slot, batch)
         else:

@@ -35,6 +35,12 @@ def arrays_in(buffer: Any, layout: Layout) -> list[np.ndarray]:
     return [found[k] for k in range(len(layout))]
 
 
+def tensors_in(buffer: Any, layout: Layout, is_copied: bool = False) -> tuple[Tensor, ...]:
+    """The same parts as tensors on the buffer; small ones, or all, as copies."""
+    arrays = (a.copy() if is_copied or a.nbytes <= COPY_BELOW else a for a in arrays_in(buffer, layout))
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
 def shared_memory(n_bytes: int) -> Arena:
     """Memory without a name, mapped by every process that it is handed to as it starts; not part of /dev/shm."""
     if not hasattr(os, "memfd_create"):
@@ -86,13 +92,13 @@ class Ring:
             self.unseen.remove(slot)
             lease[: n_bytes_of(layout) : mmap.PAGESIZE].max(initial=0)
         is_last = len(self.lent) >= N_SLOTS - 1
-        arrays = [a.copy() if is_last or a.nbytes <= COPY_BELOW else a for a in arrays_in(lease, layout)]
+        batch = tensors_in(lease, layout, is_last)
         if is_last:
             self.free.append(slot)
         else:
             self.lent.add(slot)
             weakref.finalize(lease, self._back, slot).atexit = False
-        return tuple(torch.from_numpy(array) for array in arrays)
+        return batch
 
     def _back(self, slot: int) -> None:
         """Runs wherever the last tensor is dropped, inside a garbage collection too."""
