@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.augment import (
-    IMAGENET_MEAN, IMAGENET_STD, Draws, augment, color_jitter, random_flip, random_resized_crop, resize, to_input,
-)  # fmt: skip
+from train import augment as module
+from train.augment import Draws, augment, color_jitter, random_flip, random_resized_crop, resize, to_input
 from train.settings import Settings
 
 STATS = (2.842, 1.417)
@@ -43,7 +42,7 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
     rgb, depth = to_input(rgb_u8, depth_mm, STATS)
     assert rgb.dtype == depth.dtype == torch.float32
     for channel in range(3):
-        expected = (rgb_u8[:, channel] / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        expected = (rgb_u8[:, channel] / 255 - module.IMAGENET_MEAN[channel]) / module.IMAGENET_STD[channel]
         torch.testing.assert_close(rgb[:, channel], expected)
     valid = depth_mm > 0
     torch.testing.assert_close(depth[valid], (depth_mm[valid] / 1000 - STATS[0]) / STATS[1])

@@ -39,7 +39,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _run(words: list[str]) -> None:
+def _run(words: Sequence[str]) -> None:
     if words[:1] == ["predict"]:
         from pictures.report import predict, predict_flags
 
@@ -50,10 +50,9 @@ def _run(words: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
-    who = f"train: rank {ranks.RANK} of {ranks.WORLD}" if ranks.WORLD > 1 else "train"
-    status = 0
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        _run(sys.argv[1:] if argv is None else argv)
+        return 0
     except UserError as error:
         status, text = 2, str(error)
     except torch.cuda.OutOfMemoryError:
@@ -64,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not ranks.is_lost(error):
             raise
         status, text = 1, f"lost another rank ({one_line(error)}). Run the same command again to continue"
-    if status:
-        print(f"{who}: {text}", file=sys.stderr)
+    who = f"train: rank {ranks.RANK} of {ranks.WORLD}" if ranks.WORLD > 1 else "train"
+    print(f"{who}: {text}", file=sys.stderr)
     return status
 
 

@@ -51,9 +51,8 @@ def to_input(rgb_bchw: Tensor, depth_mm_b1hw: Tensor, stats: tuple[float, float]
 def _sample(rgb_bchw: Tensor, planes: list[Tensor], y_bs: Tensor, x_bs: Tensor) -> Pictures:
     """Read at the same positions (in pixels from the top left corner): bilinear RGB, nearest planes."""
     (height, width), size = rgb_bchw.shape[-2:], y_bs.shape[1]
-    grid_x = (2 * x_bs / width - 1)[:, None, :].expand(-1, size, -1)
-    grid_y = (2 * y_bs / height - 1)[:, :, None].expand(-1, -1, size)
-    grid = torch.stack((grid_x, grid_y), dim=-1)
+    y, x = (2 * y_bs / height - 1)[:, :, None], (2 * x_bs / width - 1)[:, None, :]
+    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
     rgb = F.grid_sample(rgb_bchw.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     rows = y_bs.long().clamp(0, height - 1)[:, :, None]
     columns = x_bs.long().clamp(0, width - 1)[:, None, :]

@@ -117,7 +117,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not STORED <= state.keys():
+        if not isinstance(state, dict) or not state.keys() >= STORED:
             raise ValueError("it is not a checkpoint of this program")
         return state
     except FileNotFoundError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError, open_set, resolve_set
+from convert.format import UserError
 from train import ranks
 from train.augment import Draws, augment, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
@@ -66,27 +66,18 @@ class Job:
         return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
 
 
-# ---------------------------------------------------------------- pieces
+# ---------------------------------------------------------------- before the first step
 
 
-def seed_of(*parts: int) -> int:
-    """One 63-bit seed for (seed, epoch, step)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
-    """Linear warmup to `peak`, then a cosine to zero at n_steps."""
-    if step < n_warmup:
-        return peak * (step + 1) / n_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(n_steps - n_warmup, 1)))
-
-
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; biases and norms (one-dimensional) do not decay."""
-    groups: dict[float, list[nn.Parameter]] = {settings.weight_decay: [], 0.0: []}
-    for p in model.parameters():
-        groups[settings.weight_decay if p.ndim > 1 else 0.0].append(p)
-    return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for decay, ps in groups.items()], lr=settings.lr)
+def start(settings: Settings, device: torch.device) -> Job:
+    """Everything but the loaders: a mistake shows before they do anything."""
+    chosen: Any = {"target": settings.task, "fields": settings.fields, "num_classes": settings.num_classes}
+    make = partial(ShardDataset, settings.data, allow_remote=settings.allow_remote, **chosen)
+    train_set: ShardDataset = ranks.first(make)  # the first rank unpacks a compressed set, the others open it
+    job = Job(settings, train_set, make_task(settings, train_set), device)
+    if job.n_steps == 0:
+        raise UserError(f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks. Use fewer ranks")
+    return job
 
 
 def new_run(job: Job) -> Run:
@@ -105,41 +96,41 @@ def new_run(job: Job) -> Run:
     if job.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks.WORLD > 1 else model
+    decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.half == torch.float16)
     sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
-    return Run(model, _optimizer(model, s), scaler, sums, sums[2:], [])
-
-
-def start(settings: Settings, device: torch.device) -> Job:
-    """Everything but the loaders: a mistake shows before they do anything."""
-    directory, depth = resolve_set(settings.data), "raw_depth" if settings.task == "depth" else "depth"
-    chosen: Any = {"num_classes": settings.num_classes, "allow_remote": settings.allow_remote}
-    train_set = ShardDataset(directory, split="train", target=settings.task, fields=("rgb", depth), **chosen)
-    task = make_task(settings, train_set, open_set(directory).manifest["settings"]["crop"])
-    job = Job(settings, train_set, task, device)
-    if job.n_steps == 0:
-        raise UserError(f"{directory} has {len(train_set)} train rows for {ranks.WORLD} ranks. Use fewer ranks")
-    return job
+    return Run(model, torch.optim.AdamW(groups, lr=s.lr), scaler, sums, sums[2:], [])
 
 
 def open_loaders(job: Job) -> None:
-    s, path = job.settings, job.train_set.path
-    same: dict[str, Any] = {"fields": job.train_set.fields, "normalize": False}
-    same |= {"rank": ranks.RANK, "world": ranks.WORLD, "target": s.task}
-    same |= {name: getattr(s, name) for name in ("batch_size", "num_workers", "num_classes", "seed", "allow_remote")}
-    job.train_loader, job.test_loader = create_dataloaders(path, **same)
+    same: dict[str, Any] = {"fields": job.train_set.fields, "target": job.settings.task, "normalize": False}
+    for name in ("batch_size", "num_workers", "num_classes", "seed", "allow_remote"):
+        same[name] = getattr(job.settings, name)
+    loaders = create_dataloaders(job.train_set.path, rank=ranks.RANK, world=ranks.WORLD, **same)
+    job.train_loader, job.test_loader = loaders
 
 
 # ---------------------------------------------------------------- one step
 
 
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed for (seed, epoch, step)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
+    """Linear warmup to `peak`, then a cosine to zero at n_steps."""
+    if step < n_warmup:
+        return peak * (step + 1) / n_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(n_steps - n_warmup, 1)))
+
+
 def _forward(job: Job, net: nn.Module, rgb: Tensor, depth: Tensor, target: Tensor) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
-    inputs = list(to_input(rgb, depth, (job.train_set.depth_mean, job.train_set.depth_std)))[
-        : 1 if job.settings.task == "depth" else 2
-    ]
-    inputs[0] = inputs[0].contiguous(memory_format=job.layout)
-    with torch.autocast(job.device.type, dtype=job.half) if job.half else nullcontext():
+    rgb, depth = to_input(rgb, depth, (job.train_set.depth_mean, job.train_set.depth_std))
+    inputs = (rgb.contiguous(memory_format=job.layout), depth)[: 1 if job.settings.task == "depth" else 2]
+    with torch.autocast(job.device.type, dtype=job.half, enabled=job.half is not None):
         out: Tensor = net(*inputs)
     return out.float() if target.ndim == 1 else F.interpolate(out.float(), target.shape[-2:], mode="bilinear")
 
@@ -158,10 +149,10 @@ def _places(job: Job, epoch: int, start: int) -> Iterator[Any]:
     """Where this rank's rows stand in each batch of all ranks."""
     if ranks.WORLD == 1:
         return repeat(slice(None))
-    n_rows, s = len(job.train_set), job.settings
-    whole = train_batches(n_rows, s.batch_size * ranks.WORLD, s.seed, epoch, start=start)
-    mine = train_batches(n_rows, s.batch_size, s.seed, epoch, start=start, rank=ranks.RANK, world=ranks.WORLD)
-    return (np.searchsorted(a, b) for a, b in zip(whole, mine, strict=True))
+    n_rows, size, seed = len(job.train_set), job.settings.batch_size, job.settings.seed
+    whole = train_batches(n_rows, size * ranks.WORLD, seed, epoch, start=start)
+    mine = train_batches(n_rows, size, seed, epoch, start=start, rank=ranks.RANK, world=ranks.WORLD)
+    return map(np.searchsorted, whole, mine)
 
 
 def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
@@ -198,8 +189,7 @@ class Meter:
 
     def values(self) -> dict[str, float]:
         rate = self.rows * ranks.WORLD / (time.perf_counter() - self.started)
-        own, cache = self.memory
-        return {"samples_per_s": rate, "memory_bytes": own, "page_cache_bytes": cache}
+        return {"samples_per_s": rate, "memory_bytes": self.memory[0], "page_cache_bytes": self.memory[1]}
 
     def show(self, run: Run, n_rows: int, is_last: bool) -> None:
         """Measure the memory (the largest is kept) and refresh the bar, at most once a second, and at the end."""
@@ -208,11 +198,11 @@ class Meter:
         if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
             return
         self.shown = time.perf_counter()
-        self.memory = TreeMemory(*(max(pair) for pair in zip(self.memory, tree_memory(), strict=True)))
+        self.memory = TreeMemory(*map(max, self.memory, tree_memory()))
         warn_near_limit()
         if not self.bar.disable:
-            loss, rate, memory = float(run.sums[0] / run.sums[1]), *list(self.values().values())[:2]
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f}/s, mem {memory / 2**30:.2f} GiB")
+            loss, rate = float(run.sums[0] / run.sums[1]), self.values()["samples_per_s"]
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f}/s, mem {self.memory[0] / 2**30:.2f} GiB")
 
 
 def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
@@ -253,9 +243,7 @@ def apply(net: nn.Module, job: Job, batch: Batch) -> tuple[Tensor, Batch]:
 def evaluate(run: Run, job: Job) -> dict[str, float]:
     """Every test row once over all ranks; leaves the counts in the run."""
     run.model.eval()
-    for buffer in (
-        run.model.buffers() if ranks.WORLD > 1 else ()
-    ):  # on gloo each rank has BatchNorm statistics of its own
+    for buffer in run.model.buffers() if ranks.WORLD > 1 else ():  # on gloo each rank has BatchNorm statistics
         dist.broadcast(buffer, 0)
     sums = torch.zeros_like(run.sums)
     for batch in job.test_loader:
@@ -285,8 +273,7 @@ def train(settings: Settings) -> dict[str, Any]:
     run, mirror = new_run(job), Mirror(settings)
     restore(run, settings, job.train_set.fingerprint)
     job.net = ranks.wrap(run.model, job.device)
-    if settings.compile:
-        job.net = torch.compile(job.net)
+    job.net = torch.compile(job.net) if settings.compile else job.net
     open_loaders(job)
     while run.epoch < settings.epochs:
         started = time.perf_counter()

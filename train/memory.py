@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,20 +50,14 @@ def sizes_in(path: Path) -> dict[str, int]:
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
-def _process_memory(pid: int) -> TreeMemory:
-    """One process; the resident size where the kernel has no smaps_rollup; zeros once it has ended."""
-    found = sizes_in(PROC / str(pid) / "smaps_rollup")
-    if "Pss_Anon" in found:
-        return TreeMemory(found["Pss_Anon"] + found.get("Pss_Shmem", 0), found.get("Pss_File", 0))
-    found = sizes_in(PROC / str(pid) / "status")
-    anonymous = found.get("RssAnon", found.get("VmRSS", 0)) + found.get("RssShmem", 0)
-    return TreeMemory(anonymous, found.get("RssFile", 0))
-
-
 def tree_memory(pid: int | None = None) -> TreeMemory:
-    """Memory of the process (this one by default) and its descendants; zeros on a system without /proc."""
-    parts = [_process_memory(each) for each in tree_of(pid or os.getpid())]
-    return TreeMemory(sum(part.pss_anon for part in parts), sum(part.page_cache for part in parts))
+    """Memory of the process (this one by default) and its descendants, resident sizes where the kernel has no PSS."""
+    found = [PROC / str(each) for each in tree_of(pid or os.getpid())]
+    sizes = [sizes_in(process / "status") | sizes_in(process / "smaps_rollup") for process in found]
+    own, shared, files = (
+        sum(each.get(f"Pss_{kind}", each.get(f"Rss{kind}", 0)) for each in sizes) for kind in ("Anon", "Shmem", "File")
+    )
+    return TreeMemory(own + shared, files)
 
 
 def room() -> tuple[int, int, str] | None:
@@ -70,31 +65,29 @@ def room() -> tuple[int, int, str] | None:
     machine = sizes_in(PROC / "meminfo")
     found = [(machine["MemAvailable"], machine["MemTotal"], "the machine")] if "MemAvailable" in machine else []
     for group in _groups():
+        is_v2 = (group / "memory.max").exists()
+        names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        prefix = "" if is_v2 else "total_"
         try:
-            is_v2 = (group / "memory.max").exists()
-            names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
             limit, used = (int((group / name).read_text()) for name in names)
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # not a memory group, or "max": no limit
             continue
-        prefix = "" if is_v2 else "total_"
         used -= int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])  # the kernel drops these first
         found.append((limit - used, limit, "the container"))
-    return min(found) if found else None
+    return min(found, default=None)
 
 
-def _groups() -> list[Path]:
+def _groups() -> set[Path]:
     """This process's memory cgroup and those around it, v1 and v2; inside a container the mount's root is its own."""
-    try:
-        lines = [line.split(":", 2) for line in (PROC / "self/cgroup").read_text().splitlines()]
-    except OSError:
-        return []
-    found = [GROUPS, GROUPS / "memory"]
-    for _, controllers, name in lines:
-        if controllers in ("", "memory"):
-            base = GROUPS / controllers
-            found += [base / name[1:], *(base / parent for parent in Path(name[1:]).parents)]
-    return list(dict.fromkeys(found))
+    found = {GROUPS, GROUPS / "memory"}
+    with suppress(OSError):
+        for line in (PROC / "self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers in ("", "memory"):
+                at = Path(name[1:])
+                found |= {GROUPS / controllers / parent for parent in (at, *at.parents)}
+    return found
 
 
 def check_room(n_bytes: int, what: str) -> None:

@@ -66,15 +66,14 @@ class TwoStreamResNet(nn.Module):
 
     def __init__(self, n_out: int, *, width: int = 64, inputs: str = "rgbd", dense: bool = False) -> None:
         super().__init__()
-        self.streams = STREAMS[inputs]
+        self.streams, self.dense = STREAMS[inputs], dense
         for stream in self.streams:
             self.add_module(stream, ResNetTrunk(3 if stream == "rgb" else 1, width))
+        widths = [len(self.streams) * width * 2**k for k in range(4)]
         if dense:
-            self.decoder = Decoder([len(self.streams) * width * 2**k for k in range(4)], 2 * width, n_out)
+            self.decoder = Decoder(widths, 2 * width, n_out)
         else:
-            self.dropout = nn.Dropout(0.5)
-            self.fc = nn.Linear(8 * width * len(self.streams), n_out)
-        self.dense = dense
+            self.dropout, self.fc = nn.Dropout(0.5), nn.Linear(widths[-1], n_out)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -84,9 +83,8 @@ class TwoStreamResNet(nn.Module):
     def forward(self, rgb_bchw: Tensor, depth_b1hw: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] and [B, 1, H, W] -> logits [B, n_out], dense [B, n_out, H / 4, W / 4]."""
         pictures = {"rgb": rgb_bchw, "depth": depth_b1hw}
-        stages = [
-            torch.cat(maps, dim=1) for maps in zip(*(getattr(self, s)(pictures[s]) for s in self.streams), strict=True)
-        ]
+        features = (getattr(self, stream)(pictures[stream]) for stream in self.streams)
+        stages = [torch.cat(maps, dim=1) for maps in zip(*features, strict=True)]
         y: Tensor = self.decoder(stages) if self.dense else self.fc(self.dropout(stages[-1].mean(dim=(2, 3))))
         return y
 
@@ -137,17 +135,15 @@ def build(spec: str, n_out: int, **shape: object) -> nn.Module:
     """The default "resnet18" (`shape`: width, inputs, dense), or what `package.module:callable` returns for n_out."""
     if spec == "resnet18":
         return TwoStreamResNet(n_out, **shape)  # type: ignore[arg-type]
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
+    name, _, attribute = spec.partition(":")
+    if not name or not attribute:
         raise UserError(f"--model {spec}: expected resnet18 or package.module:callable, such as my_models:make")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = getattr(importlib.import_module(name), attribute)
     except (ImportError, AttributeError) as error:
-        hint = f"Run from the folder that holds {module_name}, or install it"
-        raise UserError(f"--model {spec}: {error}. {hint}") from error
+        raise UserError(f"--model {spec}: {error}. Run from the folder that holds {name}, or install it") from error
     model = factory(n_out)
     if not isinstance(model, nn.Module):
-        raise UserError(
-            f"--model {spec} returned {type(model).__name__}, expected a torch.nn.Module taking (rgb, depth)"
-        )
+        got = type(model).__name__
+        raise UserError(f"--model {spec} returned {got}, expected a torch.nn.Module taking (rgb, depth)")
     return model

@@ -1,7 +1,8 @@
 """(seed, epoch, position, rank, world) -> row numbers. Pure: workers and world size never enter the order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -58,16 +59,13 @@ class Batches:
         return steps_per_epoch(self.n_rows, self.batch_size, self.world)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return self._from(self.epoch, self.start)
-
-    def _from(self, epoch: int, start: int) -> Iterator[np.ndarray]:
-        place = {"start": start, "rank": self.rank, "world": self.world}
+        where: dict[str, Any] = {"start": self.start, "rank": self.rank, "world": self.world}
         if self.seed is None:
-            return eval_batches(self.n_rows, self.batch_size, **place)
-        return train_batches(self.n_rows, self.batch_size, self.seed, epoch, **place)
+            return eval_batches(self.n_rows, self.batch_size, **where)
+        return train_batches(self.n_rows, self.batch_size, self.seed, self.epoch, **where)
 
     def endless(self, epoch: int, step: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """(epoch, step, positions) from there on, epoch after epoch."""
         while True:
-            yield from ((epoch, k, indices) for k, indices in enumerate(self._from(epoch, step), step))
+            yield from ((epoch, k, indices) for k, indices in enumerate(replace(self, epoch=epoch, start=step), step))
             epoch, step = epoch + 1, 0

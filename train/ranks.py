@@ -47,12 +47,12 @@ def first(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, in every rank; a UserError there is one everywhere."""
     if WORLD == 1:
         return make()
-    box = [None]
+    box: list[Any] = [None]
     if RANK == 0:
         try:
             box = [make()]
         except UserError as error:
-            box = [error]  # type: ignore[list-item]
+            box = [error]
     dist.broadcast_object_list(box)
     if isinstance(box[0], UserError):
         raise box[0]

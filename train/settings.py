@@ -65,6 +65,11 @@ class Settings:
         """`width`, its default worked out."""
         return self.width or (64 if self.weights else 32)
 
+    @property
+    def fields(self) -> tuple[str, str]:
+        """What is read of the set beside the target."""
+        return "rgb", "raw_depth" if self.task == "depth" else "depth"
+
 
 def add_flags(parser: ArgumentParser) -> None:
     """One flag a field; the type is that of the default."""

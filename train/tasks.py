@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convert.format import VOID
+from train.data import ShardDataset
 from train.settings import Settings
 
 EIGEN_BOXES = {  # top, bottom, left, right of [45:471, 41:601] as shares of the stored picture, by the set's crop
@@ -52,9 +53,8 @@ class Classes:
 
     def scores(self, counts: Tensor) -> Scores:
         """Share of the right answers, and means over the classes that have true rows or pixels."""
-        recall_k, iou_k = self.per_class(counts)
+        mean_class, miou = (float(values_k.nanmean()) for values_k in self.per_class(counts))
         right = float(counts.view(self.n_out, -1).trace() / counts.sum())
-        mean_class, miou = float(recall_k.nanmean()), float(iou_k.nanmean())
         if self.main == "top1":
             return {"top1": right, "mean_class": mean_class}
         return {"miou": miou, "pixel_accuracy": right, "mean_class": mean_class}
@@ -116,12 +116,11 @@ def class_weights(labels_n: np.ndarray, num_classes: int, power: float) -> Tenso
     return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
 
-def make_task(settings: Settings, train_set: Any, crop: str) -> Task:
+def make_task(settings: Settings, train_set: ShardDataset) -> Task:
     """The task of these settings on a dataset."""
     if settings.task == "depth":
-        return Depth(train_set.depth_mean, EIGEN_BOXES[crop])
-    names, smoothing = list(train_set.classes), settings.label_smoothing
+        return Depth(train_set.depth_mean, EIGEN_BOXES[train_set.crop])
+    names, weights_k, main = train_set.classes, torch.ones(len(train_set.classes)), "miou"
     if settings.task == "scene":
-        weights_k = class_weights(train_set.labels(), len(names), settings.class_balance)
-        return Classes(names, weights_k, smoothing, "top1")
-    return Classes(names, torch.ones(len(names)), smoothing, "miou")
+        weights_k, main = class_weights(train_set.labels(), len(names), settings.class_balance), "top1"
+    return Classes(names, weights_k, settings.label_smoothing, main)
