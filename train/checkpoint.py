@@ -71,7 +71,7 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
     sums, out = ranks.total(run.sums), Path(settings.out)
     if ranks.RANK:
         return
-    state = {name: getattr(run, name).state_dict() for name in PARTS}
+    state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"epoch": run.epoch, "step": run.step, "sums": sums, "counts": run.counts, "history": run.history}
     state |= {"settings": asdict(settings), "batch": settings.batch_size * ranks.WORLD, "fingerprint": fingerprint}
     if run.history:

@@ -227,15 +227,12 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return not (self.normalize or self._parts)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """The fields asked for, then the target."""
-        batch = self.stored(indices)
-        return self.normalized(batch) if self.normalize else batch
-
-    def normalized(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A stored batch, on any device, as float32 inputs; the target as it is."""
-        stats, pairs = (self.depth_mean, self.depth_std), zip(self.fields, batch, strict=False)
-        inputs = (normalize_rgb(part) if field == "rgb" else normalize_depth(part, *stats) for field, part in pairs)
-        return (*inputs, batch[-1])
+        """The fields asked for, as float32 inputs where `normalize`, then the target."""
+        *inputs, target = self.stored(indices)
+        if self.normalize:
+            stats, pairs = (self.depth_mean, self.depth_std), zip(self.fields, inputs, strict=True)
+            inputs = [normalize_rgb(part) if field == "rgb" else normalize_depth(part, *stats) for field, part in pairs]
+        return (*inputs, target)
 
 
 def unpacked(path: Path) -> Path:
@@ -292,7 +289,9 @@ def create_dataloaders(
 
     def loader(split: str, change: Transform | None, order_seed: int | None, place: Any = None) -> Loader:
         dataset = ShardDataset(dataset_path, split=split, device=place, allow_remote=allow_remote, **chosen)
-        _check_size(dataset, target_size)
+        if target_size not in (None, have := dataset.size, (have, have), [have, have]):
+            hint = f"Run: make convert ARGS='--size {np.min(target_size)}'"
+            raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
         workers = 0 if place else _worker_count(num_workers, Maker(dataset, change, seed), batch_size)
         batches = Batches(len(dataset), batch_size, order_seed, rank, world)
         return Loader(dataset, batches, workers, start_method, prefetch=prefetch and place is None, transform=change)
@@ -313,7 +312,7 @@ def _worker_count(num_workers: int | str, make: Maker, batch_size: int) -> int:
         started = time.perf_counter()
         make(buffer, (0, 0, np.arange(n_rows)))
     ms = (time.perf_counter() - started) * 1e3 * batch_size / n_rows
-    count = 0 if ms <= HIDDEN_MS else min(cores, N_SLOTS - 1) if cores > 1 else 0
+    count = min(cores, N_SLOTS - 1) if ms > HIDDEN_MS and cores > 1 else 0
     why = f"a batch takes {ms:.1f} ms to make, {cores} cores"
     print(f"loader: {make.dataset.split}: num_workers=auto is {count} ({why})", file=sys.stderr)
     return count
@@ -333,10 +332,3 @@ def refuse_remote(path: Path) -> None:
             f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "
             f"Run: make pull DRIVE={path.parent} (or insist: --allow-remote)"
         )
-
-
-def _check_size(dataset: ShardDataset, target_size: int | tuple[int, int] | None) -> None:
-    have = dataset.size
-    if target_size not in (None, have, (have, have), [have, have]):
-        size = target_size[0] if isinstance(target_size, (tuple, list)) else target_size
-        raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. Run: make convert ARGS='--size {size}'")

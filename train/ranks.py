@@ -48,11 +48,10 @@ def first(make: Callable[[], Any]) -> Any:
     if WORLD == 1:
         return make()
     box: list[Any] = [None]
-    if RANK == 0:
-        try:
-            box = [make()]
-        except UserError as error:
-            box = [error]
+    try:
+        box = [make() if RANK == 0 else None]
+    except UserError as error:
+        box = [error]
     dist.broadcast_object_list(box)
     if isinstance(box[0], UserError):
         raise box[0]
