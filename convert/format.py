@@ -16,7 +16,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,7 @@ MANIFEST_TYPES: dict[str, Any] = {
     "source": {"name": str, "bytes": int, "sampled_sha256": str},
     "names": {**NAME_TABLES, "to40": [int], "to13": [int]},
     "shards": [{"files": dict}],
+    "files": [{"bytes": int, "sha256": str}],  # of the shards, the columns and the metadata
 }
 CROPS = ("none", "border", "eigen")
 DEPTH_RESIZES = ("nearest", "area")
@@ -84,9 +86,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise UserError(f"unknown settings in the manifest: {', '.join(unknown)}. Run: make convert")
+        """Raises TypeError where one is unknown."""
         return cls(**{**values, "fields": tuple(values["fields"])})
 
 
@@ -142,14 +142,13 @@ def fsync_dir(path: Path) -> None:
     """Make a rename in `path` durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError:  # some network file systems cannot
-        pass
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[HashingFile], None], *, keep_same: bool = False) -> dict[str, Any]:
+def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False) -> dict[str, Any]:
     """Write under a temporary name, fsync, rename. Returns {"bytes", "sha256"} of what was written.
 
     With `keep_same` a file that holds these very bytes already is left untouched.
@@ -178,21 +177,16 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write a C-contiguous array as .npy, atomically and durably."""
-
-    def write(file: HashingFile) -> None:
-        file.write(npy_header(array.dtype.str, array.shape))
-        file.write(raw(array))
-
-    return write_atomically(path, write, keep_same=True)
+    return write_bytes(path, npy_header(array.dtype.str, array.shape), raw(array))
 
 
 def raw(array: np.ndarray) -> Any:
+    """Its bytes, not copied where it is C-contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
 
 
 def write_bytes(path: Path, *parts: Any) -> dict[str, Any]:
-    return write_atomically(path, lambda file: void([file.write(part) for part in parts]), keep_same=True)
+    return write_atomically(path, lambda file: [file.write(part) for part in parts], keep_same=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
@@ -205,8 +199,7 @@ def void(_: Any) -> None:
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """The commit."""
-    text = _signed(json.dumps(manifest, indent=2, sort_keys=True)[:-2])
-    write_bytes(directory / MANIFEST, text.encode())
+    write_bytes(directory / MANIFEST, _signed(json.dumps(manifest, indent=2, sort_keys=True)[:-2]).encode())
 
 
 def _signed(body: str) -> str:
@@ -237,7 +230,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a finished set: every byte of it checked, and everything that readers rely on."""
     path = directory / MANIFEST
     if not os.path.lexists(path):
-        raise UserError(_unfinished(directory))
+        done = len(list(directory.glob("receipt-*.json")))
+        state = f"the conversion did not finish ({done} shards are done)" if done else "it is not a finished set"
+        raise UserError(f"no {MANIFEST} in {directory}: {state}. Run: make convert")
     with open_plain(path) as file:
         data = file.read()
     try:
@@ -264,8 +259,7 @@ def _like(value: Any, kind: Any) -> bool:
 def _check_manifest(manifest: dict[str, Any]) -> None:
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}")
-    facts = [*all_files(manifest).values()]
-    if not _like(manifest, MANIFEST_TYPES) or not _like(facts, [{"bytes": int, "sha256": str}]):
+    if not _like({**manifest, "files": [*all_files(manifest).values()]}, MANIFEST_TYPES):
         raise ValueError("a value has the wrong type")
     settings, n_rows = Settings.from_dict(manifest["settings"]), manifest["rows"]
     if manifest["fingerprint"] != fingerprint(settings, manifest["source"]):
@@ -273,30 +267,22 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     starts = range(0, n_rows, settings.rows_per_shard)
     if n_rows < 1 or len(manifest["shards"]) != len(starts):
         raise ValueError(f"it has {n_rows} rows in {len(manifest['shards'])} shards")
-    zarr = manifest["container"] == "zarr"
-    arrays = ("", *(f"{field}/" for field in settings.fields), *(f"rows-{name}/" for name in COLUMNS)) if zarr else ()
+    zarr, names = manifest["container"] == "zarr", set(settings.fields)
     for k, (start, shard) in enumerate(zip(starts, manifest["shards"], strict=True)):
-        rows, names = [start, min(start + starts.step, n_rows)], {shard_name(f, k, zarr) for f in settings.fields}
-        if (shard["rows"], set(shard["files"])) != (rows, names):
+        rows, files = [start, min(start + starts.step, n_rows)], {shard_name(f, k, zarr) for f in names}
+        if (shard["rows"], set(shard["files"])) != (rows, files):
             raise ValueError(f"shard {k} is not that of its rows and fields, or outside the set")
     found = [set(manifest.get(key, ())) for key in ("fields", "columns", "metadata", "codecs")]
-    columns, metadata = {column_name(name, zarr) for name in COLUMNS}, {f"{array}zarr.json" for array in arrays}
-    if found != [set(settings.fields), columns, metadata, set(settings.fields if zarr else ())]:
+    metadata = {f"{array}/zarr.json" for array in (*names, *(f"rows-{name}" for name in COLUMNS))} | {"zarr.json"}
+    only_zarr = [metadata, names] if zarr else [set(), set()]
+    if found != [names, {column_name(name, zarr) for name in COLUMNS}, *only_zarr]:
         raise ValueError("its fields or columns are not those of a set, or outside the set")
-
-
-def _unfinished(directory: Path) -> str:
-    done = len(list(directory.glob("receipt-*.json"))) if directory.is_dir() else 0
-    state = f"the conversion did not finish ({done} shards are done)" if done else "it is not a finished set"
-    return f"no {MANIFEST} in {directory}: {state}. Run: make convert"
 
 
 def all_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every file of the set -> {"bytes", "sha256"}."""
-    files = {**manifest["columns"], **manifest.get("metadata", {})}
-    for shard in manifest["shards"]:
-        files.update(shard["files"])
-    return files
+    parts = [manifest["columns"], manifest.get("metadata", {}), *(shard["files"] for shard in manifest["shards"])]
+    return {name: facts for files in parts for name, facts in files.items()}
 
 
 def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
@@ -399,8 +385,6 @@ class ShardSet:
 
     def column(self, name: str) -> np.ndarray:
         """One value a row, e.g. "split", "scene", "scene_type", "accel"; hashed, and in range for its names."""
-        if name not in COLUMNS:
-            raise UserError(f"{self.path} has no column {name}. Run: make convert")
         file = column_name(name, self.codecs is not None)
         try:
             with open_plain(self.path / file) as opened:

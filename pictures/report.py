@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.format import UserError, void, write_atomically
+from convert.format import UserError, write_atomically
 from train.checkpoint import CHECKPOINT, METRICS, Run, newest, write_csv
 from train.loop import Job, apply, epoch_line, evaluate, new_run, open_loaders, start
 from train.settings import Settings
@@ -91,7 +91,7 @@ def _test_outcomes(run: Run, job: Job) -> Iterator[Outcome]:
 
 
 def _write(path: Path, data: bytes) -> str:
-    write_atomically(path, lambda file: void(file.write(data)))
+    write_atomically(path, lambda file: file.write(data))
     return path.name
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.format import UserError, void, write_atomically
+from convert.format import UserError, write_atomically
 
 INK, VOID_GREY = "#1c1f24", 0.13
 
@@ -104,7 +104,7 @@ def _save(figure: Any, out: Path) -> None:
     figure.savefig(buffer, format="png", facecolor="white")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, lambda file: void(file.write(buffer.getvalue())))
+        write_atomically(out, lambda file: file.write(buffer.getvalue()))
     except OSError as error:
         hint = "Choose another place: python -m convert inspect DIR --picture FILE.png"
         raise UserError(f"{out} cannot be written ({error.strerror or error}). {hint}") from error
