@@ -50,11 +50,13 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from .check import describe, picture
+    from .check import describe
 
     directory = fmt.resolve_set(args.directory)
     print(describe(directory))
     if args.picture:
+        from pictures.sheet import picture
+
         picture(directory, args.picture, args.rows)
         print(f"picture: {args.picture}")
 

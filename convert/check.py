@@ -10,17 +10,15 @@ import numpy as np
 from tqdm import tqdm
 
 from . import format as fmt
-from .format import Settings, ShardSet, UserError
+from .format import FIELDS, Settings, ShardSet, UserError
 
 
 def verify_all(directory: Path) -> int:
     """Check every file; raises UserError naming the wrong ones and the command. Returns how many are right."""
     manifest = fmt.read_manifest(directory)
-    files, wrong = fmt.all_files(manifest), {}
-    for name, problem in tqdm(fmt.verify(directory), total=len(files), desc="verify", unit="file", disable=None):
-        if problem:
-            wrong[name] = problem
-    if wrong:
+    files = fmt.all_files(manifest)
+    checking = tqdm(fmt.verify(directory), total=len(files), desc="verify", unit="file", disable=None)
+    if wrong := {name: problem for name, problem in checking if problem}:
         said = [f"{directory / name} {problem}" for name, problem in wrong.items()]
         more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
         foreign = [str(directory / name) for name in wrong if name not in files]
@@ -62,17 +60,14 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
             reader, shards = mat.reader(name), found.shards(name)
             if reader.needs_scratch:
                 reader.fill_scratch(Path(tempfile.gettempdir()))
-            for row in sorted(int(r) for r in rows):
-                group = reader.read_group(row // reader.group_rows)
-                small = resize(
-                    name, group[row % reader.group_rows], settings.size, settings.crop, settings.depth_resize
-                )
+            for row in sorted(rows.tolist()):
+                large = reader.read_group(row // reader.group_rows)[row % reader.group_rows]
+                small = resize(name, large, settings.size, settings.crop, settings.depth_resize)
                 shard, offset = divmod(row, settings.rows_per_shard)
                 if not np.array_equal(small, shards[shard][offset]):
-                    file = directory / fmt.shard_name(name, shard)
-                    raise UserError(
-                        f"{file}: row {row} is not what {source} gives. Delete {directory}, then run: make convert"
-                    )
+                    file = directory / fmt.shard_name(name, shard, found.codecs is not None)
+                    what = f"row {row} is not what {source} gives. Delete {directory}, then run: make convert"
+                    raise UserError(f"{file}: {what}")
     finally:
         mat.close()
     return len(rows)
@@ -81,71 +76,43 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
 def describe(directory: Path) -> str:
     """Rows, splits, class counts, depth range, void share, provenance, as text."""
     found = fmt.open_set(directory)
-    split, types = found.column("split"), found.column("scene_type")
-    n_bytes = sum(f["bytes"] for f in fmt.all_files(found.manifest).values())
+    manifest, files = found.manifest, fmt.all_files(found.manifest)
+    split, scene, types = (found.column(name) for name in ("split", "scene", "scene_type"))
+    shared = len(np.intersect1d(scene[split == 0], scene[split == 1]))
     lines = [
         str(directory),
         f"  rows      {found.n_rows}: {np.sum(split == 0)} train, {np.sum(split == 1)} test, "
-        f"{len(found.manifest['names']['scenes'])} scenes ({_shared_scenes(found)} in both splits)",
-        f"  settings  {json.dumps(found.manifest['settings'])}",
-        f"  source    {found.manifest['source']['name']}, {found.manifest['source']['bytes']} bytes",
-        f"  files     {len(fmt.all_files(found.manifest))}, {n_bytes / 1e6:.0f} MB",
+        f"{len(manifest['names']['scenes'])} scenes ({shared} in both splits)",
+        f"  settings  {json.dumps(manifest['settings'])}",
+        f"  source    {manifest['source']['name']}, {manifest['source']['bytes']} bytes",
+        f"  files     {len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:.0f} MB",
+        *(_field_line(found, name) for name in manifest["fields"]),
+        "  scene type            train   test",
     ]
-    lines += _field_lines(found)
-    lines.append("  scene type            train   test")
-    for k, name in enumerate(found.manifest["names"]["scene_types"]):
+    for k, name in enumerate(manifest["names"]["scene_types"]):
         counts = [int(np.sum((types == k) & (split == s))) for s in (0, 1)]
         if any(counts):
             lines.append(f"    {name:<18} {counts[0]:>6} {counts[1]:>6}")
-    return "\n".join(lines + _provenance_lines(directory))
+    return "\n".join([*lines, _provenance_line(directory)])
 
 
-def _shared_scenes(found: ShardSet) -> int:
-    split, scene = found.column("split"), found.column("scene")
-    return len(np.intersect1d(scene[split == 0], scene[split == 1]))
+def _field_line(found: ShardSet, name: str) -> str:
+    facts = found.manifest["fields"][name]
+    text = f"  {name:<9} {facts['dtype']} {tuple(facts['shape'])}, {facts['unit']}"
+    if FIELDS[name]["dtype"] != "<u2":
+        return text
+    counts = np.sum([np.bincount(s.ravel(), minlength=1 << 16) for s in found.shards(name)], axis=0)
+    present, none = np.flatnonzero(counts[1:]) + 1, counts[0] / counts.sum()
+    if name == "label":
+        return f"{text}: {len(present)} classes present, {none:.1%} void"
+    low, high = present[[0, -1]] if len(present) else (0, 0)
+    return f"{text}: {low} .. {high}, {none:.1%} without a measurement"
 
 
-def _field_lines(found: ShardSet) -> list[str]:
-    lines = []
-    for name, facts in found.manifest["fields"].items():
-        text = f"  {name:<9} {facts['dtype']} {tuple(facts['shape'])}, {facts['unit']}"
-        if name in ("depth", "raw_depth"):
-            shards = found.shards(name)
-            low = min(int(s[s > 0].min()) if (s > 0).any() else 0 for s in shards)
-            holes = sum(int((s == 0).sum()) for s in shards) / sum(s.size for s in shards)
-            text += f": {low} .. {max(int(s.max()) for s in shards)}, {holes:.1%} without a measurement"
-        if name == "label":
-            shards = found.shards(name)
-            counts = np.sum([np.bincount(s.ravel(), minlength=1024) for s in shards], axis=0)
-            present = int(np.count_nonzero(counts[1:]))
-            text += f": {present} classes present, {counts[0] / counts.sum():.1%} void"
-        lines.append(text)
-    return lines
-
-
-def _provenance_lines(directory: Path) -> list[str]:
+def _provenance_line(directory: Path) -> str:
     try:
         made = json.loads((directory / fmt.PROVENANCE).read_text())
         cost = f"{made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB"
-        return [f"  made {made['when']} in {cost}: {made['command']}"]
+        return f"  made {made['when']} in {cost}: {made['command']}"
     except (OSError, ValueError, KeyError):
-        return ["  made: unknown (no provenance.json)"]
-
-
-def picture(directory: Path, out: Path, n_rows: int) -> None:
-    """A contact sheet of rows spread over the set: rgb | depth | labels."""
-    from pictures.sheet import contact_sheet
-
-    found = fmt.open_set(directory)
-    rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
-    step = found.manifest["settings"]["rows_per_shard"]
-    rgb, depth, label = (
-        np.stack([shards[r // step][r % step] for r in rows])
-        for shards in (found.shards(field) for field in ("rgb", "depth", "label"))
-    )
-    names = found.manifest["names"]
-    scene, types, split = (found.column(c) for c in ("scene", "scene_type", "split"))
-    captions = [
-        f"row {r}: {names['scenes'][scene[r]]} ({names['scene_types'][types[r]]}, {fmt.SPLITS[split[r]]})" for r in rows
-    ]
-    contact_sheet(rgb, depth, label, names["classes"], captions, out)
+        return "  made: unknown (no provenance.json)"

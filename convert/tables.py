@@ -21,22 +21,17 @@ def tables() -> dict[str, Any]:
     return loaded
 
 
-def class_names() -> list[str]:
-    return list(tables()["classes"])
-
-
 def split_of(scene: str) -> tuple[int, bool]:
     """(0 train | 1 test, whether the scene is official). Others: by the SHA-256 of their name."""
-    for split, key in enumerate(("train_scenes", "test_scenes")):
-        if scene in _scene_set(key):
-            return split, True
+    if scene in _official_splits():
+        return _official_splits()[scene], True
     share = int.from_bytes(hashlib.sha256(scene.encode()).digest()[:8], "big") / 2**64
     return int(share >= TRAIN_SHARE), False
 
 
 @cache
-def _scene_set(key: str) -> frozenset[str]:
-    return frozenset(tables()[key])
+def _official_splits() -> dict[str, int]:
+    return {scene: k for k, key in enumerate(("train_scenes", "test_scenes")) for scene in tables()[key]}
 
 
 def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -45,11 +40,8 @@ def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np
     scene_names, scene_index = np.unique(np.array(scenes), return_inverse=True)
     type_names = tables()["scene_types"] + sorted(set(types) - set(tables()["scene_types"]))
     by_scene = {str(name): split_of(str(name)) for name in scene_names}
-    unknown = [name for name, (_, official) in by_scene.items() if not official]
-    if unknown:
-        announce(
-            f"{len(unknown)} scenes are not in the official table (such as {unknown[0]}): split by a hash of their name"
-        )
+    if unknown := [name for name, (_, official) in by_scene.items() if not official]:
+        announce(f"{len(unknown)} scenes are not official (such as {unknown[0]}): split by a hash of their name")
     columns = {
         "split": np.array([by_scene[s][0] for s in scenes], "|u1"),
         "scene": scene_index.astype("<u4"),
@@ -67,10 +59,10 @@ def _label_names(mat: Mat, announce: Callable[[str], None]) -> dict[str, Any]:
     if len(names) < len(official["classes"]):  # labels go up to 894: each needs its name
         raise mat.refuse(f"names has {len(names)} entries, expected {len(official['classes'])}")
     known = {name: i for i, name in enumerate(official["classes"])}
-    strange = [name for name in names if name not in known]
-    if strange:
+    if strange := [name for name in names if name not in known]:
         announce(f"{len(strange)} class names are not official (such as {strange[0]}): void among the 40 and the 13")
+    same = {key: official[key] for key in ("classes40", "classes13")}
     groups = {
-        key: [0] + [official[key][known[name]] if name in known else 0 for name in names] for key in ("to40", "to13")
+        key: [0, *(official[key][known[name]] if name in known else 0 for name in names)] for key in ("to40", "to13")
     }
-    return {"classes": names, "classes40": official["classes40"], "classes13": official["classes13"], **groups}
+    return {"classes": names, **same, **groups}
