@@ -18,17 +18,15 @@ def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
         handle = os.open(root / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise UserError(
-            f"{root} cannot be made or written to ({error.strerror}). Run: make convert OUT=/a/writable/directory"
-        ) from None
+        what = f"{root} cannot be made or written to ({error.strerror})"
+        raise UserError(f"{what}. Run: make convert OUT=/a/writable/directory") from None
     with open(handle, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = file.read().strip() or "another process"
-            raise UserError(
-                f"{root / name} is being converted by {holder}. Wait for it, then run: make convert"
-            ) from None
+            wait_for_it = f"{root / name} is being converted by {holder}. Wait for it, then run: make convert"
+            raise UserError(wait_for_it) from None
         except OSError:  # a file system without locks: go on
             pass
         file.truncate(0)
@@ -37,5 +35,4 @@ def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            file.seek(0)
-            file.truncate()
+            file.truncate(0)

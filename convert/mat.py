@@ -30,13 +30,11 @@ MAX_TILES = 16384  # chunks in one row
 
 
 class Elsewhere(Protocol):
-    """What a .mat that is no file must offer: these methods of a Path, and `pread`, which threads may call at once."""
+    """A .mat that is no file: some of a Path's methods, and `pread`, which threads may call at once."""
 
     @property
     def name(self) -> str: ...
     def exists(self) -> bool: ...
-    def is_file(self) -> bool: ...
-    def is_dir(self) -> bool: ...
     def stat(self) -> os.stat_result: ...
     def open(self, mode: str, /) -> Any: ...
     def pread(self, n_bytes: int, offset: int) -> bytes: ...
@@ -63,35 +61,28 @@ def open_mat(path: Source) -> h5py.File:
     """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
     if not path.exists():
         raise UserError(f"{path}: no such file. Download nyu_depth_v2_labeled.mat, then run: make convert MAT=...")
-    if path.is_dir():
-        raise UserError(f"{path} is a directory. Run: python -m convert run {path}/nyu_depth_v2_labeled.mat --out data")
     head = _head(path)
-    if not head:
-        raise UserError(f"{path} is empty: the download failed. Delete it and run: make convert")
-    if head.lstrip()[:1] == b"<":
-        raise UserError(f"{path} is a web page, not a .mat: the download failed. Delete it and run: make convert")
+    if not head or head.lstrip()[:1] == b"<":
+        what = "a web page, not a .mat" if head else "empty"
+        raise UserError(f"{path} is {what}: the download failed. Delete it and run: make convert")
     if head.startswith(b"MATLAB 5.0"):
         raise UserError(f"{path} is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert")
     try:
         return h5py.File(path if isinstance(path, Path) else path.open("rb"), "r", locking=False)
     except Exception as error:  # h5py raises whatever HDF5 comes upon
-        n_bytes = path.stat().st_size
+        what = f"is not a MATLAB v7.3 file ({_one_line(error)}). Download it again"
         if "truncated" in str(error):
-            raise UserError(
-                f"{path} is {n_bytes} bytes and its end is missing (the original has {ORIGINAL_BYTES}): "
-                "the download was cut. Fetch the rest with curl -C -, then run: make convert"
-            ) from None
-        raise UserError(
-            f"{path} is not a MATLAB v7.3 file ({_one_line(error)}). Download it again, then run: make convert"
-        ) from None
+            what = f"is {path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES}): "
+            what += "the download was cut. Fetch the rest with curl -C -"
+        raise UserError(f"{path} {what}, then run: make convert") from None
 
 
 def _head(path: Source) -> bytes:
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "not a regular file")
+        if isinstance(path, Path) and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is a directory" if path.is_dir() else "not a regular file")
         with path.open("rb") as file:
-            return file.read(520)
+            return file.read(520)  # type: ignore[no-any-return]
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}). Check its permissions, then run: make convert"
@@ -122,7 +113,6 @@ class Mat:
         self.file.close()
         if isinstance(self.handle, int) and self.handle >= 0:
             os.close(self.handle)
-            self.handle = -1
 
     def refuse(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what}. Download it again, then run: make convert")
@@ -158,38 +148,35 @@ class Mat:
 
     def _check_shapes(self, fields: tuple[str, ...]) -> int:
         """The number of rows, after checking that every field agrees on it, before memory is taken."""
-        found = {}
-        for name in fields:
-            dset = self._dataset(KEYS[name])
-            self._check_field(name, dset)
-            found[KEYS[name]] = (dset.shape[0], dset.shape[-2:])
+        dsets = {name: self._dataset(KEYS[name]) for name in fields}
+        for name, dset in dsets.items():
+            if problem := self._problem(name, dset):
+                raise self.refuse(f"{KEYS[name]} {problem}")
+        found = {KEYS[name]: (dset.shape[0], dset.shape[-2:]) for name, dset in dsets.items()}
         if len(set(found.values())) != 1:
             raise self.refuse(f"its fields disagree on rows and picture size: {found}")
-        count: int = next(iter(found.values()))[0]
+        count: int = next(iter(dsets.values())).shape[0]
         if not 1 <= count <= 1_000_000:
             raise self.refuse(f"it has {count} rows")
         return count
 
-    def _check_field(self, name: str, dset: h5py.Dataset) -> None:
-        """Type, shape and chunks within what the labelled set can be, and no larger than so small a file can hold."""
-        key, kind = KEYS[name], np.dtype(KINDS[name])
+    def _problem(self, name: str, dset: h5py.Dataset) -> str | None:
+        """Type, shape or chunks beyond what the labelled set can be, or larger than so small a file can hold."""
+        kind, planes, n_bytes = np.dtype(KINDS[name]), (3,) if name == "rgb" else (), self.path.stat().st_size
         shape: tuple[int, ...] = dset.shape or ()
         if dset.dtype.newbyteorder("=") != kind:
-            raise self.refuse(f"{key} is {dset.dtype}, expected {kind}")
-        wanted = 4 if name == "rgb" else 3
-        sides = all(8 <= s <= MAX_SIDE for s in shape[-2:])
-        if len(shape) != wanted or (name == "rgb" and shape[1] != 3) or not sides:
-            raise self.refuse(f"{key} has shape {shape}, expected (rows, {'3, ' if wanted == 4 else ''}640, 480)")
-        n_bytes = self.path.stat().st_size
+            return f"is {dset.dtype}, expected {kind}"
+        if len(shape) < 3 or shape[1:-2] != planes or not all(8 <= side <= MAX_SIDE for side in shape[-2:]):
+            return f"has shape {shape}, expected (rows, {'3, ' if planes else ''}640, 480)"
         if math.prod(shape) * kind.itemsize > n_bytes * MAX_DEFLATE:
-            raise self.refuse(f"{key} claims shape {shape}, more than {n_bytes} bytes can hold")
-        if not dset.chunks:
-            return
-        if math.prod(dset.chunks) * kind.itemsize > MAX_CHUNK_BYTES:
-            raise self.refuse(f"{key} has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each")
-        grid = [-(-s // c) for s, c in zip(shape, dset.chunks, strict=True)]
-        if math.prod(grid[1:]) > MAX_TILES or math.prod(grid) > n_bytes:
-            raise self.refuse(f"{key} has {math.prod(grid)} chunks of {dset.chunks}")
+            return f"claims shape {shape}, more than {n_bytes} bytes can hold"
+        if dset.chunks:
+            grid = [-(-s // c) for s, c in zip(shape, dset.chunks, strict=True)]
+            if math.prod(dset.chunks) * kind.itemsize > MAX_CHUNK_BYTES:
+                return f"has chunks of {dset.chunks}, more than {MAX_CHUNK_BYTES >> 20} MiB each"
+            if math.prod(grid[1:]) > MAX_TILES or math.prod(grid) > n_bytes:
+                return f"has {math.prod(grid)} chunks of {dset.chunks}"
+        return None
 
     def strings(self, key: str) -> list[str]:
         """A cell array of strings: a (1, N) array of references to uint16 character codes."""
@@ -218,6 +205,7 @@ class Mat:
         return text
 
     def row_strings(self, key: str) -> list[str]:
+        """As many as there are rows."""
         values = self.strings(key)
         if len(values) != self.n_rows:
             raise self.refuse(f"{key} has {len(values)} entries for {self.n_rows} rows")

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import io
 import os
 import shutil
 import time
@@ -120,16 +119,18 @@ class Remote:
     def exists(self) -> bool:
         return True
 
-    is_file = exists
-
-    def is_dir(self) -> bool:
-        return False
-
     def stat(self) -> os.stat_result:
         return os.stat_result((0o100444, 0, 0, 1, 0, 0, self.n_bytes, 0, 0, 0))
 
-    def open(self, _mode: str) -> io.RawIOBase:
-        return _Stream(self)
+    def open(self, _mode: str) -> Any:
+        """What h5py reads its small things through: blocks of 64 KB, the last 512 of them kept."""
+        from fsspec.spec import AbstractBufferedFile
+
+        class Stream(AbstractBufferedFile):  # type: ignore[misc]
+            def _fetch_range(self, start: int, stop: int) -> bytes:
+                return self.fs.pread(stop - start, start)  # type: ignore[no-any-return]
+
+        return Stream(self, self.url, "rb", 64 << 10, "blockcache", {"maxblocks": 512}, size=self.n_bytes)
 
     def pread(self, n_bytes: int, offset: int) -> bytes:
         """One range request, again where the connection drops. Threads may call it at once."""
@@ -151,32 +152,3 @@ class Remote:
     def report(self) -> str:
         read, of = self.n_read / 1e6, self.n_bytes / 1e6
         return f"read {read:.1f} of {of:.1f} MB ({read / of:.0%}) in {self.n_requests} requests"
-
-
-class _Stream(io.RawIOBase):
-    """What h5py reads its small things through: blocks of 64 KB, the last 512 of them kept."""
-
-    def __init__(self, remote: Remote) -> None:
-        from fsspec.caching import BlockCache
-
-        def fetch_block(start: int, stop: int) -> bytes:
-            return remote.pread(stop - start, start)
-
-        self.at, self.n_bytes = 0, remote.n_bytes
-        self.cache: Any = BlockCache(64 << 10, fetch_block, remote.n_bytes, 512)
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.n_bytes)[whence]
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.cache._fetch(self.at, min(self.n_bytes, self.at + len(view)))
-        view[: len(data)] = data
-        self.at += len(data)
-        return len(data)
