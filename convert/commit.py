@@ -4,18 +4,19 @@ A receipt is a shard's entry in the manifest, written as soon as the shard is du
 damaged set is taken back to an unfinished one by writing out the entries of the shards that are right.
 """
 
+import json
 import math
 import os
+import shutil
 import sys
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import format as fmt
-from .format import Settings, UserError
+from .format import Codecs, Settings, UserError
 from .mat import Source
-from .pack import Codecs, already
 
 
 def receipt_name(shard: int) -> str:
@@ -55,6 +56,15 @@ def is_finished(directory: Path, digest: str, codecs: Codecs, repair: bool = Fal
     return True
 
 
+def already(directory: Path, codecs: Codecs) -> bool:
+    """Whether the finished set is there; with other codecs it is an error."""
+    if not os.path.lexists(directory / fmt.MANIFEST):
+        return False
+    if (have := fmt.open_set(directory).codecs) != codecs:
+        raise UserError(f"{directory} is there already, with codecs {have}. Delete it, or use another --out")
+    return True
+
+
 def _take_back(directory: Path) -> bool:
     """Make a damaged set an unfinished one again, with receipts of the shards that are right. False: none is wrong."""
     manifest: dict[str, Any] = {"shards": []}
@@ -78,18 +88,39 @@ def write_receipts(directory: Path, manifest: dict[str, Any], wrong: Set[str]) -
             fmt.write_json(directory / receipt_name(k), {"codecs": manifest.get("codecs"), **shard})
 
 
+def resume(
+    directory: Path, bounds: Sequence[Sequence[int]], settings: Settings, codecs: Codecs
+) -> dict[int, dict[str, Any]]:
+    """The receipts of the shards that an earlier run finished, every byte of them; what it was writing is removed."""
+    for path in directory.rglob(".*.tmp"):
+        path.unlink()
+    done = {}
+    for k, rows in enumerate(bounds):
+        with suppress(OSError, UserError, ValueError, KeyError, TypeError, AttributeError):
+            receipt = json.loads((directory / receipt_name(k)).read_text())
+            files, names = receipt["files"], {fmt.shard_name(f, k, codecs is not None) for f in settings.fields}
+            found = receipt["rows"], receipt["codecs"], set(files), set(receipt["sums"])
+            right = found == (list(rows), codecs, names, set(settings.fields))
+            if right and not any(fmt.what_is_wrong(directory / name, files[name]) for name in names):
+                done[k] = receipt
+    if done:
+        log(f"{len(done)} of {len(bounds)} shards are done already: going on from there")
+    return done
+
+
+def check_space(directory: Path, n_bytes: int) -> None:
+    """Refuse before the work what would not fit after it."""
+    need, free = n_bytes + (8 << 20), shutil.disk_usage(directory.parent).free
+    if need > free:
+        raise UserError(
+            f"{directory.parent} has {free / 1e6:.0f} MB free, the shards need {need / 1e6:.0f} MB. "
+            "Free some, or run: make convert OUT=/another/disk"
+        )
+
+
 def remove_receipts(directory: Path, older_than: float = math.inf) -> None:
     """All, or those from before the source's last change. On a read-only disk they stay; nobody minds."""
     with suppress(OSError):
         for receipt in directory.glob("receipt-*.json"):
             if receipt.stat().st_mtime_ns < older_than:
                 receipt.unlink(missing_ok=True)
-
-
-def make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be made ({error.strerror}). Run: make convert OUT=/a/writable/directory"
-        ) from None

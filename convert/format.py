@@ -15,7 +15,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -52,6 +52,7 @@ CROPS = ("none", "border", "eigen")
 DEPTH_RESIZES = ("nearest", "area")
 SPLITS = ("train", "test")
 MEND = "Run: make convert ARGS=--repair, or make pull"
+Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None for .npy
 DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
 
 
@@ -94,6 +95,11 @@ def row_shape(field: str, size: int) -> tuple[int, ...]:
     """The shape of one stored row: (3, S, S) for rgb, (S, S) for the rest."""
     planes = FIELDS[field]["planes"]
     return (planes, size, size) if planes else (size, size)
+
+
+def row_bytes(names: Iterable[str], size: int) -> int:
+    """Of one stored row of these fields."""
+    return sum(int(np.prod(row_shape(f, size))) * np.dtype(FIELDS[f]["dtype"]).itemsize for f in names)
 
 
 def fingerprint(settings: Settings, source: dict[str, Any]) -> str:
@@ -361,7 +367,7 @@ class ShardSet:
         return int(self.manifest["settings"]["size"])
 
     @property
-    def codecs(self) -> dict[str, str] | None:  # a field each of a Zarr set; None for .npy
+    def codecs(self) -> Codecs:
         return self.manifest.get("codecs")
 
     def shards(self, field: str) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ several times its speed. Compressed shards, the metadata and the per-row columns
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from . import format as fmt
-from .format import FIELDS, Settings, ShardSet, UserError
+from .commit import already, check_space, receipt_name, remove_receipts, resume
+from .format import FIELDS, Codecs, Settings, ShardSet, UserError
 from .lock import only_one
 
 CODECS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,6 @@ CODECS: dict[str, dict[str, Any]] = {
     "blosc": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"},
     "blosc-zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
 }
-Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None for .npy
 Facts = dict[str, Any]
 
 
@@ -87,26 +86,26 @@ def repack(source: Path, root: Path, settings: Settings, container: str, codec: 
 
 def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> None:
     manifest = {key: value for key, value in found.manifest.items() if key not in ("codecs", "metadata")}
+    have = Settings.from_dict(manifest["settings"])
     for name, facts in fmt.all_files(found.manifest).items():
         if problem := fmt.what_is_wrong(found.path / name, facts):
             raise UserError(f"{found.path / name} {problem}. {fmt.MEND}")
-    for k, shard in enumerate(tqdm(manifest["shards"], desc="repack", unit="shard", disable=None)):
-        shard["files"] = {}
-        for field in manifest["fields"]:
-            rows, n_slots = found.shard(field, k), manifest["settings"]["rows_per_shard"]
-            shard["files"] |= write_shard(directory, field, k, rows, n_slots, codecs)
+    shards = manifest["shards"]
+    done = resume(directory, [shard["rows"] for shard in shards], have, codecs)
+    todo = [k for k in range(len(shards)) if k not in done]
+    plain = [field for field in have.fields if not codecs or codecs[field] == "none"]
+    check_space(directory, len(todo) * min(have.rows_per_shard, found.n_rows) * fmt.row_bytes(plain, have.size))
+    for k in tqdm(todo, desc="repack", unit="shard", disable=None):
+        files: Facts = {}
+        for field in have.fields:
+            files |= write_shard(directory, field, k, found.shard(field, k), have.rows_per_shard, codecs)
+        done[k] = {**shards[k], "files": files, "codecs": codecs}
+        fmt.write_json(directory / receipt_name(k), done[k])
+    manifest["shards"] = [{**shard, "files": done[k]["files"]} for k, shard in enumerate(shards)]
     if (found.path / fmt.PROVENANCE).is_file():
         fmt.write_bytes(directory / fmt.PROVENANCE, (found.path / fmt.PROVENANCE).read_bytes())
     write_rest(directory, manifest, {name: found.column(name) for name in fmt.COLUMNS}, codecs)
-
-
-def already(directory: Path, codecs: Codecs) -> bool:
-    """Whether the finished set is there; with other codecs it is an error."""
-    if not os.path.lexists(directory / fmt.MANIFEST):
-        return False
-    if (have := fmt.open_set(directory).codecs) != codecs:
-        raise UserError(f"{directory} is there already, with codecs {have}. Delete it, or use another --out")
-    return True
+    remove_receipts(directory)
 
 
 def _create_array(files: dict[str, Any], field: str, shape: tuple[int, ...], n_slots: int, codec: str) -> Any:

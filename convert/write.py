@@ -5,11 +5,9 @@ receipt is written; a run that was killed resumes after the last receipt and end
 """
 
 import errno
-import json
 import os
 import platform
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -27,11 +25,11 @@ from tqdm import tqdm
 
 from . import format as fmt
 from .chunks import Reader
-from .commit import is_finished, log, make_directory, receipt_name, remove_receipts, set_of, stamp
-from .format import FIELDS, Settings, UserError
+from .commit import check_space, is_finished, log, receipt_name, remove_receipts, resume, set_of, stamp
+from .format import FIELDS, Codecs, Settings, UserError
 from .lock import only_one
 from .mat import KEYS, Mat, Source, sampled_identity
-from .pack import Codecs, write_rest, write_shard
+from .pack import write_rest, write_shard
 from .resize import resize
 from .tables import row_columns
 
@@ -66,7 +64,7 @@ def convert(
         with only_one(root, directory.name):
             if is_finished(directory, digest, codecs, repair):  # by another run, meanwhile
                 return directory
-            make_directory(directory)
+            directory.mkdir(exist_ok=True)
             remove_receipts(directory, older_than=before[-1])
             job = Job(mat, directory, settings, codecs)
             columns, names = job.run(workers or len(os.sched_getaffinity(0)))
@@ -181,7 +179,7 @@ class Job:
         self.n_rows = mat.n_rows
         step = settings.rows_per_shard
         self.bounds = [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
-        self.done = {k: r for k in range(len(self.bounds)) if (r := self._valid_receipt(k))}
+        self.done = resume(directory, self.bounds, settings, codecs)
         self.open: dict[int, Shard] = {}
         self.free: list[dict[str, np.ndarray]] = []
         self.lock, self.n_running, self.ended = threading.Lock(), 0, SimpleQueue[Future[Any]]()
@@ -190,29 +188,10 @@ class Job:
     def receipts(self) -> list[dict[str, Any]]:
         return [self.done[k] for k in range(len(self.bounds))]
 
-    def _valid_receipt(self, shard: int) -> dict[str, Any] | None:
-        try:
-            receipt: dict[str, Any] = json.loads((self.directory / receipt_name(shard)).read_text())
-            names = {fmt.shard_name(field, shard, self.codecs is not None) for field in self.settings.fields}
-            if receipt["rows"] != list(self.bounds[shard]) or receipt["codecs"] != self.codecs:
-                return None
-            if receipt["files"].keys() != names:
-                return None
-            receipt["sums"].keys()
-            for name, facts in receipt["files"].items():
-                if fmt.sha256_file(self.directory / name) != facts["sha256"]:
-                    return None
-            return receipt
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     def run(self, workers: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Do all of it; returns what `row_columns` found in the file meanwhile."""
-        self._remove_leftovers()
         readers = {name: self.mat.reader(name) for name in self.settings.fields}
         self._check_space(sum(r.scratch_bytes for r in readers.values()))
-        if self.done:
-            log(f"{len(self.done)} of {len(self.bounds)} shards are done already: going on from there")
         n_todo = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
         self.bar = tqdm(total=n_todo, unit="row", desc="convert", disable=None, smoothing=0.05)
         self.pool, self.writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
@@ -342,19 +321,7 @@ class Job:
         if self.bar.disable:
             log(f"shard {shard.number + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")
 
-    def _remove_leftovers(self) -> None:
-        for path in self.directory.rglob(".*.tmp"):
-            path.unlink()
-
     def _check_space(self, scratch_bytes: int) -> None:
         n_rows = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
-        row = sum(
-            int(np.prod(fmt.row_shape(f, self.settings.size))) * np.dtype(FIELDS[f]["dtype"]).itemsize
-            for f in self.settings.fields
-        )
-        need, free = n_rows * row + scratch_bytes * bool(n_rows) + (8 << 20), shutil.disk_usage(self.directory).free
-        if need > free:
-            raise UserError(
-                f"{self.directory.parent} has {free / 1e6:.0f} MB free, the shards need {need / 1e6:.0f} MB. "
-                "Free some, or run: make convert OUT=/another/disk"
-            )
+        row = fmt.row_bytes(self.settings.fields, self.settings.size)
+        check_space(self.directory, n_rows * row + scratch_bytes * bool(n_rows))

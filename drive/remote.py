@@ -130,7 +130,9 @@ class Remote:
             def _fetch_range(self, start: int, stop: int) -> bytes:
                 return self.fs.pread(stop - start, start)  # type: ignore[no-any-return]
 
-        return Stream(self, self.url, "rb", 64 << 10, "blockcache", {"maxblocks": 512}, size=self.n_bytes)
+        return Stream(
+            self, self.url, "rb", 64 << 10, cache_type="blockcache", cache_options={"maxblocks": 512}, size=self.n_bytes
+        )
 
     def pread(self, n_bytes: int, offset: int) -> bytes:
         """One range request, again where the connection drops. Threads may call it at once."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from convert import format as fmt
 from convert.commit import log
-from convert.format import Settings, UserError
+from convert.format import Codecs, Settings, UserError
 from convert.mat import Source, open_mat, sampled_identity
-from convert.pack import Codecs, repack
+from convert.pack import repack
 from convert.write import convert
 
 from .remote import MAT_NAME, OFFICIAL, fetch

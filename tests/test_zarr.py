@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,7 +21,7 @@ from conftest import REPO, SMALL
 from convert import format as fmt
 from convert.format import FIELDS, UserError
 from convert.mat import KEYS
-from convert.pack import CODECS, repack
+from convert.pack import CODECS, repack, write_shard
 from convert.write import convert
 from rooms.sample import write_sample
 
@@ -217,6 +219,41 @@ def test_a_damaged_set_is_not_repacked(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rgb/c/1/0/0/0 has other content"):
         repack(copy, tmp_path / "out", SMALL, "npy", "none")
     assert not list(tmp_path.glob("out/*/manifest.json"))
+
+
+@pytest.mark.parametrize("codec", ["", "none", "blosc-zstd"])
+def test_a_repack_that_was_stopped_goes_on_with_the_rest(
+    npy_set: Path,
+    stores: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    codec: str,
+) -> None:
+    source, end = (npy_set, stores[codec]) if codec else (stores["zstd"], npy_set)
+    again = partial(repack, source, tmp_path, SMALL, "zarr" if codec else "npy", codec or "none")
+
+    def interrupt(directory: Path, field: str, k: int, *rest: Any) -> dict[str, Any]:
+        if k == 2 and field == "label":
+            raise KeyboardInterrupt
+        return write_shard(directory, field, k, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.pack.write_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    assert not list(tmp_path.glob("*/manifest.json"))
+    assert content(again()) == content(end)
+    assert "2 of 4 shards are done already" in capsys.readouterr().err
+
+
+def test_a_repack_that_would_not_fit_is_refused_before_it_starts(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 8 << 20))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"8 MB free, the shards need 9 MB.*make convert OUT="):
+        repack(stores["zstd"], tmp_path, SMALL, "npy", "none")
+    assert not list(tmp_path.glob("nyuv2-*"))
 
 
 # ---------------------------------------------------------------- mapping
