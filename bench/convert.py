@@ -5,11 +5,12 @@ Every method is a process of its own, run in turn (A B C A B C ...), so that dri
 floor       every chunk read and unpacked once in two threads, in file order, the result dropped; the index not counted
 whole load  each field read whole through h5py, then resized row by row with the same rules, saved
 row loop    h5py row by row, resized with the same rules, saved
-ours        python -m convert run, to a durable, hashed, finished set; one process, threads only
+ours        python -m convert run, to a durable, hashed, finished set
 """
 
 import argparse
 import os
+import select
 import shutil
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ from convert.resize import resize
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
 RUN = 64  # chunks that lie together, in one read
+SAMPLE_S = 0.5  # the peak memory of the tree is the largest of samples
 
 
 def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
@@ -99,15 +101,14 @@ def ours(source: Path, fields: tuple[str, ...], out: Path) -> None:
 
 
 def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
-    """`ours` with a clock around each stage: CPU seconds of the thread that runs it, and seconds."""
-    from convert import chunks, write
+    """A clock around each stage of one worker in this process: CPU seconds of the thread that runs it, and seconds."""
+    from convert import chunks, decode, write
 
     stages = [
         ("index", chunks, "read_index"),
         ("names and per-row facts", write, "row_columns"),
         ("read", Reader, "_pread"),
         ("inflate", chunks, "inflate"),
-        ("rows from chunks", Reader, "_rows"),
         *((f"resize {name}", None, name) for name in fields),
         ("statistics", write, "train_sums"),
         ("hash, write, fsync", write, "write_shard"),
@@ -130,9 +131,9 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     for name, owner, attribute in stages:
         if owner is not None:
             setattr(owner, attribute, clocked(getattr(owner, attribute), name))
-    write.resize = clocked(write.resize, None)  # type: ignore[assignment]
+    decode.resize = clocked(decode.resize, None)  # type: ignore[assignment]
     before, started = time.process_time(), time.perf_counter()
-    ours(source, fields, out)
+    write.convert(source, out, Settings(fields), workers=1)
     total, seconds = time.process_time() - before, time.perf_counter() - started
     lines = [(name, sum(spent[name]), sum(walls[name]), len(spent[name])) for name in spent]
     lines.append(("rest: Python, threads, copies", total - sum(cpu for _, cpu, _, _ in lines), 0, 0))
@@ -161,6 +162,9 @@ def run_once(method: str, source: Path, fields: str) -> tuple[float, float, floa
     ]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    peaks = [0.0]
+    while not select.select([process.stdout], [], [], SAMPLE_S)[0]:
+        peaks.append(tree_mib(process.pid))
     text = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
@@ -168,7 +172,18 @@ def run_once(method: str, source: Path, fields: str) -> tuple[float, float, floa
     shutil.rmtree(out)
     if process.returncode:
         raise SystemExit(f"{method} failed: {' '.join(command)}")
-    return seconds, float(text.split()[-1]), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return seconds, float(text.split()[-1]), usage.ru_utime + usage.ru_stime, max(peaks)
+
+
+def tree_mib(pid: int) -> float:
+    """MiB that a process and its children have now, shared pages once; mapped files too."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        texts = [Path(f"/proc/{p}/smaps_rollup").read_text() for p in (pid, *children)]
+    except OSError:  # one has just ended
+        return 0
+    lines = [line.split() for text in texts for line in text.splitlines()[1:]]
+    return sum(int(words[1]) for words in lines if words[0] == "Pss:") / 1024
 
 
 def interval(ratios: list[float]) -> str:

@@ -1,12 +1,9 @@
 """Rows of one HDF5 dataset without HDF5: the index is read once, then a chunk is one pread and one inflate.
 
-Both run outside Python's lock, so that threads scale. Every filter but gzip and shuffle goes through h5py: slower,
-never wrong. The rows that share chunks are a *group*; its chunks ("tiles" of its rows) are unpacked into one buffer
-
-    (tile 0, tile 1, ...) of (rows, tile shape) each   ->   one transposed copy, the padding of edge tiles cropped
-
-so that nothing is done a chunk but reading and inflating it. A group too large to hold is unpacked into a scratch file
-of the same order instead, and rows come out of it a band at a time.
+Both run outside Python's lock. Every filter but gzip and shuffle goes through h5py: slower, never wrong. The rows that
+share chunks are a *group*; its chunks, "tiles" of its rows, are unpacked straight to their places in these rows, and
+the padding of edge tiles is cropped. A group too large to hold is unpacked into a scratch file, chunk after chunk,
+and rows come out of it a band at a time.
 """
 
 import math
@@ -14,15 +11,17 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
+
+if TYPE_CHECKING:  # a helper process does without it
+    import h5py
 
 _libdeflate: Callable[[Any, int], Any] | None
 try:
@@ -32,7 +31,7 @@ except ImportError:  # the extra `fast` is not installed
 
 MAX_GROUP_BYTES = 24 << 20  # rows decoded together; more goes through a scratch file
 READ_BYTES = 4 << 20  # unpacked bytes whose chunks are read in one go
-DEFLATE, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
+DEFLATE, SHUFFLE = 1, 2  # HDF5's numbers of these filters
 DIRECT_FILTERS: tuple[list[int], ...] = ([], [DEFLATE], [SHUFFLE, DEFLATE])
 
 
@@ -56,7 +55,7 @@ class ChunkIndex:
     filter_mask: np.ndarray
 
 
-def read_index(dset: h5py.Dataset, grid: tuple[int, ...]) -> ChunkIndex:
+def read_index(dset: "h5py.Dataset", grid: tuple[int, ...]) -> ChunkIndex:
     """One pass over the file's own chunk index (60 ms for 29,000 chunks; asking chunk by chunk takes 40 s)."""
     table = np.full((3, math.prod(grid)), -1, np.int64)
     infos: list[Any] = []
@@ -85,7 +84,7 @@ class Reader:
     `group_rows` rows are decoded together by `read_group`, which threads may call at once.
     """
 
-    def __init__(self, dset: h5py.Dataset, handle: int | Callable[[int, int], bytes]) -> None:
+    def __init__(self, dset: "h5py.Dataset", handle: int | Callable[[int, int], bytes]) -> None:
         self.dset, self.lock = dset, threading.Lock()
         self.pread = handle if callable(handle) else partial(os.pread, handle)  # (bytes, offset)
         self.dtype, self.n_rows, self.row_shape = dset.dtype, dset.shape[0], dset.shape[1:]
@@ -104,9 +103,20 @@ class Reader:
         self.index: ChunkIndex | None = None
         self.filters: list[int] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("dset", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.Lock())
+
     def close(self) -> None:
         if self.scratch:
             self.scratch.close()
+
+    @property
+    def can_travel(self) -> bool:
+        """Whether another process on this machine can read the rows without HDF5."""
+        return self._locate() is not None and isinstance(self.pread, partial) and not self.needs_scratch
 
     def _locate(self) -> ChunkIndex | None:
         """The index, read at first use; None where the bytes must come through h5py."""
@@ -149,22 +159,22 @@ class Reader:
 
     # ---------------------------------------------------------------- chunks into a buffer
 
-    def _unpack(self, first: int, buffer: np.ndarray) -> None:
-        """Chunks first, first + 1, ... into the lines of `buffer`, (chunks, chunk_bytes) uint8."""
+    def _unpack(self, first: int, places: Sequence[np.ndarray]) -> None:
+        """Chunks first, first + 1, ... into these places."""
         index = self._locate()
         with self.lock:
-            self.n_decoded += len(buffer)
+            self.n_decoded += len(places)
         if index is None:
-            for t, line in enumerate(buffer):
-                line[:] = np.frombuffer(self._through_hdf5(first + t), np.uint8)
+            for t, place in enumerate(places):
+                place[...] = self._through_hdf5(first + t)
             return
         step = max(1, READ_BYTES // self.chunk_bytes)
-        for lo in range(0, len(buffer), step):
-            part = slice(first + lo, first + min(lo + step, len(buffer)))
+        for lo in range(0, len(places), step):
+            part = slice(first + lo, first + min(lo + step, len(places)))
             stored = self._stored(index.offset[part], index.n_bytes[part])
             for t, (data, mask) in enumerate(zip(stored, index.filter_mask[part].tolist(), strict=True), lo):
                 unpacked = self.fill * (self.chunk_bytes // len(self.fill)) if data is None else self._undo(data, mask)
-                buffer[t] = np.frombuffer(unpacked, np.uint8)
+                places[t][...] = np.frombuffer(unpacked, self.dtype).reshape(self.chunk)
 
     def _stored(self, offsets: np.ndarray, sizes: np.ndarray) -> Iterator[memoryview | None]:
         """The stored bytes of these chunks, in one read where they lie together. None: never written."""
@@ -202,14 +212,14 @@ class Reader:
             raise ValueError(f"a chunk holds {len(data)} bytes, expected {self.chunk_bytes}")
         return data
 
-    def _through_hdf5(self, k: int) -> bytes:
+    def _through_hdf5(self, k: int) -> np.ndarray:
         """One chunk as h5py decodes it, padded to its full shape."""
         begin = [int(g) * c for g, c in zip(np.unravel_index(k, self.grid), self.chunk, strict=True)]
         out = np.zeros(self.chunk, self.dtype)
         with self.lock:
             part = self.dset[tuple(slice(b, b + c) for b, c in zip(begin, self.chunk, strict=True))]
         out[tuple(slice(0, n) for n in part.shape)] = part
-        return out.tobytes()
+        return out
 
     # ---------------------------------------------------------------- rows
 
@@ -219,18 +229,19 @@ class Reader:
         if self.scratch:
             cuts = [start, *range((start // self.chunk[0] + 1) * self.chunk[0], stop, self.chunk[0]), stop]
             return np.concatenate([self._band(lo, hi) for lo, hi in pairwise(cuts)])
-        buffer = np.empty((self.n_tiles, self.chunk_bytes), np.uint8)
-        self._unpack(group * self.n_tiles, buffer)
-        return self._rows(buffer)[: stop - start]
+        rows, tiles = self._empty_rows(self.chunk[0])
+        self._unpack(group * self.n_tiles, tiles)
+        return self._cropped(rows[: stop - start])
 
-    def _rows(self, buffer: np.ndarray) -> np.ndarray:
-        """(tiles, bytes of some rows of each) -> those rows, whole."""
-        n, tiles = len(self.row_shape), buffer.reshape(-1).view(self.dtype)
-        tiles = tiles.reshape(*self.grid[1:], -1, *self.chunk[1:])
-        axes = (n, *chain.from_iterable((i, n + 1 + i) for i in range(n)))
-        padded = [g * c for g, c in zip(self.grid[1:], self.chunk[1:], strict=True)]
-        rows = tiles.transpose(axes).reshape(-1, *padded)[(slice(None), *(slice(0, s) for s in self.row_shape))]
-        return rows.astype(self.dtype.newbyteorder("="), copy=False)
+    def _empty_rows(self, n_rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Rows with the padding of edge tiles, and the views of them that tiles go into."""
+        tile = self.chunk[1:]
+        rows = np.empty((n_rows, *(g * c for g, c in zip(self.grid[1:], tile, strict=True))), self.dtype)
+        corners = product(*(range(0, g * c, c) for g, c in zip(self.grid[1:], tile, strict=True)))
+        return rows, [rows[:, *(slice(b, b + c) for b, c in zip(corner, tile, strict=True))] for corner in corners]
+
+    def _cropped(self, rows: np.ndarray) -> np.ndarray:
+        return rows[:, *(slice(0, s) for s in self.row_shape)].astype(self.dtype.newbyteorder("="), copy=False)
 
     # ---------------------------------------------------------------- groups too large to hold
 
@@ -246,7 +257,7 @@ class Reader:
         def unpack(first: int) -> None:
             assert self.scratch is not None
             buffer = np.empty((min(step, n_chunks - first), self.chunk_bytes), np.uint8)
-            self._unpack(first, buffer)
+            self._unpack(first, buffer.view(self.dtype).reshape(-1, *self.chunk))
             data, at = buffer.reshape(-1).data, 0
             while at < len(data):
                 at += os.pwrite(self.scratch.fileno(), data[at:], first * self.chunk_bytes + at)
@@ -257,8 +268,11 @@ class Reader:
         """Rows start .. stop of one group, from the scratch file."""
         assert self.scratch is not None
         group, skipped = divmod(start, self.chunk[0])
-        buffer = np.empty((self.n_tiles, (stop - start) * self.tile_bytes), np.uint8)
-        for t, line in enumerate(buffer, group * self.n_tiles):
-            if os.preadv(self.scratch.fileno(), [line], t * self.chunk_bytes + skipped * self.tile_bytes) != len(line):
+        rows, tiles = self._empty_rows(stop - start)
+        line = np.empty((stop - start, *self.chunk[1:]), self.dtype)
+        for t, tile in enumerate(tiles, group * self.n_tiles):
+            at = t * self.chunk_bytes + skipped * self.tile_bytes
+            if os.preadv(self.scratch.fileno(), [line.reshape(-1).view(np.uint8).data], at) != line.nbytes:
                 raise ValueError("the scratch file ends inside a chunk")
-        return self._rows(buffer)
+            tile[...] = line
+        return self._cropped(rows)

@@ -198,7 +198,7 @@ class Mat:
         if dtype.kind != "u" or dtype.itemsize != 2 or math.prod(shape) > 4096:
             raise ValueError(f"{dtype}{shape} is not character data")
         codes = np.zeros(shape, "<u2")
-        dset.read(h5py.h5s.ALL, h5py.h5s.ALL, codes)
+        dset.read(h5py.h5s.ALL, h5py.h5s.ALL, codes, h5py.h5t.STD_U16LE)
         text = codes.tobytes().decode("utf-16-le")
         if not text.isprintable():
             raise ValueError("control characters")

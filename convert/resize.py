@@ -80,10 +80,9 @@ def _triangle_bands(n_in: int, n_out: int, bits: int, gain: float) -> list[tuple
     exact = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(scale, 1.0), 0, None)
     running = np.cumsum(exact / exact.sum(1, keepdims=True), axis=1)
     weights = np.diff(np.rint(running * 2**bits), axis=1, prepend=0) * 2.0**-bits * gain
-    block = min(8, max(1, round(16 / scale)))  # small products, which BLAS does in the calling thread
     bands = []
-    for start in range(0, n_out, block):
-        rows = weights[start : start + block]
+    for start in range(0, n_out, 8):  # small products, which BLAS does in the calling thread
+        rows = weights[start : start + 8]
         used = np.flatnonzero(rows.any(0))
         inputs = slice(int(used[0]), int(used[-1]) + 1)
         bands.append((slice(start, start + len(rows)), inputs, rows[:, inputs].astype(np.float32)))

@@ -1,10 +1,10 @@
-"""From an open .mat to a finished set: decode and resize in threads, one ordered writer, the manifest last.
+"""From an open .mat to a finished set: rows decoded in helper processes, one ordered writer, the manifest last.
 
 Two shards of memory at most: one being filled, one being written. A shard is hashed, fsynced and renamed before its
 receipt is written; a run that was killed resumes after the last receipt and ends byte-identical.
 """
 
-import errno
+import math
 import os
 import platform
 import resource
@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,14 +25,15 @@ from tqdm import tqdm
 from . import format as fmt
 from .chunks import Reader
 from .commit import check_space, is_finished, log, receipt_name, remove_receipts, resume, set_of, stamp
+from .decode import Buffers, Decoder, Helper, memory_of
 from .format import FIELDS, Codecs, Settings, UserError
 from .lock import only_one
 from .mat import KEYS, Mat, Source, sampled_identity
 from .pack import write_rest, write_shard
-from .resize import resize
 from .tables import row_columns
 
 ROWS_PER_TASK = 8
+HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
 
 
 def convert(
@@ -73,18 +73,13 @@ def convert(
                 raise UserError(f"{source} changed while it was read. When it is whole, run: make convert")
             manifest = _manifest(job, identity, digest, names)
             seconds = time.perf_counter() - started
-            fmt.write_json(directory / fmt.PROVENANCE, _provenance(source, seconds))
+            fmt.write_json(directory / fmt.PROVENANCE, _provenance(source, seconds, job.peak_memory))
             write_rest(directory, manifest, columns, codecs)
             remove_receipts(directory)
     finally:
         mat.close()
-    log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {peak_memory() / 2**20:.0f} MiB")
+    log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {job.peak_memory / 2**20:.0f} MiB")
     return directory
-
-
-def peak_memory() -> int:
-    """Bytes: the largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +103,7 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
     }
 
 
-def _provenance(source: Source, seconds: float) -> dict[str, Any]:
+def _provenance(source: Path | Source, seconds: float, peak_memory: int) -> dict[str, Any]:
     packages = {}
     for name in ("nyuv2-shards", "numpy", "h5py", "torch", "deflate"):
         try:
@@ -120,7 +115,7 @@ def _provenance(source: Source, seconds: float) -> dict[str, Any]:
         "source_path": str(source),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_memory,
         "python": platform.python_version(),
         "versions": packages,
     }
@@ -158,20 +153,20 @@ def statistics(name: str, shard_sums: list[dict[str, list[list[int]]]]) -> dict[
 
 @dataclass
 class Shard:
-    """One shard being filled: its buffers, and how many rows of how many fields are still to come."""
+    """One shard being filled: which buffers it has, and how many rows of all fields are still to come."""
 
     number: int
     start: int
     stop: int
-    buffers: dict[str, np.ndarray]
+    slot: int
     remaining: int
 
 
 class Job:
     """The decoding, resizing and writing of all shards that have no valid receipt.
 
-    Decoding and resizing run in a pool, one writer thread makes full shards durable. Two shards are held, or as many as
-    one group of rows spans, and one more.
+    Threads decode, or helper processes for them; one writer thread makes full shards durable. Two shards are held, or
+    as many as one group of rows spans, and one more.
     """
 
     def __init__(self, mat: Mat, directory: Path, settings: Settings, codecs: Codecs = None) -> None:
@@ -180,9 +175,11 @@ class Job:
         step = settings.rows_per_shard
         self.bounds = [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
         self.done = resume(directory, self.bounds, settings, codecs)
+        self.n_todo = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
         self.open: dict[int, Shard] = {}
-        self.free: list[dict[str, np.ndarray]] = []
+        self.helpers = SimpleQueue[Helper]()
         self.lock, self.n_running, self.ended = threading.Lock(), 0, SimpleQueue[Future[Any]]()
+        self.processes, self.peak_memory = [os.getpid()], 0
 
     @property
     def receipts(self) -> list[dict[str, Any]]:
@@ -192,35 +189,56 @@ class Job:
         """Do all of it; returns what `row_columns` found in the file meanwhile."""
         readers = {name: self.mat.reader(name) for name in self.settings.fields}
         self._check_space(sum(r.scratch_bytes for r in readers.values()))
-        n_todo = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
-        self.bar = tqdm(total=n_todo, unit="row", desc="convert", disable=None, smoothing=0.05)
+        most_rows = max(max(r.group_rows, ROWS_PER_TASK) for r in readers.values())
+        n_slots = max(2, (most_rows - 2) // self.settings.rows_per_shard + 2)  # so many shards can one task touch
+        buffers = Buffers(self.settings, n_slots, min(self.settings.rows_per_shard, self.n_rows))
+        self.free = list(range(n_slots))
+        self.decoder = Decoder(str(self.mat.path), KEYS, self.settings, readers, buffers)
+        self.bar = tqdm(total=self.n_todo, unit="row", desc="convert", disable=None, smoothing=0.05)
         self.pool, self.writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
         try:
-            self.facts = self._submit(self.pool, row_columns, self.mat, log)
+            self.facts = self._submit(self.writer, row_columns, self.mat, log)
+            self._start_helpers(workers)
             self._work(readers)
             return self.facts.result()  # type: ignore[no-any-return]
         finally:
             self.pool.shutdown(cancel_futures=True)
             self.writer.shutdown(cancel_futures=True)
             self.bar.close()
+            while not self.helpers.empty():
+                self.helpers.get().close()
             for reader in readers.values():
                 reader.close()
+            buffers.close()
+
+    def _start_helpers(self, workers: int) -> None:
+        """One a thread, where there is enough to do for them; they load while the index is read."""
+        readers = self.decoder.readers
+        n_bytes = self.n_todo * sum(math.prod(r.row_shape) * r.dtype.itemsize for r in readers.values())
+        self.travels: set[str] = set()
+        if workers > 1 and n_bytes >= HELPERS_FROM and isinstance(self.mat.handle, int):
+            helpers = [Helper((self.mat.handle, self.decoder.buffers.fd)) for _ in range(workers)]
+            self.travels = {name for name, reader in readers.items() if reader.can_travel}
+            for helper in helpers:
+                helper.send(replace(self.decoder, readers={name: readers[name] for name in self.travels}))
+                self.helpers.put(helper)
+                self.processes.append(helper.process.pid)
 
     def _work(self, readers: dict[str, Reader]) -> None:
         for name, reader in readers.items():
-            if reader.needs_scratch and len(self.done) < len(self.bounds):
+            if reader.needs_scratch and self.n_todo:
                 log(f"{KEYS[name]} is chunked across rows: unpacking it into a scratch file first")
-                with self._blaming(name, 0):
+                with self.decoder.blaming(name, 0):
                     reader.fill_scratch(self.directory, self.pool.map)
-        most_rows = max(max(r.group_rows, ROWS_PER_TASK) for r in readers.values())
-        limit = max(2, (most_rows - 2) // self.settings.rows_per_shard + 2)  # so many shards can one task touch
         for name, groups in self._tasks(readers):
-            for k in self._shards_of(readers[name], groups):
-                while k not in self.open and len(self.open) >= limit:
+            shards = self._shards_of(readers[name], groups)
+            for k in shards:
+                while k not in self.open and not self.free:
                     self._wait()
                 if k not in self.open:
-                    self._open_shard(k)
-            self._submit(self.pool, self._do, name, readers[name], groups)
+                    start, stop = self.bounds[k]
+                    self.open[k] = Shard(k, start, stop, self.free.pop(), (stop - start) * len(readers))
+            self._submit(self.pool, self._decode, name, groups, {k: self.open[k].slot for k in shards})
         while self.n_running:
             self._wait()
 
@@ -258,50 +276,22 @@ class Job:
         last = min(groups.stop * reader.group_rows, self.n_rows) - 1
         return [k for k in range(first // step, last // step + 1) if k not in self.done]
 
-    def _open_shard(self, k: int) -> None:
-        start, stop = self.bounds[k]
-        n_rows, size = min(self.settings.rows_per_shard, self.n_rows), self.settings.size
-        buffers = (
-            self.free.pop()
-            if self.free
-            else {f: np.empty((n_rows, *fmt.row_shape(f, size)), FIELDS[f]["dtype"]) for f in self.settings.fields}
-        )
-        self.open[k] = Shard(k, start, stop, buffers, (stop - start) * len(self.settings.fields))
-
-    def _do(self, name: str, reader: Reader, groups: range) -> None:
-        """Decode some groups of one field and resize their rows into their shards."""
-        for group in groups:
-            first = group * reader.group_rows
-            with self._blaming(name, first):
-                rows = reader.read_group(group)
-            for i, row in enumerate(rows, first):
-                self._place(name, i, row)
-
-    def _place(self, name: str, row_number: int, row: np.ndarray) -> None:
-        shard = self.open.get(row_number // self.settings.rows_per_shard)
-        if shard is None:  # finished in an earlier run
-            return
-        with self._blaming(name, row_number):
-            small = resize(name, row, self.settings.size, self.settings.crop, self.settings.depth_resize)
-        shard.buffers[name][row_number - shard.start] = small
-        with self.lock:
-            shard.remaining -= 1
-            full = not shard.remaining
-        if full:
-            self._submit(self.writer, self._write, shard)
-
-    @contextmanager
-    def _blaming(self, name: str, row: int) -> Iterator[None]:
-        """One line that names the field and the row, for whatever is wrong with them."""
-        try:
-            yield
-        except (ValueError, OverflowError, RuntimeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            text = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self.mat.path}: {KEYS[name]} row {row}: {text}. Download the file again, then run: make convert"
-            ) from None
+    def _decode(self, name: str, groups: range, slots: dict[int, int]) -> None:
+        """Some groups of one field into their shards; those that are full now are written."""
+        if name in self.travels:
+            helper = self.helpers.get()
+            try:
+                placed = helper.decode(name, groups, slots)
+            finally:
+                self.helpers.put(helper)
+        else:
+            placed = self.decoder.decode(name, groups, slots)
+        for k, n_rows in placed.items():
+            with self.lock:
+                self.open[k].remaining -= n_rows
+                is_full = not self.open[k].remaining
+            if is_full:
+                self._submit(self.writer, self._write, self.open[k])
 
     def _write(self, shard: Shard) -> None:
         """Make a full shard durable, then its receipt; then its buffers can be used again."""
@@ -309,19 +299,20 @@ class Job:
         train = np.flatnonzero(self.facts.result()[0]["split"][shard.start : shard.stop] == 0)
         files: dict[str, Any] = {}
         sums = {}
-        for field, rows in shard.buffers.items():
+        for field, rows in self.decoder.buffers.arrays[shard.slot].items():
             files |= write_shard(self.directory, field, shard.number, rows[:n], n_slots, self.codecs)
             sums[field] = train_sums(field, (rows[i] for i in train))
         receipt = {"rows": [shard.start, shard.stop], "codecs": self.codecs, "files": files, "sums": sums}
         fmt.write_json(self.directory / receipt_name(shard.number), receipt)
         self.done[shard.number] = receipt
-        self.free.append(shard.buffers)
         del self.open[shard.number]
+        self.free.append(shard.slot)
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_memory = max(self.peak_memory, own, memory_of(self.processes))
         self.bar.update(shard.stop - shard.start)
         if self.bar.disable:
             log(f"shard {shard.number + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")
 
     def _check_space(self, scratch_bytes: int) -> None:
-        n_rows = sum(hi - lo for k, (lo, hi) in enumerate(self.bounds) if k not in self.done)
         row = fmt.row_bytes(self.settings.fields, self.settings.size)
-        check_space(self.directory, n_rows * row + scratch_bytes * bool(n_rows))
+        check_space(self.directory, self.n_todo * row + scratch_bytes * bool(self.n_todo))

@@ -107,7 +107,7 @@ def test_finished_shards_survive_a_failure_and_are_not_redone(
 
     failing.calls = 0  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "resize", failing)
+        patch.setattr("convert.decode.resize", failing)
         with pytest.raises(OSError, match="No space"):
             convert(mat, tmp_path, SMALL, 1)
     assert content(convert(mat, tmp_path, SMALL)) == content(small_set)

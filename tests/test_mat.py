@@ -144,14 +144,16 @@ LAYOUTS: dict[str, tuple[Callable[[tuple[int, ...]], tuple[int, ...]], dict[str,
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("scratch", [False, True])
+@pytest.mark.parametrize("by", ["threads", "helpers", "a scratch file"])
 def test_every_layout_gives_the_same_bytes(
-    kind: str, scratch: bool, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, by: str, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk, filters = LAYOUTS[kind]
     path = repacked(tmp_path / "x.mat", mat, chunk, **filters)
-    if scratch:
+    if by == "a scratch file":
         monkeypatch.setattr(chunks_module, "MAX_GROUP_BYTES", 50_000)
+    if by == "helpers":
+        monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
     made = convert(path, tmp_path / "out", SMALL, workers=3)
     assert shards(made) == shards(small_set)
     assert not list(made.glob(".*"))

@@ -1,0 +1,101 @@
+"""Helper processes: what goes wrong in one is told as if it had gone wrong here, and none is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import pytest
+from conftest import REPO, SMALL
+
+from convert import format as fmt
+from convert.format import UserError
+from convert.write import convert
+from rooms.sample import write_sample
+
+WITH_HELPERS = "import sys, convert.write as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that takes a second or two."""
+    path = tmp_path_factory.mktemp("large") / "rooms.mat"
+    write_sample(path, 48, size_wh=(640, 480))
+    return path
+
+
+@contextmanager
+def running(mat: Path, root: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A conversion under way, with its helpers."""
+    command = [sys.executable, "-c", WITH_HELPERS, "run", str(mat), "--out", str(root), "--rows-per-shard", "4"]
+    command += ["--workers", "2"]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not list(root.glob("*/receipt-*")):
+                assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+                time.sleep(0.002)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            helpers = [int(pid) for pid in children]
+            assert len(helpers) == 2
+            yield process, helpers
+        finally:
+            process.kill()
+
+
+def are_gone(helpers: list[int]) -> bool:
+    """Within seconds; what nobody has waited for yet is gone too."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        states = [p.read_text().rpartition(") ")[2][0] for h in helpers if (p := Path(f"/proc/{h}/stat")).exists()]
+        if set(states) <= {"Z"}:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def ends_in_one_line(process: subprocess.Popen[str], status: int) -> str:
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    return [line for line in errors.splitlines() if not line.startswith(("shard ", "convert:"))][-1]
+
+
+def test_a_killed_helper_ends_the_run_in_one_line_and_the_next_run_goes_on(large: Path, tmp_path: Path) -> None:
+    with running(large, tmp_path) as (process, helpers):
+        os.kill(helpers[0], signal.SIGKILL)
+        assert "a helper process was killed by signal 9" in ends_in_one_line(process, 2)
+        assert are_gone(helpers)
+    assert not list(tmp_path.glob("*/manifest.json"))
+    assert list(tmp_path.glob("*/receipt-*"))
+    made = convert(large, tmp_path, fmt.Settings(rows_per_shard=4))
+    assert not [problem for _, problem in fmt.verify(made) if problem]
+
+
+def test_helpers_do_not_outlive_a_killed_parent(large: Path, tmp_path: Path) -> None:
+    with running(large, tmp_path) as (process, helpers):
+        process.kill()
+        assert are_gone(helpers)
+
+
+def test_ctrl_c_ends_the_helpers_and_says_one_line(large: Path, tmp_path: Path) -> None:
+    with running(large, tmp_path) as (process, helpers):
+        process.send_signal(signal.SIGINT)
+        assert "interrupted" in ends_in_one_line(process, 130)
+        assert are_gone(helpers)
+
+
+def test_damage_found_by_a_helper_names_the_field_and_the_row(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    path = tmp_path / "x.mat"
+    path.write_bytes(mat.read_bytes())
+    with h5py.File(path, "r+") as file:
+        file["depths"].id.write_direct_chunk((7, 0, 0), b"not what zlib makes")
+    with pytest.raises(UserError, match=r"depths row 7: .*damaged.*Run|depths row 7: .*run: make convert"):
+        convert(path, tmp_path / "out", SMALL)
