@@ -6,22 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from train import augment as module
 from train.augment import Draws, augment, color_jitter, random_flip, random_resized_crop, resize, to_input
-=======
-from train.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Draws,
-    augment,
-    color_jitter,
-    random_flip,
-    random_resized_crop,
-    resize,
-    to_input,
-)  # fmt: skip
->>>>>>> 86daa34 (Helper processes decode: a lock each, instead of one handed on around every chunk)
 from train.settings import Settings
 
 STATS = (2.842, 1.417)
