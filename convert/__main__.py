@@ -50,13 +50,11 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from .check import describe
+    from pictures.sheet import describe, picture
 
     directory = fmt.resolve_set(args.directory)
     print(describe(directory))
     if args.picture:
-        from pictures.sheet import picture
-
         picture(directory, args.picture, args.rows)
         print(f"picture: {args.picture}")
 
@@ -103,10 +101,12 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser("python -m convert", description=__doc__, epilog="example: python -m convert run X.mat --out data")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
+    def command(function: Callable[[argparse.Namespace], None], text: str, example: str, *paths: str) -> _Parser:
         name = function.__name__
         p = commands.add_parser(name, help=text, epilog=f"example: python -m convert {name} {example}")
         p.set_defaults(function=function)
+        for path in paths:
+            p.add_argument(path, type=Path, metavar=path.upper())
         return p
 
     p = command(run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data")
@@ -124,26 +124,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=_count, metavar="N", help="threads (default: one a core)")
     p.add_argument("--repair", action="store_true", help="redo the shards of a finished set that are wrong")
 
-    p = command(verify, "check every byte of a set", "data")
-    p.add_argument("directory", type=Path, metavar="DIR")
+    p = command(verify, "check every byte of a set", "data", "directory")
     p.add_argument("--against", type=Path, metavar="SOURCE", help="also compare random rows with the .mat")
     p.add_argument("--rows", type=_count, default=16)
 
-    p = command(inspect, "what is in a set", "data --picture a.png")
-    p.add_argument("directory", type=Path, metavar="DIR")
+    p = command(inspect, "what is in a set", "data --picture a.png", "directory")
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
     p.add_argument("--rows", type=_count, default=8, help="rows in the picture")
 
-    p = command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2")
-    p.add_argument("directory", type=Path, metavar="DIR")
-    p.add_argument("drive", type=Path)
+    command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2", "directory", "drive")
+    command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data", "drive", "root")
 
-    p = command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data")
-    p.add_argument("drive", type=Path)
-    p.add_argument("root", type=Path)
-
-    p = command(sample, "write a small .mat of made-up rooms", "rooms.mat")
-    p.add_argument("file", type=Path, metavar="FILE.mat")
+    p = command(sample, "write a small .mat of made-up rooms", "rooms.mat", "file")
     p.add_argument("--rows", type=_count, default=48)
     return top
 

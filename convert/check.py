@@ -1,4 +1,4 @@
-"""verify and inspect: is every byte right, is it what the source gives, and what is in there."""
+"""verify: is every byte right, and is it what the source gives."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import format as fmt
-from .format import FIELDS, Settings, ShardSet, UserError
+from .format import Settings, UserError
 
 
 def verify_all(directory: Path) -> int:
@@ -71,48 +71,3 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
     finally:
         mat.close()
     return len(rows)
-
-
-def describe(directory: Path) -> str:
-    """Rows, splits, class counts, depth range, void share, provenance, as text."""
-    found = fmt.open_set(directory)
-    manifest, files = found.manifest, fmt.all_files(found.manifest)
-    split, scene, types = (found.column(name) for name in ("split", "scene", "scene_type"))
-    shared = len(np.intersect1d(scene[split == 0], scene[split == 1]))
-    lines = [
-        str(directory),
-        f"  rows      {found.n_rows}: {np.sum(split == 0)} train, {np.sum(split == 1)} test, "
-        f"{len(manifest['names']['scenes'])} scenes ({shared} in both splits)",
-        f"  settings  {json.dumps(manifest['settings'])}",
-        f"  source    {manifest['source']['name']}, {manifest['source']['bytes']} bytes",
-        f"  files     {len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:.0f} MB",
-        *(_field_line(found, name) for name in manifest["fields"]),
-        "  scene type            train   test",
-    ]
-    for k, name in enumerate(manifest["names"]["scene_types"]):
-        counts = [int(np.sum((types == k) & (split == s))) for s in (0, 1)]
-        if any(counts):
-            lines.append(f"    {name:<18} {counts[0]:>6} {counts[1]:>6}")
-    return "\n".join([*lines, _provenance_line(directory)])
-
-
-def _field_line(found: ShardSet, name: str) -> str:
-    facts = found.manifest["fields"][name]
-    text = f"  {name:<9} {facts['dtype']} {tuple(facts['shape'])}, {facts['unit']}"
-    if FIELDS[name]["dtype"] != "<u2":
-        return text
-    counts = np.sum([np.bincount(s.ravel(), minlength=1 << 16) for s in found.shards(name)], axis=0)
-    present, none = np.flatnonzero(counts[1:]) + 1, counts[0] / counts.sum()
-    if name == "label":
-        return f"{text}: {len(present)} classes present, {none:.1%} void"
-    low, high = present[[0, -1]] if len(present) else (0, 0)
-    return f"{text}: {low} .. {high}, {none:.1%} without a measurement"
-
-
-def _provenance_line(directory: Path) -> str:
-    try:
-        made = json.loads((directory / fmt.PROVENANCE).read_text())
-        cost = f"{made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB"
-        return f"  made {made['when']} in {cost}: {made['command']}"
-    except (OSError, ValueError, KeyError):
-        return "  made: unknown (no provenance.json)"
