@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
 from convert.format import VOID
-from train.loop import train
+from train.loop import new_run, start, train, train_step
 from train.settings import Settings
 from train.tasks import EIGEN_BOXES, Classes, Depth
 
@@ -107,3 +108,15 @@ def test_every_task_trains_and_names_its_classes(task: str, score: str, small_se
             names = [row["class"] for row in csv.DictReader(file)]
         assert len(names) == int(task.removeprefix("semantic"))
         assert "wall" in names
+
+
+@pytest.mark.parametrize(("task", "unknown"), [("semantic13", VOID), ("depth", 0.0)])
+def test_a_batch_in_which_nothing_is_known_leaves_a_network_that_can_go_on(
+    task: str, unknown: float, small_set: Path
+) -> None:
+    job = start(Settings(str(small_set), "", task=task, width=4, size=32), torch.device("cpu"))
+    run = new_run(job)
+    job.net = run.model.train()
+    rgb, depth, target = job.train_set.batch(np.arange(4))
+    train_step(run, job, (rgb, depth, torch.full_like(target, unknown)), slice(None))
+    assert all(p.isfinite().all() for p in run.model.parameters())

@@ -1,7 +1,5 @@
 """python -m train: learn from a converted set; python -m train predict RUN: what a run says about other pictures."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

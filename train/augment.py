@@ -4,8 +4,6 @@ Random numbers are drawn on the CPU for the whole batch of all ranks, so neither
 changes a picture. `planes` are what is sampled nearest, beside RGB: depth, and dense targets; [B,1,H,W] or [B,H,W].
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,6 +13,8 @@ from torch import Tensor
 from train.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCALE_C11 = torch.tensor([1 / (255 * s) for s in IMAGENET_STD])[:, None, None]
+SHIFT_C11 = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])[:, None, None]
 Pictures = tuple[Tensor, list[Tensor]]
 
 
@@ -33,9 +33,7 @@ class Draws:
 
 def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
     """Grey levels 0..255 [B,3,H,W] -> float32, ImageNet mean and standard deviation."""
-    scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD], device=rgb_bchw.device)[:, None, None]
-    shift = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], device=rgb_bchw.device)
-    return rgb_bchw * scale - shift[:, None, None]
+    return rgb_bchw * SCALE_C11.to(rgb_bchw.device) - SHIFT_C11.to(rgb_bchw.device)
 
 
 def normalize_depth(depth_mm_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:

@@ -1,7 +1,5 @@
 """A run's state and its checkpoints: written atomically, the newest valid one continued, mirrored in the background."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

@@ -7,8 +7,6 @@ A batch is the fields asked for, then the target; by default (rgb, depth, label)
 stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the device.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os
@@ -186,7 +184,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         index = torch.from_numpy(np.concatenate(picks, axis=None))
         size = len(index) * piece
         out = np.empty(size, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8, size)
-        torch.index_select(self._pieces, 0, index, out=torch.from_numpy(out).view(-1, piece))
+        torch.index_select(self._pieces, 0, index, out=torch.from_numpy(out).view(len(index), piece))
         return out
 
     def _layout(self, n: int) -> Layout:

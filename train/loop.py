@@ -1,12 +1,9 @@
 """The training loop: converted set in; checkpoints, metrics.csv, pictures and a summary out."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -71,9 +68,9 @@ class Job:
 
 def start(settings: Settings, device: torch.device) -> Job:
     """Everything but the loaders: a mistake shows before they do anything."""
-    chosen: Any = {"target": settings.task, "fields": settings.fields, "num_classes": settings.num_classes}
-    make = partial(ShardDataset, settings.data, allow_remote=settings.allow_remote, **chosen)
-    train_set: ShardDataset = ranks.first(make)  # the first rank unpacks a compressed set, the others open it
+    s, fields = settings, ("rgb", "raw_depth" if settings.task == "depth" else "depth")
+    chosen: Any = {"fields": fields, "target": s.task, "num_classes": s.num_classes, "allow_remote": s.allow_remote}
+    train_set = ShardDataset(s.data, **chosen)
     job = Job(settings, train_set, make_task(settings, train_set), device)
     if job.n_steps == 0:
         raise UserError(f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks. Use fewer ranks")

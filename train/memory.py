@@ -4,8 +4,6 @@ The sum of RSS counts a page shared by eight workers eight times; PSS gives each
 mirror a file (the shards' memory maps) are the kernel's to drop at will, so they are kept apart.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import suppress
@@ -65,14 +63,14 @@ def room() -> tuple[int, int, str] | None:
     machine = sizes_in(PROC / "meminfo")
     found = [(machine["MemAvailable"], machine["MemTotal"], "the machine")] if "MemAvailable" in machine else []
     for group in _groups():
-        is_v2 = (group / "memory.max").exists()
-        names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        prefix = "" if is_v2 else "total_"
         try:
+            is_v2 = (group / "memory.max").exists()
+            names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
             limit, used = (int((group / name).read_text()) for name in names)
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # not a memory group, or "max": no limit
             continue
+        prefix = "" if is_v2 else "total_"
         used -= int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])  # the kernel drops these first
         found.append((limit - used, limit, "the container"))
     return min(found, default=None)

@@ -1,7 +1,5 @@
 """Two-stream RGB-D ResNet-18: one standard trunk a picture, joined after pooling, or by a light decoder."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping

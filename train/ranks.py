@@ -1,7 +1,5 @@
 """What torchrun's processes tell each other; with one process every function is the identity."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from datetime import timedelta

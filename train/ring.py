@@ -4,8 +4,6 @@ A slot goes out under tensors and is refilled only after the last of them is gon
 delivered as a copy. The memory is shared with workers, which hand over slot numbers, never pictures.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import weakref

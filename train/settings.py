@@ -1,7 +1,5 @@
 """A run's settings: each field is a flag of the command, and is stored in the run's checkpoints."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -64,11 +62,6 @@ class Settings:
     def channels(self) -> int:
         """`width`, its default worked out."""
         return self.width or (64 if self.weights else 32)
-
-    @property
-    def fields(self) -> tuple[str, str]:
-        """What is read of the set beside the target."""
-        return "rgb", "raw_depth" if self.task == "depth" else "depth"
 
 
 def add_flags(parser: ArgumentParser) -> None:

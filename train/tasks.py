@@ -1,7 +1,5 @@
 """What is learnt, and how it is scored: scene or pixel classes, or depth. Counts add up over batches and ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
