@@ -4,6 +4,7 @@ A receipt is a shard's entry in the manifest, written as soon as the shard is du
 damaged set is taken back to an unfinished one by writing out the entries of the shards that are right.
 """
 
+import errno
 import json
 import math
 import os
@@ -33,35 +34,47 @@ def stamp(source: Source) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def set_of(settings: Settings, root: Path, source_name: str, zarr: bool) -> Path | None:
-    """The finished set of these settings under `root`, from a source of this name that is gone."""
-    wanted = (settings.to_dict(), source_name)
-    sets = [p for p in fmt.finished_sets(root) if (p.suffix == ".zarr") == zarr]
-    found = [p for p in sets for m in [fmt.read_manifest(p)] if (m["settings"], m["source"]["name"]) == wanted]
+def find_set(root: Path, settings: Settings, wanted: dict[str, Any], *forms: str) -> Path | None:
+    """The finished set of these settings under `root`, of the wanted source where one is known, in any of the forms."""
+    found: dict[str, Path] = {}
+    for path in fmt.finished_sets(root):
+        try:
+            manifest = fmt.read_manifest(path)
+        except UserError as error:
+            cause = error.__context__
+            if isinstance(cause, OSError) and cause.errno != errno.ELOOP:  # such as a mount that fails
+                raise
+            log(f"passed over: {error}")
+            continue
+        same = manifest["settings"] == settings.to_dict() and wanted.items() <= manifest["source"].items()
+        if same and path.suffix in forms:
+            found.setdefault(manifest["fingerprint"], path)
     if len(found) > 1:
-        raise UserError(f"{root} has {', '.join(p.name for p in found)}, of other sources. Run: make convert MAT=X.mat")
-    return fmt.open_set(found[0]).path if found else None
+        names = ", ".join(sorted(p.name for p in found.values()))
+        raise UserError(f"{root} has {names}, of other sources. Say which is meant: make convert MAT=/path/to/it.mat")
+    return next(iter(found.values()), None)
+
+
+def already(directory: Path, digest: str, codecs: Codecs) -> bool:
+    """Whether this finished set is there; another one in its place is an error."""
+    if not os.path.lexists(directory / fmt.MANIFEST):
+        return False
+    found = fmt.open_set(directory)
+    if found.codecs != codecs:
+        raise UserError(f"{directory} is there already, with codecs {found.codecs}. Delete it, or use another --out")
+    if found.manifest["fingerprint"] != digest:
+        raise UserError(f"{directory} holds another set, renamed. Move it elsewhere, then run: make convert")
+    return True
 
 
 def is_finished(directory: Path, digest: str, codecs: Codecs, repair: bool = False) -> bool:
     """Whether the set is there and whole; `repair` checks every byte, and takes a damaged set's commit back."""
     if repair and os.path.lexists(directory / fmt.MANIFEST) and _take_back(directory):
         return False
-    if not already(directory, codecs):
+    if not already(directory, digest, codecs):
         return False
-    if fmt.open_set(directory).manifest["fingerprint"] != digest:
-        raise UserError(f"{directory} holds another set, renamed. Move it elsewhere, then run: make convert")
     remove_receipts(directory)  # a run killed just after its commit leaves them
     log(f"{directory} is already there and complete: nothing to do")
-    return True
-
-
-def already(directory: Path, codecs: Codecs) -> bool:
-    """Whether the finished set is there; with other codecs it is an error."""
-    if not os.path.lexists(directory / fmt.MANIFEST):
-        return False
-    if (have := fmt.open_set(directory).codecs) != codecs:
-        raise UserError(f"{directory} is there already, with codecs {have}. Delete it, or use another --out")
     return True
 
 

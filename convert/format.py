@@ -199,10 +199,6 @@ def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def void(_: Any) -> None:
-    """Drop a result, where a callback may not return one."""
-
-
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """The commit."""
     write_bytes(directory / MANIFEST, _signed(json.dumps(manifest, indent=2, sort_keys=True)[:-2]).encode())

@@ -79,7 +79,7 @@ def repack(source: Path, root: Path, settings: Settings, container: str, codec: 
     codecs = codecs_of(container, codec, have.fields)
     directory = root / fmt.directory_name(have, manifest["fingerprint"], codecs is not None)
     with only_one(root, directory.name, wait=True):
-        if not already(directory, codecs):
+        if not already(directory, manifest["fingerprint"], codecs):
             _copy(found, directory, codecs)
     return directory
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import format as fmt
 from .chunks import Reader
-from .commit import check_space, is_finished, log, receipt_name, remove_receipts, resume, set_of, stamp
+from .commit import check_space, find_set, is_finished, log, receipt_name, remove_receipts, resume, stamp
 from .decode import Buffers, Decoder, Helper, memory_of
 from .format import FIELDS, Codecs, Settings, UserError
 from .lock import only_one
@@ -51,8 +51,9 @@ def convert(
     UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
     """
     started = time.perf_counter()
-    if not source.exists() and (found := set_of(settings, root, source.name, codecs is not None)):
-        log(f"{source} is not there, nor needed: {found} is complete")
+    form = ".zarr" if codecs else ""
+    if not source.exists() and (found := find_set(root, settings, {"name": source.name}, form)):
+        log(f"{source} is not there, nor needed: {fmt.open_set(found).path} is complete")
         return found
     mat = Mat(source, settings.fields)
     try:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from convert import format as fmt
-from convert.commit import log
+from convert.commit import find_set, log
 from convert.format import Codecs, Settings, UserError
 from convert.mat import Source, open_mat, sampled_identity
 from convert.pack import repack
@@ -39,8 +39,13 @@ def prepare(
     command = "make convert" + (f" DRIVE={shlex.quote(str(drive))}" if drive else "")
     if drive:
         check_mounted(drive, command)
-    find = partial(find_set, settings=settings, wanted=_wanted(source, command), command=command)
-    here, there = find(root), find(drive) if drive else None
+    wanted = _wanted(source, command)
+
+    def find(where: Path) -> Path | None:
+        return find_set(where, settings, wanted, "", PACKED) if exists(where) else None
+
+    here = find(root)
+    there = patiently(lambda: find(drive), f"looking through {drive}", command) if drive else None
     shelved = bool(there and not patiently(lambda: not_whole(there), f"looking through {there}", command))
     directory = here and _checked(here)
     if not directory and there:
@@ -61,25 +66,6 @@ def prepare(
     if len(fmt.finished_sets(root)) > 1:
         log(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
     return directory
-
-
-def find_set(where: Path, settings: Settings, wanted: dict[str, object], command: str) -> Path | None:
-    """The finished set of these settings, from the wanted source where one is known."""
-    found: dict[str, Path] = {}
-    for path in patiently(lambda: fmt.finished_sets(where) if exists(where) else [], f"looking in {where}", command):
-        patiently((path / fmt.MANIFEST).read_bytes, f"reading {path / fmt.MANIFEST}", command)
-        try:
-            manifest = fmt.read_manifest(path)
-        except UserError as error:
-            log(f"passed over: {error}")
-            continue
-        same = manifest["fingerprint"] == fmt.fingerprint(settings, manifest["source"])
-        if same and wanted.items() <= manifest["source"].items():
-            found.setdefault(manifest["fingerprint"], path)
-    if len(found) > 1:
-        names = ", ".join(sorted(p.name for p in found.values()))
-        raise UserError(f"{where} has {names}, of other sources. Say which is meant: make convert MAT=/path/to/it.mat")
-    return next(iter(found.values()), None)
 
 
 def _wanted(source: Source | None, command: str) -> dict[str, object]:

@@ -17,10 +17,11 @@ from flaky import serving
 
 from convert import format as fmt
 from convert.__main__ import main
+from convert.commit import find_set
 from convert.format import Settings, UserError
 from convert.write import convert
 from drive import shelf
-from drive.session import MAT_NAME, find_set, prepare
+from drive.session import MAT_NAME, prepare
 from drive.shelf import push
 from rooms.sample import write_sample
 
@@ -222,9 +223,9 @@ def test_sets_of_two_sources_are_an_error_that_names_them(mat: Path, small_set: 
     other.write_bytes(mat.read_bytes() + b"\0")
     second = convert(other, root, SMALL)
     with pytest.raises(UserError, match=f"{min(small_set.name, second.name)}.*MAT="):
-        find_set(root, SMALL, {}, "make convert")
-    assert find_set(root, SMALL, {"name": "other.mat"}, "make convert") == second
-    assert find_set(root, Settings(), {}, "make convert") is None
+        find_set(root, SMALL, {}, "")
+    assert find_set(root, SMALL, {"name": "other.mat"}, "") == second
+    assert find_set(root, Settings(), {}, "") is None
 
 
 def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def new_machine(base: Path) -> Path:
 
 def week(base: Path, drive: Drive, server: Server, url: str) -> None:
     shelf = drive.mount / "nyuv2"
-    convert = ("convert", "run", "--drive", shelf, "--url", url, "--out")
+    convert = ("convert", "run", "--drive", shelf, "--url", url, "--rows-per-shard", 16, "--out")
     print("== Monday: nothing anywhere; the web server drops connections")
     root = new_machine(base)
     shell(*convert, root)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convert.format import UserError, void, write_atomically
+from convert.format import UserError, write_atomically
 from train import ranks
 from train.settings import MAY_CHANGE, Settings
 
@@ -56,7 +56,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[-1]))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: void(file.write(text.getvalue().encode())))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def copy_file(source: Path, target: Path) -> None:
