@@ -41,7 +41,7 @@ class Progress(tqdm):
     """Bytes on their way: a bar on a terminal, else a line each eighth of it."""
 
     def __init__(self, doing: str, total: int, initial: int = 0) -> None:
-        self.doing, self.size, self.done, self.started = doing, total, initial, time.perf_counter()
+        self.doing, self.size, self.done = doing, total, initial
         super().__init__(total=total, initial=initial, desc=doing, unit="B", unit_scale=True, disable=None, miniters=1)
 
     def add(self, n_bytes: int, what: str = "") -> None:
