@@ -26,7 +26,7 @@ from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, open_set, 
 from train.augment import normalize_depth, normalize_rgb
 from train.loader import Loader, Maker
 from train.order import Batches
-from train.ring import N_SLOTS, Layout, arrays_in, n_bytes_of, tensors_in
+from train.ring import N_SLOTS, Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 
 SCENE_10 = [
     "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom", "bookstore",
@@ -216,7 +216,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             self.rows_of(indices)  # they exist
             index = torch.as_tensor(indices, device=self._parts[0].device)
             return tuple(part.index_select(0, index) for part in self._parts)
-        buffer = np.empty(n_bytes_of(self._layout(len(indices))), np.uint8).data
+        buffer = private_memory(n_bytes_of(self._layout(len(indices))))
         return tensors_in(buffer, self.fill(buffer, indices))
 
     @property
@@ -305,7 +305,7 @@ def _worker_count(num_workers: int | str, make: Maker, batch_size: int) -> int:
         return int(num_workers)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_rows = min(batch_size, len(make.dataset), 16)
-    buffer = np.empty(make.slot_bytes(n_rows)[0], np.uint8).data
+    buffer = private_memory(make.slot_bytes(n_rows)[0])
     for _ in range(2):  # the second is not the first to touch anything
         started = time.perf_counter()
         make(buffer, (0, 0, np.arange(n_rows)))

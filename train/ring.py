@@ -39,6 +39,13 @@ def tensors_in(buffer: Any, layout: Layout, is_copied: bool = False) -> tuple[Te
     return tuple(torch.from_numpy(array) for array in arrays)
 
 
+def private_memory(n_bytes: int) -> memoryview:
+    """At a whole cache line: copies that land 16 bytes beyond their source (modulo 4096) are a fifth slower."""
+    memory = np.empty(n_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + n_bytes].data
+
+
 def shared_memory(n_bytes: int) -> Arena:
     """Memory without a name, mapped by every process that it is handed to as it starts; not part of /dev/shm."""
     if not hasattr(os, "memfd_create"):
@@ -61,8 +68,7 @@ class Ring:
     def __init__(self, n_bytes: int, is_shared: bool) -> None:
         n_bytes = -(-max(n_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.arena = shared_memory(N_SLOTS * n_bytes) if is_shared else None
-        private = (np.empty(n_bytes, np.uint8).data for _ in range(N_SLOTS))
-        self.buffers = slots_of(self.arena) if self.arena else list(private)
+        self.buffers = slots_of(self.arena) if self.arena else [private_memory(n_bytes) for _ in range(N_SLOTS)]
         self.unseen = set(range(N_SLOTS)) if is_shared else set[int]()
         self.lent, self.events = set[int](), dict[int, Any]()
         self.free = list(range(N_SLOTS))  # the last one back goes out first: part of it is still in the CPU's cache
