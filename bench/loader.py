@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from convert.format import UserError, open_set, resolve_set
+from ring.loader import Loader
 from train.data import ShardDataset
-from train.loader import Loader
 from train.order import Batches
 
 BATCH = 128
@@ -52,7 +52,9 @@ class PerSample(Dataset[Any]):
         return torch.from_numpy(rgb.copy()), torch.from_numpy(depth.copy().view(np.int16))[None], self.labels[i]
 
 
-def memcpy_limit(dataset: ShardDataset, batches: Batches, library: Any = ctypes.PyDLL, one_row: bool = False) -> Epoch:
+def memcpy_limit(
+    dataset: ShardDataset, batches: list[np.ndarray], library: Any = ctypes.PyDLL, one_row: bool = False
+) -> Epoch:
     """The rows of an epoch copied one by one by C's memcpy into one reused buffer; addresses are worked out before."""
     found = open_set(dataset.path)
     fields = [[np.asarray(shard) for shard in found.shards(field)] for field in dataset.fields]
@@ -189,8 +191,8 @@ def report_waits(path: str, n_steps: int) -> None:
 
 FIRST = """
 import sys, time
+from ring.loader import Loader
 from train.data import ShardDataset
-from train.loader import Loader
 from train.order import Batches
 started = time.perf_counter()
 dataset = ShardDataset(sys.argv[1], split="all")
@@ -208,7 +210,7 @@ def report_first_batch(path: str, n_runs: int) -> None:
         print("{:44}{:10.3f} ({:.3f}-{:.3f})".format(name, *interval(seconds)), flush=True)
 
 
-def control_variants(dataset: ShardDataset, batches: Batches) -> None:
+def control_variants(dataset: ShardDataset, batches: list[np.ndarray]) -> None:
     """Why the limit is copied as it is: what else a C copy of the same rows could be measured as."""
     print(f"\n{'C memcpy of the same rows, one thread':44}{'rows/s':>10}")
     for name, how in (
@@ -235,13 +237,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     warnings.filterwarnings("ignore", "This DataLoader will create")
     torch.set_num_threads(1)  # with more, torch.stack in the DataLoader without workers can be 100 times slower here
-    limit = memcpy_limit(dataset, Batches(len(dataset), BATCH, 0))
+    limit = memcpy_limit(dataset, Batches(len(dataset), BATCH, 0)(0))
     limit()
     print(f"{path}: {len(dataset)} rows of {dataset.size}x{dataset.size}, batches of {BATCH}, {args.pairs} pairs\n")
     report_speed(path, args.pairs, limit)
     report_waits(path, args.steps)
     report_first_batch(path, 7)
-    control_variants(dataset, Batches(len(dataset), BATCH, 0))
+    control_variants(dataset, Batches(len(dataset), BATCH, 0)(0))
     torch.set_num_threads(2)
     epoch = epochs_of(Loader(dataset, Batches(len(dataset), BATCH, 0), prefetch=False))
     pairs = [(rate(epoch)[0], rate(limit)[0]) for _ in range(args.pairs)]

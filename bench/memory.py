@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.cgroup import NoGroup, memory_group
 from convert.format import UserError, resolve_set
+from ring.loader import Loader
+from ring.memory import PROC, sizes_in, tree_memory, tree_of
 from train.data import ShardDataset
-from train.loader import Loader
-from train.memory import PROC, sizes_in, tree_memory, tree_of
 from train.order import Batches
 
 COLAB, SMALL = 12_700_000_000, 1_000_000_000

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from convert.format import UserError, open_set
+from ring.loader import Loader
+from ring.memory import NoRoom
 from train import ranks
 from train.data import ShardDataset
-from train.loader import Batches, Loader
 from train.loop import Job, evaluate, new_run, start, train_step
+from train.order import Batches
 from train.settings import Settings, add_flags
 
 
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         for fold in range(n_folds) if only is None else [only]:
             found.append(judge(Settings(**values), fold, n_folds, minutes))
             print(f"fold {fold}:", "  ".join(f"{k} {v:.3f}" for k, v in found[-1].items()), flush=True)
-    except UserError as error:
+    except (UserError, NoRoom) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print("mean:  ", "  ".join(f"{k} {np.mean([each[k] for each in found]):.3f}" for k in found[0]))

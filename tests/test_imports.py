@@ -1,4 +1,4 @@
-"""Who imports whom: `train` only `convert.format`, `drive` only `convert`, `convert` neither; training no h5py."""
+"""Who imports whom: `ring` nobody, `train` it and `convert.format`, `drive` only `convert`, `convert` none of them."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-OURS = {"convert", "drive", "train", "rooms", "pictures", "bench"}
+OURS = {"convert", "drive", "ring", "train", "rooms", "pictures", "bench"}
 ALLOWED_IN_FORMAT = {"numpy", "zarr"}
 
 
@@ -40,8 +40,15 @@ def files(package: str) -> pytest.MarkDecorator:
 def test_train_imports_only_the_format_of_convert(path: Path) -> None:
     of_convert = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("convert.format")}
     assert of_convert == set()
-    assert foreign(path) <= {"convert", "pictures"}
+    assert foreign(path) <= {"convert", "ring", "pictures"}
     assert "h5py" not in imported(path)
+
+
+@files("ring")
+def test_the_loader_knows_nothing_of_this_dataset(path: Path) -> None:
+    assert foreign(path) == set()
+    names = {n.split(".")[0] for n in imported(path)} - {"ring"}
+    assert names - set(sys.stdlib_module_names) <= {"numpy", "torch"}
 
 
 @files("drive")
@@ -64,7 +71,13 @@ def test_the_format_is_a_leaf() -> None:
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("train.data", "h5py"), ("train.loop", "h5py"), ("convert.write", "torch"), ("convert.__main__", "h5py")],
+    [
+        ("train.data", "h5py"),
+        ("train.loop", "h5py"),
+        ("ring.loader", "train"),
+        ("convert.write", "torch"),
+        ("convert.__main__", "h5py"),
+    ],
 )
 def test_importing_it_does_not_load(module: str, absent: str) -> None:
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"

@@ -14,11 +14,11 @@ import torch
 from conftest import REPO
 
 from convert.format import UserError
+from ring.loader import Loader
+from ring.slots import N_SLOTS
 from train import data as data_module
 from train.data import ShardDataset, create_dataloaders
-from train.loader import Loader
 from train.order import Batches
-from train.ring import N_SLOTS
 
 METHODS = ["fork", "forkserver", "spawn"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -34,9 +34,7 @@ def make(path: Path, workers: int = 0, method: str | None = None, **how: Any) ->
 def expected(path: Path, epoch: int = 0, start: int = 0, **settings: Any) -> list[tuple[torch.Tensor, ...]]:
     """The same batches made without any loader."""
     dataset = ShardDataset(path, split="all", **settings)
-    batches = Batches(len(dataset), 4, 0)
-    batches.epoch, batches.start = epoch, start
-    return [dataset.batch(indices) for indices in batches]
+    return [dataset.batch(indices) for indices in Batches(len(dataset), 4, 0)(epoch)[start:]]
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
@@ -180,7 +178,7 @@ def test_a_random_transform_draws_the_same_with_any_number_of_workers(small_set:
 @kinds
 def test_an_exception_names_the_rows_and_the_loader_goes_on(small_set: Path, kind: dict[str, Any]) -> None:
     loader = make(small_set, **kind, transform=fail)
-    first = next(iter(Batches(36, 4, 0))).tolist()
+    first = Batches(36, 4, 0)(0)[0].tolist()
     for _ in range(2):
         with pytest.raises(ValueError, match="no such colour") as error:
             list(loader)

@@ -4,16 +4,17 @@ import multiprocessing as mp
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cgroup import memory_group
 
-from convert.format import UserError
-from train import memory
+from ring import memory
+from ring.loader import Loader
+from ring.memory import PROC, NoRoom, check_room, sizes_in, tree_memory, warn_near_limit
+from train.__main__ import main
 from train.data import ShardDataset
-from train.loader import Loader
-from train.memory import PROC, check_room, sizes_in, tree_memory, warn_near_limit
 from train.order import Batches
 
 MOST = 8 << 20
@@ -31,17 +32,15 @@ def empty(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 class Nothing:
     """A dataset that holds and delivers nothing: what a worker costs that only exists."""
 
-    split, size, is_stored = "all", 1, False
-
-    def __len__(self) -> int:
-        return 36
-
     def batch(self, indices: object) -> tuple[torch.Tensor, ...]:
         return (torch.zeros(1),)
 
+    def fill(self, buffer: object, indices: object) -> tuple[torch.Tensor, ...]:
+        return self.batch(indices)
 
-def worker_memory(dataset: object, workers: int, method: str) -> list[int]:
-    loader = Loader(dataset, Batches(36, 4, 0), workers, method)  # type: ignore[arg-type]
+
+def worker_memory(dataset: Any, workers: int, method: str) -> list[int]:
+    loader = Loader(dataset, Batches(36, 4, 0), workers, method)
     for _ in range(2 * max(1, workers // 4)):  # every worker gets jobs
         for batch in loader:
             del batch
@@ -80,13 +79,24 @@ def test_the_tree_counts_shared_pages_once() -> None:
 
 def test_more_than_there_is_left_is_refused_with_what_to_lower() -> None:
     check_room(1, "1 batch")
-    with pytest.raises(UserError, match="smaller --batch-size"):
+    with pytest.raises(NoRoom, match="smaller batch size"):
         check_room(1 << 50, "4 batches")
+
+
+def test_a_training_that_does_not_fit_is_one_line_and_status_2(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable: 4 kB\n")
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    assert main(["--data", str(small_set), "--out", str(tmp_path / "run"), "--size", "32", "--num-workers", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train: 4 batches of ")
+    assert line.endswith(" MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)")
 
 
 SCRIPT = """
 import sys
-from train.memory import check_room, room, warn_near_limit
+from ring.memory import check_room, room, warn_near_limit
 held = bytearray(b"x") * (int(sys.argv[1]) << 20)
 print(room()[1], room()[2])
 warn_near_limit()
@@ -97,11 +107,11 @@ check_room(200 << 20, "4 batches of 128 rows")
 
 def test_the_limit_is_the_containers_and_is_warned_of_once() -> None:
     with memory_group(256 << 20) as group:
-        done = group.run([sys.executable, "-c", SCRIPT, 220], env={**os.environ}, timeout=60)
+        done = group.run([sys.executable, "-c", SCRIPT, 236], env={**os.environ}, timeout=60)
     assert done.stdout.split() == [str(256 << 20), "the", "container"]
     assert done.stderr.count("memory: ") == 1
-    assert "smaller --batch-size, or a lower --num-workers" in done.stderr
-    assert "UserError: 4 batches of 128 rows need 200 MiB of memory, the container has" in done.stderr
+    assert "smaller batch size, or fewer workers" in done.stderr
+    assert "NoRoom: 4 batches of 128 rows need 200 MiB of memory, the container has" in done.stderr
 
 
 def test_nothing_is_said_far_from_the_limit(

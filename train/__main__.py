@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 
 from convert.format import UserError
+from ring.memory import NoRoom
 from train import ranks
 from train.checkpoint import one_line
 from train.loop import train
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         status, text = 2, str(error)
+    except NoRoom as error:
+        status, text = 2, f"{error} (--batch-size)"
     except torch.cuda.OutOfMemoryError:
         status, text = 2, "the GPU's memory is full. Use a smaller --batch-size"
     except KeyboardInterrupt:

@@ -12,8 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, open_set, read_manifest, resolve_set
+from ring.loader import Loader, Maker, Transform
+from ring.slots import N_SLOTS, Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 from train.augment import normalize_depth, normalize_rgb
-from train.loader import Loader, Maker
 from train.order import Batches
-from train.ring import N_SLOTS, Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 
 SCENE_10 = [
     "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom", "bookstore",
 ]  # fmt: skip
 SCENE_13 = [*SCENE_10, "playroom", "study", "reception_room"]
-Transform = Callable[[tuple[Tensor, ...]], Any]
 TARGETS = {  # and the field each is read from
     "scene": "", "semantic13": "label", "semantic40": "label", "semantic894": "label", "depth": "depth",
     "instance": "instance",
@@ -123,6 +120,9 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             ids_k = np.array(names[f"to{k}"] if k else range(len(names["classes"]) + 1), np.int64)
             self._lut = np.where(ids_k > 0, ids_k - 1, VOID)
 
+    def __repr__(self) -> str:
+        return f"ShardDataset({str(self.path)!r}, split={self.split!r})"
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -197,8 +197,11 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         parts.append(kinds.get(self.target, ("i8", (n, side, side))))
         return [(np.dtype(kind), shape) for kind, shape in parts]
 
-    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout:
-        """Make a stored batch in `buffer`; what lies there is the layout returned."""
+    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout | tuple[Tensor, ...]:
+        """Gather a batch in `buffer`: its layout there; or the batch, where there is something to compute."""
+        return self.batch(indices) if self.normalize or self._parts else self._fill(buffer, indices)
+
+    def _fill(self, buffer: memoryview, indices: np.ndarray) -> Layout:
         rows, layout = self.rows_of(indices), self._layout(len(indices))
         target = arrays_in(buffer, layout)[-1]  # no part is wider: it lies first
         if field := TARGETS[self.target]:
@@ -217,12 +220,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             index = torch.as_tensor(indices, device=self._parts[0].device)
             return tuple(part.index_select(0, index) for part in self._parts)
         buffer = private_memory(n_bytes_of(self._layout(len(indices))))
-        return tensors_in(buffer, self.fill(buffer, indices))
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether a batch is gathered from the shards, with nothing to compute."""
-        return not (self.normalize or self._parts)
+        return tensors_in(buffer, self._fill(buffer, indices))
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
         """The fields asked for, as float32 inputs where `normalize`, then the target."""
@@ -290,29 +288,26 @@ def create_dataloaders(
         if target_size not in (None, have := dataset.size, (have, have), [have, have]):
             hint = f"Run: make convert ARGS='--size {np.min(target_size)}'"
             raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
-        workers = 0 if place else _worker_count(num_workers, Maker(dataset, change, seed), batch_size)
+        workers = 0 if place else _worker_count(num_workers, dataset, change, batch_size)
         batches = Batches(len(dataset), batch_size, order_seed, rank, world)
-        return Loader(dataset, batches, workers, start_method, prefetch=prefetch and place is None, transform=change)
+        how: dict[str, Any] = {"prefetch": prefetch and place is None, "transform": change, "seed": order_seed or 0}
+        return Loader(dataset, batches, workers, start_method, **how)
 
     place = cache and (device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loader("train", transform, seed, place), loader("test", val_transform, None)
 
 
-def _worker_count(num_workers: int | str, make: Maker, batch_size: int) -> int:
+def _worker_count(num_workers: int | str, dataset: ShardDataset, change: Transform | None, batch_size: int) -> int:
     if num_workers != "auto":
         if not str(num_workers).isdecimal() or int(num_workers) > 64:
             raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
         return int(num_workers)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_rows = min(batch_size, len(make.dataset), 16)
-    buffer = private_memory(make.slot_bytes(n_rows)[0])
-    for _ in range(2):  # the second is not the first to touch anything
-        started = time.perf_counter()
-        make(buffer, (0, 0, np.arange(n_rows)))
-    ms = (time.perf_counter() - started) * 1e3 * batch_size / n_rows
+    n_rows = min(batch_size, len(dataset), 16)
+    ms = Maker(dataset, change, 0).seconds(n_rows) * 1e3 * batch_size / n_rows
     count = min(cores, N_SLOTS - 1) if ms > HIDDEN_MS and cores > 1 else 0
     why = f"a batch takes {ms:.1f} ms to make, {cores} cores"
-    print(f"loader: {make.dataset.split}: num_workers=auto is {count} ({why})", file=sys.stderr)
+    print(f"loader: {dataset.split}: num_workers=auto is {count} ({why})", file=sys.stderr)
     return count
 
 

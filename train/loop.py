@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from convert.format import UserError
+from ring.memory import TreeMemory, tree_memory, warn_near_limit
 from train import ranks
 from train.augment import Draws, augment, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
 from train.data import ShardDataset, create_dataloaders
-from train.memory import TreeMemory, tree_memory, warn_near_limit
 from train.model import build, load_imagenet, read_weights
 from train.order import steps_per_epoch, train_batches
 from train.settings import Settings

@@ -1,8 +1,7 @@
 """(seed, epoch, position, rank, world) -> row numbers. Pure: workers and world size never enter the order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,40 +31,25 @@ def train_batches(
         yield np.sort(order[begin : begin + size])
 
 
-def eval_batches(
-    n_rows: int, batch_size: int, *, start: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[np.ndarray]:
+def eval_batches(n_rows: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
     """Every position exactly once over all ranks, in order, never padded."""
     mine = np.arange(rank, n_rows, world)
-    for begin in range(start * batch_size, len(mine), batch_size):
+    for begin in range(0, len(mine), batch_size):
         yield mine[begin : begin + batch_size]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batches:
-    """A rank's batches from (epoch, start): shuffled by (seed, epoch), or for evaluation (seed None)."""
+    """A rank's batches of an epoch: shuffled by (seed, epoch), or for evaluation (seed None)."""
 
     n_rows: int
     batch_size: int
     seed: int | None
     rank: int = 0
     world: int = 1
-    epoch: int = 0
-    start: int = 0
 
-    def n_steps(self) -> int:
+    def __call__(self, epoch: int) -> list[np.ndarray]:
         if self.seed is None:
-            return -(-len(range(self.rank, self.n_rows, self.world)) // self.batch_size)
-        return steps_per_epoch(self.n_rows, self.batch_size, self.world)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        where: dict[str, Any] = {"start": self.start, "rank": self.rank, "world": self.world}
-        if self.seed is None:
-            return eval_batches(self.n_rows, self.batch_size, **where)
-        return train_batches(self.n_rows, self.batch_size, self.seed, self.epoch, **where)
-
-    def endless(self, epoch: int, step: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, step, positions) from there on, epoch after epoch."""
-        while True:
-            yield from ((epoch, k, indices) for k, indices in enumerate(replace(self, epoch=epoch, start=step), step))
-            epoch, step = epoch + 1, 0
+            return list(eval_batches(self.n_rows, self.batch_size, rank=self.rank, world=self.world))
+        sizes = self.n_rows, self.batch_size, self.seed, epoch
+        return list(train_batches(*sizes, rank=self.rank, world=self.world))

@@ -1,7 +1,7 @@
 """Four buffers that are used again and again: a fresh page of memory costs more than copying one.
 
 A slot goes out under tensors and is refilled only after the last of them is gone; if too many are kept, a batch is
-delivered as a copy. The memory is shared with workers, which hand over slot numbers, never pictures.
+delivered as a copy. The memory is shared with workers, which hand over slot numbers, never rows.
 """
 
 import mmap
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 N_SLOTS = 4  # batches held in all: one at the user, one being delivered, two ahead
-COPY_BELOW = 4096  # bytes: a kept list of labels must not keep the pictures' buffer
+COPY_BELOW = 4096  # bytes: a kept list of labels must not keep the whole batch's buffer
 
 Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]
 

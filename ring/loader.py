@@ -1,40 +1,48 @@
 """Batches at the speed of memory: the slots of a ring, filled by the caller, by one thread, or by worker processes."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing as mp
 import os
 import pickle
 import signal
+import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from train.memory import check_room
-from train.order import Batches
-from train.ring import N_SLOTS, Arena, Layout, Ring, arrays_in, n_bytes_of, slots_of
+from ring.memory import check_room
+from ring.slots import N_SLOTS, Arena, Layout, Ring, arrays_in, n_bytes_of, private_memory, slots_of
 
-if TYPE_CHECKING:
-    from train.data import ShardDataset, Transform
-
-BYTES_A_PIXEL = 64  # room for what a transform returns; a page of it exists once it is written
+BYTES_A_VALUE = 16  # room for what a transform makes of each number; a page of it exists once it is written
 LOOK_S = 1.0  # how often a worker looks whether its parent is alive
 
-Job = tuple[int, int, np.ndarray]  # epoch, step, positions in the split
+Batches = Callable[[int], Sequence[np.ndarray]]  # epoch -> the row numbers of each of its batches
+Transform = Callable[[tuple[Tensor, ...]], Any]
+Job = tuple[int, int, np.ndarray]  # epoch, step, row numbers
+Position = tuple[int, int]  # epoch, step
 Answer = Callable[[], Any]  # waits for a batch: its layout in the slot, or itself, or the exception
+
+
+class Rows(Protocol):
+    """A dataset; workers that are not forked get it pickled."""
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        """These rows in new memory."""
+
+    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout | tuple[Tensor, ...]:
+        """The same in `buffer`, and how they lie there (`slots.arrays_in`); or `batch`, where there is no other way."""
 
 
 # ---------------------------------------------------------------- one batch
@@ -44,7 +52,7 @@ Answer = Callable[[], Any]  # waits for a batch: its layout in the slot, or itse
 class Maker:
     """Makes one batch in a slot. Every worker has a copy."""
 
-    dataset: ShardDataset
+    dataset: Rows
     transform: Transform | None
     seed: int
 
@@ -53,23 +61,31 @@ class Maker:
         epoch, step, indices = job
         try:
             if self.transform is None:
-                is_stored = self.dataset.is_stored
-                return self.dataset.fill(buffer, indices) if is_stored else _packed(self.dataset.batch(indices), buffer)
+                return _packed(self.dataset.fill(buffer, indices), buffer)
             with _seeded(self.seed, epoch, step):  # the same draws wherever the batch is made
                 return _packed(self.transform(self.dataset.batch(indices)), buffer)
         except Exception as error:
             rows = ", ".join(map(str, indices.tolist()))
-            error.add_note(f"in the loader, epoch {epoch}, step {step}, {self.dataset.split} rows {rows}")
+            error.add_note(f"in the loader, epoch {epoch}, step {step}, rows {rows} of {self.dataset!r}")
             return error
 
     def slot_bytes(self, n_rows: int) -> tuple[int, int]:
         """What a slot will hold, and room for it."""
-        n_bytes = n_rows * sum(part.nbytes for part in self.dataset.batch(np.zeros(1, np.int64)) if part.is_cpu)
-        return n_bytes, n_rows * self.dataset.size**2 * BYTES_A_PIXEL if self.transform else n_bytes
+        row = [part for part in self.dataset.batch(np.zeros(1, np.int64)) if part.is_cpu]
+        n_bytes, n_values = (n_rows * sum(sizes) for sizes in ([p.nbytes for p in row], [p.numel() for p in row]))
+        return n_bytes, n_values * BYTES_A_VALUE if self.transform else n_bytes
+
+    def seconds(self, n_rows: int) -> float:
+        """What the first `n_rows` take to make, the second time."""
+        buffer = private_memory(self.slot_bytes(n_rows)[0])
+        for _ in range(2):
+            started = time.perf_counter()
+            self(buffer, (0, 0, np.arange(n_rows)))
+        return time.perf_counter() - started
 
 
 def _packed(made: Any, buffer: memoryview) -> Any:
-    """The layout after a tuple of tensors was put into `buffer`; anything else, or too large, as it is."""
+    """The layout after a tuple of tensors was put into `buffer`; what is no such tuple, or too large, as it is."""
     if type(made) is tuple and all(type(part) is Tensor and part.is_cpu for part in made):
         arrays = [part.detach().numpy() for part in made]
         layout: Layout = [(a.dtype, a.shape) for a in arrays]
@@ -123,7 +139,7 @@ class Workers:
         self.close = weakref.finalize(self, _end_crew, os.getpid(), self.crew)
         context: Any = mp.get_context(start_method)
         if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload(["__main__", "train.data"])
+            context.set_forkserver_preload(["__main__", __name__, type(make.dataset).__module__])
         gc.freeze()  # else the first collection in a forked worker writes to every object's page
         try:
             for k in range(count):
@@ -154,7 +170,7 @@ def _answer(process: Any, pipe: Connection) -> Any:
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended by itself (status {code})"
         raise RuntimeError(
             f"{process.name} (process {process.pid}) {how}: out of memory, or a crash in the transform. "
-            "Use a smaller batch size or fewer workers (--num-workers 0 needs none)"
+            "Use a smaller batch size or fewer workers (0 needs none)"
         ) from None
 
 
@@ -204,65 +220,76 @@ def _pickled(made: Any) -> bytes:
 # ---------------------------------------------------------------- what users hold
 
 
+def _endless(batches: Batches, epoch: int, step: int) -> Iterator[tuple[Job, Position]]:
+    """Jobs from there on, epoch after epoch, and what comes after each."""
+    while len(found := batches(epoch)):
+        for k in range(step, len(found)):
+            yield (epoch, k, found[k]), (epoch, k + 1) if k + 1 < len(found) else (epoch + 1, 0)
+        epoch, step = epoch + 1, 0
+
+
 class Loader:
-    """Batches of a ShardDataset, epoch after epoch. What is read ahead runs on into the next epoch.
+    """Batches of a dataset, epoch after epoch. What is read ahead runs on into the next epoch.
 
     Iterating again goes on to the next epoch, or repeats one that was left early; `set_epoch` names one. Without
-    workers one thread gathers; the caller does with prefetch=False, or for a transform, whose random draws would
-    otherwise meet the caller's.
+    workers one thread gathers; the caller does with prefetch=False, or for a transform (batch -> batch), whose random
+    draws would otherwise meet the caller's. A transform's draws come from (seed, epoch, step). Raises NoRoom where
+    memory is too small for the buffers: no batch may be larger than the largest of the epoch that begins.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Rows,
         batches: Batches,
         num_workers: int = 0,
         start_method: str | None = None,
         *,
         prefetch: bool = True,
         transform: Transform | None = None,
+        seed: int = 0,
     ) -> None:
         self.dataset, self.batches, self.num_workers, self.start_method = dataset, batches, num_workers, start_method
-        self.make, self.in_thread = Maker(dataset, transform, batches.seed or 0), prefetch and not transform
+        self.make, self.in_thread = Maker(dataset, transform, seed), prefetch and not transform
         self.source: Here | Workers | None = None
-        self._turn, self._pending = 0, deque[tuple[int, Answer]]()  # slots being filled
-        self._at: tuple[int, int] | None = None  # of the next batch; None before the first and after an exception
+        self._epoch, self._start = 0, 0  # where the next iteration begins
+        self._turn, self._pending = 0, deque[tuple[int, Answer, Position]]()  # slots being filled
+        self._at: Position | None = None  # of the next batch; None before the first and after an exception
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The order is a pure function of (seed, epoch); `start` resumes at that step."""
-        self.batches.epoch, self.batches.start = epoch, start
+        """The order is a pure function of the epoch; `start` resumes at that step."""
+        self._epoch, self._start = epoch, start
 
     def __len__(self) -> int:
-        return max(0, self.batches.n_steps() - self.batches.start)
+        return len(self.batches(self._epoch)[self._start :])
 
     def __iter__(self) -> Iterator[Any]:
         self._turn += 1
-        position = self.batches.epoch, self.batches.start
-        if len(self) and self._at != position:
+        position, n_batches = (self._epoch, self._start), len(self)
+        if n_batches and self._at != position:
             self._restart(*position)
-        return self._run(self._turn, position, len(self))
+        return self._run(self._turn, position, n_batches)
 
-    def _run(self, turn: int, position: tuple[int, int], n_batches: int) -> Iterator[Any]:
+    def _run(self, turn: int, position: Position, n_batches: int) -> Iterator[Any]:
         for _ in range(n_batches):
             if self._turn != turn:
                 raise RuntimeError("this iteration ended when another one over the same loader began: make two loaders")
             yield self._next()
-        if position == (self.batches.epoch, self.batches.start):
-            self.set_epoch(self.batches.epoch + 1)
+        if position == (self._epoch, self._start):
+            self.set_epoch(self._epoch + 1)
 
     def _restart(self, epoch: int, step: int) -> None:
-        source, self._at = self.source if self._at else self._open(), None
+        source, self._at = self.source if self._at else self._open(epoch), None
         while self._pending:  # made ahead for another position
-            slot, answer = self._pending.popleft()
+            slot, answer, _ = self._pending.popleft()
             answer()
             self.ring.free.append(slot)
-        self._jobs, self._at = self.batches.endless(epoch, step), (epoch, step)
+        self._jobs, self._at = _endless(self.batches, epoch, step), (epoch, step)
         self._submit(source)
 
-    def _open(self) -> Here | Workers:
+    def _open(self, epoch: int) -> Here | Workers:
         if isinstance(self.source, Workers):
             self.source.close()
-        n_rows = min(self.batches.batch_size, len(self.dataset))
+        n_rows = max(map(len, self.batches(epoch)))
         n_bytes, room = self.make.slot_bytes(n_rows)
         check_room(N_SLOTS * n_bytes, f"{N_SLOTS} batches of {n_rows} rows")
         self.ring = Ring(room, self.num_workers > 0)
@@ -275,14 +302,14 @@ class Loader:
 
     def _submit(self, source: Any) -> None:
         while self.ring.free and len(self._pending) < source.depth:
-            slot = self.ring.take()
-            self._pending.append((slot, source.submit(slot, next(self._jobs))))
+            slot, (job, after) = self.ring.take(), next(self._jobs)
+            self._pending.append((slot, source.submit(slot, job), after))
 
     def _next(self) -> Any:
         assert self._at is not None
-        (epoch, step), self._at = self._at, None
+        self._at = None
         self._submit(self.source)
-        slot, answer = self._pending.popleft()
+        slot, answer, after = self._pending.popleft()
         batch = answer()
         if isinstance(batch, Exception):
             raise batch
@@ -290,5 +317,5 @@ class Loader:
             batch = self.ring.lend(slot, batch)
         else:
             self.ring.free.append(slot)
-        self._at = (epoch, step + 1) if step + 1 < self.batches.n_steps() else (epoch + 1, 0)
+        self._at = after
         return batch

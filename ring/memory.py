@@ -1,7 +1,7 @@
 """Memory of this process and everything it started, from /proc, with shared pages counted once; and what is left.
 
 The sum of RSS counts a page shared by eight workers eight times; PSS gives each of them an eighth. Pages that only
-mirror a file (the shards' memory maps) are the kernel's to drop at will, so they are kept apart.
+mirror a file (memory maps) are the kernel's to drop at will, so they are kept apart.
 """
 
 import os
@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from convert.format import UserError
-
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 WARN_BELOW = 0.1  # of the limit
 WARNED: set[str] = set()  # whose limit was warned of
+
+
+class NoRoom(MemoryError):
+    """The buffers would need more memory than is left; its text is one line."""
 
 
 class TreeMemory(NamedTuple):
@@ -89,12 +91,12 @@ def _groups() -> set[Path]:
 
 
 def check_room(n_bytes: int, what: str) -> None:
-    """Raise UserError where there is less memory than that. Shared slots are memory too, and no part of /dev/shm."""
+    """Raise NoRoom where there is less memory than that. Shared slots are memory too, and no part of /dev/shm."""
     left = room()
     if left and n_bytes > left[0]:
-        raise UserError(
+        raise NoRoom(
             f"{what} need {n_bytes / 2**20:.0f} MiB of memory, {left[2]} has {left[0] / 2**20:.0f} MiB left. "
-            "Use a smaller --batch-size"
+            "Use a smaller batch size"
         )
 
 
@@ -107,6 +109,6 @@ def warn_near_limit() -> None:
         print(
             f"memory: {left[0] / 2**20:.0f} MiB left of the {left[1] / 2**20:.0f} of {left[2]}; this run holds "
             f"{held.pss_anon / 2**20:.0f} (its page cache, {held.page_cache / 2**20:.0f} MiB, does not count). "
-            "Use a smaller --batch-size, or a lower --num-workers, before the kernel ends it",
+            "Use a smaller batch size, or fewer workers, before the kernel ends it",
             file=sys.stderr,
         )
