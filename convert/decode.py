@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -134,13 +134,17 @@ class Helper:
         self.process.communicate()
 
 
-def memory_of(processes: Iterable[int]) -> int:
-    """Bytes they have in memory, shared pages counted once; 0 where the system does not tell."""
+def memory_of(processes: list[int]) -> int:
+    """Bytes in memory: of all of these now, shared pages once, or the most that the first one ever had. 0 off Linux."""
     try:
-        texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in processes]
-        return sum(int(line.split()[1]) * 1024 for text in texts for line in text.splitlines() if line[:4] == "Pss:")
+        now = sum(_kb(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in processes)
+        return 1024 * max(now, _kb(f"/proc/{processes[0]}/status", "VmHWM:"))
     except OSError:
         return 0
+
+
+def _kb(path: str, key: str) -> int:
+    return next(int(words[1]) for words in map(str.split, Path(path).read_text().splitlines()) if words[0] == key)
 
 
 def serve() -> None:

@@ -7,7 +7,6 @@ receipt is written; a run that was killed resumes after the last receipt and end
 import math
 import os
 import platform
-import resource
 import sys
 import threading
 import time
@@ -308,8 +307,7 @@ class Job:
         self.done[shard.number] = receipt
         del self.open[shard.number]
         self.free.append(shard.slot)
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.peak_memory = max(self.peak_memory, own, memory_of(self.processes))
+        self.peak_memory = max(self.peak_memory, memory_of(self.processes))
         self.bar.update(shard.stop - shard.start)
         if self.bar.disable:
             log(f"shard {shard.number + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")
