@@ -55,24 +55,15 @@ def find_set(root: Path, settings: Settings, wanted: dict[str, Any], *forms: str
     return next(iter(found.values()), None)
 
 
-def already(directory: Path, digest: str, codecs: Codecs) -> bool:
-    """Whether this finished set is there; another one in its place is an error."""
-    if not os.path.lexists(directory / fmt.MANIFEST):
+def is_finished(directory: Path, digest: str, codecs: Codecs, repair: bool = False) -> bool:
+    """Whether the set is there; another in its place is an error. `repair` checks every byte, and takes it back."""
+    if not os.path.lexists(directory / fmt.MANIFEST) or (repair and _take_back(directory)):
         return False
     found = fmt.open_set(directory)
     if found.codecs != codecs:
         raise UserError(f"{directory} is there already, with codecs {found.codecs}. Delete it, or use another --out")
     if found.manifest["fingerprint"] != digest:
         raise UserError(f"{directory} holds another set, renamed. Move it elsewhere, then run: make convert")
-    return True
-
-
-def is_finished(directory: Path, digest: str, codecs: Codecs, repair: bool = False) -> bool:
-    """Whether the set is there and whole; `repair` checks every byte, and takes a damaged set's commit back."""
-    if repair and os.path.lexists(directory / fmt.MANIFEST) and _take_back(directory):
-        return False
-    if not already(directory, digest, codecs):
-        return False
     remove_receipts(directory)  # a run killed just after its commit leaves them
     log(f"{directory} is already there and complete: nothing to do")
     return True

@@ -9,9 +9,11 @@ A leaf: stdlib and numpy (and zarr where a compressed store is decoded), importe
       provenance.json           how it was made; not part of the set's identity
 """
 
+import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -29,25 +31,23 @@ RESIZE_VERSION = 2
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 NOT_CONTENT = r"manifest\.json|provenance\.json|receipt-\d+\.json"  # receipts: a kill just after the commit
+NPY_HEADER = 128  # bytes
 MAX_DEPTH_MM = 32767
 VOID = -100
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "rgb": {"dtype": "|u1", "planes": 3, "unit": "grey level 0..255", "invalid": None},
-    "depth": {"dtype": "<u2", "planes": 0, "unit": "millimetre", "invalid": 0},
-    "raw_depth": {"dtype": "<u2", "planes": 0, "unit": "millimetre", "invalid": 0},
-    "label": {"dtype": "<u2", "planes": 0, "unit": "class id 1..894", "invalid": 0},
-    "instance": {"dtype": "|u1", "planes": 0, "unit": "number within its class", "invalid": 0},
+    "rgb": {"dtype": "|u1", "planes": (3,), "unit": "grey level 0..255", "invalid": None},
+    "depth": {"dtype": "<u2", "planes": (), "unit": "millimetre", "invalid": 0},
+    "raw_depth": {"dtype": "<u2", "planes": (), "unit": "millimetre", "invalid": 0},
+    "label": {"dtype": "<u2", "planes": (), "unit": "class id 1..894", "invalid": 0},
+    "instance": {"dtype": "|u1", "planes": (), "unit": "number within its class", "invalid": 0},
 }
-COLUMNS = {"split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "<f4", "raw_rgb": "S", "raw_depth": "S"}
-NAME_TABLES = {"scenes": [str], "scene_types": [str], "classes": [str], "classes40": [str], "classes13": [str]}
-MANIFEST_TYPES: dict[str, Any] = {
-    "rows": int,
-    "source": {"name": str, "bytes": int, "sampled_sha256": str},
-    "names": {**NAME_TABLES, "to40": [int], "to13": [int]},
-    "shards": [{"files": dict}],
-    "files": [{"bytes": int, "sha256": str}],  # of the shards, the columns and the metadata
-}
+COLUMNS = {  # "S": text, as long as the longest
+    "split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "(4,)<f4", "raw_rgb": "S", "raw_depth": "S",
+}  # fmt: skip
+TABLES = {  # of names, and of the classes' numbers among fewer
+    "scenes": str, "scene_types": str, "classes": str, "classes40": str, "classes13": str, "to40": int, "to13": int,
+}  # fmt: skip
 CROPS = ("none", "border", "eigen")
 DEPTH_RESIZES = ("nearest", "area")
 SPLITS = ("train", "test")
@@ -71,15 +71,19 @@ class Settings:
     rows_per_shard: int = 128
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.fields) - set(FIELDS))
-        if unknown or not self.fields or len(set(self.fields)) != len(self.fields):
-            raise UserError(f"--fields {','.join(self.fields)}: choose one or more of {','.join(FIELDS)}, each once")
-        for name, low, high in (("size", 8, 480), ("rows_per_shard", 1, 100_000)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high}")
-        for name, choices in (("crop", CROPS), ("depth_resize", DEPTH_RESIZES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        checks = {
+            "fields": (
+                0 < len(self.fields) == len(set(self.fields) & set(FIELDS)),
+                f"from {','.join(FIELDS)}, each once",
+            ),
+            "size": (self.size in range(8, 481), "8 to 480"),
+            "crop": (self.crop in CROPS, f"one of {', '.join(CROPS)}"),
+            "depth_resize": (self.depth_resize in DEPTH_RESIZES, f"one of {', '.join(DEPTH_RESIZES)}"),
+            "rows_per_shard": (self.rows_per_shard in range(1, 100_001), "1 to 100000"),
+        }
+        for name, (is_right, choices) in checks.items():
+            if not is_right:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {choices}")
         object.__setattr__(self, "fields", tuple(f for f in FIELDS if f in self.fields))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,13 +97,12 @@ class Settings:
 
 def row_shape(field: str, size: int) -> tuple[int, ...]:
     """The shape of one stored row: (3, S, S) for rgb, (S, S) for the rest."""
-    planes = FIELDS[field]["planes"]
-    return (planes, size, size) if planes else (size, size)
+    return (*FIELDS[field]["planes"], size, size)
 
 
 def row_bytes(names: Iterable[str], size: int) -> int:
     """Of one stored row of these fields."""
-    return sum(int(np.prod(row_shape(f, size))) * np.dtype(FIELDS[f]["dtype"]).itemsize for f in names)
+    return sum(math.prod(row_shape(f, size)) * np.dtype(FIELDS[f]["dtype"]).itemsize for f in names)
 
 
 def fingerprint(settings: Settings, source: dict[str, Any]) -> str:
@@ -122,36 +125,31 @@ def shard_name(field: str, shard: int, zarr: bool = False) -> str:
 
 
 def column_name(name: str, zarr: bool = False) -> str:
-    more = "/0" if COLUMNS[name] in ("S", "<f4") else ""  # several bytes or numbers a row
+    more = "/0" if COLUMNS[name][0] in "S(" else ""  # several bytes or numbers a row
     return f"rows-{name}/c/0{more}" if zarr else f"rows-{name}.npy"
 
 
 # ---------------------------------------------------------------- writing one file
 
 
-class HashingFile:
-    """A file that hashes and counts what passes through it."""
+class HashingFile(io.BufferedWriter):
+    """A new file that hashes what passes through it."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.n_bytes = file, hashlib.sha256(), 0
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.sha256 = hashlib.sha256()
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        self.n_bytes += memoryview(data).nbytes
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+        return super().write(data)
 
 
 def fsync_dir(path: Path) -> None:
     """Make a rename in `path` durable."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # some network file systems cannot
+        os.fsync(handle)
+    os.close(handle)
 
 
 def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False) -> dict[str, Any]:
@@ -162,12 +160,11 @@ def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
-            hashing = HashingFile(file)
-            write(hashing)
+        with HashingFile(temporary) as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        facts = {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
+            facts = {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
         if not keep_same or what_is_wrong(path, facts):
             os.replace(temporary, path)
     finally:
@@ -177,13 +174,13 @@ def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The first 128 bytes of every .npy here, as numpy writes them."""
+    """The first NPY_HEADER bytes of every .npy here, as numpy writes them."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
-    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(NPY_HEADER - 11).encode() + b"\n"
 
 
-def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
-    return write_bytes(path, npy_header(array.dtype.str, array.shape), raw(array))
+def npy_parts(array: np.ndarray) -> tuple[Any, ...]:
+    return npy_header(array.dtype.str, array.shape), raw(array)
 
 
 def raw(array: np.ndarray) -> Any:
@@ -217,10 +214,9 @@ def open_plain(path: Path) -> IO[bytes]:
     """Open a regular file to read: no symbolic link is followed, no pipe is waited for."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. {MEND}") from None
     except OSError as error:
-        what = "is not a plain file" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        known = {errno.ENOENT: "is missing", errno.ELOOP: "is not a plain file"}  # a link
+        what = known.get(error.errno or 0, f"cannot be read ({error.strerror})")
         raise UserError(f"{path} {what}. {MEND}") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -249,36 +245,29 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _like(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has these types; a list's one item stands for all of its items."""
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(_like(value[key], inner) for key, inner in kind.items())
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_like(item, kind[0]) for item in value)
-    return type(value) is kind
-
-
 def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise where what readers rely on is not as in a set: whoever signs a manifest may write anything into it."""
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}")
-    if not _like({**manifest, "files": [*all_files(manifest).values()]}, MANIFEST_TYPES):
+    source, n_rows, tables, files = manifest["source"], manifest["rows"], manifest["names"], all_files(manifest)
+    typed = [(source["name"], str), (source["sampled_sha256"], str), (source["bytes"], int), (n_rows, int)]
+    typed += [(tables[key], list) for key in TABLES] + [(x, kind) for key, kind in TABLES.items() for x in tables[key]]
+    typed += [(facts[key], kind) for facts in files.values() for key, kind in (("bytes", int), ("sha256", str))]
+    if any(type(value) is not kind for value, kind in typed):
         raise ValueError("a value has the wrong type")
-    settings, n_rows = Settings.from_dict(manifest["settings"]), manifest["rows"]
-    if manifest["fingerprint"] != fingerprint(settings, manifest["source"]):
+    settings, n_shards, zarr = Settings.from_dict(manifest["settings"]), len(manifest["shards"]), "codecs" in manifest
+    if manifest["fingerprint"] != fingerprint(settings, source):
         raise ValueError("its fingerprint is not that of its settings and source")
-    starts = range(0, n_rows, settings.rows_per_shard)
-    if n_rows < 1 or len(manifest["shards"]) != len(starts):
-        raise ValueError(f"it has {n_rows} rows in {len(manifest['shards'])} shards")
-    zarr, names = manifest["container"] == "zarr", set(settings.fields)
-    for k, (start, shard) in enumerate(zip(starts, manifest["shards"], strict=True)):
-        rows, files = [start, min(start + starts.step, n_rows)], {shard_name(f, k, zarr) for f in names}
-        if (shard["rows"], set(shard["files"])) != (rows, files):
-            raise ValueError(f"shard {k} is not that of its rows and fields, or outside the set")
-    found = [set(manifest.get(key, ())) for key in ("fields", "columns", "metadata", "codecs")]
-    metadata = {f"{array}/zarr.json" for array in (*names, *(f"rows-{name}" for name in COLUMNS))} | {"zarr.json"}
-    only_zarr = [metadata, names] if zarr else [set(), set()]
-    if found != [names, {column_name(name, zarr) for name in COLUMNS}, *only_zarr]:
-        raise ValueError("its fields or columns are not those of a set, or outside the set")
+    if not 0 < n_shards == -(-n_rows // settings.rows_per_shard):
+        raise ValueError(f"it has {n_rows} rows in {n_shards} shards")
+    fields = set(settings.fields)
+    names = {shard_name(field, k, zarr) for field in fields for k in range(n_shards)}
+    names |= {column_name(name, zarr) for name in COLUMNS}
+    if zarr:
+        names |= {"zarr.json", *(f"{array}/zarr.json" for array in (*fields, *(f"rows-{name}" for name in COLUMNS)))}
+    found = files.keys(), manifest["fields"].keys(), manifest.get("codecs", manifest["fields"]).keys()
+    if found != (names, fields, fields):
+        raise ValueError("its fields or files are not those of a set, or outside the set")
 
 
 def all_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -300,7 +289,7 @@ def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
 def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map a .npy read-only after checking that its header and size are what the manifest says."""
     header = npy_header(dtype, shape)
-    check_file(path, len(header) + int(np.prod(shape)) * np.dtype(dtype).itemsize, header)
+    check_file(path, len(header) + math.prod(shape) * np.dtype(dtype).itemsize, header)
     return np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=tuple(shape))
 
 
@@ -325,7 +314,7 @@ def crc32c(data: bytes) -> bytes:
 
 def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) -> np.ndarray:
     """Memory-map an uncompressed Zarr shard after checking that its index has the rows back to back from byte 0."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     expected = shard_index(shape[0], n_bytes // shape[0], n_slots)
     with open_plain(path) as file:
         offset = file.seek(max(0, os.fstat(file.fileno()).st_size - len(expected)))
@@ -369,42 +358,34 @@ class ShardSet:
     def shards(self, field: str) -> list[np.ndarray]:
         """The field's shards in row order: read-only memory maps, or, where compressed, decoded into memory."""
         if field not in self.manifest["fields"]:
-            have = ", ".join(self.manifest["fields"])
-            raise UserError(
-                f"{self.path} has no field {field} (it has {have}). Run: make convert ARGS='--fields {field},...'"
-            )
+            raise UserError(f"{self.path} has no field {field}. Run: make convert ARGS='--fields {field},...'")
         return [self.shard(field, k) for k in range(len(self.manifest["shards"]))]
 
     def shard(self, field: str, k: int) -> np.ndarray:
-        start, stop = self.manifest["shards"][k]["rows"]
+        n_slots = self.manifest["settings"]["rows_per_shard"]
+        start, stop = k * n_slots, min((k + 1) * n_slots, self.n_rows)
         dtype, shape = FIELDS[field]["dtype"], (stop - start, *row_shape(field, self.size))
         path = self.path / shard_name(field, k, self.codecs is not None)
         if self.codecs is None:
             return map_npy(path, dtype=dtype, shape=shape)
         if self.codecs[field] == "none":
-            return map_zarr(path, dtype=dtype, shape=shape, n_slots=self.manifest["settings"]["rows_per_shard"])
+            return map_zarr(path, dtype=dtype, shape=shape, n_slots=n_slots)
         return decode_zarr(self.path / field, start, stop)
 
     def column(self, name: str) -> np.ndarray:
         """One value a row, e.g. "split", "scene", "scene_type", "accel"; hashed, and in range for its names."""
-        file = column_name(name, self.codecs is not None)
-        try:
-            with open_plain(self.path / file) as opened:
-                data = opened.read()
-            if hashlib.sha256(data).hexdigest() != self.manifest["columns"][file]["sha256"]:
-                raise ValueError("SHA-256")
-            dtype = {"S": f"S{len(data) // self.n_rows}", "<f4": "(4,)<f4"}.get(COLUMNS[name], COLUMNS[name])
-            npy = self.codecs is None
-            values: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False) if npy else np.frombuffer(data, dtype)
-            tables = self.manifest["names"]
-            names = {"split": SPLITS, "scene": tables["scenes"]}.get(name, tables["scene_types"])
-            if values.dtype.kind != np.dtype(COLUMNS[name]).kind or len(values) != self.n_rows:
-                raise ValueError(f"{values.dtype}{values.shape}")
-            if values.dtype.kind == "u" and values.max() >= len(names):
-                raise ValueError(f"{values.max()} is beyond the names")
-            return values
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{self.path / file} is damaged ({error}). {MEND}") from None
+        file, tables = column_name(name, self.codecs is not None), self.manifest["names"]
+        with open_plain(self.path / file) as opened:
+            data = opened.read()
+        body = data if self.codecs else data[NPY_HEADER:]
+        n_bytes, rest = divmod(len(body), self.n_rows)
+        dtype = np.dtype(f"S{n_bytes}" if COLUMNS[name] == "S" else COLUMNS[name])
+        right = hashlib.sha256(data).hexdigest() == all_files(self.manifest)[file]["sha256"]
+        right = right and rest == 0 < n_bytes == dtype.itemsize
+        names = {"split": SPLITS, "scene": tables["scenes"], "scene_type": tables["scene_types"]}.get(name)
+        if not right or (names is not None and np.frombuffer(body, dtype).max() >= len(names)):
+            raise UserError(f"{self.path / file} is damaged. {MEND}")
+        return np.frombuffer(body, dtype)
 
 
 def open_set(path: str | Path) -> ShardSet:
@@ -431,16 +412,13 @@ def finished_sets(root: Path) -> list[Path]:
 def resolve_set(path: str | Path) -> Path:
     """A finished set, or the only one under a ROOT. More than one is an error that lists them."""
     path = Path(path)
-    if path.suffix in (".mat", ".h5", ".hdf5"):
-        raise UserError(f"{path} is not a converted set. Run: python -m convert run {path} --out data")
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory. Run: make convert")
     if (path / MANIFEST).is_file() or DIRECTORY_NAME.fullmatch(path.name):
         return path
     there = finished_sets(path)
     found = [p for p in there if p.suffix != ".zarr" or p.with_suffix("") not in there]  # the same rows, unpacked
     if not found:
-        raise UserError(f"no finished set under {path}. Run: make convert")
+        how = f"python -m convert run {path} --out data" if path.suffix in (".mat", ".h5", ".hdf5") else "make convert"
+        raise UserError(f"{path} is not a finished set, nor is one in it. Run: {how}")
     if len(found) > 1:
         raise UserError(f"{len(found)} sets under {path}: {', '.join(p.name for p in found)}. Use --data {found[0]}")
     return found[0]

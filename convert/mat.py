@@ -59,34 +59,30 @@ def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> di
 
 def open_mat(path: Source) -> h5py.File:
     """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file. Download nyu_depth_v2_labeled.mat, then run: make convert MAT=...")
-    head = _head(path)
-    if not head or head.lstrip()[:1] == b"<":
-        what = "a web page, not a .mat" if head else "empty"
-        raise UserError(f"{path} is {what}: the download failed. Delete it and run: make convert")
-    if head.startswith(b"MATLAB 5.0"):
-        raise UserError(f"{path} is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert")
+    head = None
     try:
+        if isinstance(path, Path) and path.is_fifo():  # it would be waited for
+            raise OSError(errno.EINVAL, "not a regular file")
+        with path.open("rb") as file:
+            head = file.read(520)
         return h5py.File(path if isinstance(path, Path) else path.open("rb"), "r", locking=False)
     except Exception as error:  # h5py raises whatever HDF5 comes upon
-        what = f"is not a MATLAB v7.3 file ({_one_line(error)}). Download it again"
-        if "truncated" in str(error):
-            what = f"is {path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES}): "
-            what += "the download was cut. Fetch the rest with curl -C -"
-        raise UserError(f"{path} {what}, then run: make convert") from None
+        raise UserError(f"{path} {_instead(path, head, error)}, then run: make convert") from None
 
 
-def _head(path: Source) -> bytes:
-    try:
-        if isinstance(path, Path) and not path.is_file():  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is a directory" if path.is_dir() else "not a regular file")
-        with path.open("rb") as file:
-            return file.read(520)  # type: ignore[no-any-return]
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}). Check its permissions, then run: make convert"
-        ) from None
+def _instead(path: Source, head: bytes | None, error: Exception) -> str:
+    """What it is instead of a .mat that can be read, and what to do."""
+    if head is None:
+        why = str(getattr(error, "strerror", None) or error).lower()
+        return f"cannot be read ({why}). Download nyu_depth_v2_labeled.mat, or check its permissions"
+    if not head or head.lstrip()[:1] == b"<":
+        return f"is {'a web page, not a .mat' if head else 'empty'}: the download failed. Delete it"
+    if head.startswith(b"MATLAB 5.0"):
+        return "is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3"
+    if "truncated" in str(error):
+        size = f"{path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES})"
+        return f"is {size}: the download was cut. Fetch the rest with curl -C -"
+    return f"is not a MATLAB v7.3 file ({_one_line(error)}). Download it again"
 
 
 def _one_line(error: BaseException) -> str:
@@ -178,12 +174,14 @@ class Mat:
                 return f"has {math.prod(grid)} chunks of {dset.chunks}"
         return None
 
-    def strings(self, key: str) -> list[str]:
-        """A cell array of strings: a (1, N) array of references to uint16 character codes."""
+    def strings(self, key: str, n: int | None = None) -> list[str]:
+        """A cell array of (`n`) strings: an array of references to uint16 character codes."""
         with self._refusing(f"the text in {key}"):
             cell = self._dataset(key)
             if h5py.check_ref_dtype(cell.dtype) is not h5py.Reference or cell.size > max(self.n_rows, 65535):
                 raise ValueError(f"{cell.dtype}{cell.shape} is not a cell array")
+            if n not in (None, cell.size):
+                raise self.refuse(f"{key} has {cell.size} entries for {n} rows")
             return [self._string(ref) for ref in cell[()].ravel()]
 
     def _string(self, ref: Any) -> str:
@@ -203,13 +201,6 @@ class Mat:
         if not text.isprintable():
             raise ValueError("control characters")
         return text
-
-    def row_strings(self, key: str) -> list[str]:
-        """As many as there are rows."""
-        values = self.strings(key)
-        if len(values) != self.n_rows:
-            raise self.refuse(f"{key} has {len(values)} entries for {self.n_rows} rows")
-        return values
 
     def accel(self) -> np.ndarray:
         """(N, 4) float32: roll, yaw, pitch, tilt; zeros where the file has none."""

@@ -6,7 +6,7 @@ several times its speed. Compressed shards, the metadata and the per-row columns
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from . import format as fmt
-from .commit import already, check_space, receipt_name, remove_receipts, resume
+from .commit import check_space, is_finished, receipt_name, remove_receipts, resume
 from .format import FIELDS, Codecs, Settings, ShardSet, UserError
 from .lock import only_one
 
-CODECS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "zstd": {"level": 3},
-    "blosc": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"},
-    "blosc-zstd": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
+CODECS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "zstd": {"name": "zstd", "configuration": {"level": 3}},
+    "blosc": {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"}},
+    "blosc-zstd": {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"}},
 }
 Facts = dict[str, Any]
 
@@ -41,27 +41,27 @@ def write_shard(directory: Path, field: str, k: int, rows: np.ndarray, n_slots: 
     """Write rows as shard `k`, which has room for `n_slots` of them. Returns {file: {"bytes", "sha256"}}."""
     name = fmt.shard_name(field, k, codecs is not None)
     if codecs is None:
-        return {name: fmt.write_npy(directory / name, rows)}
-    if codecs[field] == "none":
-        parts = [fmt.raw(rows), fmt.shard_index(len(rows), rows[0].nbytes, n_slots)]
+        parts = fmt.npy_parts(rows)
+    elif codecs[field] == "none":
+        parts = fmt.raw(rows), fmt.shard_index(len(rows), rows[0].nbytes, n_slots)
     else:
         files: dict[str, Any] = {}
-        _create_array(files, field, rows.shape, n_slots, codecs[field])[:] = rows
-        parts = [files[fmt.shard_name(field, 0, True)].to_bytes()]
+        _field_array(files, field, rows.shape, n_slots, codecs[field])[:] = rows
+        parts = (files[fmt.shard_name(field, 0, True)].to_bytes(),)
     return {name: fmt.write_bytes(directory / name, *parts)}
 
 
 def write_rest(directory: Path, manifest: Facts, columns: dict[str, np.ndarray], codecs: Codecs) -> None:
     """Write all but the shards, then the manifest, which commits the set."""
     if codecs is None:
-        files = {fmt.column_name(name): column for name, column in columns.items()}
-        written = {name: fmt.write_npy(directory / name, column) for name, column in files.items()}
-        fmt.write_manifest(directory, {**manifest, "container": "npy", "columns": written})
-        return
-    written = {n: fmt.write_bytes(directory / n, data) for n, data in _group(manifest, columns, codecs).items()}
-    metadata = {name: facts for name, facts in written.items() if name.endswith("zarr.json")}
-    manifest = {**manifest, "container": "zarr", "codecs": codecs, "metadata": metadata}
-    manifest["columns"] = {name: facts for name, facts in written.items() if name not in metadata}
+        files = {fmt.column_name(name): fmt.npy_parts(column) for name, column in columns.items()}
+    else:
+        files = {name: (data,) for name, data in _group(manifest, columns, codecs).items()}
+    written = {name: fmt.write_bytes(directory / name, *parts) for name, parts in files.items()}
+    metadata = {name: written.pop(name) for name in files if name.endswith("zarr.json")}
+    manifest = {**manifest, "container": "npy", "columns": written}
+    if codecs is not None:
+        manifest |= {"container": "zarr", "codecs": codecs, "metadata": metadata}
     for path in {parent for name in fmt.all_files(manifest) for parent in Path(name).parents}:
         fmt.fsync_dir(directory / path)
     fmt.write_manifest(directory, manifest)
@@ -79,7 +79,7 @@ def repack(source: Path, root: Path, settings: Settings, container: str, codec: 
     codecs = codecs_of(container, codec, have.fields)
     directory = root / fmt.directory_name(have, manifest["fingerprint"], codecs is not None)
     with only_one(root, directory.name, wait=True):
-        if not already(directory, manifest["fingerprint"], codecs):
+        if not is_finished(directory, manifest["fingerprint"], codecs):
             _copy(found, directory, codecs)
     return directory
 
@@ -108,35 +108,26 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> None:
     remove_receipts(directory)
 
 
-def _create_array(files: dict[str, Any], field: str, shape: tuple[int, ...], n_slots: int, codec: str) -> Any:
-    """A field's array over `files` (a dict as the store), where no row is left out for being all 0."""
+def _field_array(files: dict[str, Any], field: str, shape: tuple[int, ...], n_slots: int, codec: str) -> Any:
+    """A field's array over `files` (a dict as the store)."""
+    dims, row = ("row", *("channel", "y", "x")[1 - len(shape) :]), shape[1:]
+    chunks = {"shards": (n_slots, *row), "chunks": (1, *row), "compressors": CODECS[codec]}
+    attributes = {"units": FIELDS[field]["unit"], "invalid": FIELDS[field]["invalid"]}
+    return _create(files, field, dims, attributes, shape=shape, dtype=FIELDS[field]["dtype"], **chunks)
+
+
+def _create(files: dict[str, Any], name: str, dims: Sequence[str], attributes: Facts, **how: Any) -> Any:
+    """An array where no row is left out for being all 0."""
     from zarr import create_array
-    from zarr.codecs import BloscCodec, ZstdCodec
     from zarr.storage import MemoryStore
 
-    facts, row, options = FIELDS[field], shape[1:], CODECS[codec]
-    dtype = np.dtype(facts["dtype"])
-    compressor: Any = None
-    if options:
-        compressor = BloscCodec(typesize=dtype.itemsize, **options) if "cname" in options else ZstdCodec(**options)
-    return create_array(
-        MemoryStore(files),
-        name=field,
-        shape=shape,
-        shards=(n_slots, *row),
-        chunks=(1, *row),
-        dtype=dtype,
-        compressors=compressor,
-        fill_value=0,
-        dimension_names=("row", *("channel", "y", "x")[-len(row) :]),
-        attributes={"units": facts["unit"], "invalid": facts["invalid"]},
-        config={"write_empty_chunks": True},
-    )
+    how |= {"dimension_names": dims, "attributes": attributes, "config": {"write_empty_chunks": True}}
+    return create_array(MemoryStore(files), name=name, fill_value=0, **how)
 
 
 def _group(manifest: Facts, columns: dict[str, np.ndarray], codecs: dict[str, str]) -> dict[str, bytes]:
     """Every file of the store but the shards. Text becomes rows of UTF-8 bytes, which every reader knows."""
-    from zarr import create_array, create_group
+    from zarr import create_group
     from zarr.storage import MemoryStore
 
     files: dict[str, Any] = {}
@@ -144,18 +135,10 @@ def _group(manifest: Facts, columns: dict[str, np.ndarray], codecs: dict[str, st
     create_group(MemoryStore(files), attributes=json.loads(json.dumps(facts, sort_keys=True)))
     for field, facts in manifest["fields"].items():
         shape = (manifest["rows"], *facts["shape"])
-        _create_array(files, field, shape, manifest["settings"]["rows_per_shard"], codecs[field])
+        _field_array(files, field, shape, manifest["settings"]["rows_per_shard"], codecs[field])
     for name, column in columns.items():
         is_text = column.dtype.kind == "S"
         values = column.view(np.uint8).reshape(len(column), -1) if is_text else column
-        create_array(
-            MemoryStore(files),
-            name=f"rows-{name}",
-            data=values,
-            chunks=values.shape,
-            compressors=None,
-            dimension_names=("row", f"{name}_axis")[: values.ndim],
-            attributes={"encoding": "utf-8"} if is_text else {},
-            config={"write_empty_chunks": True},
-        )
+        dims, attributes = ("row", f"{name}_axis")[: values.ndim], {"encoding": "utf-8"} if is_text else {}
+        _create(files, f"rows-{name}", dims, attributes, data=values, chunks=values.shape, compressors=None)
     return {name: data.to_bytes() for name, data in files.items()}

@@ -36,7 +36,7 @@ def _official_splits() -> dict[str, int]:
 
 def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(one array a per-row fact, the tables of names that their numbers point into)."""
-    scenes, types = mat.row_strings("scenes"), mat.row_strings("sceneTypes")
+    scenes, types = mat.strings("scenes", mat.n_rows), mat.strings("sceneTypes", mat.n_rows)
     scene_names, scene_index = np.unique(np.array(scenes), return_inverse=True)
     type_names = tables()["scene_types"] + sorted(set(types) - set(tables()["scene_types"]))
     by_scene = {str(name): split_of(str(name)) for name in scene_names}
@@ -47,8 +47,8 @@ def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np
         "scene": scene_index.astype("<u4"),
         "scene_type": np.array([type_names.index(t) for t in types], "<u2"),
         "accel": mat.accel(),
-        "raw_rgb": np.char.encode(np.array(mat.row_strings("rawRgbFilenames")), "utf-8"),
-        "raw_depth": np.char.encode(np.array(mat.row_strings("rawDepthFilenames")), "utf-8"),
+        "raw_rgb": np.char.encode(np.array(mat.strings("rawRgbFilenames", mat.n_rows)), "utf-8"),
+        "raw_depth": np.char.encode(np.array(mat.strings("rawDepthFilenames", mat.n_rows)), "utf-8"),
     }
     return columns, {"scenes": [str(s) for s in scene_names], "scene_types": type_names, **_label_names(mat, announce)}
 
