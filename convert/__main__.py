@@ -6,13 +6,10 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from . import format as fmt
-from .format import CROPS, DEPTH_RESIZES, FIELDS, Settings, UserError
-
-if TYPE_CHECKING:
-    from .mat import Source
+from .format import FIELDS, Settings, UserError
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from .write import convert
 
     settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
-    if args.source and args.source.is_dir() and args.source.suffix != ".mat":
+    if isinstance(args.source, Path) and args.source.is_dir() and args.source.suffix != ".mat":
         print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
         return
     codecs = codecs_of(args.format, args.codec, settings.fields)
@@ -78,7 +75,7 @@ def sample(args: argparse.Namespace) -> None:
     print(args.file)
 
 
-def _source(text: str) -> "Source":
+def _source(text: str) -> object:
     from drive.remote import Remote
 
     return Remote(text) if text.startswith(("http://", "https://")) else Path(text)
@@ -118,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help="with zarr; or depth=blosc,label=zstd")
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--fields", default=",".join(FIELDS), help="default: %(default)s")
-    p.add_argument("--crop", choices=CROPS, default="none")
-    p.add_argument("--depth-resize", choices=DEPTH_RESIZES, default="nearest")
+    p.add_argument("--crop", default="none", metavar="none|border|eigen")
+    p.add_argument("--depth-resize", default="nearest", metavar="nearest|area")
     p.add_argument("--rows-per-shard", type=int, default=128)
     p.add_argument("--workers", type=_count, metavar="N", help="threads (default: one a core)")
     p.add_argument("--repair", action="store_true", help="redo the shards of a finished set that are wrong")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,8 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
     from .resize import resize
 
     found = fmt.open_set(directory)
-    settings = Settings.from_dict(found.manifest["settings"])
-    mat = Mat(source, settings.fields)
-    try:
+    settings = found.settings
+    with closing(Mat(source, settings.fields)) as mat:
         if sampled_identity(source)["sampled_sha256"] != found.manifest["source"]["sampled_sha256"]:
             raise UserError(f"{source} is not what {directory} was made from. Run: make convert MAT={source}")
         rows = np.random.default_rng().choice(found.n_rows, min(n_rows, found.n_rows), replace=False)
@@ -68,6 +68,4 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
                     file = directory / fmt.shard_name(name, shard, found.codecs is not None)
                     what = f"row {row} is not what {source} gives. Delete {directory}, then run: make convert"
                     raise UserError(f"{file}: {what}")
-    finally:
-        mat.close()
     return len(rows)

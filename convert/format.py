@@ -48,8 +48,6 @@ COLUMNS = {  # "S": text, as long as the longest
 TABLES = {  # of names, and of the classes' numbers among fewer
     "scenes": str, "scene_types": str, "classes": str, "classes40": str, "classes13": str, "to40": int, "to13": int,
 }  # fmt: skip
-CROPS = ("none", "border", "eigen")
-DEPTH_RESIZES = ("nearest", "area")
 SPLITS = ("train", "test")
 MEND = "Run: make convert ARGS=--repair, or make pull"
 Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None for .npy
@@ -77,8 +75,8 @@ class Settings:
                 f"from {','.join(FIELDS)}, each once",
             ),
             "size": (self.size in range(8, 481), "8 to 480"),
-            "crop": (self.crop in CROPS, f"one of {', '.join(CROPS)}"),
-            "depth_resize": (self.depth_resize in DEPTH_RESIZES, f"one of {', '.join(DEPTH_RESIZES)}"),
+            "crop": (self.crop in ("none", "border", "eigen"), "one of none, border, eigen"),
+            "depth_resize": (self.depth_resize in ("nearest", "area"), "one of nearest, area"),
             "rows_per_shard": (self.rows_per_shard in range(1, 100_001), "1 to 100000"),
         }
         for name, (is_right, choices) in checks.items():
@@ -153,10 +151,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False) -> dict[str, Any]:
-    """Write under a temporary name, fsync, rename. Returns {"bytes", "sha256"} of what was written.
-
-    With `keep_same` a file that holds these very bytes already is left untouched.
-    """
+    """Write under a temporary name, fsync, rename; `keep_same`: not over a file that holds these very bytes already."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -326,34 +321,15 @@ def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) ->
     return np.memmap(path, dtype=dtype, mode="r", shape=tuple(shape))
 
 
-def decode_zarr(path: Path, start: int, stop: int) -> np.ndarray:
-    """Rows start..stop of a compressed array, in memory."""
-    from zarr import open_array
-
-    try:
-        return np.asarray(open_array(path, mode="r")[start:stop])
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}). {MEND}") from None
-
-
 @dataclass(frozen=True)
 class ShardSet:
     """A finished set: where it is and what its manifest says. Arrays are mapped on request."""
 
     path: Path
     manifest: dict[str, Any]
-
-    @property
-    def n_rows(self) -> int:
-        return int(self.manifest["rows"])
-
-    @property
-    def size(self) -> int:
-        return int(self.manifest["settings"]["size"])
-
-    @property
-    def codecs(self) -> Codecs:
-        return self.manifest.get("codecs")
+    settings: Settings
+    n_rows: int
+    codecs: Codecs
 
     def shards(self, field: str) -> list[np.ndarray]:
         """The field's shards in row order: read-only memory maps, or, where compressed, decoded into memory."""
@@ -362,15 +338,20 @@ class ShardSet:
         return [self.shard(field, k) for k in range(len(self.manifest["shards"]))]
 
     def shard(self, field: str, k: int) -> np.ndarray:
-        n_slots = self.manifest["settings"]["rows_per_shard"]
+        n_slots = self.settings.rows_per_shard
         start, stop = k * n_slots, min((k + 1) * n_slots, self.n_rows)
-        dtype, shape = FIELDS[field]["dtype"], (stop - start, *row_shape(field, self.size))
+        dtype, shape = FIELDS[field]["dtype"], (stop - start, *row_shape(field, self.settings.size))
         path = self.path / shard_name(field, k, self.codecs is not None)
         if self.codecs is None:
             return map_npy(path, dtype=dtype, shape=shape)
         if self.codecs[field] == "none":
             return map_zarr(path, dtype=dtype, shape=shape, n_slots=n_slots)
-        return decode_zarr(self.path / field, start, stop)
+        from zarr import open_array
+
+        try:
+            return np.asarray(open_array(self.path / field, mode="r")[start:stop])
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+            raise UserError(f"{self.path / field} is damaged ({error}). {MEND}") from None
 
     def column(self, name: str) -> np.ndarray:
         """One value a row, e.g. "split", "scene", "scene_type", "accel"; hashed, and in range for its names."""
@@ -390,7 +371,9 @@ class ShardSet:
 
 def open_set(path: str | Path) -> ShardSet:
     """Open a finished set after checking the size of every file and the header of every shard; no data is read."""
-    found = ShardSet(Path(path), read_manifest(Path(path)))
+    path, manifest = Path(path), read_manifest(Path(path))
+    settings = Settings.from_dict(manifest["settings"])
+    found = ShardSet(path, manifest, settings, manifest["rows"], manifest.get("codecs"))
     root = found.path.resolve()
     for name, facts in all_files(found.manifest).items():
         if "/" in name and (found.path / name).parent.resolve() != (root / name).parent:

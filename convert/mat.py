@@ -8,7 +8,7 @@ import errno
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ KINDS = {"rgb": "u1", "depth": "f4", "raw_depth": "f4", "label": "u2", "instance
 CELLS = ("names", "scenes", "sceneTypes", "rawRgbFilenames", "rawDepthFilenames")
 MAX_CHUNK_BYTES = 64 << 20
 MAX_DEFLATE = 1100  # deflate never packs better than 1032 to 1
-MAX_SIDE = 2048  # of a picture
+MAX_ROWS, MAX_SIDE = 1_000_000, 2048  # and pixels of a picture
 MAX_TILES = 16384  # chunks in one row
 
 
@@ -92,23 +92,14 @@ def _one_line(error: BaseException) -> str:
 class Mat:
     """The labelled set in an open .mat: names, per-row facts, and readers for the fields asked for."""
 
-    handle: int | Callable[[int, int], bytes] = -1
-
     def __init__(self, path: Source, fields: tuple[str, ...]) -> None:
         self.path, self.file = path, open_mat(path)
-        try:
-            self.handle = os.open(path, os.O_RDONLY) if isinstance(path, Path) else path.pread
-            with self._refusing("it"):
-                self._check_keys(fields)
-                self.n_rows = self._check_shapes(fields)
-        except BaseException:
-            self.close()
-            raise
+        self.handle = self.file.id.get_vfd_handle() if isinstance(path, Path) else path.pread
+        with self._refusing("it"):
+            self.n_rows = self._check_shapes(fields)
 
     def close(self) -> None:
         self.file.close()
-        if isinstance(self.handle, int) and self.handle >= 0:
-            os.close(self.handle)
 
     def refuse(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what}. Download it again, then run: make convert")
@@ -123,27 +114,25 @@ class Mat:
         except Exception as error:
             raise self.refuse(f"{what} cannot be read ({_one_line(error)})") from None
 
-    def _check_keys(self, fields: tuple[str, ...]) -> None:
-        keys = [*(KEYS[f] for f in fields), *CELLS]
-        missing = [k for k in keys if self.file.get(k, getlink=True) is None]
-        if missing:
-            v1 = self.file.get("images", getlink=True) and not self.file.get("instances", getlink=True)
-            raise UserError(
-                f"{self.path} has no {', '.join(missing)}: it is {'NYU Depth v1' if v1 else 'another file'}, "
-                "not nyu_depth_v2_labeled.mat. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
-            )
-
     def _dataset(self, key: str) -> h5py.Dataset:
         """A dataset whose data is in this very file: nothing that leads to other files is followed."""
-        hard = isinstance(self.file.get(key, getlink=True), h5py.HardLink)
-        dset = self.file[key] if hard else None
+        link = self.file.get(key, getlink=True)
+        if link is None:
+            v1 = self.file.get("images", getlink=True) and not self.file.get("instances", getlink=True)
+            raise UserError(
+                f"{self.path} has no {key}: it is {'NYU Depth v1' if v1 else 'another file'}, not "
+                "nyu_depth_v2_labeled.mat. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
+            )
+        dset = self.file[key] if isinstance(link, h5py.HardLink) else None
         if not isinstance(dset, h5py.Dataset):
-            raise self.refuse(f"{key} is {'a group' if hard else 'a link'}, expected a dataset")
+            raise self.refuse(f"{key} is {'a link' if dset is None else 'a group'}, expected a dataset")
         _check_stored_here(dset.id)
         return dset
 
     def _check_shapes(self, fields: tuple[str, ...]) -> int:
         """The number of rows, after checking that every field agrees on it, before memory is taken."""
+        for key in CELLS:
+            self._dataset(key)
         dsets = {name: self._dataset(KEYS[name]) for name in fields}
         for name, dset in dsets.items():
             if problem := self._problem(name, dset):
@@ -151,10 +140,7 @@ class Mat:
         found = {KEYS[name]: (dset.shape[0], dset.shape[-2:]) for name, dset in dsets.items()}
         if len(set(found.values())) != 1:
             raise self.refuse(f"its fields disagree on rows and picture size: {found}")
-        count: int = next(iter(dsets.values())).shape[0]
-        if not 1 <= count <= 1_000_000:
-            raise self.refuse(f"it has {count} rows")
-        return count
+        return next(iter(dsets.values())).shape[0]  # type: ignore[no-any-return]
 
     def _problem(self, name: str, dset: h5py.Dataset) -> str | None:
         """Type, shape or chunks beyond what the labelled set can be, or larger than so small a file can hold."""
@@ -162,7 +148,8 @@ class Mat:
         shape: tuple[int, ...] = dset.shape or ()
         if dset.dtype.newbyteorder("=") != kind:
             return f"is {dset.dtype}, expected {kind}"
-        if len(shape) < 3 or shape[1:-2] != planes or not all(8 <= side <= MAX_SIDE for side in shape[-2:]):
+        sides_fit = all(8 <= side <= MAX_SIDE for side in shape[-2:])
+        if len(shape) < 3 or shape[1:-2] != planes or not sides_fit or not 1 <= shape[0] <= MAX_ROWS:
             return f"has shape {shape}, expected (rows, {'3, ' if planes else ''}640, 480)"
         if math.prod(shape) * kind.itemsize > n_bytes * MAX_DEFLATE:
             return f"claims shape {shape}, more than {n_bytes} bytes can hold"

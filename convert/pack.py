@@ -73,20 +73,20 @@ def repack(source: Path, root: Path, settings: Settings, container: str, codec: 
     Every file is checked on the way. A second process waits for the first and takes what it made.
     """
     found = fmt.open_set(source)
-    have, manifest = Settings.from_dict(found.manifest["settings"]), found.manifest
+    have, digest = found.settings, found.manifest["fingerprint"]
     if settings not in (have, Settings()):
         raise UserError(f"{source} has other settings ({have}). Run: python -m convert run FILE.mat --out {root}")
     codecs = codecs_of(container, codec, have.fields)
-    directory = root / fmt.directory_name(have, manifest["fingerprint"], codecs is not None)
+    directory = root / fmt.directory_name(have, digest, codecs is not None)
     with only_one(root, directory.name, wait=True):
-        if not is_finished(directory, manifest["fingerprint"], codecs):
+        if not is_finished(directory, digest, codecs):
             _copy(found, directory, codecs)
     return directory
 
 
 def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> None:
     manifest = {key: value for key, value in found.manifest.items() if key not in ("codecs", "metadata")}
-    have = Settings.from_dict(manifest["settings"])
+    have = found.settings
     for name, facts in fmt.all_files(found.manifest).items():
         if problem := fmt.what_is_wrong(found.path / name, facts):
             raise UserError(f"{found.path / name} {problem}. {fmt.MEND}")

@@ -58,11 +58,11 @@ def _label_names(mat: Mat, announce: Callable[[str], None]) -> dict[str, Any]:
     official, names = tables(), mat.strings("names")
     if len(names) < len(official["classes"]):  # labels go up to 894: each needs its name
         raise mat.refuse(f"names has {len(names)} entries, expected {len(official['classes'])}")
-    known = {name: i for i, name in enumerate(official["classes"])}
-    if strange := [name for name in names if name not in known]:
+    if strange := [name for name in names if name not in official["classes"]]:
         announce(f"{len(strange)} class names are not official (such as {strange[0]}): void among the 40 and the 13")
     same = {key: official[key] for key in ("classes40", "classes13")}
-    groups = {
-        key: [0, *(official[key][known[name]] if name in known else 0 for name in names)] for key in ("to40", "to13")
-    }
+    groups = {}
+    for key in ("to40", "to13"):
+        ids = dict(zip(official["classes"], official[key], strict=True))
+        groups[key] = [0, *(ids.get(name, 0) for name in names)]
     return {"classes": names, **same, **groups}

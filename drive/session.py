@@ -117,7 +117,7 @@ def _pulled(there: Path, root: Path, settings: Settings, command: str) -> Path |
         log(f"{there} is on Drive: copying it here instead of making it again")
         directory = pull(there, root / SHELF if packed else root, command)
     except Incomplete as error:
-        log(f"{error}")
+        log(f"{str(error).partition('. Run:')[0]}: what is right of it is used, the rest is made again")
         return None
     if packed:
         (root / there.stem / fmt.MANIFEST).unlink(missing_ok=True)  # of a damaged set

@@ -1,6 +1,8 @@
 """Fetching the .mat: resumed, retried, checked; and reading one in place."""
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,12 @@ def test_a_server_without_ranges_is_one_line(tmp_path: Path) -> None:
 def test_a_server_that_is_down_is_one_line() -> None:
     with pytest.raises(UserError, match=r"cannot be read .*refused.*make convert MAT="):
         Remote("http://127.0.0.1:9/x.mat")
+
+
+def test_the_command_converts_from_a_url_and_says_what_it_read(
+    mat: Path, small_set: Path, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    with serving(x_mat=mat.read_bytes()) as server:
+        done = command("convert", "run", server.url("x.mat"), "--out", tmp_path, "--size", 32, "--rows-per-shard", 10)
+    assert done.stdout == f"{tmp_path / small_set.name}\n", done.stderr
+    assert "requests" in done.stderr

@@ -95,8 +95,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """Read the manifest and the per-row columns; maps wait for the first row that is asked for."""
         self._set, self._maps, self._parts = open_set(self.path), dict[str, list[np.ndarray]](), list[Tensor]()
         manifest, split = self._set.manifest, self._set.column("split")
-        self.size, self.fingerprint = self._set.size, str(manifest["fingerprint"])
-        self.crop = str(manifest["settings"]["crop"])
+        self.size, self.fingerprint = self._set.settings.size, str(manifest["fingerprint"])
+        self.crop = self._set.settings.crop
         self._rows = np.arange(len(split)) if self.split == "all" else np.flatnonzero(split == SPLITS.index(self.split))
         if not len(self._rows):
             raise UserError(f"{self.path} has no {self.split} rows. Run: make convert with a .mat that has some")
