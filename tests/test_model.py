@@ -85,6 +85,8 @@ def test_build_takes_a_callable_by_name_and_refuses_others() -> None:
         ("resnet50", "expected resnet18 or"),
         ("no_such_module:make", "No module named"),
         ("train.model:nothing", "has no attribute"),
+        ("my network", "expected resnet18 or"),
+        ("torch", "returned module"),
         ("builtins:range", r"returned range, expected a torch\.nn\.Module"),
     ):
         with pytest.raises(UserError, match=reason):

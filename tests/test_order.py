@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.order import eval_batches, permutation, steps_per_epoch, train_batches
+from train.order import Batches, eval_batches, permutation, steps_per_epoch, train_batches
 
 counts = st.integers(1, 400)
 
@@ -19,6 +19,19 @@ def test_ranks_together_get_the_global_batches(n: int, batch: int, epoch: int, w
     for step in range(steps_per_epoch(n, batch, world)):
         together = np.concatenate([batches[step] for batches in per_rank])
         assert sorted(together) == sorted(order[step * size * world : (step + 1) * size * world])
+
+
+@given(counts, st.integers(1, 64), st.integers(0, 9), st.integers(1, 4))
+def test_every_rank_knows_where_its_rows_stand_in_the_batch_of_all(n: int, batch: int, epoch: int, world: int) -> None:
+    if n < world:
+        return
+    per_rank = [Batches(n, batch, 0, rank, world) for rank in range(world)]
+    found = [[b(epoch) for b in per_rank], [b.places(epoch) for b in per_rank]]
+    for step in range(steps_per_epoch(n, batch, world)):
+        rows, places = (np.concatenate([batches[step] for batches in each]) for each in found)
+        together = np.full(len(rows), -1)
+        together[places] = rows
+        assert together.tolist() == sorted(rows)
 
 
 @given(counts, st.integers(1, 64), st.integers(0, 9))

@@ -38,19 +38,16 @@ def make_parser() -> Parser:
     return parser
 
 
-def _run(words: Sequence[str]) -> None:
-    if words[:1] == ["predict"]:
-        from pictures.report import predict, predict_flags
-
-        predict(**vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
-    else:
-        train(Settings(**vars(make_parser().parse_args(words))))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        if words[:1] == ["predict"]:
+            from pictures.report import predict, predict_flags
+
+            predict(**vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
+        else:
+            train(Settings(**vars(make_parser().parse_args(words))))
         return 0
     except UserError as error:
         status, text = 2, str(error)

@@ -46,9 +46,11 @@ def to_input(rgb_bchw: Tensor, depth_mm_b1hw: Tensor, stats: tuple[float, float]
     return normalize_rgb(rgb_bchw), normalize_depth(depth_mm_b1hw, *stats)
 
 
-def _sample(rgb_bchw: Tensor, planes: list[Tensor], y_bs: Tensor, x_bs: Tensor) -> Pictures:
-    """Read at the same positions (in pixels from the top left corner): bilinear RGB, nearest planes."""
-    (height, width), size = rgb_bchw.shape[-2:], y_bs.shape[1]
+def _window(rgb_bchw: Tensor, planes: list[Tensor], size: int, corner: list[Tensor], extent: list[Tensor]) -> Pictures:
+    """A window of each row (from the top left, as shares [B, 1] of the picture): bilinear RGB, nearest planes."""
+    height, width = rgb_bchw.shape[-2:]
+    centres_s = (torch.arange(size, device=rgb_bchw.device) + 0.5)[None, :] / size
+    y_bs, x_bs = ((at + n * centres_s) * side for at, n, side in zip(corner, extent, (height, width), strict=True))
     y, x = (2 * y_bs / height - 1)[:, :, None], (2 * x_bs / width - 1)[:, None, :]
     grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
     rgb = F.grid_sample(rgb_bchw.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -60,21 +62,18 @@ def _sample(rgb_bchw: Tensor, planes: list[Tensor], y_bs: Tensor, x_bs: Tensor) 
 
 def resize(rgb_bchw: Tensor, planes: list[Tensor], size: int) -> Pictures:
     """The whole picture at size x size, resampled as the training crops are."""
-    height, width = rgb_bchw.shape[-2:]
-    if (height, width) == (size, size):
+    if rgb_bchw.shape[-2:] == (size, size):
         return rgb_bchw, planes
-    centres_bs = (torch.arange(size, device=rgb_bchw.device) + 0.5).expand(len(rgb_bchw), -1) / size
-    return _sample(rgb_bchw, planes, centres_bs * height, centres_bs * width)
+    none_b1 = torch.zeros((len(rgb_bchw), 1), device=rgb_bchw.device)
+    return _window(rgb_bchw, planes, size, [none_b1] * 2, [none_b1 + 1] * 2)
 
 
 def random_resized_crop(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, smallest: float) -> Pictures:
     """One crop a row, resampled to size x size: `smallest`..1 of the area, its aspect ratio 3/4..4/3 where it fits."""
-    height, width = rgb_bchw.shape[-2:]
     area, aspect = draws.uniform(1, low=smallest), torch.exp2(draws.uniform(1, low=-0.415, high=0.415))
     high, wide = ((area * ratio).sqrt().clamp(max=1.0) for ratio in (1 / aspect, aspect))
     top, left = (1 - high) * draws.uniform(1), (1 - wide) * draws.uniform(1)
-    centres_s = (torch.arange(size, device=rgb_bchw.device) + 0.5)[None, :] / size
-    return _sample(rgb_bchw, planes, (top + high * centres_s) * height, (left + wide * centres_s) * width)
+    return _window(rgb_bchw, planes, size, [top, left], [high, wide])
 
 
 def random_flip(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws) -> Pictures:

@@ -22,7 +22,6 @@ from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
 PARTS = ("model", "optimizer", "scaler")  # of a Run, stored as their state_dict
-STORED = {*PARTS, "epoch", "step", "sums", "counts", "history", "settings", "batch", "fingerprint"}
 
 
 @dataclass
@@ -115,7 +114,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not state.keys() >= STORED:
+        if not isinstance(state, dict) or "fingerprint" not in state:
             raise ValueError("it is not a checkpoint of this program")
         return state
     except FileNotFoundError:
@@ -173,6 +172,6 @@ def _load(run: Run, state: dict[str, Any], path: Path) -> None:
     except (RuntimeError, ValueError) as error:
         model = state["settings"]["model"]
         raise UserError(f"{path} does not fit --model {model}: {one_line(error)}. Use --reset") from error
-    run.scaler.load_state_dict(state["scaler"])
+    run.scaler.load_state_dict(state["scaler"] or run.scaler.state_dict())  # a CPU's run has none
     run.sums.copy_(state["sums"] * (ranks.RANK == 0))
     run.counts, run.history, run.step = state["counts"], state["history"], state["step"]

@@ -189,13 +189,10 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def _layout(self, n: int) -> Layout:
         """Of a stored batch of n rows. Depth is at most 32767 mm: as int16 it has the bits of the uint16 on disk."""
-        side = self.size
-        kinds = {"scene": ("i8", (n,)), "depth": ("f4", (n, 1, side, side))}
-        parts: list[tuple[str, tuple[int, ...]]] = [
-            ("u1", (n, 3, side, side)) if field == "rgb" else ("i2", (n, 1, side, side)) for field in self.fields
-        ]
-        parts.append(kinds.get(self.target, ("i8", (n, side, side))))
-        return [(np.dtype(kind), shape) for kind, shape in parts]
+        plane = self.size, self.size
+        inputs = [("u1", (n, 3, *plane)) if field == "rgb" else ("i2", (n, 1, *plane)) for field in self.fields]
+        target = {"scene": ("i8", (n,)), "depth": ("f4", (n, 1, *plane))}.get(self.target, ("i8", (n, *plane)))
+        return [(np.dtype(kind), shape) for kind, shape in (*inputs, target)]
 
     def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout | tuple[Tensor, ...]:
         """Gather a batch in `buffer`: its layout there; or the batch, where there is something to compute."""
@@ -238,10 +235,8 @@ def unpacked(path: Path) -> Path:
     copy = path.with_suffix("")
     if not (copy / MANIFEST).is_file():
         print(f"{path} is compressed: unpacking it once, into {copy}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "convert", "run", str(path), "--out", str(path.parent)]
-        here = str(Path(__file__).resolve().parents[1])
-        made = subprocess.run(command, env={**os.environ, "PYTHONPATH": here}, stdout=subprocess.DEVNULL)
-        if made.returncode:
+        command = [sys.executable, "-m", "convert", "run", str(path.absolute()), "--out", str(path.parent.absolute())]
+        if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
     return copy
 
@@ -283,18 +278,18 @@ def create_dataloaders(
         raise UserError(f"cache {cache!r}: 'device' or None")
     chosen: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize, "fields": fields}
 
-    def loader(split: str, change: Transform | None, order_seed: int | None, place: Any = None) -> Loader:
+    def loader(split: str, change: Transform | None, place: Any = None) -> Loader:
         dataset = ShardDataset(dataset_path, split=split, device=place, allow_remote=allow_remote, **chosen)
         if target_size not in (None, have := dataset.size, (have, have), [have, have]):
             hint = f"Run: make convert ARGS='--size {np.min(target_size)}'"
             raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
         workers = 0 if place else _worker_count(num_workers, dataset, change, batch_size)
-        batches = Batches(len(dataset), batch_size, order_seed, rank, world)
-        how: dict[str, Any] = {"prefetch": prefetch and place is None, "transform": change, "seed": order_seed or 0}
-        return Loader(dataset, batches, workers, start_method, **how)
+        batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
+        ahead = prefetch and place is None
+        return Loader(dataset, batches, workers, start_method, prefetch=ahead, transform=change, seed=seed)
 
     place = cache and (device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return loader("train", transform, seed, place), loader("test", val_transform, None)
+    return loader("train", transform, place), loader("test", val_transform)
 
 
 def _worker_count(num_workers: int | str, dataset: ShardDataset, change: Transform | None, batch_size: int) -> int:

@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from train.augment import Draws, augment, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
 from train.data import ShardDataset, create_dataloaders
 from train.model import build, load_imagenet, read_weights
-from train.order import steps_per_epoch, train_batches
+from train.order import steps_per_epoch
 from train.settings import Settings
 from train.tasks import Task, make_task
 
@@ -101,11 +99,10 @@ def new_run(job: Job) -> Run:
 
 
 def open_loaders(job: Job) -> None:
-    same: dict[str, Any] = {"fields": job.train_set.fields, "target": job.settings.task, "normalize": False}
-    for name in ("batch_size", "num_workers", "num_classes", "seed", "allow_remote"):
-        same[name] = getattr(job.settings, name)
-    loaders = create_dataloaders(job.train_set.path, rank=ranks.RANK, world=ranks.WORLD, **same)
-    job.train_loader, job.test_loader = loaders
+    names = "batch_size", "num_workers", "num_classes", "seed", "allow_remote"
+    same: dict[str, Any] = {name: getattr(job.settings, name) for name in names}
+    same |= {"fields": job.train_set.fields, "target": job.settings.task, "rank": ranks.RANK, "world": ranks.WORLD}
+    job.train_loader, job.test_loader = create_dataloaders(job.train_set.path, normalize=False, **same)
 
 
 # ---------------------------------------------------------------- one step
@@ -140,16 +137,6 @@ def _to_device(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sums(job: Job, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     return torch.cat((torch.stack((loss, weight)).double(), job.task.count(out, target)))
-
-
-def _places(job: Job, epoch: int, start: int) -> Iterator[Any]:
-    """Where this rank's rows stand in each batch of all ranks."""
-    if ranks.WORLD == 1:
-        return repeat(slice(None))
-    n_rows, size, seed = len(job.train_set), job.settings.batch_size, job.settings.seed
-    whole = train_batches(n_rows, size * ranks.WORLD, seed, epoch, start=start)
-    mine = train_batches(n_rows, size, seed, epoch, start=start, rank=ranks.RANK, world=ranks.WORLD)
-    return map(np.searchsorted, whole, mine)
 
 
 def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
@@ -207,7 +194,7 @@ def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
     s, n_steps, saved = job.settings, job.n_steps, time.perf_counter()
     job.train_loader.set_epoch(run.epoch, run.step)
     run.model.train()
-    name, places = f"epoch {run.epoch + 1}/{s.epochs}", _places(job, run.epoch, run.step)
+    name, places = f"epoch {run.epoch + 1}/{s.epochs}", job.train_loader.batches.places(run.epoch)[run.step :]
     with tqdm(total=n_steps, initial=run.step, desc=name, disable=ranks.RANK > 0 or None, leave=False) as bar:
         meter = Meter(bar)
         for batch, mine in zip(job.train_loader, places, strict=False):

@@ -1,6 +1,6 @@
 """Two-stream RGB-D ResNet-18: one standard trunk a picture, joined after pooling, or by a light decoder."""
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,14 +133,12 @@ def build(spec: str, n_out: int, **shape: object) -> nn.Module:
     """The default "resnet18" (`shape`: width, inputs, dense), or what `package.module:callable` returns for n_out."""
     if spec == "resnet18":
         return TwoStreamResNet(n_out, **shape)  # type: ignore[arg-type]
-    name, _, attribute = spec.partition(":")
-    if not name or not attribute:
-        raise UserError(f"--model {spec}: expected resnet18 or package.module:callable, such as my_models:make")
     try:
-        factory = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--model {spec}: {error}. Run from the folder that holds {name}, or install it") from error
-    model = factory(n_out)
+        factory = pkgutil.resolve_name(spec)
+    except (ImportError, AttributeError, ValueError) as error:
+        hint = "expected resnet18 or package.module:callable. Run from the folder that holds the package, or install it"
+        raise UserError(f"--model {spec}: {error}; {hint}") from error
+    model = factory(n_out) if callable(factory) else factory
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         raise UserError(f"--model {spec} returned {got}, expected a torch.nn.Module taking (rgb, depth)")

@@ -1,7 +1,7 @@
 """(seed, epoch, position, rank, world) -> row numbers. Pure: workers and world size never enter the order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,10 +31,12 @@ def train_batches(
         yield np.sort(order[begin : begin + size])
 
 
-def eval_batches(n_rows: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+def eval_batches(
+    n_rows: int, batch_size: int, *, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[np.ndarray]:
     """Every position exactly once over all ranks, in order, never padded."""
     mine = np.arange(rank, n_rows, world)
-    for begin in range(0, len(mine), batch_size):
+    for begin in range(start * batch_size, len(mine), batch_size):
         yield mine[begin : begin + batch_size]
 
 
@@ -53,3 +55,9 @@ class Batches:
             return list(eval_batches(self.n_rows, self.batch_size, rank=self.rank, world=self.world))
         sizes = self.n_rows, self.batch_size, self.seed, epoch
         return list(train_batches(*sizes, rank=self.rank, world=self.world))
+
+    def places(self, epoch: int) -> list[np.ndarray]:
+        """Where these rows stand in each batch of all ranks together."""
+        mine = self(epoch)
+        whole = replace(self, batch_size=len(mine[0]) * self.world, rank=0, world=1)
+        return list(map(np.searchsorted, whole(epoch), mine))

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from convert.format import UserError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-SILENT = timedelta(minutes=10)  # a rank that says nothing for so long is dead
 
 
 def join() -> torch.device:
@@ -23,7 +22,8 @@ def join() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=SILENT)
+        silence = timedelta(minutes=10)  # a rank that says nothing for so long is dead
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=silence)
     return device
 
 
