@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 from flaky import Drive, Server, serving, why_no_fuse
 
 REPO = Path(__file__).resolve().parent.parent
@@ -85,7 +86,7 @@ def main() -> None:
             shell("convert", "sample", base / "rooms.mat", "--rows", 48)
         drive = Drive(base / "google")
         try:
-            data = memoryview((given[0] if given else base / "rooms.mat").read_bytes())
+            data = memoryview(np.memmap(given[0] if given else base / "rooms.mat", mode="r"))
             with serving(nyu_depth_v2_labeled_mat=data) as server:  # type: ignore[arg-type]
                 server.drop_after, server.drop_chance = 1_000_000, 0.2
                 threading.excepthook = lambda _: None
