@@ -5,17 +5,17 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +32,8 @@ Batches = Callable[[int], Sequence[np.ndarray]]  # epoch -> the row numbers of e
 Transform = Callable[[tuple[Tensor, ...]], Any]
 Job = tuple[int, int, np.ndarray]  # epoch, step, row numbers
 Position = tuple[int, int]  # epoch, step
-Answer = Callable[[], Any]  # waits for a batch: its layout in the slot, or itself, or the exception
+Jobs = Iterator[tuple[Job, Position]]  # and the position after each
+Member = tuple[Any, Connection]  # of a crew: a process, and the pipe to it
 
 
 class Rows(Protocol):
@@ -109,33 +110,78 @@ def _seeded(*parts: int) -> Iterator[None]:
             np.random.set_state(before)  # noqa: NPY002
 
 
-# ---------------------------------------------------------------- who makes it
+# ---------------------------------------------------------------- who makes it: `seek` a place, then one `next` a batch
 
 
 class Here:
-    """The caller when it asks, or one thread that runs ahead of it."""
+    """The caller, when it asks."""
 
-    def __init__(self, make: Maker, ring: Ring, in_thread: bool) -> None:
-        self.make, self.buffers, self.depth = make, ring.buffers, N_SLOTS - 1 if in_thread else 1
-        self.pool = ThreadPoolExecutor(1, "loader") if in_thread else None
-        if self.pool:
-            n_threads = torch.get_num_threads()
-            self.pool.submit(torch.set_num_threads, 1).result()  # holds for that thread, and for every one to come:
-            torch.set_num_threads(n_threads)  # undone for those
+    def __init__(self, make: Maker, ring: Ring) -> None:
+        self.make, self.ring = make, ring
 
-    def submit(self, slot: int, job: Job) -> Answer:
-        if self.pool:
-            return self.pool.submit(self.make, self.buffers[slot], job).result
-        return partial(self.make, self.buffers[slot], job)
+    def seek(self, jobs: Jobs) -> None:
+        self.jobs = jobs
+
+    def next(self) -> tuple[Any, Position]:
+        (job, after), slot = next(self.jobs), self.ring.take()
+        return self.ring.deliver(slot, self.make(self.ring.buffers[slot], job)), after
+
+
+class Ahead:
+    """A thread that does all there is to do for a batch: the user takes it out of a queue.
+
+    A batch is lent out when the user comes for the one before it: what was had before that is back by then, or is kept
+    for good. Python's lock is asked for once a batch, after the copy.
+    """
+
+    def __init__(self, make: Maker, ring: Ring) -> None:
+        self.make, self.ring = make, ring
+        self.close: Callable[[], Any] = int  # nothing to end yet
+
+    def seek(self, jobs: Jobs) -> None:
+        self.close()
+        self.turns, self.ready, n_threads = SimpleQueue[bool](), SimpleQueue[Any](), torch.get_num_threads()
+        work = self.make, self.ring, jobs, self.turns, self.ready
+        thread = threading.Thread(target=_run_ahead, args=work, name="loader", daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _end_thread, self.turns, thread)
+        self.ready.get()  # it has asked for one core, which holds for itself and for every thread to come:
+        torch.set_num_threads(n_threads)  # undone for those
+
+    def next(self) -> tuple[Any, Position]:
+        self.turns.put(True)
+        return self.ready.get()  # type: ignore[no-any-return]
+
+
+def _run_ahead(make: Maker, ring: Ring, jobs: Jobs, turns: SimpleQueue[bool], ready: SimpleQueue[Any]) -> None:
+    torch.set_num_threads(1)
+    ready.put(None)
+    turns.put(True)  # the first batch is lent out at once
+    try:
+        for job, after in jobs:
+            slot = ring.take()
+            made = make(ring.buffers[slot], job)
+            if not turns.get():
+                ring.free.append(slot)
+                return
+            ready.put((ring.deliver(slot, made), after))
+    except Exception as error:  # of the user's batches
+        ready.put((error, None))
+
+
+def _end_thread(turns: SimpleQueue[bool], thread: threading.Thread) -> None:
+    """At exit too: a thread that comes back from torch to an interpreter that is gone takes the process down."""
+    turns.put(False)
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 class Workers:
     """Processes that share the slots and take turns; kept until the loader is gone."""
 
-    depth = N_SLOTS - 1
-
     def __init__(self, make: Maker, ring: Ring, count: int, start_method: str | None) -> None:
-        self.crew: list[tuple[Any, Connection]] = []
+        self.ring, self.pending = ring, deque[tuple[int, Member, Position]]()  # slots being filled
+        self.crew: list[Member] = []
         self.close = weakref.finalize(self, _end_crew, os.getpid(), self.crew)
         context: Any = mp.get_context(start_method)
         if context.get_start_method() == "forkserver":
@@ -152,11 +198,25 @@ class Workers:
             gc.unfreeze()
         self.turns = cycle(self.crew)
 
-    def submit(self, slot: int, job: Job) -> Answer:
-        process, pipe = next(self.turns)
-        with suppress(OSError):  # a worker that is gone is noticed where its answer is awaited
-            pipe.send((slot, job))
-        return partial(_answer, process, pipe)
+    def seek(self, jobs: Jobs) -> None:
+        while self.pending:  # made ahead for another position
+            slot, member, _ = self.pending.popleft()
+            _answer(*member)
+            self.ring.free.append(slot)
+        self.jobs = jobs
+        self._send()
+
+    def _send(self) -> None:
+        while self.ring.free and len(self.pending) < N_SLOTS - 1:
+            (job, after), member, slot = next(self.jobs), next(self.turns), self.ring.take()
+            with suppress(OSError):  # a worker that is gone is noticed where its answer is awaited
+                member[1].send((slot, job))
+            self.pending.append((slot, member, after))
+
+    def next(self) -> tuple[Any, Position]:
+        self._send()
+        slot, member, after = self.pending.popleft()
+        return self.ring.deliver(slot, _answer(*member)), after
 
 
 def _answer(process: Any, pipe: Connection) -> Any:
@@ -220,7 +280,7 @@ def _pickled(made: Any) -> bytes:
 # ---------------------------------------------------------------- what users hold
 
 
-def _endless(batches: Batches, epoch: int, step: int) -> Iterator[tuple[Job, Position]]:
+def _endless(batches: Batches, epoch: int, step: int) -> Jobs:
     """Jobs from there on, epoch after epoch, and what comes after each."""
     while len(found := batches(epoch)):
         for k in range(step, len(found)):
@@ -250,9 +310,9 @@ class Loader:
     ) -> None:
         self.dataset, self.batches, self.num_workers, self.start_method = dataset, batches, num_workers, start_method
         self.make, self.in_thread = Maker(dataset, transform, seed), prefetch and not transform
-        self.source: Here | Workers | None = None
+        self.source: Here | Ahead | Workers | None = None
         self._epoch, self._start = 0, 0  # where the next iteration begins
-        self._turn, self._pending = 0, deque[tuple[int, Answer, Position]]()  # slots being filled
+        self._turn = 0
         self._at: Position | None = None  # of the next batch; None before the first and after an exception
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -279,43 +339,28 @@ class Loader:
 
     def _restart(self, epoch: int, step: int) -> None:
         source, self._at = self.source if self._at else self._open(epoch), None
-        while self._pending:  # made ahead for another position
-            slot, answer, _ = self._pending.popleft()
-            answer()
-            self.ring.free.append(slot)
-        self._jobs, self._at = _endless(self.batches, epoch, step), (epoch, step)
-        self._submit(source)
+        assert source
+        source.seek(_endless(self.batches, epoch, step))
+        self._at = epoch, step
 
-    def _open(self, epoch: int) -> Here | Workers:
-        if isinstance(self.source, Workers):
+    def _open(self, epoch: int) -> Here | Ahead | Workers:
+        if self.source and not isinstance(self.source, Here):
             self.source.close()
         n_rows = max(map(len, self.batches(epoch)))
         n_bytes, room = self.make.slot_bytes(n_rows)
         check_room(N_SLOTS * n_bytes, f"{N_SLOTS} batches of {n_rows} rows")
-        self.ring = Ring(room, self.num_workers > 0)
-        self._pending.clear()
+        ring = Ring(room, self.num_workers > 0)
         if self.num_workers:
-            self.source = Workers(self.make, self.ring, self.num_workers, self.start_method)
+            self.source = Workers(self.make, ring, self.num_workers, self.start_method)
         else:
-            self.source = Here(self.make, self.ring, self.in_thread)
+            self.source = (Ahead if self.in_thread else Here)(self.make, ring)
         return self.source
 
-    def _submit(self, source: Any) -> None:
-        while self.ring.free and len(self._pending) < source.depth:
-            slot, (job, after) = self.ring.take(), next(self._jobs)
-            self._pending.append((slot, source.submit(slot, job), after))
-
     def _next(self) -> Any:
-        assert self._at is not None
+        assert self.source
         self._at = None
-        self._submit(self.source)
-        slot, answer, after = self._pending.popleft()
-        batch = answer()
+        batch, after = self.source.next()
         if isinstance(batch, Exception):
             raise batch
-        if isinstance(batch, list):
-            batch = self.ring.lend(slot, batch)
-        else:
-            self.ring.free.append(slot)
         self._at = after
         return batch

@@ -88,6 +88,13 @@ class Ring:
             event.synchronize()
         return slot
 
+    def deliver(self, slot: int, made: Any) -> Any:
+        """What was made in `slot`: a layout becomes the batch that lies there; anything else is passed on."""
+        if isinstance(made, list):
+            return self.lend(slot, made)
+        self.free.append(slot)
+        return made
+
     def lend(self, slot: int, layout: Layout) -> tuple[Tensor, ...]:
         """The batch in `slot` as tensors; as copies where one slot more would leave none to go on with."""
         # A view of a memoryview owns its lifetime: numpy stops there when it looks for the base of the parts below.
