@@ -1,8 +1,5 @@
 """The dataset and its loaders: memory maps opened lazily in each process, one gather a field a batch.
 
-    from train.data import ShardDataset, create_dataloaders
-    train_loader, val_loader = create_dataloaders("data", batch_size=128)
-
 A batch is the fields asked for, then the target; by default (rgb, depth, label). `normalize=False` hands over what is
 stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the device.
 """
@@ -127,9 +124,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return tuple(t[0] for t in self.batch(np.array([index % len(self)])))
+        position = range(len(self))[index]  # from the end too, and an IndexError beyond
+        return tuple(part[0] for part in self.batch(np.array([position])))
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
         """One gather for the whole batch, handed over as rows (views), as torch's default collate wants them."""
@@ -316,12 +312,8 @@ def _worker_count(num_workers: int | str, dataset: ShardDataset, change: Transfo
 def refuse_remote(path: Path) -> None:
     """Raise UserError for a set on a FUSE mount (Google Drive): each page would be a request over the network."""
     device = os.stat(path).st_dev
-    try:
-        mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
-    except OSError:  # no /proc: not a Linux machine
-        return
-    at = f"{os.major(device)}:{os.minor(device)}"
-    kind = next((words[words.index("-") + 1] for words in mounts if words[2] == at), "")
+    at, lines = f"{os.major(device)}:{os.minor(device)}", MOUNTS.read_text().splitlines() if MOUNTS.exists() else []
+    kind = next((words[words.index("-") + 1] for words in map(str.split, lines) if words[2] == at), "")
     if kind.startswith("fuse"):
         raise UserError(
             f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "
