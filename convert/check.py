@@ -23,9 +23,8 @@ def verify_all(directory: Path) -> int:
         said = [f"{directory / name} {problem}" for name, problem in wrong.items()]
         more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
         foreign = [str(directory / name) for name in wrong if name not in files]
-        again = ["python", "-m", "convert", "verify", str(directory)]
         commands = [["rm", "-r", *foreign]] if foreign else []
-        commands += [repair_command(directory, manifest)] if len(foreign) < len(wrong) else [again]
+        commands.append(repair_command(directory, manifest))
         raise UserError(f"{'; '.join(said[:3])}{more}. Run: {' && '.join(shlex.join(c) for c in commands)}")
     return len(files)
 

@@ -250,13 +250,15 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     typed += [(facts[key], kind) for facts in files.values() for key, kind in (("bytes", int), ("sha256", str))]
     if any(type(value) is not kind for value, kind in typed):
         raise ValueError("a value has the wrong type")
-    settings, n_shards, zarr = Settings.from_dict(manifest["settings"]), len(manifest["shards"]), "codecs" in manifest
+    settings, shards, zarr = Settings.from_dict(manifest["settings"]), manifest["shards"], "codecs" in manifest
     if manifest["fingerprint"] != fingerprint(settings, source):
         raise ValueError("its fingerprint is not that of its settings and source")
-    if not 0 < n_shards == -(-n_rows // settings.rows_per_shard):
-        raise ValueError(f"it has {n_rows} rows in {n_shards} shards")
+    step = settings.rows_per_shard
+    rows = [[k * step, min((k + 1) * step, n_rows)] for k in range(len(shards))]
+    if not 0 < len(shards) == -(-n_rows // step) or [shard["rows"] for shard in shards] != rows:
+        raise ValueError(f"it has {n_rows} rows in {len(shards)} shards")
     fields = set(settings.fields)
-    names = {shard_name(field, k, zarr) for field in fields for k in range(n_shards)}
+    names = {shard_name(field, k, zarr) for field in fields for k in range(len(shards))}
     names |= {column_name(name, zarr) for name in COLUMNS}
     if zarr:
         names |= {"zarr.json", *(f"{array}/zarr.json" for array in (*fields, *(f"rows-{name}" for name in COLUMNS)))}
@@ -333,19 +335,18 @@ class ShardSet:
 
     def shards(self, field: str) -> list[np.ndarray]:
         """The field's shards in row order: read-only memory maps, or, where compressed, decoded into memory."""
-        if field not in self.manifest["fields"]:
+        if field not in self.settings.fields:
             raise UserError(f"{self.path} has no field {field}. Run: make convert ARGS='--fields {field},...'")
         return [self.shard(field, k) for k in range(len(self.manifest["shards"]))]
 
     def shard(self, field: str, k: int) -> np.ndarray:
-        n_slots = self.settings.rows_per_shard
-        start, stop = k * n_slots, min((k + 1) * n_slots, self.n_rows)
+        start, stop = self.manifest["shards"][k]["rows"]
         dtype, shape = FIELDS[field]["dtype"], (stop - start, *row_shape(field, self.settings.size))
         path = self.path / shard_name(field, k, self.codecs is not None)
         if self.codecs is None:
             return map_npy(path, dtype=dtype, shape=shape)
         if self.codecs[field] == "none":
-            return map_zarr(path, dtype=dtype, shape=shape, n_slots=n_slots)
+            return map_zarr(path, dtype=dtype, shape=shape, n_slots=self.settings.rows_per_shard)
         from zarr import open_array
 
         try:
@@ -379,7 +380,7 @@ def open_set(path: str | Path) -> ShardSet:
         if "/" in name and (found.path / name).parent.resolve() != (root / name).parent:
             raise UserError(f"{found.path / name} lies behind a symbolic link. {MEND}")
         check_file(found.path / name, facts["bytes"])
-    for field in found.manifest["fields"]:
+    for field in settings.fields:
         if found.codecs is None or found.codecs[field] == "none":
             found.shards(field)  # checks each header, or each index of a Zarr store
     return found

@@ -24,9 +24,8 @@ def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            holder = file.read().strip() or "another process"
-            wait_for_it = f"{root / name} is being converted by {holder}. Wait for it, then run: make convert"
-            raise UserError(wait_for_it) from None
+            what = f"{root / name} is being converted by {file.read().strip() or 'another process'}"
+            raise UserError(f"{what}. Wait for it, then run: make convert") from None
         except OSError:  # a file system without locks: go on
             pass
         file.truncate(0)

@@ -133,9 +133,10 @@ def _group(manifest: Facts, columns: dict[str, np.ndarray], codecs: dict[str, st
     files: dict[str, Any] = {}
     facts = {key: manifest[key] for key in ("fingerprint", "settings", "names")}
     create_group(MemoryStore(files), attributes=json.loads(json.dumps(facts, sort_keys=True)))
-    for field, facts in manifest["fields"].items():
-        shape = (manifest["rows"], *facts["shape"])
-        _field_array(files, field, shape, manifest["settings"]["rows_per_shard"], codecs[field])
+    settings = Settings.from_dict(manifest["settings"])
+    for field in settings.fields:
+        shape = (manifest["rows"], *fmt.row_shape(field, settings.size))
+        _field_array(files, field, shape, settings.rows_per_shard, codecs[field])
     for name, column in columns.items():
         is_text = column.dtype.kind == "S"
         values = column.view(np.uint8).reshape(len(column), -1) if is_text else column
