@@ -24,13 +24,12 @@ def run(args: argparse.Namespace) -> None:
         print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
         return
     codecs = codecs_of(args.format, args.codec, settings.fields)
-    is_remote = isinstance(args.source, Remote)
-    workers = args.workers or (READERS if is_remote else None)
+    workers = args.workers or (READERS if isinstance(args.source, Remote) else None)
     if args.source and not args.drive:
         made = convert(args.source, args.out, settings, workers, codecs, repair=args.repair)
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
-    if is_remote:
+    if isinstance(args.source, Remote):
         print(args.source.report(), file=sys.stderr)
     print(made)
 
@@ -39,11 +38,9 @@ def verify(args: argparse.Namespace) -> None:
     from .check import against_source, verify_all
 
     directory = fmt.resolve_set(args.directory)
-    n_files = verify_all(directory)
-    print(f"{directory}: {n_files} files, every byte as the manifest says")
+    print(f"{directory}: {verify_all(directory)} files, every byte as the manifest says")
     if args.against:
-        n_rows = against_source(directory, args.against, args.rows)
-        print(f"{n_rows} random rows are what {args.against} gives")
+        print(f"{against_source(directory, args.against, args.rows)} random rows are what {args.against} gives")
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -116,10 +116,8 @@ def check_space(directory: Path, n_bytes: int) -> None:
     """Refuse before the work what would not fit after it."""
     need, free = n_bytes + (8 << 20), shutil.disk_usage(directory.parent).free
     if need > free:
-        raise UserError(
-            f"{directory.parent} has {free / 1e6:.0f} MB free, the shards need {need / 1e6:.0f} MB. "
-            "Free some, or run: make convert OUT=/another/disk"
-        )
+        what = f"{directory.parent} has {free / 1e6:.0f} MB free, the shards need {need / 1e6:.0f} MB"
+        raise UserError(f"{what}. Free some, or run: make convert OUT=/another/disk")
 
 
 def remove_receipts(directory: Path, older_than: float = math.inf) -> None:

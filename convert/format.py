@@ -69,11 +69,9 @@ class Settings:
     rows_per_shard: int = 128
 
     def __post_init__(self) -> None:
+        known = set(self.fields) & set(FIELDS)
         checks = {
-            "fields": (
-                0 < len(self.fields) == len(set(self.fields) & set(FIELDS)),
-                f"from {','.join(FIELDS)}, each once",
-            ),
+            "fields": (0 < len(self.fields) == len(known), f"from {','.join(FIELDS)}, each once"),
             "size": (self.size in range(8, 481), "8 to 480"),
             "crop": (self.crop in ("none", "border", "eigen"), "one of none, border, eigen"),
             "depth_resize": (self.depth_resize in ("nearest", "area"), "one of nearest, area"),
@@ -105,12 +103,8 @@ def row_bytes(names: Iterable[str], size: int) -> int:
 
 def fingerprint(settings: Settings, source: dict[str, Any]) -> str:
     """SHA-256 over everything that decides the content; the container and the codec do not."""
-    content = {
-        "format": FORMAT_VERSION,
-        "resize": RESIZE_VERSION,
-        "settings": settings.to_dict(),
-        "source": {"bytes": source["bytes"], "sampled_sha256": source["sampled_sha256"]},
-    }
+    identity = {key: source[key] for key in ("bytes", "sampled_sha256")}
+    content = {"format": FORMAT_VERSION, "resize": RESIZE_VERSION, "settings": settings.to_dict(), "source": identity}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -373,14 +367,12 @@ class ShardSet:
 def open_set(path: str | Path) -> ShardSet:
     """Open a finished set after checking the size of every file and the header of every shard; no data is read."""
     path, manifest = Path(path), read_manifest(Path(path))
-    settings = Settings.from_dict(manifest["settings"])
-    found = ShardSet(path, manifest, settings, manifest["rows"], manifest.get("codecs"))
-    root = found.path.resolve()
-    for name, facts in all_files(found.manifest).items():
-        if "/" in name and (found.path / name).parent.resolve() != (root / name).parent:
-            raise UserError(f"{found.path / name} lies behind a symbolic link. {MEND}")
-        check_file(found.path / name, facts["bytes"])
-    for field in settings.fields:
+    found = ShardSet(path, manifest, Settings.from_dict(manifest["settings"]), manifest["rows"], manifest.get("codecs"))
+    for name, facts in all_files(manifest).items():
+        if "/" in name and (path / name).parent.resolve() != (path.resolve() / name).parent:
+            raise UserError(f"{path / name} lies behind a symbolic link. {MEND}")
+        check_file(path / name, facts["bytes"])
+    for field in found.settings.fields:
         if found.codecs is None or found.codecs[field] == "none":
             found.shards(field)  # checks each header, or each index of a Zarr store
     return found

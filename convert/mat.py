@@ -32,8 +32,8 @@ MAX_TILES = 16384  # chunks in one row
 class Elsewhere(Protocol):
     """A .mat that is no file: some of a Path's methods, and `pread`, which threads may call at once."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+
     def exists(self) -> bool: ...
     def stat(self) -> os.stat_result: ...
     def open(self, mode: str, /) -> Any: ...
@@ -118,11 +118,8 @@ class Mat:
         """A dataset whose data is in this very file: nothing that leads to other files is followed."""
         link = self.file.get(key, getlink=True)
         if link is None:
-            v1 = self.file.get("images", getlink=True) and not self.file.get("instances", getlink=True)
-            raise UserError(
-                f"{self.path} has no {key}: it is {'NYU Depth v1' if v1 else 'another file'}, not "
-                "nyu_depth_v2_labeled.mat. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
-            )
+            what = f"has no {key}: it is another file (NYU Depth v1?), not nyu_depth_v2_labeled.mat"
+            raise UserError(f"{self.path} {what}. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat")
         dset = self.file[key] if isinstance(link, h5py.HardLink) else None
         if not isinstance(dset, h5py.Dataset):
             raise self.refuse(f"{key} is {'a link' if dset is None else 'a group'}, expected a dataset")

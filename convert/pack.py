@@ -29,7 +29,7 @@ Facts = dict[str, Any]
 
 def codecs_of(container: str, codec: str, names: Iterable[str]) -> Codecs:
     """`--format` and `--codec` (one for all fields, or field=codec,... and none for the rest) -> a codec a field."""
-    given = dict(pair.split("=", 1) for pair in codec.split(",")) if "=" in codec else dict.fromkeys(names, codec)
+    given = dict(pair.partition("=")[::2] for pair in codec.split(",")) if "=" in codec else dict.fromkeys(names, codec)
     if not set(given) <= set(names) or not set(given.values()) <= set(CODECS):
         raise UserError(f"--codec {codec}: choose one of {', '.join(CODECS)}, or rgb=none,depth=blosc,...")
     if container == "npy" and codec != "none":

@@ -200,6 +200,7 @@ def test_shards_of_another_codec_are_not_taken_over(
 MISTAKES = {
     "npy compressed": (["--codec", "zstd"], "--format zarr"),
     "unknown codec": (["--format", "zarr", "--codec", "gzip"], "choose one of none, zstd, blosc"),
+    "half a pair": (["--format", "zarr", "--codec", "rgb=zstd,depth"], "choose one of none, zstd, blosc"),
     "unknown field": (["--format", "zarr", "--codec", "rbg=zstd"], "choose one of none, zstd, blosc"),
     "another size": (["--format", "zarr", "--size", "64"], "has other settings"),
     "another codec there": (["--format", "zarr", "--codec", "zstd"], "is there already"),
