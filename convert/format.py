@@ -79,7 +79,8 @@ class Settings:
         }
         for name, (is_right, choices) in checks.items():
             if not is_right:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {choices}")
+                given = ",".join(self.fields) if name == "fields" else getattr(self, name)
+                raise UserError(f"--{name.replace('_', '-')} {given}: choose {choices}")
         object.__setattr__(self, "fields", tuple(f for f in FIELDS if f in self.fields))
 
     def to_dict(self) -> dict[str, Any]:
