@@ -91,8 +91,8 @@ drive-given:
 bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
 	$(PY) -m bench.convert "$(MAT)" --profile $(ARGS)
 
-bench: $(READY)  ## loader speed on these shards
-	$(PY) -m bench.loader "$(DATA)" $(ARGS)
+bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the note's method too
+	$(PY) -m bench.loader "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
 
 bench-memory: $(READY)  ## memory by number of workers, the note's method beside it: make bench-memory MAT=x.mat
 	$(PY) -m bench.memory "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)

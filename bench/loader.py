@@ -12,6 +12,7 @@ import ctypes
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bench.memory import NoteRows, load_whole
 from convert.format import UserError, open_set, resolve_set
 from ring.loader import Loader
 from train.data import ShardDataset
@@ -97,7 +99,14 @@ def per_sample(path: str, workers: int) -> DataLoader[Any]:
     )
 
 
-def ways(path: str, spawn_too: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
+def note(arrays: Path | None, workers: int) -> DataLoader[Any]:
+    """Arrays in RAM at 640x480, each row resized when it is asked for."""
+    assert arrays
+    rows = NoteRows(arrays)
+    return DataLoader(rows, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+
+def ways(path: str, arrays: Path | None, spawn_too: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, how to make its loader), in the order of the table."""
 
     def ours(workers: int = 0, method: str | None = None, prefetch: bool = True, path: str = path) -> Loader:
@@ -120,6 +129,8 @@ def ways(path: str, spawn_too: bool = True) -> Iterator[tuple[str, Callable[[], 
         "DataLoader(ShardDataset), 0 workers",
         lambda: DataLoader(ShardDataset(path, split="all"), BATCH),
     )
+    for workers in (0, 2) if arrays else ():
+        yield f"the note's method, {workers} workers", lambda workers=workers: note(arrays, workers)
 
 
 def rate(epoch: Epoch) -> tuple[float, float]:
@@ -167,12 +178,13 @@ def wait_ms(loader: Any, step: Callable[[], None], n_steps: int) -> float:
     return float(np.median(waits)) * 1e3
 
 
-def report_speed(path: str, n_pairs: int, limit: Epoch) -> None:
+def report_speed(path: str, arrays: Path | None, n_pairs: int, limit: Epoch) -> None:
     print(f"{'':44}{'samples/s':>10} {'of the limit':>13} {'(95 %)':>12} {'CPU ms':>7}")
-    for name, make in ways(path):
+    for name, make in ways(path, arrays):
         epoch = epochs_of(make())
         epoch(), limit()
-        pairs = [(*rate(epoch), rate(limit)[0]) for _ in range(n_pairs if name.startswith("ours") else min(n_pairs, 5))]
+        count = n_pairs if name.startswith(("ours", "...")) else min(n_pairs, 1 if "note" in name else 5)
+        pairs = [(*rate(epoch), rate(limit)[0]) for _ in range(count)]
         del epoch  # and its workers
         middle, low, high = interval([ours / most for ours, _, most in pairs])
         speed, cpu, _ = np.median(pairs, axis=0)
@@ -182,7 +194,7 @@ def report_speed(path: str, n_pairs: int, limit: Epoch) -> None:
 
 def report_waits(path: str, n_steps: int) -> None:
     print(f"\n{'ms waited for a batch beside a step of 10 ms':44}{'sleeping':>10} {'holding the GIL':>16}")
-    for name, make in ways(path, spawn_too=False):
+    for name, make in ways(path, None, spawn_too=False):
         loader = make()
         sleep, gil = (wait_ms(loader, step, n_steps) for step in (sleeping, holding_the_gil))
         print(f"{name:44}{sleep:10.2f} {gil:16.2f}", flush=True)
@@ -226,6 +238,7 @@ def control_variants(dataset: ShardDataset, batches: list[np.ndarray]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.loader", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("data", metavar="DIR|ROOT")
+    parser.add_argument("--mat", type=Path, help="the original file, for the note's method (3.1 GB in memory)")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=60, help="steps of 10 ms for each wait")
     args = parser.parse_args(argv)
@@ -240,7 +253,10 @@ def main(argv: list[str] | None = None) -> int:
     limit = memcpy_limit(dataset, Batches(len(dataset), BATCH, 0)(0))
     limit()
     print(f"{path}: {len(dataset)} rows of {dataset.size}x{dataset.size}, batches of {BATCH}, {args.pairs} pairs\n")
-    report_speed(path, args.pairs, limit)
+    with tempfile.TemporaryDirectory(dir=args.mat and args.mat.parent) as folder:
+        if args.mat:
+            load_whole(args.mat, Path(folder))
+        report_speed(path, Path(folder) if args.mat else None, args.pairs, limit)
     report_waits(path, args.steps)
     report_first_batch(path, 7)
     control_variants(dataset, Batches(len(dataset), BATCH, 0)(0))
