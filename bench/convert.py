@@ -38,7 +38,7 @@ def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
     """Read and unpack every chunk once; the seconds that took, the index not counted."""
     mat = Mat(source, fields)
     readers = [mat.reader(name) for name in fields]
-    indices = [reader._locate() for reader in readers]
+    indices = [reader.index for reader in readers]
     chunks = [
         (int(o), int(n), int(m), reader)
         for reader, index in zip(readers, indices, strict=True)

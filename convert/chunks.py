@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -99,9 +99,6 @@ class Reader:
         self.group_rows = max(1, MAX_GROUP_BYTES // 2 // padded_row) if self.needs_scratch else self.chunk[0]
         self.scratch: IO[bytes] | None = None
         self.n_decoded = 0
-        self.located = False
-        self.index: ChunkIndex | None = None
-        self.filters: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("dset", "lock")}
@@ -116,21 +113,21 @@ class Reader:
     @property
     def can_travel(self) -> bool:
         """Whether another process on this machine can read the rows without HDF5."""
-        return self._locate() is not None and isinstance(self.pread, partial) and not self.needs_scratch
+        return self.index is not None and isinstance(self.pread, partial) and not self.needs_scratch
 
-    def _locate(self) -> ChunkIndex | None:
-        """The index, read at first use; None where the bytes must come through h5py."""
-        with self.lock:
-            if not self.located:
-                plist = self.dset.id.get_create_plist()
-                self.filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-                if self.filters in DIRECT_FILTERS and not plist.get_external_count():
-                    self.index = self._index()
-                self.located = True
-            return self.index
+    @cached_property
+    def filters(self) -> list[int]:
+        plist = self.dset.id.get_create_plist()
+        return [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
 
-    def _index(self) -> ChunkIndex | None:
-        """Offsets that were seen to be right: HDF5 before 1.14.4 leaves the user block out of them."""
+    @cached_property
+    def index(self) -> ChunkIndex | None:
+        """Read at first use; None where the bytes must come through h5py.
+
+        Offsets that were seen to be right: HDF5 before 1.14.4 leaves the user block out of them.
+        """
+        if self.filters not in DIRECT_FILTERS or self.dset.id.get_create_plist().get_external_count():
+            return None
         if self.dset.chunks:
             index = read_index(self.dset, self.grid)
         elif (start := self.dset.id.get_offset()) is not None:
@@ -161,7 +158,7 @@ class Reader:
 
     def _unpack(self, first: int, places: Sequence[np.ndarray]) -> None:
         """Chunks first, first + 1, ... into these places."""
-        index = self._locate()
+        index = self.index
         with self.lock:
             self.n_decoded += len(places)
         if index is None:

@@ -85,10 +85,15 @@ def patiently(action: Callable[[], T]) -> T:
     return action()
 
 
+def ask(url: str, start: int, stop: int) -> Any:
+    """The answer to one range request."""
+    headers = {"Range": f"bytes={start}-{stop - 1}", "User-Agent": "nyuv2-shards"}
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+
+
 def probe(url: str) -> tuple[int, str]:
     """Size and version (ETag or date). UserError where that is no file that can be read in ranges."""
-    request = urllib.request.Request(url, headers={"Range": "bytes=0-0", "User-Agent": "nyuv2-shards"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    with ask(url, 0, 1) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise UserError(f"{url} is a web page, not a .mat. Open it in a browser, then: make convert MAT=THE_FILE")
         if answer.status != 206:
@@ -123,12 +128,16 @@ class Remote:
         return os.stat_result((0o100444, 0, 0, 1, 0, 0, self.n_bytes, 0, 0, 0))
 
     def open(self, _mode: str) -> Any:
-        """What h5py reads its small things through: blocks of 64 KB, the last 512 of them kept."""
+        """What h5py reads its small things through: blocks of 64 KB, the last 512 of them kept.
+
+        Not through fsspec's event loop: a garbage collection in its thread may free an h5py object, and so wait for
+        h5py, which would wait here for the loop.
+        """
         from fsspec.spec import AbstractBufferedFile
 
         class Stream(AbstractBufferedFile):  # type: ignore[misc]
             def _fetch_range(self, start: int, stop: int) -> bytes:
-                return self.fs.pread(stop - start, start)  # type: ignore[no-any-return]
+                return self.fs._read(_in_this_thread, start, stop)  # type: ignore[no-any-return]
 
         return Stream(
             self, self.url, "rb", 64 << 10, cache_type="blockcache", cache_options={"maxblocks": 512}, size=self.n_bytes
@@ -136,21 +145,29 @@ class Remote:
 
     def pread(self, n_bytes: int, offset: int) -> bytes:
         """One range request, again where the connection drops. Threads may call it at once."""
-        stop = min(self.n_bytes, offset + n_bytes)
+        return self._read(self.system.cat_file, offset, offset + n_bytes)
 
-        def ask() -> bytes:
+    def _read(self, cat: Callable[[str, int, int], bytes], start: int, stop: int) -> bytes:
+        stop = min(stop, self.n_bytes)
+
+        def read() -> bytes:
             try:
-                data: bytes = self.system.cat_file(self.url, offset, stop)
+                data = cat(self.url, start, stop)
             except Exception as error:  # aiohttp's own types
                 raise OSError(f"{type(error).__name__}: {error}") from None
-            if len(data) != stop - offset:
-                raise OSError(f"{len(data)} bytes came, {stop - offset} were asked for")
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
             return data
 
-        data = patiently(ask)
+        data = patiently(read)
         self.n_read, self.n_requests = self.n_read + len(data), self.n_requests + 1
         return data
 
     def report(self) -> str:
         read, of = self.n_read / 1e6, self.n_bytes / 1e6
         return f"read {read:.1f} of {of:.1f} MB ({read / of:.0%}) in {self.n_requests} requests"
+
+
+def _in_this_thread(url: str, start: int, stop: int) -> bytes:
+    with ask(url, start, stop) as answer:
+        return answer.read()  # type: ignore[no-any-return]

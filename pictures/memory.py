@@ -31,7 +31,7 @@ def memory_png(lines: Sequence[Mapping[str, Any]]) -> bytes:
             axes.plot(*zip(*sorted(points), strict=True), style, color=color, label=label, markersize=4)
             axes.plot(ended, [limit / 1e9] * len(ended), "x", color=color, markersize=11, markeredgewidth=2.5)
     axes.axhline(limit / 1e9, color="grey", linestyle=":")
-    axes.text(16, limit / 1e9, f"{limit / 1e9:.1f} GB: killed (x)", ha="right", va="bottom", color="grey")
+    axes.text(16, limit / 1e9, f"{limit / 1e9:.1f} GB: killed, or no end (x)", ha="right", va="bottom", color="grey")
     axes.set(
         xlabel="workers", ylabel="memory of all processes, GB", xticks=[0, 1, 2, 4, 8, 16], ylim=(0, limit * 1.1 / 1e9)
     )
