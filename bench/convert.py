@@ -138,7 +138,7 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     lines = [(name, sum(spent[name]), sum(walls[name]), len(spent[name])) for name in spent]
     lines.append(("rest: Python, threads, copies", total - sum(cpu for _, cpu, _, _ in lines), 0, 0))
     print(f"{'stage':<30} {'CPU s':>7} {'share':>6} {'thread s':>9} {'calls':>7}")
-    for name, cpu, wall, calls in [*lines, ("imports and start", before, 0, 1), ("work in all", total, seconds, 1)]:
+    for name, cpu, wall, calls in [*lines, ("work in all", total, seconds, 1)]:
         print(f"{name:<30} {cpu:>7.2f} {cpu / total:>6.1%} {wall:>9.2f} {calls:>7}")
 
 

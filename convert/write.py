@@ -83,7 +83,7 @@ def convert(
 
 
 def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str, Any]) -> dict[str, Any]:
-    settings = job.settings
+    settings, receipts = job.settings, [job.done[k] for k in range(len(job.bounds))]
     return {
         "format_version": fmt.FORMAT_VERSION,
         "fingerprint": digest,
@@ -94,11 +94,11 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
             name: {
                 **{k: FIELDS[name][k] for k in ("dtype", "unit", "invalid")},
                 "shape": list(fmt.row_shape(name, settings.size)),
-                "statistics": statistics(name, [r["sums"] for r in job.receipts]),
+                "statistics": statistics(name, [r["sums"] for r in receipts]),
             }
             for name in settings.fields
         },
-        "shards": [{key: r[key] for key in ("rows", "files", "sums")} for r in job.receipts],
+        "shards": [{key: r[key] for key in ("rows", "files", "sums")} for r in receipts],
         "names": names,
     }
 
@@ -181,14 +181,12 @@ class Job:
         self.lock, self.n_running, self.ended = threading.Lock(), 0, SimpleQueue[Future[Any]]()
         self.processes, self.peak_memory = [os.getpid()], 0
 
-    @property
-    def receipts(self) -> list[dict[str, Any]]:
-        return [self.done[k] for k in range(len(self.bounds))]
-
     def run(self, workers: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Do all of it; returns what `row_columns` found in the file meanwhile."""
         readers = {name: self.mat.reader(name) for name in self.settings.fields}
-        self._check_space(sum(r.scratch_bytes for r in readers.values()))
+        row = fmt.row_bytes(self.settings.fields, self.settings.size)
+        scratch = sum(r.scratch_bytes for r in readers.values()) * bool(self.n_todo)
+        check_space(self.directory, self.n_todo * row + scratch)
         most_rows = max(max(r.group_rows, ROWS_PER_TASK) for r in readers.values())
         n_slots = max(2, (most_rows - 2) // self.settings.rows_per_shard + 2)  # so many shards can one task touch
         buffers = Buffers(self.settings, n_slots, min(self.settings.rows_per_shard, self.n_rows))
@@ -311,7 +309,3 @@ class Job:
         self.bar.update(shard.stop - shard.start)
         if self.bar.disable:
             log(f"shard {shard.number + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")
-
-    def _check_space(self, scratch_bytes: int) -> None:
-        row = fmt.row_bytes(self.settings.fields, self.settings.size)
-        check_space(self.directory, self.n_todo * row + scratch_bytes * bool(self.n_todo))
