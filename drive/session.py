@@ -11,6 +11,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from convert import format as fmt
 from convert.commit import find_set, log
@@ -46,7 +47,7 @@ def prepare(
 
     here = find(root)
     there = patiently(lambda: find(drive), f"looking through {drive}", command) if drive else None
-    shelved = bool(there and not patiently(lambda: not_whole(there), f"looking through {there}", command))
+    shelved = bool(there and not not_whole(there, _files_of(there, command), command))
     directory = here and _checked(here)
     if not directory and there:
         directory = _pulled(there, root, settings, command)
@@ -66,6 +67,10 @@ def prepare(
     if len(fmt.finished_sets(root)) > 1:
         log(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
     return directory
+
+
+def _files_of(there: Path, command: str) -> dict[str, dict[str, Any]]:
+    return fmt.all_files(patiently(lambda: fmt.read_manifest(there), f"reading {there}", command))
 
 
 def _wanted(source: Source | None, command: str) -> dict[str, object]:

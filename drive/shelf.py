@@ -100,10 +100,13 @@ def exists(path: Path) -> bool:
     return size_of(path) >= 0
 
 
-def not_whole(directory: Path, files: Files | None = None) -> list[str]:
-    """The files (default: the manifest's) that are not there or have another size: no byte of them is read."""
-    files = files or fmt.all_files(fmt.read_manifest(directory))
-    return [name for name, facts in files.items() if size_of(directory / name) != facts["bytes"]]
+def not_whole(directory: Path, files: Files, command: str) -> list[str]:
+    """The files that are not there or have another size: no byte of them is read."""
+
+    def size(name: str) -> int:  # each file has its own tries
+        return patiently(lambda: size_of(directory / name), f"looking for {directory / name}", command)
+
+    return [name for name, facts in files.items() if size(name) != facts["bytes"]]
 
 
 def push(source: Path, drive: Path, command: str = "make push") -> Path:
@@ -124,7 +127,7 @@ def pull(source: Path, root: Path, command: str = "make pull", *, in_part: bool 
     """
     manifest = patiently(lambda: fmt.read_manifest(source), f"reading {fmt.MANIFEST}", command)
     files, target = fmt.all_files(manifest), root / source.name
-    missing = patiently(lambda: not_whole(source, files), f"looking through {source}", command)
+    missing = not_whole(source, files, command)
     if missing and not in_part:
         raise Incomplete(f"{len(missing)} of {len(files)} files in {source} are missing or short. Run: make push there")
     root.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,7 @@ def pull(source: Path, root: Path, command: str = "make pull", *, in_part: bool 
 
 def _copy_files(source: Path, target: Path, files: Files, verb: str, command: str, *, go_on: bool = False) -> set[str]:
     """Copy all but the manifest; with `go_on` past what is wrong in `source`, which is returned."""
-    patiently(lambda: _prepare(source, target, files), f"preparing {target}", command)
+    _prepare(source, target, files, command)
     wrong = set()
     with Progress(verb, sum(f["bytes"] for f in files.values())) as progress:
         for k, (name, facts) in enumerate(sorted(files.items()), 1):
@@ -160,15 +163,24 @@ def _commit(source: Path, target: Path, verb: str, command: str) -> None:
             patiently(partial(_copy, source / name, target / name, {}, verb), f"{verb} {name}", command)
 
 
-def _prepare(source: Path, target: Path, files: Files) -> None:
+def _prepare(source: Path, target: Path, files: Files, command: str) -> None:
     """Room for what is missing; no manifest of other content, and nothing that a killed copy left behind."""
-    target.mkdir(exist_ok=True)
-    theirs = target / fmt.MANIFEST
-    if exists(theirs) and theirs.read_bytes() != (source / fmt.MANIFEST).read_bytes():
-        theirs.unlink()
-    for path in target.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
-    need, free = sum(files[n]["bytes"] for n in not_whole(target, files)), shutil.disk_usage(target).free
+
+    def take_back() -> None:
+        target.mkdir(exist_ok=True)
+        theirs = target / fmt.MANIFEST
+        if exists(theirs) and theirs.read_bytes() != (source / fmt.MANIFEST).read_bytes():
+            theirs.unlink()
+
+    def clean(directory: Path) -> None:
+        for path in directory.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    patiently(take_back, f"preparing {target}", command)
+    for directory in sorted({(target / name).parent for name in files}):
+        patiently(partial(clean, directory), f"preparing {directory}", command)
+    need = sum(files[name]["bytes"] for name in not_whole(target, files, command))
+    free = patiently(lambda: shutil.disk_usage(target).free, f"preparing {target}", command)
     if need > free:
         raise UserError(f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some and run it again")
 
