@@ -13,7 +13,7 @@ DRIVE ?=
 ARGS ?=
 # The cheapest of the recipes compared (docs/training.md). RECIPE= goes back to the flags' defaults.
 RECIPE ?= --size 64 --width 16 --batch-size 32 --lr 2e-3 --epochs 40
-EXPECT := on a stand-in of the set, official test rows, one run of 40 epochs (70 s on 2 cores): 13 classes top-1 46.9 %, mean \
+EXPECT := on a stand-in of the set, official test rows, one run of 40 epochs (2 to 4 minutes on 2 busy cores): 13 classes top-1 46.9 %, mean \
 class 32.5 %; 10 classes 43.4 % and 35.5 %, where always the most frequent class gives 29.2 %
 PYTHON ?= python3
 
