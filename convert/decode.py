@@ -120,7 +120,7 @@ class Helper:
         self.send(what)
         try:
             answer: dict[int, int] | Exception = pickle.load(self.process.stdout)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # nothing, or half an answer
             status = self.process.wait()
             how = f"was killed by signal {-status} (out of memory?)" if status < 0 else f"ended with status {status}"
             raise UserError(

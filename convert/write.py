@@ -215,11 +215,15 @@ class Job:
         n_bytes = self.n_todo * sum(math.prod(r.row_shape) * r.dtype.itemsize for r in readers.values())
         self.travels: set[str] = set()
         if workers > 1 and n_bytes >= HELPERS_FROM and isinstance(self.mat.handle, int):
-            helpers = [Helper((self.mat.handle, self.decoder.buffers.fd)) for _ in range(workers)]
-            self.travels = {name for name, reader in readers.items() if reader.can_travel}
-            for helper in helpers:
-                helper.send(replace(self.decoder, readers={name: readers[name] for name in self.travels}))
+            for _ in range(workers):
+                self.helpers.put(Helper((self.mat.handle, self.decoder.buffers.fd)))
+            for name, reader in readers.items():
+                with self.decoder.blaming(name, 0):  # a damaged index shows here
+                    self.travels |= {name} if reader.can_travel else set()
+            for _ in range(workers):
+                helper = self.helpers.get()
                 self.helpers.put(helper)
+                helper.send(replace(self.decoder, readers={name: readers[name] for name in self.travels}))
                 self.processes.append(helper.process.pid)
 
     def _work(self, readers: dict[str, Reader]) -> None:

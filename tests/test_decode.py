@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from conftest import REPO, SMALL
 
@@ -99,3 +100,18 @@ def test_damage_found_by_a_helper_names_the_field_and_the_row(
         file["depths"].id.write_direct_chunk((7, 0, 0), b"not what zlib makes")
     with pytest.raises(UserError, match=r"depths row 7: .*damaged.*Run|depths row 7: .*run: make convert"):
         convert(path, tmp_path / "out", SMALL)
+
+
+def test_a_damaged_chunk_index_names_the_field_before_any_helper_reads_it(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    path = tmp_path / "x.mat"
+    path.write_bytes(mat.read_bytes())
+    with h5py.File(path, "r+") as file:
+        depths = file["depths"]
+        n_bytes = depths.id.get_chunk_info(0).size + 4 * int(np.prod(depths.chunks)) * 4 + 8192
+        depths.id.write_direct_chunk((0, 0, 0), b"x" * n_bytes)
+    with pytest.raises(UserError, match=r"depths row 0: a chunk claims .*run: make convert"):
+        convert(path, tmp_path / "out", SMALL, 2)
+    assert not list((tmp_path / "out").glob("*/manifest.json"))
