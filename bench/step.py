@@ -20,6 +20,7 @@ import torch
 
 from bench.loader import interval
 from convert.format import UserError
+from ring.memory import NoRoom
 from train import ranks
 from train.loop import Job, new_run, open_loaders, start, train_step
 from train.settings import Settings, add_flags
@@ -59,13 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     n_pairs, n_steps = values.pop("pairs"), values.pop("steps")
     try:
         job = start(Settings(**values), ranks.join())
-    except UserError as error:
+        run = new_run(job)
+        job.net = run.model.train()
+        open_loaders(job)
+        real, one = endless(job), itertools.repeat(tuple(part.clone() for part in next(iter(job.train_loader))))
+    except (UserError, NoRoom) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    run = new_run(job)
-    job.net = run.model.train()
-    open_loaders(job)
-    real, one = endless(job), itertools.repeat(tuple(part.clone() for part in next(iter(job.train_loader))))
     pairs = []
     for k in range(n_pairs):
         order = (real, one) if k % 2 else (one, real)

@@ -9,23 +9,18 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import format as fmt
-from .format import Codecs, Settings, UserError
+from .format import Codecs, Settings, UserError, log
 from .mat import Source
 
 
 def receipt_name(shard: int) -> str:
     return f"receipt-{shard:05d}.json"
-
-
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def stamp(source: Source) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .chunks import Reader
-from .format import FIELDS, Settings, UserError, row_shape
+from .format import FIELDS, Settings, UserError, one_line, row_shape
 from .resize import resize
 
 MALLOC = {f"MALLOC_{name}_": str(1 << 28) for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")}
@@ -88,10 +88,8 @@ class Decoder:
         except (ValueError, OverflowError, RuntimeError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
                 raise
-            text = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self.source}: {self.keys[field]} row {row}: {text}. Download the file again, then run: make convert"
-            ) from None
+            what = f"{self.keys[field]} row {row}: {one_line(error)}"
+            raise UserError(f"{self.source}: {what}. Download the file again, then run: make convert") from None
 
 
 class Helper:

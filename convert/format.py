@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -56,6 +57,14 @@ DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
 
 class UserError(Exception):
     """A user's mistake or a broken input: one line that ends in the next command to type (exit status 2)."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -397,7 +406,8 @@ def resolve_set(path: str | Path) -> Path:
         how = f"python -m convert run {path} --out data" if path.suffix in (".mat", ".h5", ".hdf5") else "make convert"
         raise UserError(f"{path} is not a finished set, nor is one in it. Run: {how}")
     if len(found) > 1:
-        raise UserError(f"{len(found)} sets under {path}: {', '.join(p.name for p in found)}. Use --data {found[0]}")
+        names = ", ".join(p.name for p in found)
+        raise UserError(f"{len(found)} sets under {path}: {names}. Use {found[0]} (with make: DATA={found[0]})")
     return found[0]
 
 

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from .chunks import Reader
-from .format import UserError
+from .format import UserError, one_line
 
 ORIGINAL_BYTES = 2_972_037_809
 KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
@@ -82,11 +82,7 @@ def _instead(path: Source, head: bytes | None, error: Exception) -> str:
     if "truncated" in str(error):
         size = f"{path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES})"
         return f"is {size}: the download was cut. Fetch the rest with curl -C -"
-    return f"is not a MATLAB v7.3 file ({_one_line(error)}). Download it again"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return f"is not a MATLAB v7.3 file ({one_line(error)}). Download it again"
 
 
 class Mat:
@@ -112,7 +108,7 @@ class Mat:
         except UserError:
             raise
         except Exception as error:
-            raise self.refuse(f"{what} cannot be read ({_one_line(error)})") from None
+            raise self.refuse(f"{what} cannot be read ({one_line(error)})") from None
 
     def _dataset(self, key: str) -> h5py.Dataset:
         """A dataset whose data is in this very file: nothing that leads to other files is followed."""

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from . import format as fmt
 from .chunks import Reader
-from .commit import check_space, find_set, is_finished, log, receipt_name, remove_receipts, resume, stamp
+from .commit import check_space, find_set, is_finished, receipt_name, remove_receipts, resume, stamp
 from .decode import Buffers, Decoder, Helper, memory_of
-from .format import FIELDS, Codecs, Settings, UserError
+from .format import FIELDS, Codecs, Settings, UserError, log
 from .lock import only_one
 from .mat import KEYS, Mat, Source, sampled_identity
 from .pack import write_rest, write_shard

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from convert import format as fmt
-from convert.commit import log
-from convert.format import UserError
+from convert.format import UserError, log
 
 from .shelf import Progress
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from convert import format as fmt
-from convert.commit import find_set, log
-from convert.format import Codecs, Settings, UserError
+from convert.commit import find_set
+from convert.format import Codecs, Settings, UserError, log
 from convert.mat import Source, open_mat, sampled_identity
 from convert.pack import repack
 from convert.write import convert

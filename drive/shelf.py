@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from convert import format as fmt
-from convert.commit import log, write_receipts
-from convert.format import UserError
+from convert.commit import write_receipts
+from convert.format import UserError, log
 from convert.lock import only_one
 
 T = TypeVar("T")

@@ -256,7 +256,7 @@ def _image_batch(job: Job, rgb_path: Path, depth_path: Path, size: int, needs_de
     with Image.open(rgb_path) as image:
         rgb = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     depth_mm = np.zeros((size, size), np.int16)
-    if needs_depth:
+    if needs_depth or depth_path.exists():
         if not depth_path.exists():
             raise UserError(f"{depth_path} is missing: the network needs it. Put it there, or train with --inputs rgb")
         with Image.open(depth_path) as image:

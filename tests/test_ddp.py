@@ -14,7 +14,7 @@ from conftest import REPO
 
 from pictures.report import command
 from train.data import ShardDataset
-from train.order import eval_batches
+from train.order import Batches
 from train.settings import Settings
 
 SETTINGS = {"num_classes": 10, "epochs": 3, "size": 32, "warmup_epochs": 0, "model": "networks:Plain", "num_workers": 0}
@@ -70,7 +70,7 @@ def test_every_test_row_counts_once_and_one_rank_writes_and_speaks(two: tuple[Pa
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_ranks_together_see_every_test_row_exactly_once(world: int, small_set: Path) -> None:
     n_test = len(ShardDataset(small_set, split="test"))
-    seen = [i for rank in range(world) for batch in eval_batches(n_test, 4, rank=rank, world=world) for i in batch]
+    seen = [i for rank in range(world) for batch in Batches(n_test, 4, None, rank, world)(0) for i in batch]
     assert sorted(seen) == list(range(n_test))
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import REPO
 
 OURS = {"convert", "drive", "ring", "train", "rooms", "pictures", "bench"}
+MOUNT = {f"drive.mount.{name}" for name in ("Mirror", "copy_file", "refuse_remote")}
 ALLOWED_IN_FORMAT = {"numpy", "zarr"}
 
 
@@ -40,7 +41,8 @@ def files(package: str) -> pytest.MarkDecorator:
 def test_train_imports_only_the_format_of_convert(path: Path) -> None:
     of_convert = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("convert.format")}
     assert of_convert == set()
-    assert foreign(path) <= {"convert", "ring", "pictures"}
+    assert foreign(path) <= {"convert", "ring", "drive", "pictures"}
+    assert {n for n in imported(path) if n.startswith("drive.")} <= {"drive.mount", *MOUNT}
     assert "h5py" not in imported(path)
 
 
@@ -54,6 +56,8 @@ def test_the_loader_knows_nothing_of_this_dataset(path: Path) -> None:
 @files("drive")
 def test_drive_imports_only_convert(path: Path) -> None:
     assert foreign(path) <= {"convert"}
+    if path.name == "mount.py":  # training imports it
+        assert {n for n in imported(path) if n.startswith("convert.") and not n.startswith("convert.format")} == set()
 
 
 @files("convert")

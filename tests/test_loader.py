@@ -15,6 +15,7 @@ import torch
 from conftest import REPO
 
 from convert.format import UserError
+from drive import mount
 from ring.loader import Ahead, Loader
 from ring.slots import N_SLOTS
 from train import data as data_module
@@ -333,7 +334,7 @@ def test_a_set_on_a_fuse_mount_is_refused_unless_insisted(
     device = os.stat(small_set).st_dev
     at = f"{os.major(device)}:{os.minor(device)}"
     mounts.write_text(f"1 0 0:0 / / rw - overlay o rw\n2 1 {at} / /My\\040Drive rw shared:1 - {kind} drive rw\n")
-    monkeypatch.setattr(data_module, "MOUNTS", mounts)
+    monkeypatch.setattr(mount, "MOUNTS", mounts)
     assert len(ShardDataset(small_set, allow_remote=True)) > 0
     if refused:
         with pytest.raises(UserError, match="make pull"):

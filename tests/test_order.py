@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.order import Batches, eval_batches, permutation, steps_per_epoch, train_batches
+from train.order import Batches, permutation, steps_per_epoch
 
 counts = st.integers(1, 400)
 
@@ -13,7 +13,7 @@ counts = st.integers(1, 400)
 def test_ranks_together_get_the_global_batches(n: int, batch: int, epoch: int, world: int, seed: int) -> None:
     if n < world:
         return
-    per_rank = [list(train_batches(n, batch, seed, epoch, rank=r, world=world)) for r in range(world)]
+    per_rank = [Batches(n, batch, seed, r, world)(epoch) for r in range(world)]
     size = min(batch, n // world)
     order = permutation(n, seed, epoch)
     for step in range(steps_per_epoch(n, batch, world)):
@@ -34,16 +34,9 @@ def test_every_rank_knows_where_its_rows_stand_in_the_batch_of_all(n: int, batch
         assert together.tolist() == sorted(rows)
 
 
-@given(counts, st.integers(1, 64), st.integers(0, 9))
-def test_resuming_at_a_step_gives_the_rest_of_the_epoch(n: int, batch: int, start: int) -> None:
-    whole = list(train_batches(n, batch, 0, 3))
-    rest = list(train_batches(n, batch, 0, 3, start=start))
-    assert [b.tolist() for b in rest] == [b.tolist() for b in whole[start:]]
-
-
 @given(counts, st.integers(1, 64), st.integers(1, 5))
 def test_evaluation_counts_every_row_once(n: int, batch: int, world: int) -> None:
-    rows = [row for r in range(world) for b in eval_batches(n, batch, rank=r, world=world) for row in b.tolist()]
+    rows = [row for r in range(world) for b in Batches(n, batch, None, r, world)(0) for row in b.tolist()]
     assert sorted(rows) == list(range(n))
 
 

@@ -7,10 +7,9 @@ from typing import NoReturn
 
 import torch
 
-from convert.format import UserError
+from convert.format import UserError, one_line
 from ring.memory import NoRoom
 from train import ranks
-from train.checkpoint import one_line
 from train.loop import train
 from train.settings import Settings, add_flags
 

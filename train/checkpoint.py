@@ -1,11 +1,8 @@
-"""A run's state and its checkpoints: written atomically, the newest valid one continued, mirrored in the background."""
+"""A run's state and its checkpoints: written atomically, the newest valid one continued."""
 
 import csv
 import io
 import os
-import shutil
-import sys
-import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convert.format import UserError, write_atomically
+from convert.format import UserError, log, one_line, write_atomically
+from drive.mount import copy_file
 from train import ranks
 from train.settings import MAY_CHANGE, Settings
 
@@ -42,25 +40,12 @@ class Run:
         return len(self.history)
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[-1]))
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def copy_file(source: Path, target: Path) -> None:
-    with open(source, "rb") as file:  # stays the same file when a newer one takes its name
-        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
 
 
 def save(run: Run, settings: Settings, fingerprint: str) -> None:
@@ -78,35 +63,6 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
     write_atomically(out / CHECKPOINT, lambda file: torch.save(state, file))  # type: ignore[arg-type]
 
 
-class Mirror:
-    """Copies the run to --mirror in a thread of its own: a failing Drive is announced, a hanging one left behind."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.source, self.target = settings.out, settings.mirror if ranks.RANK == 0 else None
-        self.thread = threading.Thread()
-        self.thread.start()
-
-    def copy(self, *names: str, wait_s: float = 0.0) -> None:
-        """Start copying, unless the last copy is still under way: then the next checkpoint's will do."""
-        if self.target is None:
-            return
-        self.thread.join(wait_s)
-        if not self.thread.is_alive():
-            self.thread = threading.Thread(target=self._copy, args=(self.target, names), daemon=True)
-            self.thread.start()
-            self.thread.join(wait_s)
-        if wait_s and self.thread.is_alive():
-            say(f"--mirror {self.target}: not done after {wait_s:.0f} s; the run is whole in {self.source}")
-
-    def _copy(self, target: str, names: tuple[str, ...]) -> None:
-        try:
-            Path(target).mkdir(parents=True, exist_ok=True)
-            for name in names:
-                copy_file(Path(self.source, name), Path(target, name))
-        except Exception as error:  # a mounted Drive fails in many ways
-            say(f"--mirror {target}: {one_line(error)}; training goes on, the run is whole in {self.source}")
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     """The stored state, every byte checked; a file that cannot be read is named, set aside and skipped."""
     try:
@@ -122,7 +78,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except Exception as error:  # a damaged zip or pickle raises almost anything
         with suppress(OSError):  # else the next save would put it in the place of the good one before
             os.replace(path, path.with_suffix(".broken"))
-        say(f"{path} is damaged, renamed to .broken and skipped: {one_line(error)}")
+        log(f"{path} is damaged, renamed to .broken and skipped: {one_line(error)}")
         return None
 
 
@@ -161,7 +117,7 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> None:
     if ranks.RANK == 0:
         if path != last:
             copy_file(path, last)
-        say(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
+        log(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
 
 
 def _load(run: Run, state: dict[str, Any], path: Path) -> None:

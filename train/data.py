@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, open_set, read_manifest, resolve_set
+from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, log, open_set, read_manifest, resolve_set
+from drive.mount import refuse_remote
 from ring.loader import Loader, Maker, Transform
 from ring.slots import N_SLOTS, Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 from train.augment import normalize_depth, normalize_rgb
@@ -32,7 +33,6 @@ TARGETS = {  # and the field each is read from
     "instance": "instance",
 }  # fmt: skip
 INPUTS = ("rgb", "depth", "raw_depth")
-MOUNTS = Path("/proc/self/mountinfo")
 HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends
 
 
@@ -237,7 +237,7 @@ def unpacked(path: Path) -> Path:
         return path
     copy = path.with_suffix("")
     if not (copy / MANIFEST).is_file():
-        print(f"{path} is compressed: unpacking it once, into {copy}", file=sys.stderr, flush=True)
+        log(f"{path} is compressed: unpacking it once, into {copy}")
         command = [sys.executable, "-m", "convert", "run", str(path.absolute()), "--out", str(path.parent.absolute())]
         if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
@@ -304,18 +304,5 @@ def _worker_count(num_workers: int | str, dataset: ShardDataset, change: Transfo
     n_rows = min(batch_size, len(dataset), 16)
     ms = Maker(dataset, change, 0).seconds(n_rows) * 1e3 * batch_size / n_rows
     count = min(cores, N_SLOTS - 1) if ms > HIDDEN_MS and cores > 1 else 0
-    why = f"a batch takes {ms:.1f} ms to make, {cores} cores"
-    print(f"loader: {dataset.split}: num_workers=auto is {count} ({why})", file=sys.stderr)
+    log(f"loader: {dataset.split}: num_workers=auto is {count} (a batch takes {ms:.1f} ms to make, {cores} cores)")
     return count
-
-
-def refuse_remote(path: Path) -> None:
-    """Raise UserError for a set on a FUSE mount (Google Drive): each page would be a request over the network."""
-    device = os.stat(path).st_dev
-    at, lines = f"{os.major(device)}:{os.minor(device)}", MOUNTS.read_text().splitlines() if MOUNTS.exists() else []
-    kind = next((words[words.index("-") + 1] for words in map(str.split, lines) if words[2] == at), "")
-    if kind.startswith("fuse"):
-        raise UserError(
-            f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "
-            f"Run: make pull DRIVE={path.parent} (or insist: --allow-remote)"
-        )

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError
+from convert.format import UserError, one_line
+from drive.mount import Mirror
 from ring.memory import TreeMemory, tree_memory, warn_near_limit
 from train import ranks
 from train.augment import Draws, augment, resize, to_input
-from train.checkpoint import CHECKPOINT, METRICS, Mirror, Run, one_line, restore, save
+from train.checkpoint import CHECKPOINT, METRICS, Run, restore, save
 from train.data import ShardDataset, create_dataloaders
 from train.model import build, load_imagenet, read_weights
 from train.order import steps_per_epoch
@@ -254,7 +255,7 @@ def train(settings: Settings) -> dict[str, Any]:
     settings.check()
     job = start(settings, ranks.join())
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    run, mirror = new_run(job), Mirror(settings)
+    run, mirror = new_run(job), Mirror(settings.out, settings.mirror if ranks.RANK == 0 else None)
     restore(run, settings, job.train_set.fingerprint)
     job.net = ranks.wrap(run.model, job.device)
     job.net = torch.compile(job.net) if settings.compile else job.net

@@ -1,6 +1,5 @@
 """(seed, epoch, position, rank, world) -> row numbers. Pure: workers and world size never enter the order."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,33 +15,13 @@ def steps_per_epoch(n_rows: int, batch_size: int, world: int = 1) -> int:
     return max(1, n_rows // (batch_size * world)) if n_rows >= world else 0
 
 
-def train_batches(
-    n_rows: int, batch_size: int, seed: int, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[np.ndarray]:
-    """Positions of this rank's batches from step `start`; the ranks' batches together are the global ones.
-
-    The remainder that does not fill a global batch is left out. Inside a batch positions ascend, so that reading
-    walks each shard once.
-    """
-    order = permutation(n_rows, seed, epoch)
-    size = min(batch_size, n_rows // world)
-    for step in range(start, steps_per_epoch(n_rows, batch_size, world)):
-        begin = (step * world + rank) * size
-        yield np.sort(order[begin : begin + size])
-
-
-def eval_batches(
-    n_rows: int, batch_size: int, *, start: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[np.ndarray]:
-    """Every position exactly once over all ranks, in order, never padded."""
-    mine = np.arange(rank, n_rows, world)
-    for begin in range(start * batch_size, len(mine), batch_size):
-        yield mine[begin : begin + batch_size]
-
-
 @dataclass(frozen=True)
 class Batches:
-    """A rank's batches of an epoch: shuffled by (seed, epoch), or for evaluation (seed None)."""
+    """A rank's batches of an epoch: shuffled by (seed, epoch), or for evaluation (seed None) every row in order.
+
+    The ranks' batches together are the global ones, of which a remainder is left out. In a shuffled batch positions
+    ascend, so that reading walks each shard once. Evaluation counts every row once over all ranks, never padded.
+    """
 
     n_rows: int
     batch_size: int
@@ -52,9 +31,11 @@ class Batches:
 
     def __call__(self, epoch: int) -> list[np.ndarray]:
         if self.seed is None:
-            return list(eval_batches(self.n_rows, self.batch_size, rank=self.rank, world=self.world))
-        sizes = self.n_rows, self.batch_size, self.seed, epoch
-        return list(train_batches(*sizes, rank=self.rank, world=self.world))
+            mine = np.arange(self.rank, self.n_rows, self.world)
+            return [mine[at : at + self.batch_size] for at in range(0, len(mine), self.batch_size)]
+        order, size = permutation(self.n_rows, self.seed, epoch), min(self.batch_size, self.n_rows // self.world)
+        starts = (self.rank + self.world * np.arange(steps_per_epoch(self.n_rows, self.batch_size, self.world))) * size
+        return [np.sort(order[at : at + size]) for at in starts]
 
     def places(self, epoch: int) -> list[np.ndarray]:
         """Where these rows stand in each batch of all ranks together."""
