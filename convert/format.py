@@ -50,6 +50,12 @@ TABLES = {  # of names, and of the classes' numbers among fewer
     "scenes": str, "scene_types": str, "classes": str, "classes40": str, "classes13": str, "to40": int, "to13": int,
 }  # fmt: skip
 SPLITS = ("train", "test")
+# top, bottom, left, right in the 640x480 picture
+CROP_BOXES = {
+    "none": (0, 480, 0, 640),
+    "border": (6, 473, 7, 632),
+    "eigen": (45, 471, 41, 601),
+}
 MEND = "Run: make convert ARGS=--repair, or make pull"
 Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None for .npy
 DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
@@ -82,7 +88,7 @@ class Settings:
         checks = {
             "fields": (0 < len(self.fields) == len(known), f"from {','.join(FIELDS)}, each once"),
             "size": (self.size in range(8, 481), "8 to 480"),
-            "crop": (self.crop in ("none", "border", "eigen"), "one of none, border, eigen"),
+            "crop": (self.crop in CROP_BOXES, f"one of {', '.join(CROP_BOXES)}"),
             "depth_resize": (self.depth_resize in ("nearest", "area"), "one of nearest, area"),
             "rows_per_shard": (self.rows_per_shard in range(1, 100_001), "1 to 100000"),
         }
@@ -129,9 +135,6 @@ def shard_name(field: str, shard: int, zarr: bool = False) -> str:
 def column_name(name: str, zarr: bool = False) -> str:
     more = "/0" if COLUMNS[name][0] in "S(" else ""  # several bytes or numbers a row
     return f"rows-{name}/c/0{more}" if zarr else f"rows-{name}.npy"
-
-
-# ---------------------------------------------------------------- writing one file
 
 
 class HashingFile(io.BufferedWriter):
@@ -204,9 +207,6 @@ def _signed(body: str) -> str:
     """A JSON object without its end -> with a last key, the SHA-256 of the object without that key."""
     digest = hashlib.sha256(f"{body}\n}}".encode()).hexdigest()
     return f'{body},\n  "sha256": "{digest}"\n}}\n'
-
-
-# ---------------------------------------------------------------- opening
 
 
 def open_plain(path: Path) -> IO[bytes]:
@@ -409,9 +409,6 @@ def resolve_set(path: str | Path) -> Path:
         names = ", ".join(p.name for p in found)
         raise UserError(f"{len(found)} sets under {path}: {names}. Use {found[0]} (with make: DATA={found[0]})")
     return found[0]
-
-
-# ---------------------------------------------------------------- checking
 
 
 def sha256_file(path: Path) -> str:

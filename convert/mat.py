@@ -54,9 +54,6 @@ def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> di
     return {"name": path.name, "bytes": n_bytes, "sampled_sha256": digest.hexdigest()}
 
 
-# ---------------------------------------------------------------- opening, and saying what is wrong
-
-
 def open_mat(path: Source) -> h5py.File:
     """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
     head = None

@@ -15,9 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .format import MAX_DEPTH_MM
+from .format import CROP_BOXES, MAX_DEPTH_MM
 
-CROP_BOXES = {"none": None, "border": (6, 473, 7, 632), "eigen": (45, 471, 41, 601)}  # top, bottom, left, right
 MAX_LABEL = 894
 
 
@@ -27,14 +26,13 @@ class ValueRangeError(ValueError):
 
 def crop_wh(planes: np.ndarray, crop: str) -> np.ndarray:
     """Crop planes (..., W, H) to the named box of the 640x480 picture; a view."""
-    box = CROP_BOXES[crop]
-    if box is None:
+    if crop == "none":
         return planes
     if planes.shape[-2:] != (640, 480):
         raise ValueRangeError(
             f"--crop {crop} is defined for 640x480 pictures, this one is {planes.shape[-2]}x{planes.shape[-1]}"
         )
-    top, bottom, left, right = box
+    top, bottom, left, right = CROP_BOXES[crop]
     return planes[..., left:right, top:bottom]
 
 

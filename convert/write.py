@@ -121,9 +121,6 @@ def _provenance(source: Path | Source, seconds: float, peak_memory: int) -> dict
     }
 
 
-# ---------------------------------------------------------------- statistics from integer sums
-
-
 def train_sums(name: str, rows: Iterable[np.ndarray]) -> list[list[int]]:
     """[count, sum, sum of squares] a channel over the rows' valid pixels; exact (float64 holds a row's as integers)."""
     if name in ("label", "instance"):
@@ -146,9 +143,6 @@ def statistics(name: str, shard_sums: list[dict[str, list[list[int]]]]) -> dict[
     means = [s / n for n, s, _ in total]
     stds = [max(0.0, (q - s * s / n) / n) ** 0.5 for n, s, q in total]
     return {"count": [n for n, _, _ in total], "mean": means, "std": stds}
-
-
-# ---------------------------------------------------------------- the work
 
 
 @dataclass

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from train import augment as module
-from train.augment import Draws, augment, color_jitter, random_flip, random_resized_crop, resize, to_input
+from train.augment import (
+    Draws,
+    augment,
+    color_jitter,
+    random_flip,
+    random_resized_crop,
+    rays,
+    resize,
+    surface,
+    to_input,
+)
 from train.settings import Settings
 
 STATS = (2.842, 1.417)
@@ -39,7 +49,7 @@ def ramps(n: int = 64, size: int = 64) -> tuple[Tensor, Tensor]:
 
 def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> None:
     rgb_u8, depth_mm = batch()
-    rgb, depth = to_input(rgb_u8, depth_mm, STATS)
+    rgb, depth = to_input(rgb_u8, [depth_mm], STATS)
     assert rgb.dtype == depth.dtype == torch.float32
     for channel in range(3):
         expected = (rgb_u8[:, channel] / 255 - module.IMAGENET_MEAN[channel]) / module.IMAGENET_STD[channel]
@@ -47,6 +57,34 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
     valid = depth_mm > 0
     torch.testing.assert_close(depth[valid], (depth_mm[valid] / 1000 - STATS[0]) / STATS[1])
     assert (depth[~valid] == 0.0).all()
+
+
+def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() -> None:
+    x, y = (plane[None] for plane in rays(64, "none"))
+    far = torch.full_like(x, 8.0)
+    wall, floor = torch.where(x > 0.2, 1 / x, far), torch.where(y > 0.2, 1.2 / y, far)  # 1 m to the right, 1.2 m below
+    wall_mm, floor_mm, front_mm = ((1000 * z).round().to(torch.int16) for z in (wall, floor, far))
+    right, low, flat = (slice(None), slice(52, 62)), (slice(52, 62), slice(None)), (slice(None), slice(None))
+    for depth_mm, region, normal in [
+        (wall_mm, right, (-1.0, 0.0, 0.0)),
+        (floor_mm, low, (0.0, -1.0, 0.0)),
+        (front_mm, flat, (0.0, 0.0, -1.0)),
+    ]:
+        planes = surface(depth_mm, x, y, STATS)[0]
+        expected = torch.tensor(normal)[:, None, None].expand_as(planes[2:])
+        torch.testing.assert_close(planes[2:, *region], expected[:, *region], atol=0.05, rtol=0)
+        mirrored = surface(depth_mm.flip(-1), x.flip(-1), y.flip(-1), STATS)[0]
+        opposite = torch.stack((mirrored[0], mirrored[1], -mirrored[2], mirrored[3], mirrored[4])).flip(-1)
+        torch.testing.assert_close(opposite, planes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(surface(floor_mm, x, y, STATS)[0, 1, 52:], torch.full((12, 64), 1.2), atol=1e-2, rtol=0)
+
+
+def test_a_pixel_without_a_measurement_is_zero_in_every_plane_of_a_surface() -> None:
+    depth = batch()[1]
+    planes = surface(depth, *(plane.expand_as(depth) for plane in rays(48, "border")), STATS)
+    assert planes.shape == (8, 5, 48, 48)
+    assert not planes.isnan().any()
+    assert (planes.transpose(0, 1)[:, depth[:, 0] == 0] == 0).all()
 
 
 @pytest.mark.parametrize("size", [20, 48, 77])
@@ -60,7 +98,7 @@ def test_a_crop_never_averages_depth_and_keeps_holes(size: int) -> None:
         assert torch.isin(one, source).all()
     holes = cropped == 0
     assert 0.15 < holes.float().mean() < 0.35
-    assert torch.equal(to_input(cropped_rgb, cropped, STATS)[1] == 0.0, holes)
+    assert torch.equal(to_input(cropped_rgb, [cropped], STATS)[1] == 0.0, holes)
 
 
 def test_rgb_and_depth_are_cropped_at_the_same_place() -> None:

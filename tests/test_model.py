@@ -45,15 +45,20 @@ def test_stream_parameters_are_named_and_counted_as_in_the_standard_checkpoint()
     assert sum(p.numel() for p in trunk.parameters()) == 11_176_512
 
 
-def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(checkpoint: dict[str, Tensor]) -> None:
-    model = TwoStreamResNet(13)
+@pytest.mark.parametrize("n_planes", [1, 5])
+def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(
+    checkpoint: dict[str, Tensor], n_planes: int
+) -> None:
+    model = TwoStreamResNet(13, depth_planes=n_planes)
     head = model.fc.weight.clone()
     load_imagenet(model, checkpoint)
     for key in standard_shapes():
         assert torch.equal(model.rgb.state_dict()[key], checkpoint[key]), key
         if key != "conv1.weight":
             assert torch.equal(model.depth.state_dict()[key], checkpoint[key]), key
-    assert torch.equal(model.depth.conv1.weight, checkpoint["conv1.weight"].mean(1, keepdim=True))
+    stem = model.depth.conv1.weight
+    assert torch.equal(stem, checkpoint["conv1.weight"].mean(1, keepdim=True).expand_as(stem))
+    assert stem.shape[1] == n_planes
     assert torch.equal(model.fc.weight, head)
 
 

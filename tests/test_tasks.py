@@ -13,7 +13,7 @@ from torchmetrics.functional import mean_squared_error
 from convert.format import VOID
 from train.loop import new_run, start, train, train_step
 from train.settings import Settings
-from train.tasks import EIGEN_BOXES, Classes, Depth
+from train.tasks import Classes, Depth
 
 K = 5
 PIXELS = Classes([f"c{k}" for k in range(K)], torch.ones(K), 0.0, "miou")
@@ -73,7 +73,7 @@ def test_depth_scores_are_averaged_over_pictures_and_leave_out_unmeasured_pixels
     true = 0.5 + 8 * torch.rand((3, 1, 12, 12), generator=generator, dtype=torch.float64)
     out = (true / 3 * (0.7 + 0.6 * torch.rand(true.shape, generator=generator))).log()
     true[1, 0, :6] = 0
-    task = Depth(3.0, EIGEN_BOXES["eigen"])
+    task = Depth(3.0, "eigen")
     scores = task.scores(task.count(out, true))
     rmse, abs_rel, delta1 = [], [], []
     for named, gold in zip(task.metres(out), true, strict=True):
@@ -89,13 +89,15 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     true = torch.full((1, 1, 480, 640), 2.0)
     out = torch.full_like(true, 1.0)
     out[:, :, 45:471, 41:601] = 0.0
-    task = Depth(2.0, EIGEN_BOXES["none"])
+    task = Depth(2.0, "none")
     assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
     out[0, 0, 45, 41] = 1.0
     assert task.scores(task.count(out, true))["rmse"] > 0
-    top, bottom, left, right = EIGEN_BOXES["border"]  # of the picture without its first 6 rows and 7 columns
-    assert (top * 467 + 6, bottom * 467 + 6) == (pytest.approx(45), pytest.approx(471))
-    assert (left * 625 + 7, right * 625 + 7) == (pytest.approx(41), pytest.approx(601))
+    without_frame = Depth(2.0, "border")  # 6 rows and 7 columns before the first one are cut off
+    out, true = out[:, :, 6:473, 7:632], true[:, :, 6:473, 7:632]
+    assert without_frame.scores(without_frame.count(out, true))["rmse"] > 0
+    out[0, 0, 45 - 6, 41 - 7] = 0.0
+    assert without_frame.scores(without_frame.count(out, true))["rmse"] == 0.0
 
 
 @pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convert.format import CROP_BOXES
 from train.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,9 +42,38 @@ def normalize_depth(depth_mm_b1hw: Tensor, mean_m: float, std_m: float) -> Tenso
     return torch.where(depth_mm_b1hw > 0, (depth_mm_b1hw * 1e-3 - mean_m) / std_m, 0.0)
 
 
-def to_input(rgb_bchw: Tensor, depth_mm_b1hw: Tensor, stats: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Both pictures as the network sees them; `stats`: mean and standard deviation of depth in metres."""
-    return normalize_rgb(rgb_bchw), normalize_depth(depth_mm_b1hw, *stats)
+def rays(size: int, crop: str) -> tuple[Tensor, Tensor]:
+    """[1, S, S] each: how far right of the camera's axis and below it a pixel's point lies, per metre of depth."""
+    top, bottom, left, right = CROP_BOXES[crop]
+    share = (torch.arange(size) + 0.5) / size
+    x, y = left + (right - left) * share, top + (bottom - top) * share
+    x, y = (x - 325.58) / 518.86, (y - 253.74) / 519.47  # the camera's centre and focal lengths, from the set's toolbox
+    return x.expand(1, size, size), y[:, None].expand(1, size, size)
+
+
+def surface(depth_mm_b1hw: Tensor, x_b1hw: Tensor, y_b1hw: Tensor, stats: tuple[float, float]) -> Tensor:
+    """[B,5,H,W]: normalised depth, metres below the camera, the surface's normal; 0 where nothing was measured.
+
+    `x`, `y`: the rays of these very pixels. Normals are differences between the means of 3x3 points beside the pixel,
+    towards the camera, with the picture's right as x, also where it was mirrored. `stats`: mean and standard deviation
+    of depth in metres.
+    """
+    metres = depth_mm_b1hw * 1e-3
+    x_b1hw = x_b1hw * torch.sign(x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1])
+    points = torch.cat((metres * x_b1hw, metres * y_b1hw, metres), dim=1)
+    smooth = F.pad(F.avg_pool2d(points, 3, 1, 1, count_include_pad=False), (1, 1, 1, 1), mode="replicate")
+    across = smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2]
+    down = smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1]
+    normals = F.normalize(torch.linalg.cross(down, across, dim=1), dim=1, eps=1e-9)
+    planes = torch.cat((normalize_depth(depth_mm_b1hw, *stats), points[:, 1:2], normals), dim=1)
+    return torch.where(depth_mm_b1hw > 0, planes, 0.0)
+
+
+def to_input(rgb_bchw: Tensor, planes: list[Tensor], stats: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """RGB and depth as the network sees them; `planes`: depth, and its rays where it sees surfaces."""
+    depth_mm_b1hw, *xy = planes
+    depth = surface(depth_mm_b1hw, xy[0], xy[1], stats) if xy else normalize_depth(depth_mm_b1hw, *stats)
+    return normalize_rgb(rgb_bchw), depth
 
 
 def _window(rgb_bchw: Tensor, planes: list[Tensor], size: int, corner: list[Tensor], extent: list[Tensor]) -> Pictures:

@@ -244,9 +244,6 @@ def unpacked(path: Path) -> Path:
     return copy
 
 
-# ---------------------------------------------------------------- loaders
-
-
 def create_dataloaders(
     dataset_path: str | Path,
     *,

@@ -17,7 +17,7 @@ from convert.format import UserError, one_line
 from drive.mount import Mirror
 from ring.memory import TreeMemory, tree_memory, warn_near_limit
 from train import ranks
-from train.augment import Draws, augment, resize, to_input
+from train.augment import Draws, augment, rays, resize, to_input
 from train.checkpoint import CHECKPOINT, METRICS, Run, restore, save
 from train.data import ShardDataset, create_dataloaders
 from train.model import build, load_imagenet, read_weights
@@ -39,6 +39,7 @@ class Job:
     train_set: ShardDataset
     task: Task
     device: torch.device
+    rays: tuple[Tensor, ...] = ()  # of the stored pixels, where the network sees surfaces; [1, S, S] each
     net: Any = None  # run.model, compiled or wrapped
     train_loader: Any = None
     test_loader: Any = None
@@ -62,15 +63,14 @@ class Job:
         return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
 
 
-# ---------------------------------------------------------------- before the first step
-
-
 def start(settings: Settings, device: torch.device) -> Job:
     """Everything but the loaders: a mistake shows before they do anything."""
     s, fields = settings, ("rgb", "raw_depth" if settings.task == "depth" else "depth")
     chosen: Any = {"fields": fields, "target": s.task, "num_classes": s.num_classes, "allow_remote": s.allow_remote}
     train_set = ShardDataset(s.data, **chosen)
     job = Job(settings, train_set, make_task(settings, train_set), device)
+    if s.model == "resnet18" and s.inputs != "rgb" and s.task != "depth":
+        job.rays = tuple(plane.to(device) for plane in rays(train_set.size, train_set.crop))
     if job.n_steps == 0:
         raise UserError(f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks. Use fewer ranks")
     return job
@@ -81,7 +81,8 @@ def new_run(job: Job) -> Run:
     s = job.settings
     torch.manual_seed(seed_of(s.seed))
     inputs = "rgb" if s.task == "depth" else s.inputs
-    model = build(s.model, job.task.n_out, width=s.channels, inputs=inputs, dense=s.task != "scene")
+    shape = {"width": s.channels, "inputs": inputs, "depth_planes": 5 if job.rays else 1, "dense": s.task != "scene"}
+    model = build(s.model, job.task.n_out, **shape)
     if s.weights:
         try:
             load_imagenet(model, read_weights(s.weights))  # type: ignore[arg-type]
@@ -96,7 +97,7 @@ def new_run(job: Job) -> Run:
     groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.half == torch.float16)
     sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
-    return Run(model, torch.optim.AdamW(groups, lr=s.lr), scaler, sums, sums[2:], [])
+    return Run(model, torch.optim.AdamW(groups, lr=s.lr, fused=True), scaler, sums, sums[2:], [])
 
 
 def open_loaders(job: Job) -> None:
@@ -104,9 +105,6 @@ def open_loaders(job: Job) -> None:
     same: dict[str, Any] = {name: getattr(job.settings, name) for name in names}
     same |= {"fields": job.train_set.fields, "target": job.settings.task, "rank": ranks.RANK, "world": ranks.WORLD}
     job.train_loader, job.test_loader = create_dataloaders(job.train_set.path, normalize=False, **same)
-
-
-# ---------------------------------------------------------------- one step
 
 
 def seed_of(*parts: int) -> int:
@@ -121,19 +119,20 @@ def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(n_steps - n_warmup, 1)))
 
 
-def _forward(job: Job, net: nn.Module, rgb: Tensor, depth: Tensor, target: Tensor) -> Tensor:
+def _forward(job: Job, net: nn.Module, rgb: Tensor, planes: list[Tensor], target: Tensor) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
-    rgb, depth = to_input(rgb, depth, (job.train_set.depth_mean, job.train_set.depth_std))
-    inputs = (rgb.contiguous(memory_format=job.layout), depth)[: 1 if job.settings.task == "depth" else 2]
+    both = to_input(rgb, planes, (job.train_set.depth_mean, job.train_set.depth_std))
+    inputs = [part.contiguous(memory_format=job.layout) for part in both[: 1 if job.settings.task == "depth" else 2]]
     with torch.autocast(job.device.type, dtype=job.half, enabled=job.half is not None):
         out: Tensor = net(*inputs)
     return out.float() if target.ndim == 1 else F.interpolate(out.float(), target.shape[-2:], mode="bilinear")
 
 
-def _to_device(job: Job, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """RGB, depth, target; a depth target counts only where the sensor measured."""
+def _to_device(job: Job, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+    """RGB; depth and the rays; the target, a depth only where the sensor measured."""
     rgb, depth, target = (part.to(job.device, non_blocking=True) for part in batch)
-    return rgb, depth, torch.where(depth > 0, target, 0.0) if job.settings.task == "depth" else target
+    target = torch.where(depth > 0, target, 0.0) if job.settings.task == "depth" else target
+    return rgb, [depth, *(plane.expand_as(depth) for plane in job.rays)], target
 
 
 def _sums(job: Job, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
@@ -144,12 +143,12 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     """One step; every draw in it comes from (seed, epoch, step)."""
     s, at = job.settings, (job.settings.seed, run.epoch, run.step)
     torch.manual_seed(seed_of(*at, ranks.RANK))  # dropout
-    rgb, depth, target = _to_device(job, batch)
+    rgb, planes, target = _to_device(job, batch)
     draws = Draws(seed_of(*at), len(rgb) * ranks.WORLD, mine, job.device)
-    dense = [target] if target.ndim > 1 else []
-    rgb, (depth, *dense) = augment(rgb, [depth, *dense], draws, s.size or rgb.shape[-1], s)
-    target = dense[0] if dense else target
-    out = _forward(job, job.net, rgb, depth, target)
+    planes += [target] if target.ndim > 1 else []
+    rgb, planes = augment(rgb, planes, draws, s.size or rgb.shape[-1], s)
+    target = planes.pop() if target.ndim > 1 else target
+    out = _forward(job, job.net, rgb, planes, target)
     loss, weight = job.task.loss(out, target)
     n_warmup = min(s.warmup_epochs, s.epochs // 4) * job.n_steps
     for group in run.optimizer.param_groups:
@@ -160,9 +159,6 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     run.scaler.update()
     run.sums += _sums(job, out.detach(), target, loss.detach(), weight)
     run.step += 1
-
-
-# ---------------------------------------------------------------- one epoch
 
 
 class Meter:
@@ -219,9 +215,9 @@ def _scores(job: Job, split: str, sums: Tensor) -> dict[str, float]:
 
 def apply(net: nn.Module, job: Job, batch: Batch) -> tuple[Tensor, Batch]:
     """Outputs at the target's resolution for whole pictures as stored; and these, on the device."""
-    rgb, depth, target = _to_device(job, batch)
-    small, (small_depth,) = resize(rgb, [depth], job.settings.size or rgb.shape[-1])
-    return _forward(job, net, small, small_depth, target), (rgb, depth, target)
+    rgb, planes, target = _to_device(job, batch)
+    small, small_planes = resize(rgb, planes, job.settings.size or rgb.shape[-1])
+    return _forward(job, net, small, small_planes, target), (rgb, planes[0], target)
 
 
 @torch.inference_mode()
@@ -239,9 +235,6 @@ def evaluate(run: Run, job: Job) -> dict[str, float]:
     sums = ranks.total(sums).cpu()
     run.counts = sums[2:]
     return _scores(job, "test", sums)
-
-
-# ---------------------------------------------------------------- a run
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:

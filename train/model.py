@@ -62,11 +62,13 @@ class TwoStreamResNet(nn.Module):
     Width 64 is the standard size, 11.18 M parameters a stream; half the width has a quarter of them.
     """
 
-    def __init__(self, n_out: int, *, width: int = 64, inputs: str = "rgbd", dense: bool = False) -> None:
+    def __init__(
+        self, n_out: int, *, width: int = 64, inputs: str = "rgbd", depth_planes: int = 1, dense: bool = False
+    ) -> None:
         super().__init__()
         self.streams, self.dense = STREAMS[inputs], dense
         for stream in self.streams:
-            self.add_module(stream, ResNetTrunk(3 if stream == "rgb" else 1, width))
+            self.add_module(stream, ResNetTrunk(3 if stream == "rgb" else depth_planes, width))
         widths = [len(self.streams) * width * 2**k for k in range(4)]
         if dense:
             self.decoder = Decoder(widths, 2 * width, n_out)
@@ -78,9 +80,9 @@ class TwoStreamResNet(nn.Module):
         if dense:
             nn.init.zeros_(self.decoder.head.weight)
 
-    def forward(self, rgb_bchw: Tensor, depth_b1hw: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] and [B, 1, H, W] -> logits [B, n_out], dense [B, n_out, H / 4, W / 4]."""
-        pictures = {"rgb": rgb_bchw, "depth": depth_b1hw}
+    def forward(self, rgb_bchw: Tensor, depth_bchw: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] and [B, depth_planes, H, W] -> logits [B, n_out], dense [B, n_out, H / 4, W / 4]."""
+        pictures = {"rgb": rgb_bchw, "depth": depth_bchw}
         features = (getattr(self, stream)(pictures[stream]) for stream in self.streams)
         stages = [torch.cat(maps, dim=1) for maps in zip(*features, strict=True)]
         y: Tensor = self.decoder(stages) if self.dense else self.fc(self.dropout(stages[-1].mean(dim=(2, 3))))
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
 
 
 def load_imagenet(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a standard ResNet-18 checkpoint into every stream; the depth stem is the mean over the RGB channels.
+    """Load a standard ResNet-18 checkpoint into every stream; a depth stem gets the mean over the RGB channels.
 
     The classifier (fc.*) is left as it is. Raises RuntimeError naming missing, unknown or wrongly shaped keys.
     """
@@ -114,7 +116,8 @@ def load_imagenet(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> N
     for stream in model.streams:
         trunk = model.get_submodule(stream)
         if stream == "depth":
-            given["conv1.weight"] = given["conv1.weight"].mean(dim=1, keepdim=True)
+            stem = trunk.get_parameter("conv1.weight")
+            given["conv1.weight"] = given["conv1.weight"].mean(dim=1, keepdim=True).expand_as(stem)
         counters = {k: v for k, v in trunk.state_dict().items() if k.endswith("num_batches_tracked")}
         trunk.load_state_dict(counters | given)  # the oldest checkpoints have no counters
 

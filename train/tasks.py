@@ -8,15 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.format import VOID
+from convert.format import CROP_BOXES, VOID
 from train.data import ShardDataset
 from train.settings import Settings
 
-EIGEN_BOXES = {  # top, bottom, left, right of [45:471, 41:601] as shares of the stored picture, by the set's crop
-    "none": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
-    "border": (39 / 467, 465 / 467, 34 / 625, 594 / 625),
-    "eigen": (0.0, 1.0, 0.0, 1.0),
-}
 DEEPEST_M = 10.0
 Scores = dict[str, float]
 
@@ -70,7 +65,7 @@ class Depth:
     """The network gives log(metres / mean); errors inside the Eigen crop, averaged a picture, then over pictures."""
 
     mean_m: float
-    box: tuple[float, float, float, float]  # the crop, as shares of the stored picture
+    crop: str  # of the stored pictures
     names: tuple[str, ...] = ()
     main: str = "rmse"
     n_out: int = 1
@@ -96,8 +91,11 @@ class Depth:
         return torch.cat((means_3b.new_tensor([means_3b.shape[1]]), means_3b.sum(dim=1)))
 
     def _inside(self, like_b1hw: Tensor) -> Tensor:
-        (h, w), (top, bottom, left, right) = like_b1hw.shape[-2:], self.box
-        y, x = ((torch.arange(n, device=like_b1hw.device) + 0.5) / n for n in (h, w))
+        """Pixels whose centre lies in [45:471, 41:601] of the 640x480 picture."""
+        top, bottom, left, right = CROP_BOXES[self.crop]
+        y, x = ((torch.arange(n, device=like_b1hw.device) + 0.5) / n for n in like_b1hw.shape[-2:])
+        y, x = top + (bottom - top) * y, left + (right - left) * x
+        top, bottom, left, right = CROP_BOXES["eigen"]
         return ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
 
     def scores(self, counts: Tensor) -> Scores:
@@ -117,7 +115,7 @@ def class_weights(labels_n: np.ndarray, num_classes: int, power: float) -> Tenso
 def make_task(settings: Settings, train_set: ShardDataset) -> Task:
     """The task of these settings on a dataset."""
     if settings.task == "depth":
-        return Depth(train_set.depth_mean, EIGEN_BOXES[train_set.crop])
+        return Depth(train_set.depth_mean, train_set.crop)
     names, weights_k, main = train_set.classes, torch.ones(len(train_set.classes)), "miou"
     if settings.task == "scene":
         weights_k, main = class_weights(train_set.labels(), len(names), settings.class_balance), "top1"
