@@ -54,9 +54,8 @@ def rays(size: int, crop: str) -> tuple[Tensor, Tensor]:
 def surface(depth_mm_b1hw: Tensor, x_b1hw: Tensor, y_b1hw: Tensor, stats: tuple[float, float]) -> Tensor:
     """[B,5,H,W]: normalised depth, metres below the camera, the surface's normal; 0 where nothing was measured.
 
-    `x`, `y`: the rays of these very pixels. Normals are differences between the means of 3x3 points beside the pixel,
-    towards the camera, with the picture's right as x, also where it was mirrored. `stats`: mean and standard deviation
-    of depth in metres.
+    `x`, `y`: the rays of these very pixels; the picture's right is x also where it was mirrored. Normals point to the
+    camera: differences between means of 3x3 points beside the pixel. `stats`: depth's mean and deviation in metres.
     """
     metres = depth_mm_b1hw * 1e-3
     x_b1hw = x_b1hw * torch.sign(x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1])

@@ -121,10 +121,10 @@ def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
 
 def _forward(job: Job, net: nn.Module, rgb: Tensor, planes: list[Tensor], target: Tensor) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
-    both = to_input(rgb, planes, (job.train_set.depth_mean, job.train_set.depth_std))
-    inputs = [part.contiguous(memory_format=job.layout) for part in both[: 1 if job.settings.task == "depth" else 2]]
+    inputs = to_input(rgb, planes, (job.train_set.depth_mean, job.train_set.depth_std))
+    n_inputs = 1 if job.settings.task == "depth" else 2
     with torch.autocast(job.device.type, dtype=job.half, enabled=job.half is not None):
-        out: Tensor = net(*inputs)
+        out: Tensor = net(*(part.contiguous(memory_format=job.layout) for part in inputs[:n_inputs]))
     return out.float() if target.ndim == 1 else F.interpolate(out.float(), target.shape[-2:], mode="bilinear")
 
 
@@ -214,10 +214,13 @@ def _scores(job: Job, split: str, sums: Tensor) -> dict[str, float]:
 
 
 def apply(net: nn.Module, job: Job, batch: Batch) -> tuple[Tensor, Batch]:
-    """Outputs at the target's resolution for whole pictures as stored; and these, on the device."""
+    """Outputs for whole pictures as stored, averaged over each and its mirror image; and these, on the device."""
     rgb, planes, target = _to_device(job, batch)
-    small, small_planes = resize(rgb, planes, job.settings.size or rgb.shape[-1])
-    return _forward(job, net, small, small_planes, target), (rgb, planes[0], target)
+    pictures, planes_small = resize(rgb, planes, job.settings.size or rgb.shape[-1])
+    out = _forward(job, net, pictures, planes_small, target)
+    mirrored = _forward(job, net, pictures.flip(-1), [plane.flip(-1) for plane in planes_small], target)
+    out = (out + (mirrored if target.ndim == 1 else mirrored.flip(-1))) / 2
+    return out, (rgb, planes[0], target)
 
 
 @torch.inference_mode()
