@@ -183,6 +183,13 @@ def test_the_global_generator_is_neither_used_nor_moved() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_small_picture_skips_no_pixel_of_a_large_one() -> None:
+    stripes = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
+    stripes[..., ::2] = 200
+    for size in (32, 64):
+        assert (resize(stripes, [], size)[0] - 100).abs().max() < 1e-3
+
+
 def test_resize_takes_the_depth_pixel_under_each_centre() -> None:
     rgb, depth = batch(size=48)
     small_rgb, (small,) = resize(rgb, [depth], 20)

@@ -40,7 +40,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def two(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run and the standard output of two processes with 4 rows each."""
     out = tmp_path_factory.mktemp("two") / "run"
-    flags = arguments(small_set, out, batch_size=4, class_balance=0.5)
+    flags = arguments(small_set, out, batch_size=4)
     done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -49,7 +49,7 @@ def two(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_losses_equal_one_process_with_the_same_global_batch(
     two: tuple[Path, str], small_set: Path, tmp_path: Path
 ) -> None:
-    done = run(*arguments(small_set, tmp_path, batch_size=8, class_balance=0.5))
+    done = run(*arguments(small_set, tmp_path, batch_size=8))
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(rows(tmp_path / "metrics.csv"), rows(two[0] / "metrics.csv"), strict=True):
         for name in ("train_loss", "test_loss", "train_top1", "test_top1", "lr"):
@@ -76,7 +76,7 @@ def test_the_ranks_together_see_every_test_row_exactly_once(world: int, small_se
 
 def test_one_process_continues_what_two_began(two: tuple[Path, str], small_set: Path, tmp_path: Path) -> None:
     shutil.copytree(two[0], tmp_path / "run")
-    done = run(*arguments(small_set, tmp_path / "run", batch_size=8, class_balance=0.5, epochs=4))
+    done = run(*arguments(small_set, tmp_path / "run", batch_size=8, epochs=4))
     assert done.returncode == 0, done.stderr
     assert "at epoch 4 of 4, step 1" in done.stderr
 

@@ -53,7 +53,7 @@ def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--task", "depth", "--class-balance", "1"], "--class-balance 0"),
+        (["--weights", "absent.pth", "--model", "networks:Tiny"], "--model resnet18"),
         (["--crop", "7"], "--crop 7"),
         (["--model", "networks:Absent"], "Absent"),
         (["--weights", "absent.pth", "--width", "64"], "absent.pth"),

@@ -36,7 +36,6 @@ class Settings:
     weight_decay: float = _flag(0.05, "of AdamW, on weights but not on biases and norms")
     warmup_epochs: int = _flag(5, "rising learning rate, a quarter of --epochs at most")
     label_smoothing: float = _flag(0.1, "share of the target spread over all classes")
-    class_balance: float = _flag(0.0, "scene loss weight = class frequency ** -X, 0 = off, 1 = full")
     crop: float = _flag(0.5, "smallest random crop, as a share of the area (task depth: whole pictures)")
     jitter: float = _flag(0.4, "brightness, contrast, saturation times 1 -+ X")
     seed: int = _flag(0, "of everything random")
@@ -55,8 +54,6 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high:g}")
         if self.weights and self.model != "resnet18":
             raise UserError(f"--weights is for --model resnet18; load them inside {self.model}")
-        if self.task != "scene" and self.class_balance:
-            raise UserError(f"--class-balance is for --task scene, not {self.task}. Use --class-balance 0")
 
     @property
     def channels(self) -> int:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +20,6 @@ class Classes:
     """Cross entropy; the counts are a confusion matrix [true, named], flat."""
 
     names: list[str]
-    weights_k: Tensor  # of the classes in the loss
     smoothing: float
     main: str  # the score to judge by
 
@@ -34,10 +32,9 @@ class Classes:
         return self.n_out**2
 
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum, and the weight to divide it by."""
-        weights = self.weights_k.to(logits.device)
-        settings: dict[str, Any] = {"weight": weights, "label_smoothing": self.smoothing, "ignore_index": VOID}
-        return F.cross_entropy(logits, target, reduction="sum", **settings), weights[target[target != VOID]].sum()
+        """Sum, and the number of rows or pixels to divide it by."""
+        how: dict[str, Any] = {"label_smoothing": self.smoothing, "ignore_index": VOID, "reduction": "sum"}
+        return F.cross_entropy(logits, target, **how), (target != VOID).sum()
 
     def count(self, logits: Tensor, target: Tensor) -> Tensor:
         known = target != VOID
@@ -105,18 +102,8 @@ class Depth:
 Task = Classes | Depth
 
 
-def class_weights(labels_n: np.ndarray, num_classes: int, power: float) -> Tensor:
-    """frequency ** -power, scaled to a mean of 1 over the train rows; 0 for a class without train rows."""
-    counts = np.bincount(labels_n, minlength=num_classes)
-    weights = (counts > 0) * np.maximum(counts, 1.0) ** -power
-    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
-
-
 def make_task(settings: Settings, train_set: ShardDataset) -> Task:
     """The task of these settings on a dataset."""
     if settings.task == "depth":
         return Depth(train_set.depth_mean, train_set.crop)
-    names, weights_k, main = train_set.classes, torch.ones(len(train_set.classes)), "miou"
-    if settings.task == "scene":
-        weights_k, main = class_weights(train_set.labels(), len(names), settings.class_balance), "top1"
-    return Classes(names, weights_k, settings.label_smoothing, main)
+    return Classes(train_set.classes, settings.label_smoothing, "top1" if settings.task == "scene" else "miou")
