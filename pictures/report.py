@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convert.format import UserError, write_atomically
 from train.checkpoint import CHECKPOINT, METRICS, Run, newest, write_csv
@@ -203,33 +203,53 @@ def command(settings: Settings, **changes: Any) -> str:
 
 def predict_flags(parser: ArgumentParser) -> ArgumentParser:
     parser.description = "What a run says about the test rows, or about a folder of pictures."
-    parser.add_argument("run", metavar="RUN", help="the --out of a run")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean"
+    )
     parser.add_argument("--images", metavar="DIR", help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)")
     parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
-    parser.add_argument("--out", metavar="DIR", help="default: RUN/predict")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/predict, of the first")
     return parser
 
 
-def predict(run: str, images: str | None, data: str | None, out: str | None) -> None:
-    """Score a run's newest checkpoint on the test rows, or let it name the pictures of a folder."""
-    found = newest(Settings("", run))
-    if found is None:
-        raise UserError(f"{run} has no checkpoint. Run: make train RUN={run}")
-    path, state = found
-    settings = Settings(**state["settings"])
-    settings = replace(settings, data=data or settings.data, width=settings.channels, weights=None)
-    job, target = start(settings, torch.device("cpu")), Path(out or f"{run}/predict")
-    again = new_run(job)
+def predict(run: list[str], images: str | None, data: str | None, out: str | None) -> None:
+    """Score the newest checkpoints of runs, together, on the test rows, or let them name the pictures of a folder."""
+    told, members = [], []
+    for each in run:
+        found = newest(Settings("", each))
+        if found is None:
+            raise UserError(f"{each} has no checkpoint. Run: make train RUN={each}")
+        path, state = found
+        settings = Settings(**state["settings"])
+        settings = replace(settings, data=data or settings.data, width=settings.channels, weights=None)
+        job = start(settings, torch.device("cpu"))
+        told.append((settings.task, settings.num_classes, settings.inputs, settings.size, bool(job.rays)))
+        if told[-1] != told[0]:
+            raise UserError(f"{each} does not learn what {run[0]} does, from the same pictures. Name runs that do")
+        again = new_run(job)
+        again.model.load_state_dict(state["model"])
+        members.append(again.model)
+        print(f"{path}: {state['epoch']} epochs")
+    again.model, target = Average(members), Path(out or f"{run[0]}/predict")
     open_loaders(job)
-    again.model.load_state_dict(state["model"])
     target.mkdir(parents=True, exist_ok=True)
     if images:
         files = _predict_folder(again, job, Path(images), target)
     else:
-        scores = evaluate(again, job)
-        print(f"{path} after {state['epoch']} epochs:", ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        print("on the test rows:", ", ".join(f"{k} {v:.4f}" for k, v in evaluate(again, job).items()))
         files = _tables_and_pictures(target, again, job)
     print("files:", *(str(target / name) for name in files))
+
+
+class Average(nn.Module):
+    """Networks as one: the mean of their outputs."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.stack([member(*inputs) for member in self.members]).mean(dim=0)
 
 
 def _predict_folder(run: Run, job: Job, folder: Path, target: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_on_the_test_rows_it_gives_the_scores_of_the_run(scene: Path, capsys: py
     assert rows(scene / "predict" / "predictions.csv") == rows(scene / "predictions.csv")
     right = [row["true"] == row["named"] for row in rows(scene / "predictions.csv")]
     assert sum(right) / len(right) == pytest.approx(float(last["test_top1"]))
+
+
+def test_several_runs_answer_with_the_mean_of_their_outputs(
+    scene: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = Settings(str(small_set), str(tmp_path / "other"), num_classes=10, epochs=1, batch_size=8, width=8, size=32)
+    train(same)
+    capsys.readouterr()
+    assert predict(scene, scene, "--out", tmp_path / "twice") == 0
+    assert rows(tmp_path / "twice" / "predictions.csv") == rows(scene / "predictions.csv")
+    losses = []
+    for runs in ([scene], [tmp_path / "other"], [scene, tmp_path / "other"]):
+        assert predict(*runs, "--out", tmp_path / "out") == 0
+        losses.append(float(capsys.readouterr().out.split("test_loss ")[1].split(",")[0]))
+    assert losses[2] < (losses[0] + losses[1]) / 2  # cross entropy is convex in the outputs
+    train(replace(same, out=str(tmp_path / "rgb"), inputs="rgb"))
+    assert predict(scene, tmp_path / "rgb") == 2
+    assert "does not learn what" in capsys.readouterr().err
 
 
 def test_on_a_folder_of_the_same_pictures_it_says_the_same(scene: Path, small_set: Path, tmp_path: Path) -> None:
