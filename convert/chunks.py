@@ -154,8 +154,6 @@ class Reader:
                 return index
         return None
 
-    # ---------------------------------------------------------------- chunks into a buffer
-
     def _unpack(self, first: int, places: Sequence[np.ndarray]) -> None:
         """Chunks first, first + 1, ... into these places."""
         index = self.index
@@ -218,8 +216,6 @@ class Reader:
         out[tuple(slice(0, n) for n in part.shape)] = part
         return out
 
-    # ---------------------------------------------------------------- rows
-
     def read_group(self, group: int) -> np.ndarray:
         """Rows [group * group_rows, ...) as an array (rows, ...) in native byte order."""
         start, stop = group * self.group_rows, min((group + 1) * self.group_rows, self.n_rows)
@@ -239,8 +235,6 @@ class Reader:
 
     def _cropped(self, rows: np.ndarray) -> np.ndarray:
         return rows[:, *(slice(0, s) for s in self.row_shape)].astype(self.dtype.newbyteorder("="), copy=False)
-
-    # ---------------------------------------------------------------- groups too large to hold
 
     @property
     def scratch_bytes(self) -> int:

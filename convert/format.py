@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -337,10 +338,14 @@ class ShardSet:
     n_rows: int
     codecs: Codecs
 
+    def check_has(self, field: str) -> None:
+        if field not in (have := self.settings.fields):
+            hint = f"make convert ARGS='--fields {','.join((*have, field))}'"
+            raise UserError(f"{self.path} has no field {field}. Run: {hint}")
+
     def shards(self, field: str) -> list[np.ndarray]:
         """The field's shards in row order: read-only memory maps, or, where compressed, decoded into memory."""
-        if field not in self.settings.fields:
-            raise UserError(f"{self.path} has no field {field}. Run: make convert ARGS='--fields {field},...'")
+        self.check_has(field)
         return [self.shard(field, k) for k in range(len(self.manifest["shards"]))]
 
     def shard(self, field: str, k: int) -> np.ndarray:
@@ -390,9 +395,8 @@ def open_set(path: str | Path) -> ShardSet:
 
 def finished_sets(root: Path) -> list[Path]:
     """The finished sets directly under `root`, by name."""
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if DIRECTORY_NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted(p for p in there if DIRECTORY_NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
 
 
 def resolve_set(path: str | Path) -> Path:
@@ -403,7 +407,8 @@ def resolve_set(path: str | Path) -> Path:
     there = finished_sets(path)
     found = [p for p in there if p.suffix != ".zarr" or p.with_suffix("") not in there]  # the same rows, unpacked
     if not found:
-        how = f"python -m convert run {path} --out data" if path.suffix in (".mat", ".h5", ".hdf5") else "make convert"
+        is_source, quoted = path.suffix in (".mat", ".h5", ".hdf5"), shlex.quote(str(path))
+        how = f"python -m convert run {quoted} --out data" if is_source else "make convert"
         raise UserError(f"{path} is not a finished set, nor is one in it. Run: {how}")
     if len(found) > 1:
         names = ", ".join(p.name for p in found)

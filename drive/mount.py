@@ -1,4 +1,4 @@
-"""What training does with a mounted Drive: it leaves copies of its files there, and reads no shards from it."""
+"""What training does with a mounted Drive: it leaves copies of its files there; it reads no shards from it unasked."""
 
 import os
 import shutil

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convert.format import UserError, write_atomically
+from convert.format import CROP_BOXES, UserError, one_line, write_atomically
 from train.checkpoint import CHECKPOINT, METRICS, Run, newest, write_csv
 from train.loop import Job, apply, epoch_line, evaluate, new_run, open_loaders, start
 from train.settings import Settings
@@ -81,7 +81,8 @@ def _judgement(job: Job, out: Tensor, target: Tensor) -> tuple[dict[str, Any], f
 
 def _test_outcomes(run: Run, job: Job) -> Iterator[Outcome]:
     dataset = job.test_loader.dataset
-    names = [dataset.describe(i) for i in range(len(dataset))]
+    scenes, of_row = dataset._set.manifest["names"]["scenes"], dataset._set.column("scene")
+    names = [f"row {row}: {scenes[of_row[row]]}" for row in dataset._rows]
     starts = range(0, len(dataset), BATCH)
     batches = (dataset.stored(np.arange(a, min(a + BATCH, len(dataset)))) for a in starts)
     return outcomes(run, job, names, batches, True)
@@ -203,9 +204,7 @@ def command(settings: Settings, **changes: Any) -> str:
 
 def predict_flags(parser: ArgumentParser) -> ArgumentParser:
     parser.description = "What a run says about the test rows, or about a folder of pictures."
-    parser.add_argument(
-        "run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean"
-    )
+    parser.add_argument("run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean")
     parser.add_argument("--images", metavar="DIR", help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)")
     parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
     parser.add_argument("--out", metavar="DIR", help="default: RUN/predict, of the first")
@@ -214,23 +213,27 @@ def predict_flags(parser: ArgumentParser) -> ArgumentParser:
 
 def predict(run: list[str], images: str | None, data: str | None, out: str | None) -> None:
     """Score the newest checkpoints of runs, together, on the test rows, or let them name the pictures of a folder."""
-    told, members = [], []
+    jobs, members = [], []
     for each in run:
         found = newest(Settings("", each))
         if found is None:
             raise UserError(f"{each} has no checkpoint. Run: make train RUN={each}")
         path, state = found
-        settings = Settings(**state["settings"])
-        settings = replace(settings, data=data or settings.data, width=settings.channels, weights=None)
-        job = start(settings, torch.device("cpu"))
-        told.append((settings.task, settings.num_classes, settings.inputs, settings.size, bool(job.rays)))
-        if told[-1] != told[0]:
-            raise UserError(f"{each} does not learn what {run[0]} does, from the same pictures. Name runs that do")
-        again = new_run(job)
-        again.model.load_state_dict(state["model"])
+        try:
+            settings = Settings(**state["settings"])
+            settings = replace(settings, data=data or settings.data, width=settings.channels, weights=None)
+            jobs.append(start(settings, torch.device("cpu")))
+            again = new_run(jobs[-1])
+            again.model.load_state_dict(state["model"])
+        except (TypeError, RuntimeError) as error:
+            what = f"{path} is of another version or network ({one_line(error)})"
+            raise UserError(f"{what}. Run: make train RUN={each} ARGS=--reset") from None
         members.append(again.model)
         print(f"{path}: {state['epoch']} epochs")
+        if _learns(jobs[-1]) != _learns(jobs[0]):
+            raise UserError(f"{each} does not learn what {run[0]} does, from the same pictures. Name runs that do")
     again.model, target = Average(members), Path(out or f"{run[0]}/predict")
+    job = min(jobs, key=lambda job: job.layout is torch.channels_last)  # a layout that all of them can take
     open_loaders(job)
     target.mkdir(parents=True, exist_ok=True)
     if images:
@@ -239,6 +242,12 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
         print("on the test rows:", ", ".join(f"{k} {v:.4f}" for k, v in evaluate(again, job).items()))
         files = _tables_and_pictures(target, again, job)
     print("files:", *(str(target / name) for name in files))
+
+
+def _learns(job: Job) -> tuple[Any, ...]:
+    """What networks must have in common to answer together."""
+    s = job.settings
+    return s.task, s.num_classes, s.inputs, s.size, len(job.rays), job.train_set.fingerprint
 
 
 class Average(nn.Module):
@@ -269,22 +278,32 @@ def _predict_folder(run: Run, job: Job, folder: Path, target: Path) -> list[str]
     return [*files, _write(target / "page.png", _page(job, f"{folder}", found[:MOST]))]
 
 
+def _box(job: Job, height: int, width: int) -> tuple[float, float, float, float]:
+    """The set's crop (top, bottom, left, right) in a picture of any size."""
+    top, bottom, left, right = CROP_BOXES[job.train_set.crop]
+    return top * height / 480, bottom * height / 480, left * width / 640, right * width / 640
+
+
 def _image_batch(job: Job, rgb_path: Path, depth_path: Path, size: int, needs_depth: bool) -> Batch:
     """A batch of one as the set stores it (RGB antialiased, depth nearest), with a placeholder target."""
     from PIL import Image
 
     with Image.open(rgb_path) as image:
-        rgb = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+        top, bottom, left, right = _box(job, image.height, image.width)
+        rgb = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom)))
     depth_mm = np.zeros((size, size), np.int16)
-    if needs_depth or depth_path.exists():
-        if not depth_path.exists():
-            raise UserError(f"{depth_path} is missing: the network needs it. Put it there, or train with --inputs rgb")
+    if needs_depth and not depth_path.exists():
+        raise UserError(f"{depth_path} is missing: the network needs it. Put it there, or train with --inputs rgb")
+    if depth_path.exists():
         with Image.open(depth_path) as image:
             stored = np.array(image)
-        if stored.ndim != 2 or stored.max() > 32767:
+        if stored.ndim == 2 and stored.max() <= 32767:
+            top, bottom, left, right = _box(job, *stored.shape)
+            share = (np.arange(size) + 0.5) / size
+            y, x = top + (bottom - top) * share, left + (right - left) * share
+            depth_mm = stored[y.astype(np.int64)][:, x.astype(np.int64)].astype(np.int16)
+        elif needs_depth:
             raise UserError(f"{depth_path}: expected one channel of millimetres, 0..32767, 0 = no measurement")
-        y, x = (((np.arange(size) + 0.5) * n / size).astype(np.int64) for n in stored.shape)
-        depth_mm = stored[y][:, x].astype(np.int16)
     is_dense, is_metres = job.settings.task != "scene", job.settings.task == "depth"
     target = (
         torch.zeros((1, 1, size, size))

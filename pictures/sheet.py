@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.format import FIELDS, PROVENANCE, SPLITS, ShardSet, UserError, all_files, open_set, write_atomically
+from convert.format import (
+    FIELDS,
+    PROVENANCE,
+    SPLITS,
+    ShardSet,
+    UserError,
+    all_files,
+    open_set,
+    row_shape,
+    write_atomically,
+)
 
 INK, VOID_GREY = "#1c1f24", 0.13
 
@@ -61,17 +71,21 @@ def picture(directory: Path, out: Path, n_rows: int) -> None:
     """A contact sheet of rows spread over the set."""
     found = open_set(directory)
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
-    step = found.manifest["settings"]["rows_per_shard"]
-    rgb, depth, label = (
-        np.stack([shards[r // step][r % step] for r in rows])
-        for shards in (found.shards(field) for field in ("rgb", "depth", "label"))
-    )
+    rgb, depth, label = (_stored(found, field, rows) for field in ("rgb", "depth", "label"))
     names = found.manifest["names"]
     scene, types, split = (found.column(c) for c in ("scene", "scene_type", "split"))
     captions = [
         f"row {r}: {names['scenes'][scene[r]]} ({names['scene_types'][types[r]]}, {SPLITS[split[r]]})" for r in rows
     ]
     contact_sheet(rgb, depth, label, names["classes"], captions, out)
+
+
+def _stored(found: ShardSet, field: str, rows: np.ndarray) -> np.ndarray:
+    """These rows of a field; of one that the set does not have, nothing but zeros."""
+    if field not in found.settings.fields:
+        return np.zeros((len(rows), *row_shape(field, found.settings.size)), np.uint8)
+    shards, step = found.shards(field), found.settings.rows_per_shard
+    return np.stack([shards[r // step][r % step] for r in rows])
 
 
 def contact_sheet(

@@ -79,6 +79,23 @@ def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() ->
     torch.testing.assert_close(surface(floor_mm, x, y, STATS)[0, 1, 52:], torch.full((12, 64), 1.2), atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize(("crop", "x", "y"), [("none", -0.62474, -0.48642), ("eigen", -0.54604, -0.39998)])
+def test_the_ray_of_the_first_stored_pixel_is_that_of_its_place_in_the_sensors_picture(
+    crop: str, x: float, y: float
+) -> None:
+    found = [float(plane[0, 0, 0]) for plane in rays(224, crop)]
+    assert found == pytest.approx([x, y], abs=1e-4)
+
+
+def test_a_hole_does_not_bend_the_surface_beside_it() -> None:
+    depth, (x, y) = torch.full((1, 1, 64, 64), 2000, dtype=torch.int16), (plane[None] for plane in rays(64, "none"))
+    depth[..., 10:13, 20:40] = depth[..., 40, ::3] = 0
+    normals = surface(depth, x, y, STATS)[0, 2:]
+    beside = (depth[0, 0] > 0) & (normals[2] != 0)
+    assert beside.float().mean() > 0.9
+    assert normals[2][beside].max() < -0.98
+
+
 def test_a_pixel_without_a_measurement_is_zero_in_every_plane_of_a_surface() -> None:
     depth = batch()[1]
     planes = surface(depth, *(plane.expand_as(depth) for plane in rays(48, "border")), STATS)
@@ -186,7 +203,7 @@ def test_the_global_generator_is_neither_used_nor_moved() -> None:
 def test_a_small_picture_skips_no_pixel_of_a_large_one() -> None:
     stripes = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
     stripes[..., ::2] = 200
-    for size in (32, 64):
+    for size in (32, 64, 75, 96, 111):
         assert (resize(stripes, [], size)[0] - 100).abs().max() < 1e-3
 
 

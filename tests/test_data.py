@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from convert import format as fmt
 from convert.format import UserError
 from convert.write import convert
+from pictures.sheet import picture
 from train.data import SCENE_10, SCENE_13, ShardDataset, create_dataloaders, scene_classes
 
 
@@ -201,5 +202,8 @@ def test_a_damaged_shard_is_refused_at_open(small_set: Path, tmp_path: Path) -> 
 def test_a_set_of_rgb_alone_trains_on_rgb(mat: Path, tmp_path: Path) -> None:
     made = convert(mat, tmp_path, fmt.Settings(fields=("rgb",), size=32))
     train, _ = create_dataloaders(made, batch_size=4, num_workers=0, fields=("rgb",))
+    picture(made, tmp_path / "sheet.png", 2)
+    with pytest.raises(UserError, match="--fields rgb,depth"):
+        create_dataloaders(made)
     rgb, label = next(iter(train))
     assert (rgb.dtype, tuple(rgb.shape), tuple(label.shape)) == (torch.float32, (4, 3, 32, 32), (4,))

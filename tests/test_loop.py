@@ -59,6 +59,7 @@ def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_p
         (["--weights", "absent.pth", "--width", "64"], "absent.pth"),
         (["--size", "5"], "--size 5"),
         (["--frobnicate"], "--help"),
+        (["--out", "/dev/null"], "/dev/null"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

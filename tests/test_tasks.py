@@ -11,7 +11,7 @@ from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
 from convert.format import VOID
-from train.loop import new_run, start, train, train_step
+from train.loop import apply, new_run, start, train, train_step
 from train.settings import Settings
 from train.tasks import Classes, Depth
 
@@ -97,6 +97,19 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     assert without_frame.scores(without_frame.count(out, true))["rmse"] > 0
     out[0, 0, 45 - 6, 41 - 7] = 0.0
     assert without_frame.scores(without_frame.count(out, true))["rmse"] == 0.0
+
+
+@pytest.mark.parametrize("task", ["scene", "semantic13"])
+def test_a_picture_and_its_mirror_image_get_the_same_answer(task: str, small_set: Path) -> None:
+    job = start(Settings(str(small_set), "", task=task, inputs="rgb", width=8, size=32), torch.device("cpu"))
+    net = new_run(job).model.eval()
+    torch.nn.init.normal_((net.decoder.head if task != "scene" else net.fc).weight)
+    rgb, depth, target = job.train_set.stored(np.arange(4))
+    mirrored = rgb.flip(-1), depth.flip(-1), target.flip(-1) if target.ndim > 1 else target
+    with torch.inference_mode():
+        out, again = (apply(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored))
+    assert out.std() > 1e-3
+    torch.testing.assert_close(again if task == "scene" else again.flip(-1), out, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])

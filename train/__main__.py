@@ -1,6 +1,7 @@
 """python -m train: learn from a converted set; python -m train predict RUN: what a run says about other pictures."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -40,6 +41,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
     words = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if words[:1] == ["predict"]:
             from pictures.report import predict, predict_flags
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, text = 2, str(error)
     except NoRoom as error:
         status, text = 2, f"{error} (--batch-size)"
+    except OSError as error:
+        status, text = 2, f"{error}. What is saved is kept: mend that, then run the same command again"
     except torch.cuda.OutOfMemoryError:
         status, text = 2, "the GPU's memory is full. Use a smaller --batch-size"
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Batch augmentation on the device: stored integers in, network input out.
 
 Random numbers are drawn on the CPU for the whole batch of all ranks, so neither the device nor the number of ranks
-changes a picture. `planes` are what is sampled nearest, beside RGB: depth, and dense targets; [B,1,H,W] or [B,H,W].
+changes a picture. `planes` are sampled nearest, beside RGB: depth, its rays, dense targets; [B,1,H,W] or [B,H,W].
 """
 
 from typing import Any
@@ -52,23 +52,30 @@ def rays(size: int, crop: str) -> tuple[Tensor, Tensor]:
 
 
 def surface(depth_mm_b1hw: Tensor, x_b1hw: Tensor, y_b1hw: Tensor, stats: tuple[float, float]) -> Tensor:
-    """[B,5,H,W]: normalised depth, metres below the camera, the surface's normal; 0 where nothing was measured.
+    """[B,5,H,W]: normalised depth, metres below the camera's axis, the normal; 0 where nothing was measured.
 
     `x`, `y`: the rays of these very pixels; the picture's right is x also where it was mirrored. Normals point to the
     camera: differences between means of 3x3 points beside the pixel. `stats`: depth's mean and deviation in metres.
     """
-    metres = depth_mm_b1hw * 1e-3
+    metres, known = depth_mm_b1hw * 1e-3, depth_mm_b1hw > 0
     x_b1hw = x_b1hw * torch.sign(x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1])
-    points = torch.cat((metres * x_b1hw, metres * y_b1hw, metres), dim=1)
+    points = torch.cat((metres * x_b1hw, metres * y_b1hw, metres, known), dim=1)
     wide = F.pad(points, (2, 2, 2, 2), mode="replicate")
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    across, down = sums[..., 1:-1, 2:] - sums[..., 1:-1, :-2], sums[..., 2:, 1:-1] - sums[..., :-2, 1:-1]
-    yzx, zxy = [1, 2, 0], [2, 0, 1]
-    product = down[:, yzx] * across[:, zxy] - down[:, zxy] * across[:, yzx]  # 9 times as fast as torch.linalg.cross
+    left, right, above, below = sums[..., 1:-1, :-2], sums[..., 1:-1, 2:], sums[..., :-2, 1:-1], sums[..., 2:, 1:-1]
+    across, down = _difference(left, right), _difference(above, below)
+    product = down.roll(-1, 1) * across.roll(1, 1) - down.roll(1, 1) * across.roll(-1, 1)  # faster than torch's cross
     normals = product * (product.square().sum(dim=1, keepdim=True) + 1e-18).rsqrt()
     planes = torch.cat((normalize_depth(depth_mm_b1hw, *stats), points[:, 1:2], normals), dim=1)
-    return torch.where(depth_mm_b1hw > 0, planes, 0.0)
+    return torch.where(known, planes, 0.0)
+
+
+def _difference(before: Tensor, after: Tensor) -> Tensor:
+    """Between the means of two sums of points (x, y, z, their number); 0 where one of them has none."""
+    n_before, n_after = before[:, 3:], after[:, 3:]
+    between = after[:, :3] / n_after.clamp(min=1) - before[:, :3] / n_before.clamp(min=1)
+    return between * ((n_before > 0) & (n_after > 0))
 
 
 def to_input(rgb_bchw: Tensor, planes: list[Tensor], stats: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -81,14 +88,15 @@ def to_input(rgb_bchw: Tensor, planes: list[Tensor], stats: tuple[float, float])
 def _window(rgb_bchw: Tensor, planes: list[Tensor], size: int, corner: list[Tensor], extent: list[Tensor]) -> Pictures:
     """A window of each row (from the top left, as shares [B, 1] of the picture): bilinear RGB, nearest planes.
 
-    RGB is first averaged down to about twice `size`: bilinear sampling alone would skip pixels.
+    RGB is first averaged down to at most twice `size`: bilinear sampling alone would skip pixels.
     """
     height, width = rgb_bchw.shape[-2:]
     centres_s = (torch.arange(size, device=rgb_bchw.device) + 0.5)[None, :] / size
     y_bs, x_bs = ((at + n * centres_s) * side for at, n, side in zip(corner, extent, (height, width), strict=True))
-    y, x = (2 * y_bs / height - 1)[:, :, None], (2 * x_bs / width - 1)[:, None, :]
-    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
-    coarse = F.avg_pool2d(rgb_bchw.float(), max(1, round(height / size / 2)), ceil_mode=True)
+    n = -(-height // (2 * size))
+    coarse = F.avg_pool2d(rgb_bchw.float(), n, ceil_mode=True)
+    y, x = (2 * at / (n * side) - 1 for at, side in zip((y_bs, x_bs), coarse.shape[-2:], strict=True))
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
     rgb = F.grid_sample(coarse, grid, mode="bilinear", padding_mode="border", align_corners=False)
     rows = y_bs.long().clamp(0, height - 1)[:, :, None]
     columns = x_bs.long().clamp(0, width - 1)[:, None, :]

@@ -109,8 +109,9 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> None:
         return
     path, state = found
     stored = _identity(state["settings"], state["batch"], state["fingerprint"])
-    for flag, value in _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint).items():
-        if (before := stored.get(flag)) != value:
+    own = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
+    for flag in own | stored:
+        if (before := stored.get(flag)) != (value := own.get(flag)):
             hint = f"Use {flag} {before}, another --out, or --reset"
             raise UserError(f"{path} was trained with {flag} {before}, this run has {flag} {value}. {hint}")
     _load(run, state, path)

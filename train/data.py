@@ -91,6 +91,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def _open(self) -> None:
         """Read the manifest and the per-row columns; maps wait for the first row that is asked for."""
         self._set, self._maps, self._parts = open_set(self.path), dict[str, list[np.ndarray]](), list[Tensor]()
+        for field in filter(None, (*self.fields, TARGETS[self.target])):
+            self._set.check_has(field)
         manifest, split = self._set.manifest, self._set.column("split")
         self.size, self.fingerprint = self._set.settings.size, str(manifest["fingerprint"])
         self.crop = self._set.settings.crop
@@ -137,19 +139,12 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise UserError("labels() is for target='scene'")
         return self._scene_ids[self._rows]
 
-    def describe(self, index: int) -> str:
-        """The row as a caption: number in the .mat, scene."""
-        row = int(self._rows[index])
-        return f"row {row}: {self._set.manifest['names']['scenes'][self._set.column('scene')[row]]}"
-
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
         """Positions in the split -> row numbers of the set; a bad one is an IndexError."""
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"positions {indices.min()}..{indices.max()} of {len(self)} rows")
         return self._rows[indices]
-
-    # ------------------------------------------------------------ gathering
 
     def _map(self) -> None:
         """Open the memory maps: on first use in each process.

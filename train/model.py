@@ -133,7 +133,7 @@ def read_weights(spec: str) -> Mapping[str, Tensor]:
 
 
 def build(spec: str, n_out: int, **shape: object) -> nn.Module:
-    """The default "resnet18" (`shape`: width, inputs, dense), or what `package.module:callable` returns for n_out."""
+    """The default "resnet18" of this `shape` (keywords), or what `package.module:callable` returns for n_out."""
     if spec == "resnet18":
         return TwoStreamResNet(n_out, **shape)  # type: ignore[arg-type]
     try:
