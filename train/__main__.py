@@ -41,7 +41,8 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
     words = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if ranks.WORLD == 1:  # torchrun ends its processes with it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if words[:1] == ["predict"]:
             from pictures.report import predict, predict_flags
