@@ -94,7 +94,7 @@ def test_killed_twenty_times_it_ends_with_the_same_weights(
 ) -> None:
     for attempt in range(5):  # a run that ends before its moment was not killed: another one
         run = tmp_path / str(attempt)
-        killed = kill_until_done(small_set, run, 2, 10 * turn + attempt, 0.2)
+        killed = kill_until_done(small_set, run, 2, 10 * turn + attempt, 0.08)
         assert_same(alone, run)
         if killed == 2:
             return
