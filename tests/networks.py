@@ -19,6 +19,17 @@ class Plain(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(torch.cat((rgb, depth), 1), 8).flatten(1))
 
 
+class Pixels(nn.Module):
+    """A class a pixel, from the colours and the depth of that pixel."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(4, n_out, 1)
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        return self.head(torch.cat((rgb, depth), 1))
+
+
 class Normed(Plain):
     """With BatchNorm and dropout, as the real one; killed KILL_AFTER_S after the first step began."""
 

@@ -59,6 +59,19 @@ def test_losses_equal_one_process_with_the_same_global_batch(
         torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-4)
 
 
+def test_losses_are_those_of_one_process_where_ranks_have_unequal_shares_of_known_pixels(
+    small_set: Path, tmp_path: Path
+) -> None:
+    pixels = {"model": "networks:Pixels", "task": "semantic13", "epochs": 2}
+    distributed = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    for out, words, batch_size in ((tmp_path / "1", (), 8), (tmp_path / "2", distributed, 4)):
+        done = run(*words, *arguments(small_set, out, batch_size=batch_size, **pixels))
+        assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(rows(tmp_path / "1" / "metrics.csv"), rows(tmp_path / "2" / "metrics.csv"), strict=True):
+        for name in ("train_loss", "test_loss", "train_pixel_accuracy"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-5), name
+
+
 def test_every_test_row_counts_once_and_one_rank_writes_and_speaks(two: tuple[Path, str], small_set: Path) -> None:
     out, text = two
     n_test = len(ShardDataset(small_set, split="test", num_classes=10))

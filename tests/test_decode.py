@@ -1,6 +1,7 @@
 """Helper processes: what goes wrong in one is told as if it had gone wrong here, and none is left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "rooms.mat"
     write_sample(path, 48, size_wh=(640, 480))
     return path
+
+
+@pytest.fixture
+def copy(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small file to damage, for which helpers are started all the same."""
+    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    return Path(shutil.copy(mat, tmp_path / "x.mat"))
 
 
 @contextmanager
@@ -90,28 +98,18 @@ def test_ctrl_c_ends_the_helpers_and_says_one_line(large: Path, tmp_path: Path) 
         assert are_gone(helpers)
 
 
-def test_damage_found_by_a_helper_names_the_field_and_the_row(
-    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
-    path = tmp_path / "x.mat"
-    path.write_bytes(mat.read_bytes())
-    with h5py.File(path, "r+") as file:
+def test_damage_found_by_a_helper_names_the_field_and_the_row(copy: Path, tmp_path: Path) -> None:
+    with h5py.File(copy, "r+") as file:
         file["depths"].id.write_direct_chunk((7, 0, 0), b"not what zlib makes")
     with pytest.raises(UserError, match=r"depths row 7: .*damaged.*Run|depths row 7: .*run: make convert"):
-        convert(path, tmp_path / "out", SMALL)
+        convert(copy, tmp_path / "out", SMALL)
 
 
-def test_a_damaged_chunk_index_names_the_field_before_any_helper_reads_it(
-    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
-    path = tmp_path / "x.mat"
-    path.write_bytes(mat.read_bytes())
-    with h5py.File(path, "r+") as file:
+def test_a_damaged_chunk_index_names_the_field_before_any_helper_reads_it(copy: Path, tmp_path: Path) -> None:
+    with h5py.File(copy, "r+") as file:
         depths = file["depths"]
         n_bytes = depths.id.get_chunk_info(0).size + 4 * int(np.prod(depths.chunks)) * 4 + 8192
         depths.id.write_direct_chunk((0, 0, 0), b"x" * n_bytes)
     with pytest.raises(UserError, match=r"depths row 0: a chunk claims .*run: make convert"):
-        convert(path, tmp_path / "out", SMALL, 2)
+        convert(copy, tmp_path / "out", SMALL, 2)
     assert not list((tmp_path / "out").glob("*/manifest.json"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pictures.report import Average
+from pictures.predict import Average
 from train.__main__ import main
 from train.data import ShardDataset
 from train.loop import train

@@ -87,6 +87,22 @@ def test_killed_twice_inside_epochs_it_ends_with_the_same_weights(small_set: Pat
     assert_same(alone, tmp_path / "run")
 
 
+def test_sigterm_is_one_line_and_the_same_command_goes_on(small_set: Path, alone: Path, tmp_path: Path) -> None:
+    words = command(settings(small_set, tmp_path / "run", num_workers=0, save_minutes=0.0)).split()[1:]
+    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *words], cwd=REPO, env=environment, **piped) as process:  # type: ignore[call-overload]
+        while not (tmp_path / "run" / "last.pt").exists():
+            assert process.poll() is None
+        process.terminate()
+        said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130
+    assert "the same command continues" in said[-1]
+    assert not any("Traceback" in line for line in said)
+    assert run_and_kill(small_set, tmp_path / "run", None, 0) == 0
+    assert_same(alone, tmp_path / "run")
+
+
 @pytest.mark.stress
 @pytest.mark.parametrize("turn", range(1, 11))
 def test_killed_twenty_times_it_ends_with_the_same_weights(

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if words[:1] == ["predict"]:
-            from pictures.report import predict, predict_flags
+            from pictures.predict import predict, predict_flags
 
             predict(**vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
         else:
