@@ -62,7 +62,7 @@ def test_losses_equal_one_process_with_the_same_global_batch(
 def test_losses_are_those_of_one_process_where_ranks_have_unequal_shares_of_known_pixels(
     small_set: Path, tmp_path: Path
 ) -> None:
-    pixels = {"model": "networks:Pixels", "task": "semantic13", "epochs": 2}
+    pixels = {"model": "networks:Pixels", "task": "semantic13", "epochs": 4, "lr": 0.1}
     distributed = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     for out, words, batch_size in ((tmp_path / "1", (), 8), (tmp_path / "2", distributed, 4)):
         done = run(*words, *arguments(small_set, out, batch_size=batch_size, **pixels))
