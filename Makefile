@@ -1,4 +1,4 @@
-# make help lists the targets. MAT, URL, OUT, DATA, RUN, DRIVE and ARGS can be given: make convert MAT=/content/x.mat
+# make help lists the targets. MAT, URL, OUT, DATA, RUN, START, MIRROR, DRIVE and ARGS can be given: make convert MAT=/content/x.mat
 SHELL := /bin/bash
 
 # What make makes lies here, or in ~/nyuv2-shards where this folder is read-only.
@@ -10,9 +10,12 @@ OUT ?= $(AT)data
 DATA ?= $(OUT)
 RUN ?= $(AT)runs/scene
 DRIVE ?=
+MIRROR ?=
 ARGS ?=
 # The best of the recipes compared (docs/training.md). RECIPE= goes back to the flags' defaults.
 RECIPE ?= --size 64 --width 16 --batch-size 32 --lr 2e-3 --epochs 40
+# The network first learns the classes of the pixels, in a run of its own; START= begins with the scenes.
+START ?= $(if $(RECIPE),$(if $(findstring --model,$(ARGS))$(findstring --weights,$(ARGS)),,$(RUN)-parts))
 EXPECT := on a stand-in of the set, official test rows, three runs of 40 epochs: 13 classes top-1 53 %, mean class 37 %; \
 10 classes 50 % and 43 %, where always the most frequent class gives 29 %
 PYTHON ?= python3
@@ -66,9 +69,11 @@ demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minut
 convert: $(READY)  ## shards on this disk, the cheapest way: make convert [DRIVE=/content/drive/MyDrive/nyuv2] [MAT=x.mat]
 	$(PY) -m convert run $(if $(MAT),"$(MAT)") --out "$(OUT)" $(if $(DRIVE),--drive "$(DRIVE)") $(if $(URL),--url "$(URL)") $(ARGS)
 
-train: $(READY)  ## train on the shards; continues by itself: make train ARGS='--epochs 30'
+train: $(READY)  ## train on the shards; continues by itself: make train [MIRROR=/content/drive/MyDrive/run] [ARGS='--epochs 30']
 	@echo "$(EXPECT)"
-	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(RECIPE) $(ARGS)
+	$(if $(START),@test -f "$(START)/classes.csv" || \
+	$(PY) -m train --data "$(DATA)" $(RECIPE) $(ARGS) --task semantic40 --mirror "$(if $(MIRROR),$(MIRROR)-parts)" --out "$(START)")
+	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(if $(START),--weights "$(START)") $(if $(MIRROR),--mirror "$(MIRROR)") $(RECIPE) $(ARGS)
 
 test: .venv/dev  ## every test
 	$(PY) -m pytest $(ARGS)

@@ -37,7 +37,7 @@ class Mirror:
 
     def copy(self, *names: str, wait_s: float = 0.0) -> None:
         """Start copying, unless the last copy is still under way: then the next checkpoint's will do."""
-        if self.target is None:
+        if not self.target:
             return
         self.thread.join(wait_s)
         if not self.thread.is_alive():

@@ -37,7 +37,7 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
         path, state = found
         try:
             settings = Settings(**state["settings"])
-            settings = replace(settings, data=data or settings.data, width=settings.channels, weights=None)
+            settings = replace(settings, data=data or settings.data)
             jobs.append(start(settings, torch.device("cpu")))
             again = new_run(jobs[-1])
             again.model.load_state_dict(state["model"])

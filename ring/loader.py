@@ -5,6 +5,7 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -26,6 +27,7 @@ from ring.memory import check_room
 from ring.slots import N_SLOTS, Arena, Layout, Ring, arrays_in, n_bytes_of, private_memory, slots_of
 
 BYTES_A_VALUE = 16  # room for what a transform makes of each number; a page of it exists once it is written
+HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends
 LOOK_S = 1.0  # how often a worker looks whether its parent is alive
 
 Batches = Callable[[int], Sequence[np.ndarray]]  # epoch -> the row numbers of each of its batches
@@ -84,6 +86,19 @@ class Maker:
             self(buffer, (0, 0, np.arange(n_rows)))
             seconds.append(time.perf_counter() - started)
         return min(seconds)
+
+
+def worker_count(wanted: int | str, maker: Maker, batch_size: int, n_rows: int, name: str) -> int:
+    """How many processes: `wanted`, or for "auto" none where one thread makes batches fast enough; then it says so."""
+    if wanted != "auto":
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_rows = min(batch_size, n_rows, 16)
+    ms = maker.seconds(n_rows) * 1e3 * batch_size / n_rows
+    count = min(cores, N_SLOTS - 1) if ms > HIDDEN_MS and cores > 1 else 0
+    facts = f"a batch takes {ms:.1f} ms to make, {cores} cores"
+    print(f"loader: {name}: num_workers=auto is {count} ({facts})", file=sys.stderr, flush=True)
+    return count
 
 
 def _packed(made: Any, buffer: memoryview) -> Any:

@@ -6,11 +6,14 @@ mirror a file (memory maps) are the kernel's to drop at will, so they are kept a
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+SHOW_EVERY_S = 1.0  # each refresh of the bar waits for the device and reads /proc
 WARN_BELOW = 0.1  # of the limit
 WARNED: set[str] = set()  # whose limit was warned of
 
@@ -112,3 +115,28 @@ def warn_near_limit() -> None:
             "Use a smaller batch size, or fewer workers, before the kernel ends it",
             file=sys.stderr,
         )
+
+
+class Meter:
+    """Speed and memory of this process's part of an epoch; the bar asks once a second, as reading a loss waits."""
+
+    def __init__(self, bar: Any, n_processes: int = 1) -> None:
+        self.bar, self.n_processes, self.rows, self.memory = bar, n_processes, 0, TreeMemory(0, 0)
+        self.started = self.shown = time.perf_counter()
+
+    def values(self) -> dict[str, float]:
+        rate = self.rows * self.n_processes / (time.perf_counter() - self.started)
+        return {"samples_per_s": rate, "memory_bytes": self.memory[0], "page_cache_bytes": self.memory[1]}
+
+    def show(self, n_rows: int, is_last: bool, loss: Callable[[], float]) -> None:
+        """Measure the memory (the largest is kept) and refresh the bar, at most once a second, and at the end."""
+        self.rows += n_rows
+        self.bar.update()
+        if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
+            return
+        self.shown = time.perf_counter()
+        self.memory = TreeMemory(*map(max, self.memory, tree_memory()))
+        warn_near_limit()
+        if not self.bar.disable:
+            rate, held = self.values()["samples_per_s"], self.memory[0] / 2**30
+            self.bar.set_postfix_str(f"loss {loss():.3f}, {rate:.0f}/s, mem {held:.2f} GiB")

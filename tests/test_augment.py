@@ -8,6 +8,7 @@ from torch import Tensor
 
 from train import augment as module
 from train.augment import (
+    WHOLE,
     Draws,
     augment,
     color_jitter,
@@ -17,6 +18,7 @@ from train.augment import (
     resize,
     surface,
     to_input,
+    views,
 )
 from train.settings import Settings
 
@@ -214,3 +216,20 @@ def test_resize_takes_the_depth_pixel_under_each_centre() -> None:
     assert torch.equal(small, depth[:, :, index][:, :, :, index])
     assert small_rgb.shape == (8, 3, 20, 20)
     assert resize(rgb, [depth], 48)[0] is rgb
+
+
+def test_views_are_the_whole_picture_once_and_five_crops_inside_it() -> None:
+    assert views(1.0) == [WHOLE]
+    whole, *crops = views(0.5)
+    assert whole == WHOLE
+    assert len(set(crops)) == 5
+    assert all(min(top, left) >= 0 and max(top, left) + side <= 1 + 1e-9 for top, left, side in crops)
+    assert [side**2 for *_, side in crops] == pytest.approx([0.75] * 5)
+
+
+def test_a_view_is_that_part_of_every_picture() -> None:
+    depth = torch.arange(2 * 40 * 40, dtype=torch.int16).view(2, 1, 40, 40)
+    rgb = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    part, (part_depth,) = resize(rgb, [depth], 20, (0.25, 0.5, 0.5))
+    assert torch.equal(part_depth, depth[..., 10:30, 20:40])
+    torch.testing.assert_close(part, rgb[..., 10:30, 20:40].float(), atol=0.01, rtol=0)

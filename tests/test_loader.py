@@ -16,9 +16,9 @@ from conftest import REPO
 
 from convert.format import UserError
 from drive import mount
+from ring import loader as loader_module
 from ring.loader import Ahead, Loader
 from ring.slots import N_SLOTS
-from train import data as data_module
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
 
@@ -315,7 +315,7 @@ def test_auto_measures_a_batch_and_says_what_it_chose(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     for hidden_ms, count in ((10, 2), (1e9, 0)):  # a batch sleeps for 20 ms
-        monkeypatch.setattr(data_module, "HIDDEN_MS", hidden_ms)
+        monkeypatch.setattr(loader_module, "HIDDEN_MS", hidden_ms)
         train, _ = create_dataloaders(small_set, batch_size=4, transform=slow, normalize=False)
         assert train.num_workers == count
         said = capsys.readouterr().err.splitlines()[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.__main__ import main, make_parser
 from train.loop import lr_at, train
@@ -48,6 +49,25 @@ def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_p
     done = command(*base, "--model", "mine:Net", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continue: python -m train" in done.stdout
+
+
+def test_a_run_starts_from_another_run(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--data", str(small_set), "--epochs", "1", "--batch-size", "8", "--width", "4", "--size", "32"]
+    parts, scene = str(tmp_path / "parts"), str(tmp_path / "scene")
+    assert main([*base, "--out", parts, "--task", "semantic40"]) == 0
+    assert main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"]) == 0
+    before, after = (torch.load(Path(run) / "last.pt")["model"] for run in (parts, scene))
+    weights = [key for key in before if key.endswith("conv1.weight")]
+    assert len(weights) == 2 * (1 + 8)
+    for key in weights:
+        torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=0)
+    (tmp_path / "parts" / "last.pt").rename(tmp_path / "moved.pt")  # a run that goes on does not need it
+    assert main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"]) == 0
+    capsys.readouterr()
+    (tmp_path / "moved.pt").rename(tmp_path / "parts" / "last.pt")
+    for other, words in ((tmp_path, "it has no checkpoint"), (parts, "size mismatch")):
+        assert main([*base, "--out", str(tmp_path / "new"), "--weights", str(other), "--width", "8"]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convert.format import UserError, sha256_file
-from train.model import TwoStreamResNet, build, load_imagenet, read_weights
+from train.model import TwoStreamResNet, build, load_trunks, read_weights
 
 STAGES = ((1, 64, 64), (2, 64, 128), (3, 128, 256), (4, 256, 512))
 
@@ -51,7 +51,7 @@ def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(
 ) -> None:
     model = TwoStreamResNet(13, depth_planes=n_planes)
     head = model.fc.weight.clone()
-    load_imagenet(model, checkpoint)
+    load_trunks(model, checkpoint)
     for key in standard_shapes():
         assert torch.equal(model.rgb.state_dict()[key], checkpoint[key]), key
         if key != "conv1.weight":
@@ -62,15 +62,28 @@ def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(
     assert torch.equal(model.fc.weight, head)
 
 
+def test_a_new_task_starts_from_the_trunks_of_another_run() -> None:
+    parts, scenes = TwoStreamResNet(40, width=8, dense=True), TwoStreamResNet(13, width=8)
+    head = {key: value.clone() for key, value in scenes.state_dict().items() if key.startswith("fc.")}
+    load_trunks(scenes, parts.state_dict())
+    for key, value in scenes.state_dict().items():
+        assert torch.equal(value, head[key] if key in head else parts.state_dict()[key]), key
+    rgb = TwoStreamResNet(13, width=8, inputs="rgb")
+    load_trunks(rgb, parts.state_dict())
+    assert torch.equal(rgb.rgb.conv1.weight, parts.rgb.conv1.weight)
+    with pytest.raises(RuntimeError, match=r"Missing.*conv1"):
+        load_trunks(scenes, rgb.state_dict())
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_by_key(checkpoint: dict[str, Tensor]) -> None:
     model = TwoStreamResNet(13)
     lacking = {key: value for key, value in checkpoint.items() if key != "layer3.0.conv2.weight"}
     with pytest.raises(RuntimeError, match=r"Missing.*layer3\.0\.conv2\.weight"):
-        load_imagenet(model, lacking)
+        load_trunks(model, lacking)
     with pytest.raises(RuntimeError, match=r"Unexpected.*layer1\.0\.conv3\.weight"):
-        load_imagenet(model, checkpoint | {"layer1.0.conv3.weight": torch.zeros(1)})
+        load_trunks(model, checkpoint | {"layer1.0.conv3.weight": torch.zeros(1)})
     with pytest.raises(RuntimeError, match=r"size mismatch for bn1\.weight"):
-        load_imagenet(TwoStreamResNet(13, width=32), checkpoint)
+        load_trunks(TwoStreamResNet(13, width=32), checkpoint)
 
 
 def test_logits_depend_on_both_streams() -> None:

@@ -11,6 +11,7 @@ from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
 from convert.format import VOID
+from train.augment import normalize_rgb, resize, views
 from train.loop import apply, new_run, start, train, train_step
 from train.settings import Settings
 from train.tasks import Classes, Depth
@@ -110,6 +111,34 @@ def test_a_picture_and_its_mirror_image_get_the_same_answer(task: str, small_set
         out, again = (apply(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored))
     assert out.std() > 1e-3
     torch.testing.assert_close(again if task == "scene" else again.flip(-1), out, atol=1e-4, rtol=1e-4)
+
+
+def test_a_thorough_answer_is_the_mean_over_the_picture_and_its_crops(small_set: Path) -> None:
+    job = start(Settings(str(small_set), "", inputs="rgb", width=8, size=32, crop=0.5), torch.device("cpu"))
+    net = new_run(job).model.eval()
+    torch.nn.init.normal_(net.fc.weight)
+    rgb, depth, target = job.train_set.stored(np.arange(4))
+    with torch.inference_mode():
+        quick, thorough = (apply(net, job, (rgb, depth, target), thorough)[0] for thorough in (False, True))
+        outs = [quick]
+        for top, left, side in views(0.5)[1:]:
+            small, _ = resize(rgb, [depth], 32, (top, left, side))
+            outs += [(net(normalize_rgb(small)) + net(normalize_rgb(small.flip(-1)))) / 2]
+    torch.testing.assert_close(thorough, torch.stack(outs).mean(0), atol=1e-4, rtol=1e-4)
+    assert (thorough - quick).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("task", ["semantic13", "depth"])
+def test_dense_outputs_are_scored_as_stored_where_thorough_and_at_training_size_in_between(
+    task: str, small_set: Path
+) -> None:
+    job = start(Settings(str(small_set), "", task=task, width=8, size=16), torch.device("cpu"))
+    net = new_run(job).model.eval()
+    batch = job.train_set.stored(np.arange(4))
+    with torch.inference_mode():
+        for thorough, size in ((False, 16), (True, 32)):
+            out, (*_, target) = apply(net, job, batch, thorough)
+            assert out.shape[-2:] == target.shape[-2:] == (size, size)
 
 
 @pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])

@@ -17,6 +17,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE_C11 = torch.tensor([1 / (255 * s) for s in IMAGENET_STD])[:, None, None]
 SHIFT_C11 = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])[:, None, None]
 Pictures = tuple[Tensor, list[Tensor]]
+View = tuple[float, float, float]  # top, left, side, as shares of the picture
+WHOLE: View = (0.0, 0.0, 1.0)
 
 
 class Draws:
@@ -104,12 +106,20 @@ def _window(rgb_bchw: Tensor, planes: list[Tensor], size: int, corner: list[Tens
     return rgb, [p.view(len(p), height, width)[batch, rows, columns].view(*p.shape[:-2], size, size) for p in planes]
 
 
-def resize(rgb_bchw: Tensor, planes: list[Tensor], size: int) -> Pictures:
-    """The whole picture at size x size, resampled as the training crops are."""
-    if rgb_bchw.shape[-2:] == (size, size):
+def views(smallest: float) -> list[View]:
+    """The whole picture, its corners and its centre; these as large as training crops are in the mean."""
+    side = ((1 + smallest) / 2) ** 0.5
+    far = 1 - side
+    crops = [(0.0, 0.0), (0.0, far), (far, 0.0), (far, far), (far / 2, far / 2)]
+    return list(dict.fromkeys([WHOLE, *((*corner, side) for corner in crops)]))
+
+
+def resize(rgb_bchw: Tensor, planes: list[Tensor], size: int, view: View = WHOLE) -> Pictures:
+    """The same view of every picture at size x size, resampled as the training crops are."""
+    if rgb_bchw.shape[-2:] == (size, size) and view == WHOLE:
         return rgb_bchw, planes
-    none_b1 = torch.zeros((len(rgb_bchw), 1), device=rgb_bchw.device)
-    return _window(rgb_bchw, planes, size, [none_b1] * 2, [none_b1 + 1] * 2)
+    top, left, side = (torch.full((len(rgb_bchw), 1), share, device=rgb_bchw.device) for share in view)
+    return _window(rgb_bchw, planes, size, [top, left], [side, side])
 
 
 def random_resized_crop(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, smallest: float) -> Pictures:

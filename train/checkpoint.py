@@ -98,15 +98,15 @@ def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[st
     return {"--data with shards": fingerprint[:8], "--batch-size times ranks": batch, **kept}
 
 
-def restore(run: Run, settings: Settings, fingerprint: str) -> None:
-    """Continue from the newest valid checkpoint, else from the start; every rank gets what the first one read."""
+def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
+    """Continue from the newest valid checkpoint, if there is one; every rank gets what the first one read."""
     last, previous = (Path(settings.out, name) for name in (CHECKPOINT, PREVIOUS))
     if settings.reset and ranks.RANK == 0:
         for path in (last, previous):
             path.unlink(missing_ok=True)
     found = None if settings.reset else ranks.first(lambda: newest(settings))
     if found is None:
-        return
+        return False
     path, state = found
     stored = _identity(state["settings"], state["batch"], state["fingerprint"])
     own = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
@@ -119,6 +119,7 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> None:
         if path != last:
             copy_file(path, last)
         log(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
+    return True
 
 
 def _load(run: Run, state: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,6 @@ stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the devi
 
 import ctypes
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,8 @@ from torch.utils.data import Dataset
 
 from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, log, open_set, read_manifest, resolve_set
 from drive.mount import refuse_remote
-from ring.loader import Loader, Maker, Transform
-from ring.slots import N_SLOTS, Layout, arrays_in, n_bytes_of, private_memory, tensors_in
+from ring.loader import Loader, Maker, Transform, worker_count
+from ring.slots import Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 from train.augment import normalize_depth, normalize_rgb
 from train.order import Batches
 
@@ -33,7 +32,6 @@ TARGETS = {  # and the field each is read from
     "instance": "instance",
 }  # fmt: skip
 INPUTS = ("rgb", "depth", "raw_depth")
-HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends
 
 
 def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
@@ -269,6 +267,8 @@ def create_dataloaders(
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: at least 1. Run: python -m train --batch-size 128")
+    if num_workers != "auto" and not (str(num_workers).isdecimal() and int(num_workers) <= 64):
+        raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
     if cache not in (None, "device"):
         raise UserError(f"cache {cache!r}: 'device' or None")
     chosen: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize, "fields": fields}
@@ -278,23 +278,11 @@ def create_dataloaders(
         if target_size not in (None, have := dataset.size, (have, have), [have, have]):
             hint = f"Run: make convert ARGS='--size {np.min(target_size)}'"
             raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
-        workers = 0 if place else _worker_count(num_workers, dataset, change, batch_size)
+        maker = Maker(dataset, change, 0)
+        workers = 0 if place else worker_count(num_workers, maker, batch_size, len(dataset), split)
         batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
         ahead = prefetch and place is None
         return Loader(dataset, batches, workers, start_method, prefetch=ahead, transform=change, seed=seed)
 
     place = cache and (device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loader("train", transform, place), loader("test", val_transform)
-
-
-def _worker_count(num_workers: int | str, dataset: ShardDataset, change: Transform | None, batch_size: int) -> int:
-    if num_workers != "auto":
-        if not str(num_workers).isdecimal() or int(num_workers) > 64:
-            raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
-        return int(num_workers)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_rows = min(batch_size, len(dataset), 16)
-    ms = Maker(dataset, change, 0).seconds(n_rows) * 1e3 * batch_size / n_rows
-    count = min(cores, N_SLOTS - 1) if ms > HIDDEN_MS and cores > 1 else 0
-    log(f"loader: {dataset.split}: num_workers=auto is {count} (a batch takes {ms:.1f} ms to make, {cores} cores)")
-    return count

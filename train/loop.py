@@ -13,20 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError, one_line
+from convert.format import UserError
 from drive.mount import Mirror
-from ring.memory import TreeMemory, tree_memory, warn_near_limit
+from ring.memory import Meter
 from train import ranks
-from train.augment import Draws, augment, rays, resize, to_input
+from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
 from train.checkpoint import CHECKPOINT, METRICS, Run, restore, save
 from train.data import ShardDataset, create_dataloaders
-from train.model import build, load_imagenet, read_weights
+from train.model import build, start_from
 from train.order import steps_per_epoch
 from train.settings import Settings
 from train.tasks import Task, make_task
 
 MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
-SHOW_EVERY_S = 1.0  # each refresh of the bar waits for the device and reads /proc
 DENSE_ROWS = 16  # scored at once at full resolution
 Batch = tuple[Tensor, ...]
 
@@ -77,18 +76,12 @@ def start(settings: Settings, device: torch.device) -> Job:
 
 
 def new_run(job: Job) -> Run:
-    """Fresh weights (or --weights), optimizer and counts."""
+    """Fresh weights, optimizer and counts."""
     s = job.settings
     torch.manual_seed(seed_of(s.seed))
     inputs = "rgb" if s.task == "depth" else s.inputs
     shape = {"width": s.channels, "inputs": inputs, "depth_planes": 5 if job.rays else 1, "dense": s.task != "scene"}
     model = build(s.model, job.task.n_out, **shape)
-    if s.weights:
-        try:
-            load_imagenet(model, read_weights(s.weights))  # type: ignore[arg-type]
-        except Exception as error:  # a missing file, no network, a pickle of anything else
-            hint = "Give a ResNet-18 state_dict (and --width 64)"
-            raise UserError(f"--weights {s.weights}: {one_line(error)}. {hint}") from error
     model = model.to(job.device, memory_format=job.layout)  # type: ignore[call-overload]
     if job.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -161,31 +154,6 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     run.step += 1
 
 
-class Meter:
-    """Speed and memory of this process's part of an epoch; the bar asks once a second, as reading sums waits."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.rows, self.memory = bar, 0, TreeMemory(0, 0)
-        self.started = self.shown = time.perf_counter()
-
-    def values(self) -> dict[str, float]:
-        rate = self.rows * ranks.WORLD / (time.perf_counter() - self.started)
-        return {"samples_per_s": rate, "memory_bytes": self.memory[0], "page_cache_bytes": self.memory[1]}
-
-    def show(self, run: Run, n_rows: int, is_last: bool) -> None:
-        """Measure the memory (the largest is kept) and refresh the bar, at most once a second, and at the end."""
-        self.rows += n_rows
-        self.bar.update()
-        if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
-            return
-        self.shown = time.perf_counter()
-        self.memory = TreeMemory(*map(max, self.memory, tree_memory()))
-        warn_near_limit()
-        if not self.bar.disable:
-            loss, rate = float(run.sums[0] / run.sums[1]), self.values()["samples_per_s"]
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f}/s, mem {self.memory[0] / 2**30:.2f} GiB")
-
-
 def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
     """The rest of an epoch, with checkpoints in between."""
     s, n_steps, saved = job.settings, job.n_steps, time.perf_counter()
@@ -193,10 +161,10 @@ def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
     run.model.train()
     name, places = f"epoch {run.epoch + 1}/{s.epochs}", job.train_loader.batches.places(run.epoch)[run.step :]
     with tqdm(total=n_steps, initial=run.step, desc=name, disable=ranks.RANK > 0 or None, leave=False) as bar:
-        meter = Meter(bar)
+        meter = Meter(bar, ranks.WORLD)
         for batch, mine in zip(job.train_loader, places, strict=False):
             train_step(run, job, batch, mine)
-            meter.show(run, len(batch[0]), run.step == n_steps)
+            meter.show(len(batch[0]), run.step == n_steps, lambda: float(run.sums[0] / run.sums[1]))
             due = time.perf_counter() - saved >= 60 * s.save_minutes
             if run.step < n_steps and ranks.first(lambda due=due: due):  # type: ignore[misc]
                 save(run, s, job.train_set.fingerprint)
@@ -213,18 +181,27 @@ def _scores(job: Job, split: str, sums: Tensor) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 
-def apply(net: nn.Module, job: Job, batch: Batch) -> tuple[Tensor, Batch]:
-    """Outputs for whole pictures as stored, averaged over each and its mirror image; and these, on the device."""
+def apply(net: nn.Module, job: Job, batch: Batch, thorough: bool = True) -> tuple[Tensor, Batch]:
+    """Outputs for pictures as stored, averaged over each and its mirror image; and these, on the device.
+
+    `thorough`: scenes averaged over five crops of each too, dense outputs at the stored resolution, not the network's.
+    """
     rgb, planes, target = _to_device(job, batch)
-    pictures, planes_small = resize(rgb, planes, job.settings.size or rgb.shape[-1])
-    out = _forward(job, net, pictures, planes_small, target)
-    mirrored = _forward(job, net, pictures.flip(-1), [plane.flip(-1) for plane in planes_small], target)
-    out = (out + (mirrored if target.ndim == 1 else mirrored.flip(-1))) / 2
-    return out, (rgb, planes[0], target)
+    size = job.settings.size or rgb.shape[-1]
+    if target.ndim > 1 and not thorough:
+        rgb, planes = resize(rgb, [*planes, target], size)
+        target = planes.pop()
+    outs = []
+    for view in views(job.settings.crop) if target.ndim == 1 and thorough else [WHOLE]:
+        pictures, planes_small = resize(rgb, planes, size, view)
+        outs.append(_forward(job, net, pictures, planes_small, target))
+        mirrored = _forward(job, net, pictures.flip(-1), [plane.flip(-1) for plane in planes_small], target)
+        outs.append(mirrored if target.ndim == 1 else mirrored.flip(-1))
+    return sum(outs[1:], outs[0]) / len(outs), (rgb, planes[0], target)
 
 
 @torch.inference_mode()
-def evaluate(run: Run, job: Job) -> dict[str, float]:
+def evaluate(run: Run, job: Job, thorough: bool = True) -> dict[str, float]:
     """Every test row once over all ranks; leaves the counts in the run."""
     run.model.eval()
     for buffer in run.model.buffers() if ranks.WORLD > 1 else ():  # on gloo each rank has BatchNorm statistics
@@ -233,7 +210,7 @@ def evaluate(run: Run, job: Job) -> dict[str, float]:
     for batch in job.test_loader:
         n = DENSE_ROWS if batch[-1].ndim > 1 else len(batch[-1])
         for part in zip(*(each.split(n) for each in batch), strict=True):
-            out, (*_, target) = apply(run.model, job, part)
+            out, (*_, target) = apply(run.model, job, part, thorough)
             sums += _sums(job, out, target, *job.task.loss(out, target))
     sums = ranks.total(sums).cpu()
     run.counts = sums[2:]
@@ -252,14 +229,15 @@ def train(settings: Settings) -> dict[str, Any]:
     job = start(settings, ranks.join())
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     run, mirror = new_run(job), Mirror(settings.out, settings.mirror if ranks.RANK == 0 else None)
-    restore(run, settings, job.train_set.fingerprint)
+    if not restore(run, settings, job.train_set.fingerprint):
+        start_from(run.model, settings.weights)
     job.net = ranks.wrap(run.model, job.device)
     job.net = torch.compile(job.net) if settings.compile else job.net
     open_loaders(job)
     while run.epoch < settings.epochs:
         started = time.perf_counter()
         row: dict[str, float] = {"epoch": run.epoch + 1}
-        row |= {**_train_epoch(run, job, mirror), **evaluate(run, job)}
+        row |= {**_train_epoch(run, job, mirror), **evaluate(run, job, thorough=run.epoch + 1 == settings.epochs)}
         run.history.append(row | {"seconds": time.perf_counter() - started})
         run.step = 0
         run.sums.zero_()

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert.format import UserError, sha256_file
+from convert.format import UserError, one_line, sha256_file
+from train.checkpoint import newest
+from train.settings import Settings
 
 IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # the name ends in its SHA-256's first 8 digits
 STREAMS = {"rgbd": ("rgb", "depth"), "rgb": ("rgb",), "depth": ("depth",)}
@@ -107,15 +109,26 @@ class Decoder(nn.Module):
         return logits
 
 
-def load_imagenet(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a standard ResNet-18 checkpoint into every stream; a depth stem gets the mean over the RGB channels.
+def start_from(model: nn.Module, weights: str | None) -> None:
+    """What --weights names into a new model, if anything. Raises UserError where it cannot be read or does not fit."""
+    try:
+        if weights:
+            load_trunks(model, read_weights(weights))  # type: ignore[arg-type]
+    except Exception as error:  # a missing file, no network, a pickle of anything else
+        hint = "Give a ResNet-18 (and --width 64), or a run with this one's --width and --inputs"
+        raise UserError(f"--weights {weights}: {one_line(error)}. {hint}") from error
 
-    The classifier (fc.*) is left as it is. Raises RuntimeError naming missing, unknown or wrongly shaped keys.
+
+def load_trunks(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
+    """Load each stream's trunk from another run's, or all from a standard ResNet-18 (the depth stem: mean over RGB).
+
+    The head (fc, decoder) is left as it is. Raises RuntimeError naming missing, unknown or wrongly shaped keys.
     """
-    given = {key: value for key, value in state_dict.items() if not key.startswith("fc.")}
     for stream in model.streams:
-        trunk = model.get_submodule(stream)
-        if stream == "depth":
+        trunk, own = model.get_submodule(stream), f"{stream}."
+        given = {key.removeprefix(own): value for key, value in state_dict.items() if key.startswith(own)}
+        given = given or {key: value for key, value in state_dict.items() if not key.startswith("fc.")}
+        if stream == "depth" and "conv1.weight" in state_dict:
             stem = trunk.get_parameter("conv1.weight")
             given["conv1.weight"] = given["conv1.weight"].mean(dim=1, keepdim=True).expand_as(stem)
         counters = {k: v for k, v in trunk.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -123,7 +136,11 @@ def load_imagenet(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> N
 
 
 def read_weights(spec: str) -> Mapping[str, Tensor]:
-    """The state_dict of "imagenet" (fetched once) or of a file; a hash in the file's name must be its own."""
+    """The state_dict of "imagenet" (fetched once), of a run or a file; a hash in the file's name must be its own."""
+    if Path(spec).is_dir():
+        if not (found := newest(Settings("", spec))):
+            raise ValueError("it has no checkpoint")
+        return found[1]["model"]  # type: ignore[no-any-return]
     if spec == "imagenet":
         return torch.hub.load_state_dict_from_url(IMAGENET, map_location="cpu", check_hash=True, weights_only=True)
     expected = re.search(r"-([0-9a-f]{8})\.", spec)

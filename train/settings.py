@@ -31,7 +31,9 @@ class Settings:
     num_workers: int | str = _flag("auto", "loader processes", metavar="N|auto")
     model: str = _flag("resnet18", "resnet18, or package.module:callable(outputs)", metavar="NAME")
     width: int = _flag(0, "channels of the first layer, 0 = 64 with --weights, else 32")
-    weights: str | None = _flag(None, "ImageNet ResNet-18 for every stream", metavar="imagenet|PATH")
+    weights: str | None = _flag(
+        None, "start from an ImageNet ResNet-18, or from another run", metavar="imagenet|PATH|RUN"
+    )
     lr: float = _flag(1e-3, "peak learning rate")
     weight_decay: float = _flag(0.05, "of AdamW, on weights but not on biases and norms")
     warmup_epochs: int = _flag(5, "rising learning rate, a quarter of --epochs at most")
