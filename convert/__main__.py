@@ -85,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. Run: {self.prog} --help\n")
 
 
-def _count(text: str) -> int:
+def number(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return int(text)
@@ -115,22 +115,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--crop", default="none", metavar="none|border|eigen")
     p.add_argument("--depth-resize", default="nearest", metavar="nearest|area")
     p.add_argument("--rows-per-shard", type=int, default=128)
-    p.add_argument("--workers", type=_count, metavar="N", help="threads (default: one a core)")
+    p.add_argument("--workers", type=number, metavar="N", help="threads (default: one a core)")
     p.add_argument("--repair", action="store_true", help="redo the shards of a finished set that are wrong")
 
     p = command(verify, "check every byte of a set", "data", "directory")
     p.add_argument("--against", type=Path, metavar="SOURCE", help="also compare random rows with the .mat")
-    p.add_argument("--rows", type=_count, default=16)
+    p.add_argument("--rows", type=number, default=16)
 
     p = command(inspect, "what is in a set", "data --picture a.png", "directory")
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
-    p.add_argument("--rows", type=_count, default=8, help="rows in the picture")
+    p.add_argument("--rows", type=number, default=8, help="rows in the picture")
 
     command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2", "directory", "drive")
     command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data", "drive", "root")
 
     p = command(sample, "write a small .mat of made-up rooms", "rooms.mat", "file")
-    p.add_argument("--rows", type=_count, default=48)
+    p.add_argument("--rows", type=number, default=48)
     return top
 
 
