@@ -14,8 +14,9 @@ MIRROR ?=
 ARGS ?=
 # The best of the recipes compared (docs/training.md). RECIPE= goes back to the flags' defaults.
 RECIPE ?= --size 64 --width 16 --batch-size 32 --lr 2e-3 --epochs 40
-# The network first learns the classes of the pixels, in a run of its own; START= begins with the scenes.
-START ?= $(if $(RECIPE),$(if $(findstring --model,$(ARGS))$(findstring --weights,$(ARGS)),,$(RUN)-parts))
+# The network first learns the classes of the pixels, in a run of its own, where the set has them. START= begins with the scenes.
+HAS_LABELS = $(shell ls -d "$(DATA)"/label* "$(DATA)"/*/label* 2>/dev/null | head -n 1)
+START ?= $(if $(and $(RECIPE),$(HAS_LABELS)),$(if $(findstring --model,$(ARGS))$(findstring --weights,$(ARGS)),,$(RUN)-parts))
 EXPECT := on a stand-in of the set, official test rows, three runs of 40 epochs of parts and 40 of scenes, 10 to 15 minutes on 2 cores: \
 13 classes top-1 59 %, mean class 43 %; 10 classes 59 % and 52 %, where always the most frequent class gives 29 %
 PYTHON ?= python3

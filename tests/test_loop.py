@@ -65,6 +65,8 @@ def test_a_run_starts_from_another_run(small_set: Path, tmp_path: Path, capsys: 
     assert main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"]) == 0
     capsys.readouterr()
     (tmp_path / "moved.pt").rename(tmp_path / "parts" / "last.pt")
+    assert main([*base, "--out", parts, "--task", "semantic40", "--weights", scene]) == 2
+    assert f"--weights None, this run has --weights {scene}. Use no --weights, another" in capsys.readouterr().err
     for other, words in ((tmp_path, "it has no checkpoint"), (parts, "size mismatch")):
         assert main([*base, "--out", str(tmp_path / "new"), "--weights", str(other), "--width", "8"]) == 2
         assert words in capsys.readouterr().err

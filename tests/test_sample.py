@@ -153,7 +153,7 @@ def test_too_few_rows_is_a_users_mistake(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra `show` is not installed: no picture is drawn")
     from pictures.sheet import contact_sheet
 
     with h5py.File(sample) as file:

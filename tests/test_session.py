@@ -278,8 +278,14 @@ def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"data/{small_set.name}"
     train = "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8"
-    done = make(colab_folder, "train", train)
-    assert done.returncode == 0, done.stderr + done.stdout
+    mirror = tmp_path / "My Drive" / "scene"
+    for _ in range(2):  # the second time there is nothing left to learn
+        done = make(colab_folder, "train", train, f"MIRROR={mirror}")
+        assert done.returncode == 0, done.stderr + done.stdout
+    assert "semantic40" not in "".join(line for line in done.stdout.splitlines() if line.startswith("continue:"))
+    assert (colab_folder / "runs" / "scene-parts" / "classes.csv").is_file()
+    assert (mirror / "last.pt").is_file()
+    assert (tmp_path / "My Drive" / "scene-parts" / "last.pt").is_file()
     shutil.rmtree(colab_folder / "data")
     done = make(colab_folder, "convert", f"DRIVE={drive}", args)
     assert same(colab_folder / "data" / small_set.name, small_set)
@@ -290,6 +296,30 @@ def test_make_push_without_a_folder_copies_nothing(colab_folder: Path, target: s
     done = make(colab_folder, target)
     assert done.returncode == 2
     assert f"make {target} DRIVE=/content/drive/MyDrive/nyuv2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "has_parts"),
+    [
+        (["ARGS=--num-classes 10"], True),
+        (["ARGS=--task depth"], True),
+        (["START="], False),
+        (["RECIPE="], False),
+        (["ARGS=--model mine:Net"], False),
+        (["ARGS=--weights imagenet"], False),
+        (["DATA=no labels"], False),
+    ],
+)
+def test_make_train_learns_the_pixels_first_where_that_can_help(
+    colab_folder: Path, given: list[str], has_parts: bool
+) -> None:
+    for data, shard in (("my data", "label-00000.npy"), ("no labels", "rgb-00000.npy")):
+        (colab_folder / data / "nyuv2-32-00000000").mkdir(parents=True)
+        (colab_folder / data / "nyuv2-32-00000000" / shard).touch()
+    done = make(colab_folder, "-n", "train", "DATA=my data", *given)
+    assert ("--task semantic40" in done.stdout) == has_parts
+    assert ('--weights "runs/scene-parts"' in done.stdout) == has_parts
+    assert '--out "runs/scene"' in done.stdout
 
 
 def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: Path) -> None:

@@ -112,7 +112,7 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
     own = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
     for flag in own | stored:
         if (before := stored.get(flag)) != (value := own.get(flag)):
-            hint = f"Use {flag} {before}, another --out, or --reset"
+            hint = f"Use {f'{flag} {before}' if before is not None else f'no {flag}'}, another --out, or --reset"
             raise UserError(f"{path} was trained with {flag} {before}, this run has {flag} {value}. {hint}")
     _load(run, state, path)
     if ranks.RANK == 0:
