@@ -5,7 +5,7 @@ import sys
 
 
 def _check_machine() -> None:
-    """One line where nothing can work. It stands here because a package's first lines run before its modules are read."""
+    """One line where nothing can work; here, since a package's first lines run before its modules are read."""
     problem = ""
     if sys.version_info < (3, 11):  # noqa: UP036 (these lines are read by any Python 3)
         found = ".".join(map(str, sys.version_info[:2]))

@@ -77,11 +77,14 @@ def test_offsets_without_the_user_block_are_corrected(tmp_path: Path, monkeypatc
     values = np.arange(4 * 64 * 48, dtype="<u2").reshape(4, 64, 48)
     with h5py.File(path, "w", userblock_size=512) as file:
         file.create_dataset("x", data=values, chunks=(1, 16, 48), **GZIP)
+        _, first = file["x"].id.read_direct_chunk((0, 0, 0))
+    behind_user_block = path.read_bytes().index(first) - 512
     original = chunks_module.read_index
 
     def as_old_hdf5(*args: Any) -> chunks_module.ChunkIndex:
+        """Before HDF5 2 offsets count from behind the user block."""
         index = original(*args)
-        np.subtract(index.offset, 512, out=index.offset)
+        np.subtract(index.offset, index.offset.flat[0] - behind_user_block, out=index.offset)
         return index
 
     monkeypatch.setattr(chunks_module, "read_index", as_old_hdf5)
