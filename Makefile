@@ -36,9 +36,6 @@ ifdef COLAB_RELEASE_TAG
 PY := $(PYTHON)
 PINS := $(AT).installed-colab.txt
 READY := $(AT).installed-colab
-# A line of `pip list` that pip takes as a pin: versions of the old kinds, which PEP 440 does not know, would end it.
-PIN := ^[a-z0-9._-]+==([0-9]+!)?[0-9]+(\.[0-9]+)*([-_.]?(a|b|c|rc|alpha|beta|pre|preview)[-_.]?[0-9]*)?
-PIN := $(PIN)(-[0-9]+|[-_.]?(post|rev|r)[-_.]?[0-9]*)?([-_.]?dev[-_.]?[0-9]*)?(\+[a-z0-9]+([-_.][a-z0-9]+)*)?$$
 else
 VENV := $(AT).venv
 PY := $(VENV)/bin/python
@@ -50,14 +47,17 @@ ifeq ($(VENV_FITS),)
 endif
 endif
 
-# A read-only folder cannot be installed from, and need not be: make runs the packages where they lie.
-ifeq ($(WRITABLE),yes)
-WHAT := -e '.[fast,show,remote]'
+# On Colab pip is asked for what is missing alone: what is there need not fit together in pip's eyes. A read-only folder
+# cannot be installed from, and need not be: make runs the packages where they lie.
+USED := fast show remote
+PIP := $(PY) -m pip install --quiet
+ifdef COLAB_RELEASE_TAG
+INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py missing $(USED)) $(if $(WRITABLE),&& $(PIP) --no-deps -e .)
+else ifeq ($(WRITABLE),yes)
+INSTALL := $(PIP) -c $(PINS) -e '.[fast,show,remote]'
 else
-WHAT := $$($(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	x = p['optional-dependencies']; print(*p['dependencies'] + x['fast'] + x['show'] + x['remote'])")
+INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py all $(USED))
 endif
-INSTALL := $(PY) -m pip install --quiet -c $(PINS) $(WHAT)
 
 .PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint clean help drive-given
 .DEFAULT_GOAL := help
@@ -77,12 +77,12 @@ $(AT).venv/installed: pyproject.toml constraints.txt
 $(AT).installed-colab: pyproject.toml
 	$(need-python)
 	mkdir -p $(@D)
-	@set -o pipefail; $(PY) -m pip list --format freeze 2>/dev/null | grep -iE '$(PIN)' | grep -viE '^nyuv2[-_.]shards==' > $(PINS)
+	$(PY) .ci/requirements.py pins > $(PINS)
 	$(INSTALL)
 	touch $@
 
 .venv/dev: $(READY)
-	$(PY) -m pip install --quiet -c $(PINS) -e '.[fast,show,remote,dev]'
+	$(PIP) -c $(PINS) $$($(PY) .ci/requirements.py $(if $(COLAB_RELEASE_TAG),missing,all) $(USED) dev)
 	mkdir -p .venv && touch $@
 
 demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minutes after the install)

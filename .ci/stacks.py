@@ -3,7 +3,8 @@
 A stack is a file of pins, tests/stacks/NAME.txt, whose first line names its Python; its venv is made anew in .stacks/.
 By default: the tests that need no torch, on the lowest versions that pyproject.toml allows and on Colab's. --all: every
 stack, and each with torch too (NAME+torch). What cannot be made says so in a line and is passed over; what runs on
-another Python than it should says so. Ends with a table; the status is 1 where a test failed.
+another Python than it should says so. Ends with a table; the status is 1 where a test failed, or where a stack that was
+asked for by name or by default could not be made.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def make_venv(name: str, pins: Path, python: str, with_torch: bool) -> Path:
     done = subprocess.run([*command, *requirements(with_torch)], capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise CannotBeMade((errors or done.stderr.splitlines() or ["pip failed"])[-1].removeprefix("ERROR: "))
+        raise CannotBeMade((errors or done.stderr.splitlines() or ["pip failed"])[0].removeprefix("ERROR: "))
     return inside
 
 
@@ -177,7 +178,8 @@ def main() -> int:
     print("Pythons:", *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())), flush=True)
     results = [run_stack(name, available, args.races, args.tests) for name in names]
     show(results)
-    return int(any(r.failed for r in results))
+    required = [r for r in results if not args.all]
+    return int(any(r.failed for r in results) or any(not r.passed for r in required))
 
 
 if __name__ == "__main__":

@@ -253,6 +253,8 @@ def copy_of_the_checkout(folder: Path) -> Path:
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPO / name, folder / name)
+    (folder / ".ci").mkdir()
+    shutil.copy(REPO / ".ci" / "requirements.py", folder / ".ci")
     (folder / ".installed-colab").touch()
     return folder
 
@@ -366,6 +368,7 @@ def test_make_on_colab_leaves_what_is_installed_as_it_is(tmp_path: Path) -> None
     ).parent
     (site / "system.pth").write_text(sysconfig.get_paths()["purelib"])  # behind the venv's own packages
     repo = copy_of_the_checkout(tmp_path / "my repo")
+    shutil.copy(REPO / "README.md", repo)
     (repo / ".installed-colab").unlink()
     listed = [python, "-m", "pip", "list", "--format", "freeze"]
     before = subprocess.check_output(listed, text=True).split()
