@@ -51,12 +51,14 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
 
     found = fmt.open_set(directory)
     settings = found.settings
-    with closing(Mat(source, settings.fields)) as mat:
+    with closing(Mat(source, settings.fields, settings.axes)) as mat:
         if sampled_identity(source)["sampled_sha256"] != found.manifest["source"]["sampled_sha256"]:
             raise UserError(f"{source} is not what {directory} was made from. Run: make convert MAT={source}")
         rows = np.random.default_rng().choice(found.n_rows, min(n_rows, found.n_rows), replace=False)
         for name in settings.fields:
-            reader, shards = mat.reader(name), found.shards(name)
+            reader = mat.reader(name)
+            reader.read_index()
+            shards = found.shards(name)
             if reader.needs_scratch:
                 reader.fill_scratch(Path(tempfile.gettempdir()))
             for row in sorted(rows.tolist()):
