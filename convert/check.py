@@ -39,7 +39,7 @@ def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
     if codecs := manifest.get("codecs"):
         command += ["--format", "zarr", "--codec", ",".join(f"{k}={v}" for k, v in codecs.items())]
     for key, value in manifest["settings"].items():
-        if value != Settings().to_dict()[key]:
+        if value != Settings().to_dict().get(key):
             command += [f"--{key.replace('_', '-')}", ",".join(value) if key == "fields" else str(value)]
     return command
 

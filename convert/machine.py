@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 BLOCK = 1 << 20
+PROC = Path("/proc")
 
 
 def n_cores() -> int:
@@ -40,11 +41,11 @@ def memory_of(processes: list[int]) -> int | None:
     None where the system does not tell (no /proc).
     """
     try:
-        now = sum(_kb(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in processes)
-        return 1024 * max(now, _kb(f"/proc/{processes[0]}/status", "VmHWM:"))
+        now = sum(_kb(PROC / str(pid) / "smaps_rollup", "Pss:") for pid in processes)
+        return 1024 * max(now, _kb(PROC / str(processes[0]) / "status", "VmHWM:"))
     except (OSError, StopIteration):  # StopIteration: a process that ends has no sizes any more
         return None
 
 
-def _kb(path: str, key: str) -> int:
-    return next(int(words[1]) for words in map(str.split, Path(path).read_text().splitlines()) if words[0] == key)
+def _kb(path: Path, key: str) -> int:
+    return next(int(words[1]) for words in map(str.split, path.read_text().splitlines()) if words[0] == key)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import h5py
 import numpy as np
@@ -36,6 +36,7 @@ MAX_ROWS, MAX_SIDE = 1_000_000, 2048  # and pixels of a picture
 MAX_TILES = 16384  # chunks in one row
 
 
+@runtime_checkable
 class Elsewhere(Protocol):
     """A .mat that is no file: some of a Path's methods, and `pread`, which threads may call at once."""
 

@@ -29,7 +29,7 @@ from .format import FIELDS, Codecs, Settings, UserError, log
 from .hdf5 import HDF5, Hdf5Thread
 from .lock import only_one
 from .machine import memory_of, n_cores
-from .mat import KEYS, LOOK_FIRST, Mat, Source, sampled_identity
+from .mat import KEYS, LOOK_FIRST, Elsewhere, Mat, Source, sampled_identity
 from .pack import write_rest, write_shard
 from .tables import row_columns
 
@@ -53,10 +53,13 @@ def convert(
     With `repair` a finished one is checked byte for byte, and the shards that are wrong are made again. Raises
     UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
     """
-    started = time.perf_counter()
-    source = Path(source) if isinstance(source, str) else source
-    root = Path(root)
     _check_arguments(settings, workers, codecs)
+    mat: Source = source if isinstance(source, Elsewhere) else _path("source", source)
+    return _convert(mat, _path("root", root), settings, workers, codecs, repair)
+
+
+def _convert(source: Source, root: Path, settings: Settings, workers: int | None, codecs: Codecs, repair: bool) -> Path:
+    started = time.perf_counter()
     form = ".zarr" if codecs else ""
     if not source.exists() and (found := find_set(root, settings, {"name": source.name}, form)):
         log(f"{source} is not there, nor needed: {fmt.open_set(found).path} is complete")
@@ -88,6 +91,12 @@ def convert(
         mat.close()
     log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {fmt.mebibytes(job.peak_memory)}")
     return directory
+
+
+def _path(name: str, given: Any) -> Path:
+    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
+        raise UserError(f"{name} {given!r}: expected a path")
+    return Path(given)
 
 
 def _check_arguments(settings: Settings, workers: int | None, codecs: Codecs) -> None:
