@@ -65,6 +65,13 @@ class ChunkIndex:
     filter_mask: np.ndarray
 
 
+def _telling(index: ChunkIndex, written: np.ndarray) -> list[int]:
+    """A few chunks whose content is least likely to be found elsewhere: those that pack worst, and some far apart."""
+    largest = written[np.argsort(-index.n_bytes[written], kind="stable")[:8]]
+    spread = written[np.linspace(0, len(written) - 1, 8).astype(int)] if len(written) else written
+    return list(dict.fromkeys([*largest.tolist(), *spread.tolist()]))
+
+
 class Reader:
     """Rows of one dataset, whatever its layout: each chunk is read and inflated exactly once.
 
@@ -115,22 +122,32 @@ class Reader:
     def read_index(self) -> None:
         """Find out where the chunks lie, if they can be read without HDF5. Raises Damaged or Unreadable.
 
-        HDF5 before 1.14.4 leaves the user block out of what it says, so that offsets are believed only where a chunk
-        was seen to lie there. Where none was seen, h5py reads, and knows what to say of a damaged file.
+        HDF5 before 1.14.4 leaves the user block out of what it says, so an index is believed only where chunks that
+        h5py reads were seen to lie: with the user block or without, and not with both, as where all is 0. Where none
+        was seen, h5py reads, and knows what to say of a damaged file.
         """
         index = self._claimed_index()
         if index is None:
             return
         written = np.flatnonzero(index.offset >= 0)
-        if not len(written):
-            self.index = index
+        bases = sorted({0, self.dataset.user_block_bytes})
+        n_seen = 0
+        for k in _telling(index, written):
+            found = {base: self._unpacked_at(k, index, base) for base in bases}
+            if all(chunk is None for chunk in found.values()):
+                continue  # a damaged one, or a bomb that HDF5 would unpack whole: when its turn comes it is named
+            try:
+                expected = self._through_hdf5(k)
+            except Unreadable:
+                continue
+            bases = [base for base, chunk in found.items() if chunk is not None and self._are_same(k, chunk, expected)]
+            n_seen += 1
+            if len(bases) < 2:
+                break
+        if len(written) and not (n_seen and bases):
             return
-        for k in written[[0, len(written) // 2, -1]].tolist():  # one of them may be damaged
-            for base in (0, self.dataset.user_block_bytes):
-                if self._lies_there(k, int(index.offset[k]) + base, int(index.n_bytes[k]), int(index.filter_mask[k])):
-                    index.offset[written] += base
-                    self.index = index
-                    return
+        index.offset[written] += bases[0]
+        self.index = index
 
     def _claimed_index(self) -> ChunkIndex | None:
         """What HDF5 says, which is yet to be seen; None where the chunks cannot be read without it."""
@@ -145,23 +162,27 @@ class Reader:
         return ChunkIndex(offset, np.full_like(offset, self.chunk_bytes), np.zeros_like(offset))
 
     def _check_claim(self, n_bytes: int) -> None:
-        """Before memory is taken, here or by HDF5, which would unpack it whole and then drop what is too much."""
+        """Before memory is taken for it."""
         if n_bytes > 2 * self.chunk_bytes + 4096:
             raise Damaged(f"a chunk claims {n_bytes} compressed bytes for {self.chunk_bytes}")
 
-    def _lies_there(self, k: int, offset: int, n_bytes: int, mask: int) -> bool:
-        """Whether these bytes of the file are chunk `k`: deflate has a checksum, the rest is compared with h5py's."""
+    def _unpacked_at(self, k: int, index: ChunkIndex, base: int) -> np.ndarray | None:
+        """What lies at the offset of chunk `k`, counted from `base`; None where that is no chunk."""
+        n_bytes = int(index.n_bytes[k])
         self._check_claim(n_bytes)
         try:
-            unpacked = self._undo(self._pread(n_bytes, offset), mask)
+            unpacked = self._undo(self._pread(n_bytes, int(index.offset[k]) + base), int(index.filter_mask[k]))
         except Damaged:
-            return False
-        if DEFLATE in self.filters and not mask >> self.filters.index(DEFLATE) & 1:
-            return True
-        begin = self._begin(k)
-        expected = self.dataset.read(begin, self.chunk)
-        inside = tuple(slice(0, n) for n in expected.shape)
-        return np.frombuffer(unpacked, self.dtype).reshape(self.chunk)[inside].tobytes() == expected.tobytes()
+            return None
+        return np.frombuffer(unpacked, self.dtype).reshape(self.chunk)
+
+    def _are_same(self, k: int, chunk: np.ndarray, other: np.ndarray) -> bool:
+        """Two readings of chunk `k`, bit for bit, without the padding at the edges of the dataset."""
+        ends = (
+            min(n, s - b) for n, s, b in zip(self.chunk, (self.n_rows, *self.row_shape), self._begin(k), strict=True)
+        )
+        inside = tuple(slice(0, end) for end in ends)
+        return chunk[inside].tobytes() == other[inside].tobytes()
 
     def _begin(self, k: int) -> tuple[int, ...]:
         """The first element of chunk `k`."""

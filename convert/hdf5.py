@@ -10,8 +10,9 @@ and arrays. Decoding, which is most of the work, needs no HDF5 at all (`convert/
 import os
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import ParamSpec, TypeVar
 
@@ -88,6 +89,17 @@ def in_hdf5_thread(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Unreadable for whatever h5py raises on damaged data: nearly every type there is."""
+    try:
+        yield
+    except (Damaged, MemoryError):
+        raise
+    except Exception as error:
+        raise Unreadable(f"{VERSIONS} cannot read it ({error})") from None
+
+
 class StoredDataset:
     """One dataset of an open file: plain facts, and what only HDF5 can answer. Made in HDF5's thread."""
 
@@ -105,11 +117,15 @@ class StoredDataset:
     @in_hdf5_thread
     def contiguous_offset(self) -> int | None:
         """Where an unchunked dataset begins; None where it has no bytes of its own."""
-        return self._dset.id.get_offset()  # type: ignore[no-any-return]
+        with _reading():
+            return self._dset.id.get_offset()  # type: ignore[no-any-return]
 
     @in_hdf5_thread
     def chunk_index(self, grid: tuple[int, ...]) -> ChunkIndex:
-        """One pass over the file's own index (60 ms for 29,000 chunks; asking chunk by chunk takes 40 s)."""
+        """One pass over the file's own index (60 ms for 29,000 chunks; asking chunk by chunk takes 40 s).
+
+        `grid`: the number of chunks along each axis. Raises Unreadable, or Damaged where it cannot be.
+        """
         table = np.full((3, int(np.prod(grid))), -1, np.int64)
         infos: list[h5py.h5d.StoreInfo] = []
 
@@ -128,17 +144,14 @@ class StoredDataset:
             if len(infos) == 65536:
                 put_down()
 
-        self._dset.id.chunk_iter(visit)
-        put_down()
+        with _reading():
+            self._dset.id.chunk_iter(visit)
+            put_down()
         return ChunkIndex(*table)
 
     @in_hdf5_thread
     def read(self, start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
         """The block of `shape` at `start`, without what lies outside the dataset. Raises Unreadable."""
         block = tuple(slice(begin, begin + n) for begin, n in zip(start, shape, strict=True))
-        try:
+        with _reading():
             return self._dset[block]  # type: ignore[no-any-return]
-        except MemoryError:
-            raise
-        except Exception as error:  # h5py raises nearly every type there is
-            raise Unreadable(f"{VERSIONS} cannot read it ({error})") from None

@@ -79,19 +79,28 @@ def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
     assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
 
 
-def test_offsets_without_the_user_block_are_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [(1, 16, 48), (1, 8, 8), None], ids=str)
+@pytest.mark.parametrize("leaves_out", [True, False], ids=["without the user block", "with it"])
+def test_offsets_are_right_whether_hdf5_counts_the_user_block_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: tuple[int, ...] | None, leaves_out: bool
+) -> None:
+    """Most of it is 0: many a chunk is also found 512 bytes further on."""
     path = tmp_path / "x.h5"
-    values = np.arange(4 * 64 * 48, dtype="<u2").reshape(4, 64, 48)
+    values = np.zeros((4, 64, 48), "<u2")
+    values[2, 8:16, 8:16] = np.arange(64).reshape(8, 8)
     with h5py.File(path, "w", userblock_size=512) as file:
-        file.create_dataset("x", data=values, chunks=(1, 16, 48), **GZIP)
-    original = StoredDataset.chunk_index
+        file.create_dataset("x", data=values, chunks=chunk, **(GZIP if chunk else {}))
+    claimed = Reader._claimed_index
 
-    def as_old_hdf5(*args: Any) -> ChunkIndex:
-        index = original(*args)
-        np.subtract(index.offset, 512, out=index.offset)
+    def as_another_hdf5(self: Reader) -> ChunkIndex | None:
+        index = claimed(self)
+        assert index is not None
+        counts = self.dataset.chunks is None or h5py.version.hdf5_version_tuple >= (1, 14, 4)
+        if leaves_out == counts:
+            np.add(index.offset, -512 if leaves_out else 512, out=index.offset, where=index.offset >= 0)
         return index
 
-    monkeypatch.setattr(StoredDataset, "chunk_index", as_old_hdf5)
+    monkeypatch.setattr(Reader, "_claimed_index", as_another_hdf5)
     with h5py.File(path) as file, open(path, "rb") as raw:
         reader = open_reader(file["x"], raw.fileno())
         np.testing.assert_array_equal(all_rows(reader), values)
