@@ -68,7 +68,7 @@ class ChunkIndex:
 def _telling(index: ChunkIndex, written: np.ndarray) -> list[int]:
     """A few chunks whose content is least likely to be found elsewhere: those that pack worst, and some far apart."""
     largest = written[np.argsort(-index.n_bytes[written], kind="stable")[:8]]
-    spread = written[np.linspace(0, len(written) - 1, 8).astype(int)] if len(written) else written
+    spread = written[np.linspace(0, len(written) - 1, 8).astype(int)]
     return list(dict.fromkeys([*largest.tolist(), *spread.tolist()]))
 
 
@@ -123,13 +123,16 @@ class Reader:
         """Find out where the chunks lie, if they can be read without HDF5. Raises Damaged or Unreadable.
 
         HDF5 before 1.14.4 leaves the user block out of what it says, so an index is believed only where chunks that
-        h5py reads were seen to lie: with the user block or without, and not with both, as where all is 0. Where none
-        was seen, h5py reads, and knows what to say of a damaged file.
+        h5py reads were seen to lie: with the user block or without, and not with both, as where all is 0. Otherwise
+        the chunks come through h5py, which also knows what to say of a damaged file.
         """
         index = self._claimed_index()
         if index is None:
             return
         written = np.flatnonzero(index.offset >= 0)
+        if not len(written):
+            self.index = index
+            return
         bases = sorted({0, self.dataset.user_block_bytes})
         n_seen = 0
         for k in _telling(index, written):
@@ -144,10 +147,9 @@ class Reader:
             n_seen += 1
             if len(bases) < 2:
                 break
-        if len(written) and not (n_seen and bases):
-            return
-        index.offset[written] += bases[0]
-        self.index = index
+        if n_seen and len(bases) == 1:
+            index.offset[written] += bases[0]
+            self.index = index
 
     def _claimed_index(self) -> ChunkIndex | None:
         """What HDF5 says, which is yet to be seen; None where the chunks cannot be read without it."""

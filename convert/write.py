@@ -235,7 +235,6 @@ class Job:
         """One a thread, where there is enough to do for them; they load while the indexes are read."""
         readers = self.decoder.readers
         n_bytes = self.n_todo * sum(math.prod(r.row_shape) * r.dtype.itemsize for r in readers.values())
-        self.travels: set[str] = set()
         if workers > 1 and n_bytes >= HELPERS_FROM and isinstance(self.mat.handle, int):
             for _ in range(workers):
                 self.helpers.put(Helper((self.mat.handle, self.decoder.buffers.fd)))
@@ -243,8 +242,9 @@ class Job:
             if self.n_todo:
                 with self.decoder.blaming(name, 0):
                     reader.read_index()
-        for _ in range(self.helpers.qsize()):
-            self.travels = {name for name, reader in readers.items() if reader.can_travel}
+        n_helpers = self.helpers.qsize()
+        self.travels = {name for name, reader in readers.items() if reader.can_travel and n_helpers}
+        for _ in range(n_helpers):
             helper = self.helpers.get()
             self.helpers.put(helper)
             helper.send(replace(self.decoder, readers={name: readers[name] for name in self.travels}))
