@@ -21,15 +21,33 @@ EXPECT := on a stand-in of the set, official test rows, three runs of 40 epochs 
 13 classes top-1 59 %, mean class 43 %; 10 classes 59 % and 52 %, where always the most frequent class gives 29 %
 PYTHON ?= python3
 
+ifeq ($(OS),Windows_NT)
+$(error Windows itself will not do. Run make in WSL: https://learn.microsoft.com/windows/wsl/install)
+endif
+
+# Before anything is made: $(error) is one line and status 2.
+FOUND = $(shell $(PYTHON) -c 'import sys; print("ok" if sys.version_info >= (3, 11) else "Python %d.%d" % sys.version_info[:2])' \
+	2>/dev/null)
+need-python = $(if $(filter ok,$(FOUND)),,$(error $(PYTHON) $(if $(FOUND),is $(FOUND),does not run): \
+	Python 3.11 or newer is needed. Run: make $(MAKECMDGOALS) PYTHON=python3.12))
+
 # On Colab the system's Python is used and nothing it has is replaced; elsewhere a .venv is made.
 ifdef COLAB_RELEASE_TAG
 PY := $(PYTHON)
 PINS := $(AT).installed-colab.txt
 READY := $(AT).installed-colab
+# A line of `pip list` that pip takes as a pin: versions of the old kinds, which PEP 440 does not know, would end it.
+PIN := ^[a-z0-9._-]+==([0-9]+!)?[0-9]+(\.[0-9]+)*([-_.]?(a|b|c|rc|alpha|beta|pre|preview)[-_.]?[0-9]*)?
+PIN := $(PIN)(-[0-9]+|[-_.]?(post|rev|r)[-_.]?[0-9]*)?([-_.]?dev[-_.]?[0-9]*)?(\+[a-z0-9]+([-_.][a-z0-9]+)*)?$$
 else
-PY := $(AT).venv/bin/python
+VENV := $(AT).venv
+PY := $(VENV)/bin/python
 PINS := constraints.txt
-READY := $(AT).venv/installed
+READY := $(VENV)/installed
+VENV_FITS := $(shell $(PY) -c 'import sys, pip; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+ifeq ($(VENV_FITS),)
+.PHONY: $(READY)
+endif
 endif
 
 # A read-only folder cannot be installed from, and need not be: make runs the packages where they lie.
@@ -41,17 +59,25 @@ WHAT := $$($(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb
 endif
 INSTALL := $(PY) -m pip install --quiet -c $(PINS) $(WHAT)
 
-.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step stress lint clean help drive-given
+.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint clean help drive-given
 .DEFAULT_GOAL := help
 
+# A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
 $(AT).venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(AT).venv
+	$(need-python)
+	@if [ -e $(VENV)/unfinished ] || [ -e $@ -a -z "$(VENV_FITS)" ]; then rm -rf $(VENV); fi
+	@[ ! -d $(VENV) -o -n "$(VENV_FITS)" ] || \
+	{ echo "$(VENV) has no Python of 3.11 or newer with pip, and was not made by make: move it away" >&2; exit 2; }
+	@[ -d $(VENV) ] || { mkdir -p $(VENV) && touch $(VENV)/unfinished; }
+	@[ ! -e $(VENV)/unfinished ] || { set -x; $(PYTHON) -m venv $(VENV); }
 	$(INSTALL)
-	touch $@
+	@rm -f $(VENV)/unfinished
+	@touch $@
 
 $(AT).installed-colab: pyproject.toml
+	$(need-python)
 	mkdir -p $(@D)
-	$(PY) -m pip list --format freeze 2>/dev/null | grep -iE '^(torch|numpy|h5py)==' > $(PINS)
+	@set -o pipefail; $(PY) -m pip list --format freeze 2>/dev/null | grep -iE '$(PIN)' | grep -viE '^nyuv2[-_.]shards==' > $(PINS)
 	$(INSTALL)
 	touch $@
 
@@ -105,6 +131,9 @@ bench-memory: $(READY)  ## memory by number of workers, the note's method beside
 
 bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)
+
+test-stacks: .venv/dev  ## the tests on the versions that users have: oldest, Colab's, every h5py since 3.10; ends with a table
+	$(PY) .ci/stacks.py --all $(ARGS)
 
 stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and damages
 	$(PY) -m pytest -m stress -o faulthandler_timeout=1500 $(ARGS)

@@ -1,0 +1,1 @@
+import convert  # noqa: F401 (an unsuitable Python or system ends here, in one line)

@@ -1,10 +1,12 @@
 """One small made-up set, converted once a session, for every test that only reads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,11 @@ from rooms.sample import write_sample
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl-C, and processes inherit that
+for name in re.findall(r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M):  # make test PYTHON=... ARGS=...
+    os.environ.pop(name, None)  # is for this make, not for those that tests start
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"):
+    os.environ.pop(name, None)
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 SMALL = Settings(size=32, rows_per_shard=10)
 
 

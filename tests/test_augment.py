@@ -3,6 +3,9 @@
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 from torch import Tensor
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 from conftest import shared
 from torch.utils.data import DataLoader

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 from conftest import REPO
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, needs_torch
 
 OURS = {"convert", "drive", "ring", "train", "rooms", "pictures", "bench"}
 MOUNT = {f"drive.mount.{name}" for name in ("Mirror", "copy_file", "refuse_remote")}
@@ -40,7 +40,7 @@ def files(package: str) -> pytest.MarkDecorator:
 @files("train")
 def test_train_imports_only_the_format_of_convert(path: Path) -> None:
     of_convert = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("convert.format")}
-    assert of_convert == set()
+    assert of_convert <= ({"convert"} if path.name == "__init__.py" else set())  # its check of the machine
     assert foreign(path) <= {"convert", "ring", "drive", "pictures"}
     assert {n for n in imported(path) if n.startswith("drive.")} <= {"drive.mount", *MOUNT}
     assert "h5py" not in imported(path)
@@ -76,9 +76,9 @@ def test_the_format_is_a_leaf() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("train.data", "h5py"),
-        ("train.loop", "h5py"),
-        ("ring.loader", "train"),
+        pytest.param("train.data", "h5py", marks=needs_torch),
+        pytest.param("train.loop", "h5py", marks=needs_torch),
+        pytest.param("ring.loader", "train", marks=needs_torch),
         ("convert.write", "torch"),
         ("convert.__main__", "h5py"),
     ],

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 
 from train.__main__ import main, make_parser

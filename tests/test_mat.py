@@ -159,6 +159,7 @@ LAYOUTS: dict[str, tuple[Callable[[tuple[int, ...]], tuple[int, ...]], dict[str,
 }
 
 
+@pytest.mark.races
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("by", ["threads", "helpers", "a scratch file"])
 def test_every_layout_gives_the_same_bytes(

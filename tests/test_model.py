@@ -4,6 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 from torch import Tensor, nn
 

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
+
+for needed in ("torch", "nbclient", "ipykernel"):
+    pytest.importorskip(needed, reason=f"needs {needed}")
+
+import nbformat
 from conftest import REPO
 from nbclient import NotebookClient
 from test_session import copy_of_the_checkout

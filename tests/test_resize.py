@@ -85,7 +85,7 @@ PICTURES = {
 @pytest.mark.parametrize("size", [8, 97, 224, 480])
 @pytest.mark.parametrize("kind", PICTURES)
 def test_rgb_is_the_exact_antialiased_result_to_one_grey_level(kind: str, size: int) -> None:
-    import torch
+    torch = pytest.importorskip("torch", reason="needs torch")
 
     planes = PICTURES[kind]
     exact = torch.nn.functional.interpolate(

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 
 import ring

@@ -277,6 +277,10 @@ def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
     done = make(colab_folder, "convert", f"MAT={mat}", f"DRIVE={drive}", args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"data/{small_set.name}"
+    shutil.rmtree(colab_folder / "data")
+    done = make(colab_folder, "convert", f"DRIVE={drive}", args)
+    assert same(colab_folder / "data" / small_set.name, small_set)
+    pytest.importorskip("torch", reason="needs torch for make train")
     train = "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8"
     mirror = tmp_path / "My Drive" / "scene"
     for _ in range(2):  # the second time there is nothing left to learn
@@ -286,9 +290,6 @@ def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
     assert (colab_folder / "runs" / "scene-parts" / "classes.csv").is_file()
     assert (mirror / "last.pt").is_file()
     assert (tmp_path / "My Drive" / "scene-parts" / "last.pt").is_file()
-    shutil.rmtree(colab_folder / "data")
-    done = make(colab_folder, "convert", f"DRIVE={drive}", args)
-    assert same(colab_folder / "data" / small_set.name, small_set)
 
 
 @pytest.mark.parametrize("target", ["push", "pull"])
@@ -343,6 +344,7 @@ def test_a_read_only_folder_converts_and_trains_all_the_same(
         done = make(colab_folder, "convert", f"MAT={mat}", home, "ARGS=--size 32 --rows-per-shard 10")
         assert done.returncode == 0, done.stderr
         assert same(made / "data" / small_set.name, small_set)
+        pytest.importorskip("torch", reason="needs torch for make train")
         done = make(colab_folder, "train", home, "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8")
         assert done.returncode == 0, done.stderr
         assert (made / "runs" / "scene").is_dir()
@@ -350,24 +352,27 @@ def test_a_read_only_folder_converts_and_trains_all_the_same(
         subprocess.run(["umount", "-l", colab_folder], check=True)
 
 
+OLDER = ("fsspec==2025.3.0", "psutil==5.9.5", "pillow==11.3.0", "tqdm==4.67.3")
+
+
 @pytest.mark.stress
-def test_make_on_colab_leaves_torch_numpy_and_h5py_as_they_are(tmp_path: Path) -> None:
-    """A venv with older numpy and h5py of its own and the torch of this one, as a stand-in for Colab's system."""
+def test_make_on_colab_leaves_what_is_installed_as_it_is(tmp_path: Path) -> None:
+    """A venv with older packages of its own and the torch of this one, as a stand-in for Colab's system."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "colab"], check=True)
     python = tmp_path / "colab" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "numpy==2.3.2", "h5py==3.14.0"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "numpy==2.3.2", "h5py==3.14.0", *OLDER], check=True)
     site = Path(
         subprocess.check_output([python, "-c", "import h5py; print(h5py.__path__[0])"], text=True).strip()
     ).parent
     (site / "system.pth").write_text(sysconfig.get_paths()["purelib"])  # behind the venv's own packages
     repo = copy_of_the_checkout(tmp_path / "my repo")
     (repo / ".installed-colab").unlink()
-    versions = "import torch, numpy, h5py; print(torch.__version__, numpy.__version__, h5py.__version__)"
-    before = subprocess.check_output([python, "-c", versions], text=True)
+    listed = [python, "-m", "pip", "list", "--format", "freeze"]
+    before = subprocess.check_output(listed, text=True).split()
     env = {**os.environ, "COLAB_RELEASE_TAG": "test"}
     command = ["make", "-C", repo, f"PYTHON={python}", "convert", f"MAT={tmp_path / 'x.mat'}", "ARGS=--size 32"]
     write_sample(tmp_path / "x.mat", 36, size_wh=(64, 48))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert subprocess.check_output([python, "-c", versions], text=True) == before
-    assert " 2.3.2 3.14.0" in before
+    assert set(before) <= set(subprocess.check_output(listed, text=True).split())
+    assert {"numpy==2.3.2", "h5py==3.14.0", *OLDER} <= set(before)

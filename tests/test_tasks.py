@@ -5,6 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("torchmetrics", reason="needs torchmetrics")
+
 import torch
 from torch import Tensor
 from torchmetrics.functional import classification as reference

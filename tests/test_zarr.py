@@ -13,10 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import tensorstore
-import xarray
 import zarr
-from conftest import REPO, SMALL
+from conftest import REPO, SMALL, needs_torch
 
 from convert import format as fmt
 from convert.format import FIELDS, UserError
@@ -80,10 +78,12 @@ def by_zarr(path: Path, field: str) -> np.ndarray:
 
 
 def by_xarray(path: Path, field: str) -> np.ndarray:
+    xarray = pytest.importorskip("xarray", reason="needs xarray")
     return np.asarray(xarray.open_zarr(path, consolidated=False)[field].values)
 
 
 def by_tensorstore(path: Path, field: str) -> np.ndarray:
+    tensorstore = pytest.importorskip("tensorstore", reason="needs tensorstore")
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / field}/"}}
     return np.asarray(tensorstore.open(spec, read=True).result().read().result())
 
@@ -107,6 +107,7 @@ def test_every_reader_gives_the_bytes_of_the_npy_shards(
 
 
 def test_xarray_shows_named_dimensions_units_and_the_tables_of_names(stores: dict[str, Path]) -> None:
+    xarray = pytest.importorskip("xarray", reason="needs xarray")
     opened = xarray.open_zarr(stores["none"], consolidated=False)
     assert opened["rgb"].dims == ("row", "channel", "y", "x")
     assert opened["depth"].dims == ("row", "y", "x")
@@ -303,6 +304,7 @@ def test_a_store_that_leaves_out_rows_of_zeros_is_refused(copy: Path, npy_set: P
         fmt.map_zarr(copy / "label/c/0/0/0", dtype="<u2", shape=(10, 32, 32), n_slots=10)
 
 
+@needs_torch
 def test_training_on_an_uncompressed_store_does_not_import_zarr(stores: dict[str, Path]) -> None:
     code = f"""if True:
         import sys
@@ -313,6 +315,7 @@ def test_training_on_an_uncompressed_store_does_not_import_zarr(stores: dict[str
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 
+@needs_torch
 def test_a_compressed_set_is_unpacked_once_and_says_so(
     stores: dict[str, Path], npy_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

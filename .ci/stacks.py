@@ -1,0 +1,184 @@
+"""The tests on versions that users have: python .ci/stacks.py [--all] [NAME ...].
+
+A stack is a file of pins, tests/stacks/NAME.txt, whose first line names its Python; its venv is made anew in .stacks/.
+By default: the tests that need no torch, on the lowest versions that pyproject.toml allows and on Colab's. --all: every
+stack, and each with torch too (NAME+torch). What cannot be made says so in a line and is passed over; what runs on
+another Python than it should says so. Ends with a table; the status is 1 where a test failed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+LISTS = REPO / "tests" / "stacks"
+VENVS = REPO / ".stacks"
+USUAL = ("lowest", "colab")
+EXTRAS = ("fast", "show", "remote")
+TOOLS = ("pytest", "hypothesis")  # all that the tests without torch need
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+LOWEST_PYTHON = (3, 11)
+Version = tuple[int, int]
+
+
+class CannotBeMade(Exception):
+    """A stack that this machine cannot have, in one line."""
+
+
+@dataclass
+class Result:
+    """One row of the table."""
+
+    stack: str
+    python: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    remark: str = ""
+
+
+def parse(version: str) -> Version:
+    major, minor = re.findall(r"\d+", version)
+    return int(major), int(minor)
+
+
+def version_of(python: str | Path) -> Version | None:
+    """What this Python is, where it really runs: a shim of pyenv may be there and refuse."""
+    code = "import sys, venv; print(*sys.version_info[:2])"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except OSError:
+        return None
+    return parse(done.stdout) if done.returncode == 0 else None
+
+
+def pythons() -> dict[Version, str]:
+    """Every Python on this machine that is new enough, by version."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    installed = sorted(map(str, pyenv.glob("3.*/bin/python")))
+    names = [f"python3.{minor}" for minor in range(LOWEST_PYTHON[1], 20)]
+    found = {}
+    for candidate in (*installed, *names, sys.executable):
+        version = version_of(candidate)
+        if version and version >= LOWEST_PYTHON:
+            found[version] = candidate
+    return found
+
+
+def choose_python(wanted: Version, available: dict[Version, str]) -> tuple[Version, str]:
+    """The version asked for, else the newest there is and a remark that says so."""
+    if wanted in available:
+        return wanted, ""
+    instead = max(available)
+    return instead, f"no Python {dotted(wanted)} on this machine, run on {dotted(instead)} instead"
+
+
+def dotted(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def requirements(with_torch: bool) -> list[str]:
+    """What pyproject.toml asks for."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + [line for name in EXTRAS for line in extras[name]]
+    tools = extras["dev"] if with_torch else [line for line in extras["dev"] if name_of(line) in TOOLS]
+    return [line for line in wanted + tools if with_torch or name_of(line) != "torch"]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower()  # type: ignore[index]
+
+
+def make_venv(name: str, pins: Path, python: str, with_torch: bool) -> Path:
+    """A venv with the stack's versions, made anew. Returns its Python. Raises CannotBeMade."""
+    folder = VENVS / name
+    subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
+    inside = folder / "bin" / "python"
+    wheels = ["--extra-index-url", CPU_WHEELS] if with_torch else []
+    command = [inside, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *wheels, "-c", pins]
+    done = subprocess.run([*command, *requirements(with_torch)], capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise CannotBeMade((errors or done.stderr.splitlines() or ["pip failed"])[-1].removeprefix("ERROR: "))
+    return inside
+
+
+def run_tests(python: Path, report: Path, arguments: list[str]) -> int:
+    """pytest as a user of this stack would run it. Returns its status, negative where a signal ended it."""
+    print("$", python, "-m pytest", *arguments, flush=True)
+    command = [python, "-m", "pytest", "-rs", f"--junitxml={report}", "-o", "junit_logging=no", *arguments]
+    return subprocess.run(command, cwd=REPO).returncode
+
+
+def count(result: Result, report: Path, status: int) -> None:
+    """Add what pytest reported; a process that died leaves no report, and is a failure."""
+    if status not in (0, 1) or not report.exists():
+        result.failed += 1
+        result.remark += f" pytest ended with status {status}"
+        return
+    suite = next(ElementTree.parse(report).iter("testsuite")).attrib
+    failed = int(suite["failures"]) + int(suite["errors"])
+    skipped = int(suite["skipped"])
+    result.passed += int(suite["tests"]) - failed - skipped
+    result.failed += failed
+    result.skipped += skipped
+
+
+def run_stack(name: str, available: dict[Version, str], races: int, arguments: list[str]) -> Result:
+    """One stack from an empty venv to its counts; its tests of races are repeated."""
+    with_torch = name.endswith("+torch")
+    pins = LISTS / f"{name.removesuffix('+torch')}.txt"
+    first_line = pins.read_text().splitlines()[0]
+    wanted = parse(first_line.removeprefix("# Python "))
+    version, remark = choose_python(wanted, available)
+    result = Result(name, dotted(version), remark=remark)
+    began = time.monotonic()
+    print(f"\n{name}, Python {result.python}: {remark or pins.relative_to(REPO)}", flush=True)
+    try:
+        python = make_venv(name, pins, available[version], with_torch)
+    except CannotBeMade as error:
+        result.remark = f"not made: {error}"
+        print(f"{name}: {result.remark}", flush=True)
+        return result
+    report = VENVS / f"{name}.xml"
+    for more in [arguments, *([[*arguments, "-m", "races and not stress"]] * races)]:
+        report.unlink(missing_ok=True)
+        count(result, report, run_tests(python, report, more))
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def show(results: list[Result]) -> None:
+    print(f"\n{'stack':18} {'Python':7} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
+    for r in results:
+        line = f"{r.stack:18} {r.python:7} {r.passed:7} {r.failed:7} {r.skipped:8} {r.seconds:8.0f}  {r.remark}"
+        print(line.rstrip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a file in tests/stacks; NAME+torch: all tests")
+    parser.add_argument("--all", action="store_true", help="every stack, also with torch")
+    parser.add_argument("--races", type=int, default=5, help="how often the tests of races are repeated (5)")
+    parser.add_argument("--tests", nargs="*", default=[], help="what to hand to pytest instead of the whole suite")
+    args = parser.parse_args()
+    every = sorted(path.stem for path in LISTS.glob("*.txt"))
+    names = args.names or ([n + t for t in ("", "+torch") for n in every] if args.all else list(USUAL))
+    available = pythons()
+    print("Pythons:", *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())), flush=True)
+    results = [run_stack(name, available, args.races, args.tests) for name in names]
+    show(results)
+    return int(any(r.failed for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The stacks of users: lists of versions are what they say, tests say what they need, whose warnings are errors."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import REPO, needs_torch, shared
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+LISTS = sorted((REPO / "tests" / "stacks").glob("*.txt"))
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
+PACKAGES = {*PROJECT["tool"]["setuptools"]["packages"], "bench"}
+# All that these test needs torch. Any other file runs where there is none, and skips single tests.
+WHOLE_FILES_NEED_TORCH = {
+    f"tests/test_{name}.py"
+    for name in (
+        *("augment", "data", "ddp", "loader", "loop", "memory", "model", "notebook"),
+        *("predict", "resume", "ring", "tasks"),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def stacks() -> ModuleType:
+    """The program that runs them."""
+    spec = importlib.util.spec_from_file_location("stacks", REPO / ".ci" / "stacks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["stacks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def pins(path: Path) -> dict[str, Version]:
+    lines = [line.partition("==") for line in path.read_text().splitlines() if not line.startswith("#")]
+    return {name: Version(version) for name, _, version in lines}
+
+
+# ---------------------------------------------------------------- versions
+
+
+def test_the_lowest_stack_is_what_pyproject_allows() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = PROJECT["project"]["dependencies"] + [line for extra in extras.values() for line in extra]
+    floors = {r.name: Version(str(r.specifier).removeprefix(">=")) for r in map(Requirement, lines)}
+    for linter in ("ruff", "mypy"):
+        del floors[linter]
+    assert pins(REPO / "tests" / "stacks" / "lowest.txt") == floors
+    lowest_python = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert (REPO / "tests" / "stacks" / "lowest.txt").read_text().startswith(f"# Python {lowest_python}\n")
+
+
+def test_colabs_stack_is_what_colab_publishes() -> None:
+    published = shared("colab/pip-freeze.txt").read_text()
+    assert (
+        f"Python {(REPO / 'tests/stacks/colab.txt').read_text().split()[2]}." in shared("colab/os-info.txt").read_text()
+    )
+    found = dict(re.findall(r"^([\w-]+)==(\S+)$", published, re.M))
+    found["torch"] = re.findall(r"/torch-([\d.]+)", published)[0]
+    ours = pins(REPO / "tests" / "stacks" / "colab.txt")
+    assert {name: str(version) for name, version in ours.items()} == {name: found[name] for name in ours}
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
+def test_a_stack_keeps_what_pyproject_asks_for(path: Path) -> None:
+    assert re.match(r"# Python 3\.\d+\n", path.read_text())
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    asked = map(Requirement, PROJECT["project"]["dependencies"] + [line for extra in extras for line in extra])
+    versions = pins(path)
+    assert {"torch", "h5py", "numpy"} <= versions.keys()
+    assert [r for r in asked if r.name in versions and versions[r.name] not in r.specifier] == []
+
+
+def test_a_python_that_is_there_and_refuses_is_not_taken(tmp_path: Path, stacks: ModuleType) -> None:
+    shim = tmp_path / "python3.13"
+    shim.write_text("#!/bin/sh\necho 'pyenv: python3.13: command not found' >&2\nexit 127\n")
+    shim.chmod(0o755)
+    assert stacks.version_of(shim) is None
+    assert stacks.version_of(tmp_path / "python3.14") is None
+    assert stacks.version_of(sys.executable) == sys.version_info[:2]
+    assert stacks.pythons()[sys.version_info[:2]]
+
+
+def test_a_stack_on_another_python_says_so(stacks: ModuleType) -> None:
+    assert stacks.choose_python((3, 13), {(3, 11): "a", (3, 13): "b"}) == ((3, 13), "")
+    assert stacks.choose_python((3, 13), {(3, 11): "a", (3, 12): "b"}) == (
+        (3, 12),
+        "no Python 3.13 on this machine, run on 3.12 instead",
+    )
+
+
+def test_a_suite_that_dies_or_is_empty_is_a_failure(tmp_path: Path, stacks: ModuleType) -> None:
+    for status in (-11, 5, 1):
+        result = stacks.Result("x", "3.11")
+        stacks.count(result, tmp_path / "no report", status)
+        assert (result.passed, result.failed, str(status) in result.remark) == (0, 1, True)
+
+
+# ---------------------------------------------------------------- what tests need
+
+COLLECT = """
+import sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["--collect-only", "-rs", "-m", ""]))
+"""
+
+
+def collected(*absent: str) -> tuple[set[str], dict[str, str]]:
+    """Names of all tests, and reasons by file that is skipped, where these packages are not installed."""
+    command = [sys.executable, "-c", COLLECT, *absent]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    skipped = dict(re.findall(r"^SKIPPED \[1\] (\S+?):\d+: (.*)$", done.stdout, re.M))
+    return set(re.findall(r"^tests/\S+::.*$", done.stdout, re.M)), skipped
+
+
+@needs_torch
+def test_without_torch_every_test_is_collected_but_those_of_the_files_that_need_it() -> None:
+    absent = ("torch", "torchmetrics", "xarray", "tensorstore", "mfusepy", "nbclient", "nbformat", "ipykernel")
+    every, _ = collected()
+    without, skipped = collected(*absent)
+    assert skipped == dict.fromkeys(WHOLE_FILES_NEED_TORCH, "needs torch")
+    assert without == {name for name in every if name.partition("::")[0] not in WHOLE_FILES_NEED_TORCH}
+    assert len(without) > 350
+
+
+def test_a_file_that_is_skipped_whole_imports_what_needs_torch() -> None:
+    for name in WHOLE_FILES_NEED_TORCH - {"tests/test_notebook.py"}:  # which trains in its cells
+        assert re.search(r"^import torch$", (REPO / name).read_text(), re.M), name
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def warn_in(module: str) -> None:
+    exec("import warnings; warnings.warn('old')", {"__name__": module})
+
+
+@pytest.mark.parametrize(
+    "module",
+    sorted({f"{p}.x" for p in PACKAGES} | PACKAGES | {p.stem for p in (REPO / "tests").glob("*.py")} | {"__main__"}),
+)
+def test_a_warning_in_a_module_of_ours_is_an_error(module: str) -> None:
+    with pytest.raises(UserWarning, match="old"):
+        warn_in(module)
+
+
+@pytest.mark.parametrize("module", ["matplotlib._mathtext", "torch.utils.data", "converter", "trainer.x", "a.convert"])
+def test_a_warning_inside_another_package_is_not(module: str) -> None:
+    with warnings.catch_warnings(record=True) as seen:  # keeps the filters of this suite
+        warn_in(module)
+    assert [str(w.message) for w in seen] in (["old"], [])
+
+
+def test_our_code_is_warned_of_what_it_calls_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys.py").write_text("import warnings\ndef old(): warnings.warn('old', DeprecationWarning, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import somebodys
+
+    with pytest.raises(DeprecationWarning):
+        somebodys.old()
