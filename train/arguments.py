@@ -141,7 +141,7 @@ def whole_numbers(indices: Any) -> np.ndarray:
         positions = np.empty(0, object)
     if isinstance(indices, list | tuple) and any(isinstance(index, bool | np.bool_) for index in indices):
         positions = positions.astype(bool)  # among numbers numpy makes 0 and 1 of them
-    if positions.dtype.kind == "f" and positions.shape == (0,) and isinstance(indices, list | tuple):
+    if positions.dtype.kind == "f" and positions.shape == (0,) and isinstance(indices, list | tuple | range):
         positions = positions.astype(np.int64)  # of []
     if positions.dtype.kind == "O" and positions.ndim == 1 and len(positions) and all(map(is_whole, positions)):
         raise IndexError(f"positions {min(positions)}..{max(positions)}: no set has so many rows")

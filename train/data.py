@@ -331,10 +331,10 @@ def create_dataloaders(
         if split == "train" and len(dataset) < world:
             raise UserError(f"{dataset.path} has {len(dataset)} train rows for world {world}: choose a smaller world")
         maker = Maker(dataset, change, 0)
-        count = 0 if place else worker_count(workers, maker, batch_size, len(dataset), split)
+        count = 0 if place is not None else worker_count(workers, maker, batch_size, len(dataset), split)
         batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
         ahead = prefetch and place is None
         return Loader(dataset, batches, count, start_method, prefetch=ahead, transform=change, seed=seed)
 
-    place = cache and (device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device if device is not None or cache is None else "cuda" if torch.cuda.is_available() else "cpu"
     return loader("train", transform, place), loader("test", val_transform)
