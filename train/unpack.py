@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from convert.format import UserError, log, open_set, read_manifest
+from convert.format import MANIFEST, UserError, log, open_set, read_manifest
 
 CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
 
@@ -30,9 +30,9 @@ def unpacked(path: Path) -> Path:
             return path.with_suffix("") if root == roots[0] else root / name
     for root in roots:
         if not is_other(root / name, digest) and is_writable(root):
-            _unpack(path, root)
+            _unpack(path, root, digest)
             return path.with_suffix("") if root == roots[0] else root / name
-    where = cache or "no folder of yours"
+    where = cache or "a home"
     raise UserError(
         f"{path} is compressed, and neither {path.parent} nor {where} can be written to. "
         "Run again with XDG_CACHE_HOME=/a/writable/folder"
@@ -77,9 +77,15 @@ def is_writable(root: Path) -> bool:
     return True
 
 
-def _unpack(path: Path, root: Path) -> None:
-    """A second process waits for the first, inside `convert`, and takes what it made."""
-    log(f"{path} is compressed: unpacking it once, into {root / path.with_suffix('').name}")
+def _unpack(path: Path, root: Path, digest: str) -> None:
+    """A second process waits for the first, inside `convert`, and takes what it made.
+
+    A damaged copy loses its manifest: it is half a copy then, which `convert` goes on with, file by file.
+    """
+    copy = root / path.with_suffix("").name
+    log(f"{path} is compressed: unpacking it once, into {copy}")
+    if (copy / MANIFEST).exists() and not is_copy(copy, digest):  # in this order: it is not being made right now
+        (copy / MANIFEST).unlink(missing_ok=True)
     command = [sys.executable, "-m", "convert", "run", str(path.absolute()), "--out", str(root)]
     if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
