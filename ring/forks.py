@@ -15,7 +15,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Protocol
 from weakref import WeakSet
@@ -128,5 +128,5 @@ def _own_pages(buffer: memoryview) -> None:
     bytes_there[:] = content
 
 
-with suppress(AttributeError):  # where nothing forks
+if hasattr(os, "register_at_fork"):  # else nothing forks
     os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
