@@ -10,7 +10,6 @@ A leaf: stdlib and numpy (and zarr where a compressed store is decoded), importe
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -28,6 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+try:
+    from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
+except ImportError:  # anything but macOS
+    F_FULLFSYNC = None
 
 FORMAT_VERSION = 1
 RESIZE_VERSION = 2
@@ -176,9 +180,9 @@ def fsync_dir(path: Path) -> None:
 
 def fsync(handle: int) -> None:
     """Have what was written outlive a loss of power; on macOS plain fsync leaves it in the disk's own cache."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    if F_FULLFSYNC is not None:
         with suppress(OSError):  # a file system that has none
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            fcntl(handle, F_FULLFSYNC)
             return
     os.fsync(handle)
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 from conftest import REPO
 from test_loader import METHODS
 

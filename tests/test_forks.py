@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
 import torch
 from test_loader import KINDS, METHODS, all_gone, expected, first_line, make, same, start
 from torch.utils.data import DataLoader

@@ -1,6 +1,5 @@
 """What a system or a Python may lack is done without: each function is taken away, and the work really done."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -112,8 +111,8 @@ def test_where_the_system_has_a_stronger_fsync_it_is_what_is_called(
     weak = list[int]()
     strong = list[int]()
     monkeypatch.setattr(os, "fsync", weak.append)
-    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
-    monkeypatch.setattr(fcntl, "fcntl", lambda handle, command: strong.append(command))
+    monkeypatch.setattr(fmt, "F_FULLFSYNC", 51)
+    monkeypatch.setattr(fmt, "fcntl", lambda handle, command: strong.append(command), raising=False)
     fmt.write_bytes(tmp_path / "a", b"x")
     assert strong == [51, 51]  # the file and its directory
     assert weak == []
@@ -121,6 +120,6 @@ def test_where_the_system_has_a_stronger_fsync_it_is_what_is_called(
     def refuses(*_: object) -> int:
         raise OSError("not here")
 
-    monkeypatch.setattr(fcntl, "fcntl", refuses)
+    monkeypatch.setattr(fmt, "fcntl", refuses)
     fmt.write_bytes(tmp_path / "b", b"x")
     assert len(weak) == 2
