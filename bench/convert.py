@@ -38,6 +38,8 @@ def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
     """Read and unpack every chunk once; the seconds that took, the index not counted."""
     mat = Mat(source, fields)
     readers = [mat.reader(name) for name in fields]
+    for reader in readers:
+        reader.read_index()
     indices = [reader.index for reader in readers]
     chunks = [
         (int(o), int(n), int(m), reader)
@@ -105,7 +107,7 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     from convert import chunks, decode, write
 
     stages = [
-        ("index", chunks, "read_index"),
+        ("index", Reader, "read_index"),
         ("names and per-row facts", write, "row_columns"),
         ("read", Reader, "_pread"),
         ("inflate", chunks, "inflate"),

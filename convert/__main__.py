@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +19,8 @@ def run(args: argparse.Namespace) -> None:
     from .pack import codecs_of, repack
     from .write import convert
 
-    settings = Settings(tuple(args.fields.split(",")), args.size, args.crop, args.depth_resize, args.rows_per_shard)
+    fields = tuple(args.fields.split(","))
+    settings = Settings(fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes)
     if isinstance(args.source, Path) and args.source.is_dir() and args.source.suffix != ".mat":
         print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
         return
@@ -75,7 +76,7 @@ def sample(args: argparse.Namespace) -> None:
 def _source(text: str) -> object:
     from drive.remote import Remote
 
-    return Remote(text) if text.startswith(("http://", "https://")) else Path(text)
+    return Remote(text) if text.startswith(("http://", "https://")) else path(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,10 +86,26 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. Run: {self.prog} --help\n")
 
 
-def number(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def path(text: str) -> Path:
+    """An empty one is a variable that was never set, and not this directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
+def number(most: int) -> Callable[[str], int]:
+    """A type of arguments: 1 to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = 0
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose 1 to {most}")
+        return value
+
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,18 +113,18 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], text: str, example: str, *paths: str) -> _Parser:
-        name = function.__name__
-        p = commands.add_parser(name, help=text, epilog=f"example: python -m convert {name} {example}")
+        verb = function.__name__
+        p = commands.add_parser(verb, help=text, epilog=f"example: python -m convert {verb} {example}")
         p.set_defaults(function=function)
-        for path in paths:
-            p.add_argument(path, type=Path, metavar=path.upper())
+        for name in paths:
+            p.add_argument(name, type=path, metavar=name.upper())
         return p
 
     p = command(run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data")
     p.add_argument("source", type=_source, nargs="?", help=".mat, URL or finished set (default: found, else fetched)")
-    p.add_argument("--drive", type=Path, metavar="DIR", help="take a finished set from there, or leave one there")
+    p.add_argument("--drive", type=path, metavar="DIR", help="take a finished set from there, or leave one there")
     p.add_argument("--url", help="where to fetch the .mat (default: its home at NYU)")
-    p.add_argument("--out", type=Path, required=True, metavar="ROOT")
+    p.add_argument("--out", type=path, required=True, metavar="ROOT")
     p.add_argument("--format", choices=("npy", "zarr"), default="npy")
     p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help="with zarr; or depth=blosc,label=zstd")
     p.add_argument("--size", type=int, default=224)
@@ -115,31 +132,36 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--crop", default="none", metavar="none|border|eigen")
     p.add_argument("--depth-resize", default="nearest", metavar="nearest|area")
     p.add_argument("--rows-per-shard", type=int, default=128)
-    p.add_argument("--workers", type=number, metavar="N", help="threads (default: one a core)")
+    p.add_argument(
+        "--axes", default="auto", metavar="wh|hw", help="how square pictures lie; others are wider than tall"
+    )
+    p.add_argument("--workers", type=number(256), metavar="N", help="processes (default: one a core)")
     p.add_argument("--repair", action="store_true", help="redo the shards of a finished set that are wrong")
 
     p = command(verify, "check every byte of a set", "data", "directory")
-    p.add_argument("--against", type=Path, metavar="SOURCE", help="also compare random rows with the .mat")
-    p.add_argument("--rows", type=number, default=16)
+    p.add_argument("--against", type=path, metavar="SOURCE", help="also compare random rows with the .mat")
+    p.add_argument("--rows", type=number(1_000_000), default=16, help="how many (default: %(default)s)")
 
     p = command(inspect, "what is in a set", "data --picture a.png", "directory")
-    p.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a contact sheet")
-    p.add_argument("--rows", type=number, default=8, help="rows in the picture")
+    p.add_argument("--picture", type=path, metavar="FILE.png", help="also draw a contact sheet")
+    p.add_argument("--rows", type=number(100), default=8, help="rows in the picture")
 
     command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2", "directory", "drive")
     command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data", "drive", "root")
 
     p = command(sample, "write a small .mat of made-up rooms", "rooms.mat", "file")
-    p.add_argument("--rows", type=number, default=48)
+    p.add_argument("--rows", type=number(10_000), default=48)
     return top
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; a mistake in it is one line and status 2."""
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a path need not be UTF-8
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup: its hang-up is to be survived
+            signal.signal(ending, signal.default_int_handler)
     try:
-        args = parser().parse_args()
+        args = parser().parse_args(argv)
         args.function(args)
         return 0
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
     if codecs := manifest.get("codecs"):
         command += ["--format", "zarr", "--codec", ",".join(f"{k}={v}" for k, v in codecs.items())]
     for key, value in manifest["settings"].items():
-        if value != Settings().to_dict()[key]:
+        if value != Settings().to_dict().get(key):
             command += [f"--{key.replace('_', '-')}", ",".join(value) if key == "fields" else str(value)]
     return command
 
@@ -51,12 +51,14 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
 
     found = fmt.open_set(directory)
     settings = found.settings
-    with closing(Mat(source, settings.fields)) as mat:
+    with closing(Mat(source, settings.fields, settings.axes)) as mat:
         if sampled_identity(source)["sampled_sha256"] != found.manifest["source"]["sampled_sha256"]:
             raise UserError(f"{source} is not what {directory} was made from. Run: make convert MAT={source}")
         rows = np.random.default_rng().choice(found.n_rows, min(n_rows, found.n_rows), replace=False)
         for name in settings.fields:
-            reader, shards = mat.reader(name), found.shards(name)
+            reader = mat.reader(name)
+            reader.read_index()
+            shards = found.shards(name)
             if reader.needs_scratch:
                 reader.fill_scratch(Path(tempfile.gettempdir()))
             for row in sorted(rows.tolist()):

@@ -5,12 +5,13 @@ them. Helper processes do not (figures: docs/converting.md). They get the chunk 
 by themselves and write into shared memory; a helper ends when its pipe does, so that none outlives a killed parent.
 """
 
+import math
 import mmap
 import os
 import pickle
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .chunks import Reader
+from .chunks import Damaged, Reader, Unreadable
 from .format import FIELDS, Settings, UserError, one_line, row_shape
-from .resize import resize
+from .machine import shared_memory
+from .resize import ValueRangeError, resize
 
 MALLOC = {f"MALLOC_{name}_": str(1 << 28) for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")}
 
@@ -31,24 +33,37 @@ class Buffers:
     """Shards being filled, in memory without a name that helpers map too: `arrays[slot][field]`."""
 
     def __init__(self, settings: Settings, n_slots: int, n_rows: int) -> None:
-        fd = os.memfd_create("shards") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
-        self.__setstate__((settings, n_slots, n_rows, fd))
+        self.settings = settings
+        self.n_slots = n_slots
+        self.n_rows = n_rows
+        self.fd = shared_memory(n_slots * sum(self._field_bytes().values()))
+        self.arrays = self._map()
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.settings, self.n_slots, self.n_rows, self.fd
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "arrays"}
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.settings, self.n_slots, self.n_rows, self.fd = state
-        shapes = {f: (self.n_rows, *row_shape(f, self.settings.size)) for f in self.settings.fields}
-        sizes = {f: -(-int(np.prod(s)) * np.dtype(FIELDS[f]["dtype"]).itemsize // 64) * 64 for f, s in shapes.items()}
-        os.ftruncate(self.fd, self.n_slots * sum(sizes.values()))
-        memory, offset = mmap.mmap(self.fd, self.n_slots * sum(sizes.values())), 0
-        self.arrays = list[dict[str, np.ndarray]]()
-        for _ in range(self.n_slots):
-            self.arrays.append({})
-            for field, shape in shapes.items():
-                self.arrays[-1][field] = np.ndarray(shape, FIELDS[field]["dtype"], memory, offset)
-                offset += sizes[field]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.arrays = self._map()
+
+    def _shape(self, field: str) -> tuple[int, ...]:
+        return (self.n_rows, *row_shape(field, self.settings.size))
+
+    def _field_bytes(self) -> dict[str, int]:
+        """Of each field in one slot, in whole cache lines."""
+        sizes = {f: math.prod(self._shape(f)) * np.dtype(FIELDS[f]["dtype"]).itemsize for f in self.settings.fields}
+        return {field: -(-size // 64) * 64 for field, size in sizes.items()}
+
+    def _map(self) -> list[dict[str, np.ndarray]]:
+        sizes = self._field_bytes()
+        memory = mmap.mmap(self.fd, self.n_slots * sum(sizes.values()))
+        arrays: list[dict[str, np.ndarray]] = [{} for _ in range(self.n_slots)]
+        offset = 0
+        for slot in arrays:
+            for field, n_bytes in sizes.items():
+                slot[field] = np.ndarray(self._shape(field), FIELDS[field]["dtype"], memory, offset)
+                offset += n_bytes
+        return arrays
 
     def close(self) -> None:
         os.close(self.fd)
@@ -60,6 +75,7 @@ class Decoder:
 
     source: str
     keys: dict[str, str]  # what the fields are called there
+    advice: str  # for whose source is damaged
     settings: Settings
     readers: dict[str, Reader]
     buffers: Buffers
@@ -82,14 +98,20 @@ class Decoder:
 
     @contextmanager
     def blaming(self, field: str, row: int) -> Iterator[None]:
-        """One line that names the field and the row, for whatever is wrong with them."""
+        """One line that names the field and the row, for what is wrong with them.
+
+        Errors of other kinds are this program's: they go on as they are, and blame no file.
+        """
+        where = f"{self.source}: {self.keys[field]} row {row}"
         try:
             yield
-        except (ValueError, OverflowError, RuntimeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+        except (Damaged, ValueRangeError, Unreadable) as error:
+            raise UserError(f"{where}: {one_line(error)}. {self.advice}") from None
+        except OSError as error:
+            if error.errno in (ENOSPC, EDQUOT):
                 raise
-            what = f"{self.keys[field]} row {row}: {one_line(error)}"
-            raise UserError(f"{self.source}: {what}. Download the file again, then run: make convert") from None
+            what = f"{where} could not be read ({one_line(error)})"
+            raise UserError(f"{what}. When the disk or network answers again, run: make convert") from None
 
 
 class Helper:
@@ -120,7 +142,8 @@ class Helper:
             answer: dict[int, int] | Exception = pickle.load(self.process.stdout)
         except (EOFError, pickle.UnpicklingError):  # nothing, or half an answer
             status = self.process.wait()
-            how = f"was killed by signal {-status} (out of memory?)" if status < 0 else f"ended with status {status}"
+            hint = " (out of memory?)" if status == -signal.SIGKILL else ""
+            how = f"was killed by signal {-status}{hint}" if status < 0 else f"ended with status {status}"
             raise UserError(
                 f"a helper process {how}. What is finished is kept. Run the command with --workers 1"
             ) from None
@@ -130,19 +153,6 @@ class Helper:
 
     def close(self) -> None:
         self.process.communicate()
-
-
-def memory_of(processes: list[int]) -> int:
-    """Bytes in memory: of all of these now, shared pages once, or the most that the first one ever had. 0 off Linux."""
-    try:
-        now = sum(_kb(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in processes)
-        return 1024 * max(now, _kb(f"/proc/{processes[0]}/status", "VmHWM:"))
-    except OSError:
-        return 0
-
-
-def _kb(path: str, key: str) -> int:
-    return next(int(words[1]) for words in map(str.split, Path(path).read_text().splitlines()) if words[0] == key)
 
 
 def serve() -> None:

@@ -28,6 +28,11 @@ from typing import IO, Any
 
 import numpy as np
 
+try:
+    from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
+except ImportError:  # anything but macOS
+    F_FULLFSYNC = None
+
 FORMAT_VERSION = 1
 RESIZE_VERSION = 2
 MANIFEST = "manifest.json"
@@ -57,6 +62,8 @@ CROP_BOXES = {
     "border": (6, 473, 7, 632),
     "eigen": (45, 471, 41, 601),
 }
+DEPTH_RESIZES = ("nearest", "area")
+AXES = ("auto", "wh", "hw")
 MEND = "Run: make convert ARGS=--repair, or make pull"
 Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None for .npy
 DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
@@ -68,6 +75,10 @@ class UserError(Exception):
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def mebibytes(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def log(message: str) -> None:
@@ -83,24 +94,33 @@ class Settings:
     crop: str = "none"
     depth_resize: str = "nearest"
     rows_per_shard: int = 128
+    axes: str = "auto"  # wh | hw where pictures are square; left out of the fingerprint where they are not
 
     def __post_init__(self) -> None:
-        known = set(self.fields) & set(FIELDS)
-        checks = {
-            "fields": (0 < len(self.fields) == len(known), f"from {','.join(FIELDS)}, each once"),
-            "size": (self.size in range(8, 481), "8 to 480"),
-            "crop": (self.crop in CROP_BOXES, f"one of {', '.join(CROP_BOXES)}"),
-            "depth_resize": (self.depth_resize in ("nearest", "area"), "one of nearest, area"),
-            "rows_per_shard": (self.rows_per_shard in range(1, 100_001), "1 to 100000"),
-        }
-        for name, (is_right, choices) in checks.items():
-            if not is_right:
-                given = ",".join(self.fields) if name == "fields" else getattr(self, name)
-                raise UserError(f"--{name.replace('_', '-')} {given}: choose {choices}")
+        if not isinstance(self.fields, tuple | list) or not self._are_fields(list(self.fields)):
+            given = ",".join(map(str, self.fields)) if isinstance(self.fields, tuple | list) else repr(self.fields)
+            raise UserError(f"--fields {given}: choose from {','.join(FIELDS)}, each once")
         object.__setattr__(self, "fields", tuple(f for f in FIELDS if f in self.fields))
+        for name, low, high in (("size", 8, 480), ("rows_per_shard", 1, 100_000)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value}: choose {low} to {high}")
+        for name, choices in (("crop", tuple(CROP_BOXES)), ("depth_resize", DEPTH_RESIZES), ("axes", AXES)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise UserError(f"--{name.replace('_', '-')} {value}: choose one of {', '.join(choices)}")
+
+    @staticmethod
+    def _are_fields(names: list[Any]) -> bool:
+        known = [name for name in names if isinstance(name, str) and name in FIELDS]
+        return 0 < len(names) == len(set(known))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fields": list(self.fields)}
+        """For the manifest and the fingerprint; what came after the first sets is left out at its default."""
+        values = {**asdict(self), "fields": list(self.fields)}
+        if self.axes == "auto":
+            del values["axes"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
@@ -154,8 +174,17 @@ def fsync_dir(path: Path) -> None:
     """Make a rename in `path` durable."""
     handle = os.open(path, os.O_RDONLY)
     with suppress(OSError):  # some network file systems cannot
-        os.fsync(handle)
+        fsync(handle)
     os.close(handle)
+
+
+def fsync(handle: int) -> None:
+    """Have what was written outlive a loss of power; on macOS plain fsync leaves it in the disk's own cache."""
+    if F_FULLFSYNC is not None:
+        with suppress(OSError):  # a file system that has none
+            fcntl(handle, F_FULLFSYNC)
+            return
+    os.fsync(handle)
 
 
 def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False) -> dict[str, Any]:
@@ -166,7 +195,7 @@ def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep
         with HashingFile(temporary) as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
             facts = {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
         if not keep_same or what_is_wrong(path, facts):
             os.replace(temporary, path)

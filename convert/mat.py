@@ -1,25 +1,32 @@
 """What is in the .mat: the only place that knows MATLAB's axis order, references and character codes.
 
-Planes come out as they are stored, (W, H): the picture is their transpose (`resize` transposes the small result).
-Rows are read by `chunks.Reader`.
+Planes come out (W, H), as MATLAB stores them: the picture is their transpose (`resize` transposes the small result).
+Rows are read by `chunks.Reader`; everything else here is asked of HDF5, in its own thread (`convert/hdf5.py`).
 """
 
 import errno
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import h5py
 import numpy as np
 
 from .chunks import Reader
-from .format import UserError, one_line
+from .format import Settings, UserError, log, one_line
+from .hdf5 import VERSIONS, StoredDataset, in_hdf5_thread
 
 ORIGINAL_BYTES = 2_972_037_809
+ORIGINAL_MD5 = "520609c519fba3ba5ac58c8fefcc3530"
+# A library or this program may be at fault too: nobody is sent to fetch 3 GB again before he has looked.
+LOOK_FIRST = f"Before you fetch it again compare its md5 with the original's, {ORIGINAL_MD5}; then run: make convert"
+OUR_FAULTS = (AssertionError, AttributeError, ImportError, MemoryError, NameError, NotImplementedError)
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
 KINDS = {"rgb": "u1", "depth": "f4", "raw_depth": "f4", "label": "u2", "instance": "u1"}
 CELLS = ("names", "scenes", "sceneTypes", "rawRgbFilenames", "rawDepthFilenames")
@@ -29,6 +36,7 @@ MAX_ROWS, MAX_SIDE = 1_000_000, 2048  # and pixels of a picture
 MAX_TILES = 16384  # chunks in one row
 
 
+@runtime_checkable
 class Elsewhere(Protocol):
     """A .mat that is no file: some of a Path's methods, and `pread`, which threads may call at once."""
 
@@ -54,7 +62,7 @@ def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> di
     return {"name": path.name, "bytes": n_bytes, "sampled_sha256": digest.hexdigest()}
 
 
-def open_mat(path: Source) -> h5py.File:
+def _open(path: Source) -> h5py.File:
     """Open a v7.3 .mat for reading; anything else is a UserError that says what it is."""
     head = None
     try:
@@ -63,49 +71,96 @@ def open_mat(path: Source) -> h5py.File:
         with path.open("rb") as file:
             head = file.read(520)
         return h5py.File(path if isinstance(path, Path) else path.open("rb"), "r", locking=False)
+    except OUR_FAULTS:
+        raise
     except Exception as error:  # h5py raises whatever HDF5 comes upon
-        raise UserError(f"{path} {_instead(path, head, error)}, then run: make convert") from None
+        raise UserError(f"{path} {_instead(path, head, error)}") from None
 
 
 def _instead(path: Source, head: bytes | None, error: Exception) -> str:
     """What it is instead of a .mat that can be read, and what to do."""
     if head is None:
         why = str(getattr(error, "strerror", None) or error).lower()
-        return f"cannot be read ({why}). Download nyu_depth_v2_labeled.mat, or check its permissions"
+        is_missing = isinstance(error, FileNotFoundError)
+        how = "Download nyu_depth_v2_labeled.mat" if is_missing else "Check its permissions, and the disk it lies on"
+        return f"cannot be read ({why}). {how}, then run: make convert"
     if not head or head.lstrip()[:1] == b"<":
-        return f"is {'a web page, not a .mat' if head else 'empty'}: the download failed. Delete it"
+        what = "a web page, not a .mat" if head else "empty"
+        return f"is {what}: the download failed. Delete it, then run: make convert"
     if head.startswith(b"MATLAB 5.0"):
-        return "is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3"
+        return "is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert"
     if "truncated" in str(error):
         size = f"{path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES})"
-        return f"is {size}: the download was cut. Fetch the rest with curl -C -"
-    return f"is not a MATLAB v7.3 file ({one_line(error)}). Download it again"
+        return f"is {size}: the download was cut. Fetch the rest with curl -C -, then run: make convert"
+    if HDF5_SIGNATURE in (head[:8], head[512:]):
+        return f"is not opened by {VERSIONS} ({one_line(error)}). {LOOK_FIRST}"
+    return f"is not a MATLAB v7.3 file ({one_line(error)}). Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
+
+
+@in_hdf5_thread
+def check_opens(path: Source) -> None:
+    """Raise UserError where it is no .mat that can be read."""
+    _open(path).close()
 
 
 class Mat:
-    """The labelled set in an open .mat: names, per-row facts, and readers for the fields asked for."""
+    """The labelled set in an open .mat: names, per-row facts, and readers for the fields asked for.
 
-    def __init__(self, path: Source, fields: tuple[str, ...]) -> None:
-        self.path, self.file = path, open_mat(path)
-        self.handle = self.file.id.get_vfd_handle() if isinstance(path, Path) else path.pread
-        with self._refusing("it"):
-            self.n_rows = self._check_shapes(fields)
+    Its methods may be called from any thread: what they ask of HDF5 is asked in HDF5's. `axes`: "wh" or "hw", how the
+    pictures lie, or "auto": they are wider than tall. Raises UserError for any other file.
+    """
 
+    @in_hdf5_thread
+    def __init__(self, path: Source, fields: tuple[str, ...], axes: str = "auto") -> None:
+        self.path = path
+        self.file = _open(path)
+        self.handle: int | Callable[[int, int], bytes] = (
+            self.file.id.get_vfd_handle() if isinstance(path, Path) else path.pread
+        )
+        try:
+            with self._refusing("it"):
+                self.n_rows, self.sides = self._check_shapes(fields)
+            self.axes = self._axes(axes)
+        except BaseException:
+            self.file.close()
+            raise
+
+    @in_hdf5_thread
     def close(self) -> None:
         self.file.close()
 
+    def _axes(self, wanted: str) -> str:
+        """ "wh" or "hw": the longer side is W."""
+        first, second = self.sides
+        if first == second:
+            if wanted == "auto":
+                what = f"its pictures are square ({first}x{second}): which axis comes first cannot be seen"
+                raise UserError(f"{self.path}: {what}. Add --axes wh (as MATLAB writes pictures), or --axes hw")
+            return wanted
+        found = "wh" if first > second else "hw"
+        if wanted not in ("auto", found):
+            what = f"its pictures lie as {first}x{second}, and pictures are wider than tall: that is --axes {found}"
+            raise UserError(f"{self.path}: {what}. Leave --axes {wanted} out")
+        if found == "hw":
+            log(f"{self.path}: pictures lie as {first}x{second}: taken as height x width")
+        return found
+
+    def plain(self, settings: Settings) -> Settings:
+        """The settings without `axes` where the file says it by itself: the same set whether it was given or not."""
+        return settings if self.sides[0] == self.sides[1] else replace(settings, axes="auto")
+
     def refuse(self, what: str) -> UserError:
-        return UserError(f"{self.path}: {what}. Download it again, then run: make convert")
+        return UserError(f"{self.path}: {what}. {LOOK_FIRST}")
 
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
         """One line for whatever h5py raises on a damaged file: nearly every type there is."""
         try:
             yield
-        except UserError:
+        except (UserError, *OUR_FAULTS):
             raise
         except Exception as error:
-            raise self.refuse(f"{what} cannot be read ({one_line(error)})") from None
+            raise self.refuse(f"{what} cannot be read by {VERSIONS} ({one_line(error)})") from None
 
     def _dataset(self, key: str) -> h5py.Dataset:
         """A dataset whose data is in this very file: nothing that leads to other files is followed."""
@@ -119,8 +174,8 @@ class Mat:
         _check_stored_here(dset.id)
         return dset
 
-    def _check_shapes(self, fields: tuple[str, ...]) -> int:
-        """The number of rows, after checking that every field agrees on it, before memory is taken."""
+    def _check_shapes(self, fields: tuple[str, ...]) -> tuple[int, tuple[int, int]]:
+        """Rows and the sides of a picture as stored: every field agrees on them. Nothing is taken memory for yet."""
         for key in CELLS:
             self._dataset(key)
         dsets = {name: self._dataset(KEYS[name]) for name in fields}
@@ -130,7 +185,7 @@ class Mat:
         found = {KEYS[name]: (dset.shape[0], dset.shape[-2:]) for name, dset in dsets.items()}
         if len(set(found.values())) != 1:
             raise self.refuse(f"its fields disagree on rows and picture size: {found}")
-        return next(iter(dsets.values())).shape[0]  # type: ignore[no-any-return]
+        return next(iter(found.values()))
 
     def _problem(self, name: str, dset: h5py.Dataset) -> str | None:
         """Type, shape or chunks beyond what the labelled set can be, or larger than so small a file can hold."""
@@ -151,6 +206,7 @@ class Mat:
                 return f"has {math.prod(grid)} chunks of {dset.chunks}"
         return None
 
+    @in_hdf5_thread
     def strings(self, key: str, n: int | None = None) -> list[str]:
         """A cell array of (`n`) strings: an array of references to uint16 character codes."""
         with self._refusing(f"the text in {key}"):
@@ -179,6 +235,7 @@ class Mat:
             raise ValueError("control characters")
         return text
 
+    @in_hdf5_thread
     def accel(self) -> np.ndarray:
         """(N, 4) float32: roll, yaw, pitch, tilt; zeros where the file has none."""
         if self.file.get("accelData", getlink=True) is None:
@@ -189,10 +246,11 @@ class Mat:
                 raise ValueError(f"{dset.dtype}{dset.shape}, expected float32 (4, {self.n_rows})")
             return np.ascontiguousarray(dset[()].T.astype("<f4"))
 
+    @in_hdf5_thread
     def reader(self, name: str) -> Reader:
-        """A reader of `name`'s rows."""
+        """A reader of `name`'s rows, whose `read_index` is yet to be called."""
         with self._refusing(KEYS[name]):
-            return Reader(self.file[KEYS[name]], self.handle)
+            return Reader(StoredDataset(self.file[KEYS[name]]), self.handle, is_hw=self.axes == "hw")
 
 
 def _check_stored_here(dset: h5py.h5d.DatasetID) -> None:

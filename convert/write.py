@@ -24,20 +24,24 @@ from tqdm import tqdm
 from . import format as fmt
 from .chunks import Reader
 from .commit import check_space, find_set, is_finished, receipt_name, remove_receipts, resume, stamp
-from .decode import Buffers, Decoder, Helper, memory_of
+from .decode import Buffers, Decoder, Helper
 from .format import FIELDS, Codecs, Settings, UserError, log
+from .hdf5 import HDF5, Hdf5Thread
 from .lock import only_one
-from .mat import KEYS, Mat, Source, sampled_identity
+from .machine import memory_of, n_cores
+from .mat import KEYS, LOOK_FIRST, Elsewhere, Mat, Source, sampled_identity
 from .pack import write_rest, write_shard
 from .tables import row_columns
 
 ROWS_PER_TASK = 8
 HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
+MAX_WORKERS = 256
+Pool = ThreadPoolExecutor | Hdf5Thread
 
 
 def convert(
-    source: Source,
-    root: Path,
+    source: Source | str,
+    root: Path | str,
     settings: Settings,
     workers: int | None = None,
     codecs: Codecs = None,
@@ -49,13 +53,20 @@ def convert(
     With `repair` a finished one is checked byte for byte, and the shards that are wrong are made again. Raises
     UserError for anything a user can mend. Peak memory is about 2 shards plus a few rows.
     """
+    _check_arguments(settings, workers, codecs)
+    mat: Source = source if isinstance(source, Elsewhere) else _path("source", source)
+    return _convert(mat, _path("root", root), settings, workers, codecs, repair)
+
+
+def _convert(source: Source, root: Path, settings: Settings, workers: int | None, codecs: Codecs, repair: bool) -> Path:
     started = time.perf_counter()
     form = ".zarr" if codecs else ""
     if not source.exists() and (found := find_set(root, settings, {"name": source.name}, form)):
         log(f"{source} is not there, nor needed: {fmt.open_set(found).path} is complete")
         return found
-    mat = Mat(source, settings.fields)
+    mat = Mat(source, settings.fields, settings.axes)
     try:
+        settings = mat.plain(settings)
         before, identity = stamp(source), sampled_identity(source)
         digest = fmt.fingerprint(settings, identity)
         directory = root / fmt.directory_name(settings, digest, codecs is not None)
@@ -67,7 +78,7 @@ def convert(
             directory.mkdir(exist_ok=True)
             remove_receipts(directory, older_than=before[-1])
             job = Job(mat, directory, settings, codecs)
-            columns, names = job.run(workers or len(os.sched_getaffinity(0)))
+            columns, names = job.run(workers or n_cores())
             if (stamp(source), sampled_identity(source)) != (before, identity):
                 remove_receipts(directory)
                 raise UserError(f"{source} changed while it was read. When it is whole, run: make convert")
@@ -78,8 +89,24 @@ def convert(
             remove_receipts(directory)
     finally:
         mat.close()
-    log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {job.peak_memory / 2**20:.0f} MiB")
+    log(f"{job.n_rows} rows in {seconds:.1f} s, peak memory {fmt.mebibytes(job.peak_memory)}")
     return directory
+
+
+def _path(name: str, given: Any) -> Path:
+    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
+        raise UserError(f"{name} {given!r}: expected a path")
+    return Path(given)
+
+
+def _check_arguments(settings: Settings, workers: int | None, codecs: Codecs) -> None:
+    """Before anything is opened: a mistake from Python shows as one line too."""
+    if not isinstance(settings, Settings):
+        raise UserError(f"settings {settings!r}: expected convert.format.Settings(...)")
+    if workers is not None and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
+        raise UserError(f"workers {workers!r}: choose 1 to {MAX_WORKERS}, or None for one a core")
+    if codecs is not None and (not isinstance(codecs, dict) or codecs.keys() != set(settings.fields)):
+        raise UserError(f"codecs {codecs!r}: expected a codec for each of {','.join(settings.fields)}, or None")
 
 
 def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +130,7 @@ def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str
     }
 
 
-def _provenance(source: Path | Source, seconds: float, peak_memory: int) -> dict[str, Any]:
+def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict[str, Any]:
     packages = {}
     for name in ("nyuv2-shards", "numpy", "h5py", "torch", "deflate"):
         try:
@@ -173,7 +200,8 @@ class Job:
         self.open: dict[int, Shard] = {}
         self.helpers = SimpleQueue[Helper]()
         self.lock, self.n_running, self.ended = threading.Lock(), 0, SimpleQueue[Future[Any]]()
-        self.processes, self.peak_memory = [os.getpid()], 0
+        self.processes = [os.getpid()]
+        self.peak_memory: int | None = 0  # bytes; None where the system does not tell
 
     def run(self, workers: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Do all of it; returns what `row_columns` found in the file meanwhile."""
@@ -185,12 +213,12 @@ class Job:
         n_slots = max(2, (most_rows - 2) // self.settings.rows_per_shard + 2)  # so many shards can one task touch
         buffers = Buffers(self.settings, n_slots, min(self.settings.rows_per_shard, self.n_rows))
         self.free = list(range(n_slots))
-        self.decoder = Decoder(str(self.mat.path), KEYS, self.settings, readers, buffers)
+        self.decoder = Decoder(str(self.mat.path), KEYS, LOOK_FIRST, self.settings, readers, buffers)
         self.bar = tqdm(total=self.n_todo, unit="row", desc="convert", disable=None, smoothing=0.05)
         self.pool, self.writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
         try:
-            self.facts = self._submit(self.writer, row_columns, self.mat, log)
             self._start_helpers(workers)
+            self.facts = self._submit(HDF5, row_columns, self.mat, log)  # its thread reads text while others decode
             self._work(readers)
             return self.facts.result()  # type: ignore[no-any-return]
         finally:
@@ -204,21 +232,23 @@ class Job:
             buffers.close()
 
     def _start_helpers(self, workers: int) -> None:
-        """One a thread, where there is enough to do for them; they load while the index is read."""
+        """One a thread, where there is enough to do for them; they load while the indexes are read."""
         readers = self.decoder.readers
         n_bytes = self.n_todo * sum(math.prod(r.row_shape) * r.dtype.itemsize for r in readers.values())
-        self.travels: set[str] = set()
         if workers > 1 and n_bytes >= HELPERS_FROM and isinstance(self.mat.handle, int):
             for _ in range(workers):
                 self.helpers.put(Helper((self.mat.handle, self.decoder.buffers.fd)))
-            for name, reader in readers.items():
-                with self.decoder.blaming(name, 0):  # a damaged index shows here
-                    self.travels |= {name} if reader.can_travel else set()
-            for _ in range(workers):
-                helper = self.helpers.get()
-                self.helpers.put(helper)
-                helper.send(replace(self.decoder, readers={name: readers[name] for name in self.travels}))
-                self.processes.append(helper.process.pid)
+        for name, reader in readers.items():
+            if self.n_todo:
+                with self.decoder.blaming(name, 0):
+                    reader.read_index()
+        n_helpers = self.helpers.qsize()
+        self.travels = {name for name, reader in readers.items() if reader.can_travel and n_helpers}
+        for _ in range(n_helpers):
+            helper = self.helpers.get()
+            self.helpers.put(helper)
+            helper.send(replace(self.decoder, readers={name: readers[name] for name in self.travels}))
+            self.processes.append(helper.process.pid)
 
     def _work(self, readers: dict[str, Reader]) -> None:
         for name, reader in readers.items():
@@ -238,7 +268,7 @@ class Job:
         while self.n_running:
             self._wait()
 
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Future[Any]:
+    def _submit(self, pool: Pool, work: Callable[..., Any], *args: Any) -> Future[Any]:
         with self.lock:
             self.n_running += 1
         future = pool.submit(work, *args)
@@ -303,7 +333,8 @@ class Job:
         self.done[shard.number] = receipt
         del self.open[shard.number]
         self.free.append(shard.slot)
-        self.peak_memory = max(self.peak_memory, memory_of(self.processes))
+        now = memory_of(self.processes)
+        self.peak_memory = None if now is None or self.peak_memory is None else max(self.peak_memory, now)
         self.bar.update(shard.stop - shard.start)
         if self.bar.disable:
             log(f"shard {shard.number + 1} of {len(self.bounds)}: rows {shard.start}..{shard.stop - 1}")

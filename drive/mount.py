@@ -12,14 +12,23 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 def refuse_remote(path: Path) -> None:
     """Raise UserError for a set on a FUSE mount (Google Drive): each page would be a request over the network."""
-    device = os.stat(path).st_dev
-    at, lines = f"{os.major(device)}:{os.minor(device)}", MOUNTS.read_text().splitlines() if MOUNTS.exists() else []
-    kind = next((words[words.index("-") + 1] for words in map(str.split, lines) if words[2] == at), "")
+    kind = kind_of_mount(path)
     if kind.startswith("fuse"):
         raise UserError(
             f"{path} is on a mounted Drive ({kind}): training would read it over the network, row by row. "
             f"Run: make pull DRIVE={path.parent} (or insist: --allow-remote)"
         )
+
+
+def kind_of_mount(path: Path) -> str:
+    """The file system's type, such as "ext4"; "" where nothing tells: no /proc, or no such path."""
+    try:
+        device = os.stat(path).st_dev
+        lines = MOUNTS.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    at = f"{os.major(device)}:{os.minor(device)}"
+    return next((words[words.index("-") + 1] for words in map(str.split, lines) if words[2] == at), "")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -67,7 +67,7 @@ def _fetch_rest(remote: "Remote", part: Path) -> None:
                     file.write(data)
                     progress.add(len(data))
         file.flush()
-        os.fsync(file.fileno())
+        fmt.fsync(file.fileno())
 
 
 def patiently(action: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from typing import Any
 from convert import format as fmt
 from convert.commit import find_set
 from convert.format import Codecs, Settings, UserError, log
-from convert.mat import Source, open_mat, sampled_identity
+from convert.mat import Source, check_opens, sampled_identity
 from convert.pack import repack
 from convert.write import convert
 
@@ -87,7 +87,7 @@ def _find_mat(root: Path, drive: Path | None, command: str) -> Path | None:
         path = where / MAT_NAME
         if patiently(partial(exists, path), f"looking for {path}", command):
             try:
-                open_mat(path).close()
+                check_opens(path)
                 return path
             except UserError as error:
                 log(f"passed over: {error}")

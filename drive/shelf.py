@@ -21,6 +21,7 @@ from convert import format as fmt
 from convert.commit import write_receipts
 from convert.format import UserError, log
 from convert.lock import only_one
+from convert.machine import drop_from_cache
 
 T = TypeVar("T")
 Files = dict[str, dict[str, Any]]
@@ -209,7 +210,7 @@ def _is_right(path: Path, facts: dict[str, Any]) -> bool:
     """Whether the file is what the manifest says, read from where it lies and not from the page cache."""
     try:
         with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            drop_from_cache(file.fileno())
             right_size = os.fstat(file.fileno()).st_size == facts["bytes"]
             return right_size and hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
     except FileNotFoundError:

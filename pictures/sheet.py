@@ -14,6 +14,7 @@ from convert.format import (
     ShardSet,
     UserError,
     all_files,
+    mebibytes,
     open_set,
     row_shape,
     write_atomically,
@@ -61,7 +62,7 @@ def _field_line(found: ShardSet, name: str) -> str:
 def _provenance_line(directory: Path) -> str:
     try:
         made = json.loads((directory / PROVENANCE).read_text())
-        cost = f"{made['seconds']} s, peak memory {made['peak_memory_bytes'] / 2**20:.0f} MiB"
+        cost = f"{made['seconds']} s, peak memory {mebibytes(made['peak_memory_bytes'])}"
         return f"  made {made['when']} in {cost}: {made['command']}"
     except (OSError, ValueError, KeyError):
         return "  made: unknown (no provenance.json)"

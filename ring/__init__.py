@@ -1,7 +1,8 @@
 """A loader of batches for any dataset whose rows can be copied: buffers used again and again, order from a function.
 
-A dataset makes the batch of some rows in a buffer that it is given, or in new memory; what a batch consists of is a
-function from the epoch to arrays of row numbers. Everything else (a thread or processes that run ahead, buffers that
+A dataset makes the batch of some rows in new memory (`batch`), or in a buffer that it is given (`fill`, which returns
+how they lie there, or None where it cannot); what a batch consists of is a function from the epoch to arrays of row
+numbers. Everything else (a thread or processes that run ahead, buffers that
 are refilled only after the last tensor on them is gone, resuming, ends that are clean) is `ring.loader.Loader`.
 
 >>> import numpy as np, torch

@@ -4,6 +4,7 @@ The sum of RSS counts a page shared by eight workers eight times; PSS gives each
 mirror a file (memory maps) are the kernel's to drop at will, so they are kept apart.
 """
 
+import math
 import os
 import sys
 import time
@@ -25,8 +26,16 @@ class NoRoom(MemoryError):
 class TreeMemory(NamedTuple):
     """Bytes held by a process tree: memory of its own, and mapped pages of files."""
 
-    pss_anon: int
-    page_cache: int
+    pss_anon: float
+    page_cache: float
+
+
+UNKNOWN = TreeMemory(math.nan, math.nan)
+
+
+def larger(a: float, b: float) -> float:
+    """Of what is known."""
+    return b if math.isnan(a) or b > a else a
 
 
 def tree_of(root: int) -> list[int]:
@@ -54,9 +63,12 @@ def sizes_in(path: Path) -> dict[str, int]:
 
 
 def tree_memory(pid: int | None = None) -> TreeMemory:
-    """Memory of the process (this one by default) and its descendants, resident sizes where the kernel has no PSS."""
+    """Memory of the process (this one by default) and its descendants, resident sizes where the kernel has no PSS; nan
+    where nothing tells: there is no /proc, as on macOS."""
     found = [PROC / str(each) for each in tree_of(pid or os.getpid())]
     sizes = [sizes_in(process / "status") | sizes_in(process / "smaps_rollup") for process in found]
+    if not sizes[0]:
+        return UNKNOWN
     own, shared, files = (
         sum(each.get(f"Pss_{kind}", each.get(f"Rss{kind}", 0)) for each in sizes) for kind in ("Anon", "Shmem", "File")
     )
@@ -118,10 +130,14 @@ def warn_near_limit() -> None:
 
 
 class Meter:
-    """Speed and memory of this process's part of an epoch; the bar asks once a second, as reading a loss waits."""
+    """Speed and memory of this process's part of an epoch; the bar asks once a second, as reading a loss waits.
+
+    Memory is nan where nothing tells it.
+    """
 
     def __init__(self, bar: Any, n_processes: int = 1) -> None:
-        self.bar, self.n_processes, self.rows, self.memory = bar, n_processes, 0, TreeMemory(0, 0)
+        self.bar, self.n_processes = bar, n_processes
+        self.rows, self.memory = 0, UNKNOWN
         self.started = self.shown = time.perf_counter()
 
     def values(self) -> dict[str, float]:
@@ -135,8 +151,8 @@ class Meter:
         if time.perf_counter() - self.shown < SHOW_EVERY_S and not is_last:
             return
         self.shown = time.perf_counter()
-        self.memory = TreeMemory(*map(max, self.memory, tree_memory()))
+        self.memory = TreeMemory(*map(larger, self.memory, tree_memory()))
         warn_near_limit()
         if not self.bar.disable:
-            rate, held = self.values()["samples_per_s"], self.memory[0] / 2**30
-            self.bar.set_postfix_str(f"loss {loss():.3f}, {rate:.0f}/s, mem {held:.2f} GiB")
+            held = "" if math.isnan(self.memory[0]) else f", mem {self.memory[0] / 2**30:.2f} GiB"
+            self.bar.set_postfix_str(f"loss {loss():.3f}, {self.values()['samples_per_s']:.0f}/s{held}")

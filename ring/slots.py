@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ring.forks import BUFFERS, HOLDERS
+from ring.messages import Layout, Message, Raised, Returned, Written
+
 N_SLOTS = 4  # batches held in all: one at the user, one being delivered, two ahead
 COPY_BELOW = 4096  # bytes: a kept list of labels must not keep the whole batch's buffer
-
-Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 def n_bytes_of(layout: Layout) -> int:
@@ -62,6 +63,11 @@ def slots_of(arena: Arena) -> list[memoryview]:
     return [view[k * size : (k + 1) * size] for k in range(N_SLOTS)]
 
 
+def _can_pin() -> bool:
+    """A forked child cannot, once its parent has used the GPU."""
+    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
+
+
 class Ring:
     """N_SLOTS buffers. A slot goes out under tensors and comes back by itself when the last of them is gone."""
 
@@ -70,16 +76,35 @@ class Ring:
         self.arena = shared_memory(N_SLOTS * n_bytes) if is_shared else None
         self.buffers = slots_of(self.arena) if self.arena else [private_memory(n_bytes) for _ in range(N_SLOTS)]
         self.unseen = set(range(N_SLOTS)) if is_shared else set[int]()
-        self.lent, self.events = set[int](), dict[int, Any]()
+        self.lent, self.events = dict[int, int](), dict[int, Any]()  # bytes in use; what copies to the GPU wait for
+        self.kept = set[int]()  # lent, and never to be filled again
         self.free = list(range(N_SLOTS))  # the last one back goes out first: part of it is still in the CPU's cache
-        self.is_pinned = torch.cuda.is_available() and all(self._pin(buffer) for buffer in self.buffers)
+        self.pins: list[weakref.finalize[Any, Any]] = []
+        self.is_pinned = _can_pin() and all(self._pin(buffer) for buffer in self.buffers)
+        HOLDERS.add(self)
+        if is_shared:
+            BUFFERS.add(self)
 
     def _pin(self, buffer: memoryview) -> bool:
         cudart, array = torch.cuda.cudart(), np.frombuffer(buffer, np.uint8)
         if int(cudart.cudaHostRegister(array.ctypes.data, array.nbytes, 0)) != 0:
             return False
-        weakref.finalize(self, cudart.cudaHostUnregister, array.ctypes.data).atexit = False
+        self.pins.append(weakref.finalize(self, cudart.cudaHostUnregister, array.ctypes.data))
+        self.pins[-1].atexit = False
         return True
+
+    def forget(self) -> None:
+        """In a forked child, which cannot use the parent's GPU: nothing is unregistered, no event recorded."""
+        self.is_pinned = False
+        self.events.clear()
+        for pin in self.pins:
+            pin.detach()
+
+    def lent_to_others(self) -> list[memoryview]:
+        return [self.buffers[slot][:n_bytes] for slot, n_bytes in list(self.lent.items())]
+
+    def keep_lent(self) -> None:
+        self.kept |= set(self.lent)
 
     def take(self) -> int:
         """A free slot, after the copies to the GPU that were under way when it came back."""
@@ -88,10 +113,10 @@ class Ring:
             event.synchronize()
         return slot
 
-    def deliver(self, slot: int, made: Any) -> Any:
-        """What was made in `slot`: a layout becomes the batch that lies there; anything else is passed on."""
-        if isinstance(made, list):
-            return self.lend(slot, made)
+    def deliver(self, slot: int, made: Message) -> Returned | Raised:
+        """What was made in `slot`, with the batch that was written there as tensors on it."""
+        if isinstance(made, Written):
+            return Returned(self.lend(slot, made.layout))
         self.free.append(slot)
         return made
 
@@ -107,14 +132,16 @@ class Ring:
         if is_last:
             self.free.append(slot)
         else:
-            self.lent.add(slot)
+            self.lent[slot] = n_bytes_of(layout)
             weakref.finalize(lease, self._back, slot).atexit = False
         return batch
 
     def _back(self, slot: int) -> None:
         """Runs wherever the last tensor is dropped, inside a garbage collection too."""
+        if slot in self.kept:
+            return
         if self.is_pinned:
             self.events[slot] = torch.cuda.Event()
             self.events[slot].record()
-        self.lent.discard(slot)
+        self.lent.pop(slot, None)
         self.free.append(slot)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import h5py
 import numpy as np
 
-from convert.format import UserError, fsync_dir
+from convert.format import UserError, fsync, fsync_dir
 from convert.tables import tables as official_tables
 
 Chunks = Literal["original", "resaved", "none"]
@@ -246,7 +246,7 @@ def _write_hdf5(path: Path, rows: int, chunks: Chunks, seed: int, size_wh: tuple
             _dataset(file, name, "cell", data=np.array([targets], h5py.ref_dtype))
     with open(path, "r+b", buffering=0) as raw:
         raw.write(b"MATLAB 7.3 MAT-file, Platform: MADE-UP, HDF5 schema 1.00 .".ljust(116) + bytes(8) + b"\0\2IM")
-        os.fsync(raw.fileno())
+        fsync(raw.fileno())
 
 
 def _write_arrays(file: Any, rows: int, draw: Any, chunks: Chunks, size_wh: tuple[int, int]) -> None:

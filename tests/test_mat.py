@@ -15,13 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert.chunks as chunks_module
-from convert.chunks import Reader
+from convert.chunks import ChunkIndex, Reader
 from convert.format import UserError
+from convert.hdf5 import StoredDataset
 from convert.mat import KEYS
 from convert.write import convert
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [{}, GZIP, {**GZIP, "shuffle": True}, {"shuffle": True}, {"compression": "lzf"}, {**GZIP, "fletcher32": True}]
+
+
+def open_reader(dset: h5py.Dataset, handle: int) -> Reader:
+    reader = Reader(StoredDataset(dset), handle)
+    reader.read_index()
+    return reader
 
 
 def all_rows(reader: Reader) -> np.ndarray:
@@ -59,7 +66,7 @@ def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
         else:
             dset[: (shape[0] + 1) // 2] = values[: (shape[0] + 1) // 2]
     with h5py.File(path) as file, open(path, "rb") as raw:
-        reader = Reader(file["x"], raw.fileno())
+        reader = open_reader(file["x"], raw.fileno())
         if chunk and scratch:
             reader.group_rows = band
             reader.fill_scratch(tmp_path)
@@ -72,24 +79,30 @@ def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
     assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
 
 
-def test_offsets_without_the_user_block_are_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [(1, 16, 48), (1, 8, 8), None], ids=str)
+@pytest.mark.parametrize("leaves_out", [True, False], ids=["without the user block", "with it"])
+def test_offsets_are_right_whether_hdf5_counts_the_user_block_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: tuple[int, ...] | None, leaves_out: bool
+) -> None:
+    """Most of it is 0: many a chunk is also found 512 bytes further on."""
     path = tmp_path / "x.h5"
-    values = np.arange(4 * 64 * 48, dtype="<u2").reshape(4, 64, 48)
+    values = np.zeros((4, 64, 48), "<u2")
+    values[2, 8:16, 8:16] = np.arange(64).reshape(8, 8)
     with h5py.File(path, "w", userblock_size=512) as file:
-        file.create_dataset("x", data=values, chunks=(1, 16, 48), **GZIP)
-        _, first = file["x"].id.read_direct_chunk((0, 0, 0))
-    behind_user_block = path.read_bytes().index(first) - 512
-    original = chunks_module.read_index
+        file.create_dataset("x", data=values, chunks=chunk, **(GZIP if chunk else {}))
+    claimed = Reader._claimed_index
 
-    def as_old_hdf5(*args: Any) -> chunks_module.ChunkIndex:
-        """Before HDF5 2 offsets count from behind the user block."""
-        index = original(*args)
-        np.subtract(index.offset, index.offset.flat[0] - behind_user_block, out=index.offset)
+    def as_another_hdf5(self: Reader) -> ChunkIndex | None:
+        index = claimed(self)
+        assert index is not None
+        counts = self.dataset.chunks is None or h5py.version.hdf5_version_tuple >= (1, 14, 4)
+        if leaves_out == counts:
+            np.add(index.offset, -512 if leaves_out else 512, out=index.offset, where=index.offset >= 0)
         return index
 
-    monkeypatch.setattr(chunks_module, "read_index", as_old_hdf5)
+    monkeypatch.setattr(Reader, "_claimed_index", as_another_hdf5)
     with h5py.File(path) as file, open(path, "rb") as raw:
-        reader = Reader(file["x"], raw.fileno())
+        reader = open_reader(file["x"], raw.fileno())
         np.testing.assert_array_equal(all_rows(reader), values)
         assert reader.index is not None
 
@@ -101,7 +114,7 @@ def test_a_chunk_written_without_its_filter_is_read(tmp_path: Path) -> None:
         dset = file.create_dataset("x", data=values, chunks=(1, 16), **GZIP)
         dset.id.write_direct_chunk((1, 0), values[1].tobytes(), filter_mask=1)
     with h5py.File(path) as file, open(path, "rb") as raw:
-        np.testing.assert_array_equal(all_rows(Reader(file["x"], raw.fileno())), values)
+        np.testing.assert_array_equal(all_rows(open_reader(file["x"], raw.fileno())), values)
 
 
 def test_both_inflaters_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

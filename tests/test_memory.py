@@ -35,8 +35,8 @@ class Nothing:
     def batch(self, indices: object) -> tuple[torch.Tensor, ...]:
         return (torch.zeros(1),)
 
-    def fill(self, buffer: object, indices: object) -> tuple[torch.Tensor, ...]:
-        return self.batch(indices)
+    def fill(self, buffer: object, indices: object) -> None:
+        return None
 
 
 def worker_memory(dataset: Any, workers: int, method: str) -> list[int]:

@@ -33,8 +33,8 @@ class Table:
 class Computed(Table):
     """The same rows from a dataset that cannot write into a buffer."""
 
-    def fill(self, buffer: memoryview, indices: np.ndarray) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return self.batch(indices)
+    def fill(self, buffer: memoryview, indices: np.ndarray) -> None:  # type: ignore[override]
+        return None
 
 
 def uneven(epoch: int) -> Sequence[np.ndarray]:

@@ -6,8 +6,7 @@ stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the devi
 
 import ctypes
 import math
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from convert.format import FIELDS, MANIFEST, SPLITS, VOID, UserError, log, open_set, read_manifest, resolve_set
+from convert.format import FIELDS, SPLITS, VOID, UserError, open_set, resolve_set
 from drive.mount import refuse_remote
+from ring.forks import use_one_thread_in_a_fork
 from ring.loader import Loader, Maker, Transform, worker_count
 from ring.slots import Layout, arrays_in, n_bytes_of, private_memory, tensors_in
+from train.arguments import (
+    check_cache,
+    check_choice,
+    check_device,
+    check_fields,
+    check_flags,
+    check_function,
+    check_path,
+    check_start_method,
+    check_target_size,
+    check_whole,
+    check_workers,
+    one_whole_number,
+    whole_numbers,
+)
 from train.augment import normalize_depth, normalize_rgb
 from train.order import Batches
+from train.unpack import unpacked
 
 SCENE_10 = [
     "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom", "bookstore",
@@ -32,6 +48,7 @@ TARGETS = {  # and the field each is read from
     "instance": "instance",
 }  # fmt: skip
 INPUTS = ("rgb", "depth", "raw_depth")
+OPENED = {"_set", "_mapped", "_parts", "_rows", "_scene_ids", "_lut"}  # again, wherever a dataset is unpickled
 
 
 def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
@@ -41,6 +58,51 @@ def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
     if num_classes not in classes:
         raise UserError(f"num_classes {num_classes}: choose 10, 13 or {every}. Run: python -m train --num-classes 13")
     return classes[num_classes]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """The shards of some fields as one table of row pieces; made as a whole, then never changed.
+
+    Seen as pieces of rows at any address between the first map and the end of the last, all shards and fields are one
+    table, and a batch is one index_select, which lets other threads run meanwhile. Below 32768 elements torch divides
+    the pieces among its threads, above that every single piece. `pieces` is over raw addresses: it lives no longer
+    than `maps`, and never reaches anybody without them.
+    """
+
+    maps: dict[str, list[np.ndarray]]
+    starts: dict[str, np.ndarray]  # of each shard, from the first address
+    pieces: Tensor
+
+    @classmethod
+    def of(cls, maps: dict[str, list[np.ndarray]], size: int) -> "Mapped":
+        ends = [(shard.ctypes.data, shard.nbytes) for shards in maps.values() for shard in shards]
+        low, high = min(start for start, _ in ends), max(map(sum, ends))
+        starts = {f: np.array([shard.ctypes.data for shard in shards]) - low for f, shards in maps.items()}
+        piece = size * max(d for d in range(1, size + 1) if size % d == 0 and size * d < 32768)
+        memory = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low)))
+        return cls(maps, starts, memory.as_strided((high - low - piece + 1, piece), (1, 1)))
+
+    def gather(self, fields: tuple[str, ...], rows: np.ndarray, buffer: memoryview | None = None) -> np.ndarray:
+        """The bytes of rows that exist, field after field, the widest first, in `buffer` or in new memory.
+
+        Python's lock is let go only for the copy (as numpy does above 500 numbers, and torch for every operation): to
+        get it back beside a training step that holds it takes 5 ms.
+        """
+        piece, at = self.pieces.shape[1], 0
+        sizes = {field: self.maps[field][0][0].nbytes // piece for field in fields}
+        index = np.empty(len(rows) * sum(sizes.values()), np.int64)
+        for field in sorted(fields, key=lambda field: -self.maps[field][0].itemsize):
+            n_rows, n_pieces = len(self.maps[field][0]), sizes[field]
+            starts = self.starts[field][rows // n_rows] + rows % n_rows * (n_pieces * piece)
+            for k in range(n_pieces):
+                index[at + k : at + len(rows) * n_pieces : n_pieces] = starts + k * piece
+            at += len(rows) * n_pieces
+        size = len(index) * piece
+        out = np.empty(size, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8, size)
+        into = torch.from_numpy(out.reshape(len(index), piece))
+        torch.index_select(self.pieces, 0, torch.from_numpy(index), out=into)
+        return out
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
@@ -64,31 +126,38 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         device: str | torch.device | None = None,
         allow_remote: bool = False,
     ) -> None:
-        if split not in (*SPLITS, "all") or target not in TARGETS:
-            choices = f"train, test, all and {', '.join(TARGETS)}"
-            raise UserError(f"split {split!r}, target {target!r}: choose from {choices}")
+        check_path(path)
+        check_choice("split", split, (*SPLITS, "all"))
+        check_choice("target", target, tuple(TARGETS))
+        check_flags(normalize=normalize, allow_remote=allow_remote)
+        self.num_classes = check_whole("num_classes", num_classes, 1, 10_000)
+        self.fields = check_fields(fields, INPUTS) or (("rgb",) if target == "depth" else ("rgb", "depth"))
+        self.device = check_device(device)
         self.path = resolve_set(path)
         if not allow_remote:
             refuse_remote(self.path)
         self.path = unpacked(self.path)
-        self.split, self.target, self.num_classes, self.normalize = split, target, num_classes, normalize
-        self.fields = fields or (("rgb",) if target == "depth" else ("rgb", "depth"))
-        if not set(self.fields) <= set(INPUTS):
-            raise UserError(f"fields {self.fields}: choose from {', '.join(INPUTS)}")
+        self.split, self.target, self.normalize = split, target, normalize
         self._open()
         if device is not None:
-            self._parts = [part.to(device) for part in self.stored(np.arange(len(self)))]
+            self._all_parts()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        """Path and settings; a relative path as seen from here, as the pickle may be opened elsewhere."""
+        state = {key: value for key, value in self.__dict__.items() if key not in OPENED}
+        return {**state, "path": self._set.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+        if self.fingerprint != state["fingerprint"]:
+            raise UserError(f"{self.path} was replaced by another set since this dataset was made. Make it again")
 
     def _open(self) -> None:
         """Read the manifest and the per-row columns; maps wait for the first row that is asked for."""
-        self._set, self._maps, self._parts = open_set(self.path), dict[str, list[np.ndarray]](), list[Tensor]()
+        self._set = open_set(self.path.absolute())  # maps are opened later, perhaps from another working directory
+        self._mapped: Mapped | None = None
+        self._parts: tuple[Tensor, ...] | None = None
         for field in filter(None, (*self.fields, TARGETS[self.target])):
             self._set.check_has(field)
         manifest, split = self._set.manifest, self._set.column("split")
@@ -97,6 +166,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self._rows = np.arange(len(split)) if self.split == "all" else np.flatnonzero(split == SPLITS.index(self.split))
         if not len(self._rows):
             raise UserError(f"{self.path} has no {self.split} rows. Run: make convert with a .mat that has some")
+        scene_classes(self.num_classes, manifest["names"]["scene_types"])  # refused with any target
         self._read_names(manifest["names"])
         statistics = manifest["fields"].get("depth", {}).get("statistics") or {"mean": [math.nan], "std": [math.nan]}
         self.depth_mean, self.depth_std = statistics["mean"][0] / 1000, max(statistics["std"][0] / 1000, 1e-6)
@@ -123,13 +193,13 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        position = range(len(self))[index]  # from the end too, and an IndexError beyond
+    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        position = range(len(self))[one_whole_number(index)]  # from the end too, and an IndexError beyond
         return tuple(part[0] for part in self.batch(np.array([position])))
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+    def __getitems__(self, indices: Any) -> list[tuple[Tensor, ...]]:
         """One gather for the whole batch, handed over as rows (views), as torch's default collate wants them."""
-        return list(zip(*self.batch(np.asarray(indices)), strict=True))
+        return list(zip(*self.batch(indices), strict=True))
 
     def labels(self) -> np.ndarray:
         """[N] int64: the scene class of every row of the split."""
@@ -137,51 +207,23 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise UserError("labels() is for target='scene'")
         return self._scene_ids[self._rows]
 
-    def rows_of(self, indices: np.ndarray) -> np.ndarray:
-        """Positions in the split -> row numbers of the set; a bad one is an IndexError."""
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"positions {indices.min()}..{indices.max()} of {len(self)} rows")
-        return self._rows[indices]
+    def rows_of(self, indices: Any) -> np.ndarray:
+        """Positions in the split [B] -> row numbers of the set. Raises TypeError for a mask or other numbers that are
+        not whole, IndexError for positions that do not exist (those from the end are for `ds[-1]` alone)."""
+        positions = whole_numbers(indices)
+        if len(positions) and not (positions.min() >= 0 and positions.max() < len(self)):
+            found = f"positions {positions.min()}..{positions.max()}"
+            raise IndexError(f"{found} of {len(self)} rows: choose from 0 to {len(self) - 1}")
+        return self._rows[positions.astype(np.int64)]
 
-    def _map(self) -> None:
-        """Open the memory maps: on first use in each process.
-
-        Seen as pieces of rows at any address between the first map and the end of the last, all shards and fields are
-        one table, and a batch is one index_select, which lets other threads run meanwhile. Below 32768 elements torch
-        divides the pieces among its threads, above that every single piece.
-        """
-        maps = {field: self._set.shards(field) for field in {*self.fields, TARGETS[self.target]} if field}
-        ends = [(shard.ctypes.data, shard.nbytes) for shards in maps.values() for shard in shards]
-        low, high = min(start for start, _ in ends), max(map(sum, ends))
-        self._starts = {f: np.array([shard.ctypes.data for shard in shards]) - low for f, shards in maps.items()}
-        piece = self.size * max(d for d in range(1, self.size + 1) if self.size % d == 0 and self.size * d < 32768)
-        memory = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low)))
-        self._pieces = memory.as_strided((high - low - piece + 1, piece), (1, 1))
-        self._maps = maps  # last: another thread may look
-
-    def _gather(self, fields: tuple[str, ...], rows: np.ndarray, buffer: memoryview | None = None) -> np.ndarray:
-        """The bytes of rows that exist, field after field, the widest first, in `buffer` or in new memory.
-
-        Python's lock is let go only for the copy (as numpy does above 500 numbers, and torch for every operation): to
-        get it back beside a training step that holds it takes 5 ms.
-        """
-        if not self._maps:
-            self._map()
-        piece, at = self._pieces.shape[1], 0
-        sizes = {field: self._maps[field][0][0].nbytes // piece for field in fields}
-        index = np.empty(len(rows) * sum(sizes.values()), np.int64)
-        for field in sorted(fields, key=lambda field: -self._maps[field][0].itemsize):
-            n_rows, n_pieces = len(self._maps[field][0]), sizes[field]
-            starts = self._starts[field][rows // n_rows] + rows % n_rows * (n_pieces * piece)
-            for k in range(n_pieces):
-                index[at + k : at + len(rows) * n_pieces : n_pieces] = starts + k * piece
-            at += len(rows) * n_pieces
-        size = len(index) * piece
-        out = np.empty(size, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8, size)
-        into = torch.from_numpy(out.reshape(len(index), piece))
-        torch.index_select(self._pieces, 0, torch.from_numpy(index), out=into)
-        return out
+    def _map(self) -> Mapped:
+        """The memory maps, opened on first use. Threads that come at once may each open them; each has all of its own,
+        and one assignment, of a finished object, decides which are kept. So there is no lock that a fork could hold."""
+        mapped = self._mapped
+        if mapped is None:
+            names = {*self.fields, TARGETS[self.target]} - {""}
+            self._mapped = mapped = Mapped.of({field: self._set.shards(field) for field in names}, self.size)
+        return mapped
 
     def _layout(self, n: int) -> Layout:
         """Of a stored batch of n rows. Depth is at most 32767 mm: as int16 it has the bits of the uint16 on disk."""
@@ -190,51 +232,53 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         target = {"scene": ("i8", (n,)), "depth": ("f4", (n, 1, *plane))}.get(self.target, ("i8", (n, *plane)))
         return [(np.dtype(kind), shape) for kind, shape in (*inputs, target)]
 
-    def fill(self, buffer: memoryview, indices: np.ndarray) -> Layout | tuple[Tensor, ...]:
-        """Gather a batch in `buffer`: its layout there; or the batch, where there is something to compute."""
-        return self.batch(indices) if self.normalize or self._parts else self._fill(buffer, indices)
+    def fill(self, buffer: memoryview, indices: Any) -> Layout | None:
+        """Gather a batch in `buffer`: its layout there; or None, where there is something to compute."""
+        if self.normalize or self.device is not None:
+            return None
+        return self._fill(buffer, self.rows_of(indices))
 
-    def _fill(self, buffer: memoryview, indices: np.ndarray) -> Layout:
-        rows, layout = self.rows_of(indices), self._layout(len(indices))
+    def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
+        use_one_thread_in_a_fork()
+        mapped, layout = self._map(), self._layout(len(rows))
         target = arrays_in(buffer, layout)[-1]  # no part is wider: it lies first
         if field := TARGETS[self.target]:
-            stored = self._gather((field,), rows).view(FIELDS[field]["dtype"]).reshape(target.shape)
+            stored = mapped.gather((field,), rows).view(FIELDS[field]["dtype"]).reshape(target.shape)
             stored = self._lut[stored] if field == "label" else stored
             target[:] = stored / np.float32(1000) if field == "depth" else stored
         else:
             target[:] = self._scene_ids[rows]
-        self._gather(self.fields, rows, buffer[target.nbytes :])
+        mapped.gather(self.fields, rows, buffer[target.nbytes :])
         return layout
 
-    def stored(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+    def stored(self, indices: Any) -> tuple[Tensor, ...]:
         """`batch` before normalising."""
-        if self._parts:
-            self.rows_of(indices)  # they exist
-            index = torch.as_tensor(indices, device=self._parts[0].device)
-            return tuple(part.index_select(0, index) for part in self._parts)
-        buffer = private_memory(n_bytes_of(self._layout(len(indices))))
-        return tensors_in(buffer, self._fill(buffer, indices))
+        if self.device is None:
+            return self._gathered(self.rows_of(indices))
+        self.rows_of(indices)  # they exist
+        parts = self._all_parts()
+        index = torch.from_numpy(whole_numbers(indices).astype(np.int64)).to(parts[0].device)
+        return tuple(part.index_select(0, index) for part in parts)
 
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """The fields asked for, as float32 inputs where `normalize`, then the target."""
+    def _gathered(self, rows: np.ndarray) -> tuple[Tensor, ...]:
+        buffer = private_memory(n_bytes_of(self._layout(len(rows))))
+        return tensors_in(buffer, self._fill(buffer, rows))
+
+    def _all_parts(self) -> tuple[Tensor, ...]:
+        """All rows on the device; taken there on first use."""
+        parts = self._parts
+        if parts is None:
+            self._parts = parts = tuple(part.to(self.device) for part in self._gathered(self._rows))
+        return parts
+
+    def batch(self, indices: Any) -> tuple[Tensor, ...]:
+        """The fields asked for, as float32 inputs where `normalize`, then the target, of these positions [B]."""
+        use_one_thread_in_a_fork()
         *inputs, target = self.stored(indices)
         if self.normalize:
             stats, pairs = (self.depth_mean, self.depth_std), zip(self.fields, inputs, strict=True)
             inputs = [normalize_rgb(part) if field == "rgb" else normalize_depth(part, *stats) for field, part in pairs]
         return (*inputs, target)
-
-
-def unpacked(path: Path) -> Path:
-    """The set; of a compressed one the .npy copy beside it, made once, by `convert`: zarr is never loaded here."""
-    if path.suffix != ".zarr" or set(read_manifest(path)["codecs"].values()) == {"none"}:
-        return path
-    copy = path.with_suffix("")
-    if not (copy / MANIFEST).is_file():
-        log(f"{path} is compressed: unpacking it once, into {copy}")
-        command = [sys.executable, "-m", "convert", "run", str(path.absolute()), "--out", str(path.parent.absolute())]
-        if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
-    return copy
 
 
 def create_dataloaders(
@@ -265,24 +309,32 @@ def create_dataloaders(
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows stay on `device`.
     allow_remote: read a set on a FUSE mount all the same. Raises UserError for a wrong setting.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: at least 1. Run: python -m train --batch-size 128")
-    if num_workers != "auto" and not (str(num_workers).isdecimal() and int(num_workers) <= 64):
-        raise UserError(f"num_workers {num_workers!r}: 'auto' or 0 to 64. Run: python -m train --num-workers auto")
-    if cache not in (None, "device"):
-        raise UserError(f"cache {cache!r}: 'device' or None")
+    batch_size = check_whole("batch_size", batch_size, 1, 2**31)
+    workers = check_workers(num_workers)
+    seed = check_whole("seed", seed, 0, 2**64 - 1)
+    world = check_whole("world", world, 1, 2**31)
+    rank = check_whole("rank", rank, 0, world - 1)
+    check_target_size(target_size)
+    check_flags(normalize=normalize, prefetch=prefetch, allow_remote=allow_remote)
+    check_function("transform", transform)
+    check_function("val_transform", val_transform)
+    check_start_method(start_method)
+    check_cache(cache, device)
     chosen: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize, "fields": fields}
 
     def loader(split: str, change: Transform | None, place: Any = None) -> Loader:
         dataset = ShardDataset(dataset_path, split=split, device=place, allow_remote=allow_remote, **chosen)
-        if target_size not in (None, have := dataset.size, (have, have), [have, have]):
+        have = dataset.size
+        if target_size is not None and not set(np.ravel(target_size).tolist()) <= {have}:
             hint = f"Run: make convert ARGS='--size {np.min(target_size)}'"
             raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
+        if split == "train" and len(dataset) < world:
+            raise UserError(f"{dataset.path} has {len(dataset)} train rows for world {world}: choose a smaller world")
         maker = Maker(dataset, change, 0)
-        workers = 0 if place else worker_count(num_workers, maker, batch_size, len(dataset), split)
+        count = 0 if place is not None else worker_count(workers, maker, batch_size, len(dataset), split)
         batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
         ahead = prefetch and place is None
-        return Loader(dataset, batches, workers, start_method, prefetch=ahead, transform=change, seed=seed)
+        return Loader(dataset, batches, count, start_method, prefetch=ahead, transform=change, seed=seed)
 
-    place = cache and (device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device if device is not None or cache is None else "cuda" if torch.cuda.is_available() else "cpu"
     return loader("train", transform, place), loader("test", val_transform)

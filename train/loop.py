@@ -220,7 +220,9 @@ def evaluate(run: Run, job: Job, thorough: bool = True) -> dict[str, float]:
 def epoch_line(row: dict[str, float], epochs: int) -> str:
     scores = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items() if k.startswith(("train_", "test_"))]
     speed = f"{row['samples_per_s']:.0f} samples/s  {row['seconds']:.1f} s"
-    return f"epoch {row['epoch']}/{epochs}  {'  '.join(scores)}  {speed}  memory {row['memory_bytes'] / 2**30:.2f} GiB"
+    gib = row["memory_bytes"] / 2**30
+    memory = "unknown" if math.isnan(gib) else f"{gib:.2f} GiB"
+    return f"epoch {row['epoch']}/{epochs}  {'  '.join(scores)}  {speed}  memory {memory}"
 
 
 def train(settings: Settings) -> dict[str, Any]:

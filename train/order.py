@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from train.arguments import check_whole
+
 
 def permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The epoch's shuffled positions 0..n_rows-1."""
@@ -28,6 +30,15 @@ class Batches:
     seed: int | None
     rank: int = 0
     world: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises UserError: a wrong rank would train on another's rows, or on none."""
+        check_whole("n_rows", self.n_rows, 0, 2**62)
+        check_whole("batch_size", self.batch_size, 1, 2**62)
+        check_whole("world", self.world, 1, 2**31)
+        check_whole("rank", self.rank, 0, self.world - 1)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, 2**64 - 1)
 
     def __call__(self, epoch: int) -> list[np.ndarray]:
         if self.seed is None:

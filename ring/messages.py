@@ -1,0 +1,85 @@
+"""What whoever makes a batch says about it. These classes alone tell the cases apart, never the type of what they hold:
+a batch may be a list, None or an exception, and is delivered as it was returned."""
+
+import pickle
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]  # type and shape of the parts of a batch
+
+
+@dataclass(frozen=True)
+class Written:
+    """The batch lies in its slot, like this."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The batch."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Raised:
+    """There is none: user code raised this."""
+
+    error: BaseException
+
+
+Message = Written | Returned | Raised
+
+
+def packed(message: Message, worker: str) -> bytes:
+    """For the way out of a worker, with the traceback as a note; what cannot travel is an error that says so."""
+    if isinstance(message, Raised):
+        return pickle.dumps(Raised(_fit_to_travel(message.error, worker)))
+    try:
+        return pickle.dumps(message)
+    except BaseException as error:
+        value = message.value if isinstance(message, Returned) else message
+        text = (
+            f"a batch of type {type(value).__name__} cannot be sent from {worker} ({_text(error)}): use num_workers=0"
+        )
+        return pickle.dumps(Raised(RuntimeError(text)))
+
+
+def unpacked(data: bytes, worker: str) -> Message:
+    """The message; or why what was sent cannot be made again here."""
+    try:
+        message: Message = pickle.loads(data)
+        return message
+    except Exception as error:
+        text = f"a batch sent from {worker} cannot be unpickled ({_text(error)}): use num_workers=0"
+        failed = RuntimeError(text)
+        failed.__cause__ = error
+        return Raised(failed)
+
+
+def _fit_to_travel(error: BaseException, worker: str) -> BaseException:
+    """The error itself where a pickle makes it again as it is, else its text."""
+    there = "".join(traceback.format_exception(error))
+    with suppress(BaseException):
+        add_note(error, f"in {worker}\n{there}")
+        again = pickle.loads(pickle.dumps(error))
+        if type(again) is type(error) and _text(again) == _text(error):
+            return error
+    return RuntimeError(f"in {worker}\n{there}")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its __str__ is the user's too
+        return type(error).__name__
+
+
+def add_note(error: BaseException, text: str) -> None:
+    with suppress(Exception):  # an exception's class may forbid it
+        error.add_note(text)

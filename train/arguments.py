@@ -1,0 +1,152 @@
+"""What `train.data` is given, checked before anything is opened.
+
+Each mistake is one line that names the argument, what was given, and what is right.
+"""
+
+import multiprocessing as mp
+import operator
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convert.format import UserError
+
+MOST_WORKERS = 64
+
+
+def refuse(name: str, given: Any, choices: str) -> UserError:
+    return UserError(f"{name} {' '.join(repr(given).split())[:80]}: {choices}")
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number of Python's or numpy's, which True is not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, low: int, high: int) -> int:
+    if not (is_whole(value) and low <= value <= high):
+        choices = str(low) if low == high else f"{low} to {high}"
+        raise refuse(name, value, f"a whole number, {choices}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not (isinstance(value, str) and value in choices):
+        raise refuse(name, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise refuse(name, value, "True or False")
+
+
+def check_function(name: str, value: Any) -> None:
+    if not (value is None or callable(value)):
+        raise refuse(name, value, "a function, batch -> batch, or None")
+
+
+def check_path(path: Any) -> None:
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise refuse("dataset_path", path, "the path of a finished set, or of a folder that holds one")
+    try:
+        if os.path.isdir(path):
+            os.scandir(path).close()
+        else:
+            os.stat(path)
+    except FileNotFoundError:
+        pass  # what to do about it is said where sets are looked for
+    except OSError as error:
+        raise UserError(f"dataset_path {str(path)[:80]} cannot be read ({error.strerror}): choose another") from None
+
+
+def check_fields(fields: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """As a tuple; empty for None."""
+    if fields is None:
+        return ()
+    names = list(fields) if isinstance(fields, tuple | list) else []
+    if not names or not all(isinstance(name, str) and name in known for name in names) or len(set(names)) < len(names):
+        raise refuse("fields", fields, f"a tuple such as ('rgb', 'depth'), from {', '.join(known)}, each once")
+    return tuple(names)
+
+
+def check_workers(num_workers: Any) -> int | str:
+    """A number, or "auto"; the command line's numbers are text."""
+    if isinstance(num_workers, str) and num_workers == "auto":
+        return "auto"
+    if isinstance(num_workers, str) and num_workers.isascii() and num_workers.isdecimal() and len(num_workers) < 5:
+        num_workers = int(num_workers)
+    if not (is_whole(num_workers) and 0 <= num_workers <= MOST_WORKERS):
+        hint = "Run: python -m train --num-workers auto"
+        raise refuse("num_workers", num_workers, f"'auto' or a whole number, 0 to {MOST_WORKERS}. {hint}")
+    return int(num_workers)
+
+
+def check_start_method(start_method: Any) -> None:
+    if start_method is not None:
+        check_choice("start_method", start_method, mp.get_all_start_methods())
+
+
+def check_target_size(target_size: Any) -> None:
+    """None, a number, or two."""
+    sizes = target_size if isinstance(target_size, tuple | list) and len(target_size) == 2 else [target_size]
+    if target_size is not None and not all(is_whole(size) and 0 < size < 2**31 for size in sizes):
+        raise refuse("target_size", target_size, "a whole number, two of them, or None for the set's own")
+
+
+def check_cache(cache: Any, device: Any) -> None:
+    if not (cache is None or (isinstance(cache, str) and cache == "device")):
+        raise refuse("cache", cache, "'device' or None")
+    if device is not None and cache is None:
+        raise refuse("device", device, "for cache='device' alone, which keeps the train rows there")
+
+
+def check_device(device: Any) -> torch.device | None:
+    """A device that can hold tensors here."""
+    if device is None:
+        return None
+    try:
+        if isinstance(device, bool):
+            raise ValueError("a number or a name")
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise refuse("device", device, f"no tensor can be kept there ({reason}). Use 'cuda' or 'cpu'") from None
+    return found
+
+
+def one_whole_number(index: Any) -> int:
+    """What `ds[...]` takes: one row's position. Raises TypeError."""
+    kind: Any = getattr(index, "dtype", None)
+    is_bool = isinstance(index, bool | np.bool_) or kind == torch.bool or kind == np.dtype(bool)
+    try:
+        if is_bool or getattr(index, "ndim", None):
+            raise TypeError
+        return operator.index(index)
+    except TypeError:
+        what = " ".join(repr(index).split())[:80]
+        raise TypeError(f"ds[{what}]: one whole number; for several rows ds.batch([0, 1, 2])") from None
+
+
+def whole_numbers(indices: Any) -> np.ndarray:
+    """What `batch()` takes: positions [B] of any whole type. Raises TypeError."""
+    try:
+        positions = np.asarray(indices)
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths; a tensor on a GPU
+        positions = np.empty(0, object)
+    if isinstance(indices, list | tuple) and any(isinstance(index, bool | np.bool_) for index in indices):
+        positions = positions.astype(bool)  # among numbers numpy makes 0 and 1 of them
+    if positions.dtype.kind == "f" and positions.shape == (0,) and isinstance(indices, list | tuple | range):
+        positions = positions.astype(np.int64)  # of []
+    if positions.dtype.kind == "O" and positions.ndim == 1 and len(positions) and all(map(is_whole, positions)):
+        raise IndexError(f"positions {min(positions)}..{max(positions)}: no set has so many rows")
+    if positions.dtype.kind not in "iu" or positions.ndim != 1:
+        given = "a mask" if positions.dtype.kind == "b" else f"{positions.dtype} of shape {positions.shape}"
+        hint = "batch(np.flatnonzero(mask))" if positions.dtype.kind == "b" else "batch([0, 1, 2])"
+        raise TypeError(f"batch() takes the positions of rows, whole numbers in one row, not {given}: {hint}")
+    return positions

@@ -1,0 +1,91 @@
+"""A compressed set is trained from an unpacked copy, made once: beside it, or in the cache where that is read-only."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from convert.format import MANIFEST, UserError, log, open_set, read_manifest
+
+CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
+
+
+def unpacked(path: Path) -> Path:
+    """The set; of a compressed one the .npy copy, made by `convert` in its own process: zarr is never loaded here.
+
+    A copy is taken where its manifest has the same fingerprint, every file the size and every shard the header that it
+    names; the manifest is written last, so half a copy has none. Raises UserError where none can be made.
+    """
+    if path.suffix != ".zarr":
+        return path
+    manifest = read_manifest(path)
+    if set(manifest["codecs"].values()) == {"none"}:
+        return path
+    digest, name = str(manifest["fingerprint"]), path.with_suffix("").name
+    cache = cache_folder()
+    # The last one is for a set whose name, eight digits of its fingerprint, is another's too.
+    roots = [path.parent.absolute(), *((cache, cache / digest) if cache else ())]
+    for root in roots:
+        if is_copy(root / name, digest):
+            return path.with_suffix("") if root == roots[0] else root / name
+    for root in roots:
+        if not is_other(root / name, digest) and is_writable(root):
+            _unpack(path, root, digest)
+            return path.with_suffix("") if root == roots[0] else root / name
+    where = cache or "a home"
+    raise UserError(
+        f"{path} is compressed, and neither {path.parent} nor {where} can be written to. "
+        "Run again with XDG_CACHE_HOME=/a/writable/folder"
+    )
+
+
+def cache_folder() -> Path | None:
+    """$XDG_CACHE_HOME/nyuv2-shards, by default under ~/.cache; None for a user without a home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        above = Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # relative ones are invalid by XDG
+    except RuntimeError:
+        return None
+    return above / CACHE
+
+
+def is_copy(path: Path, digest: str) -> bool:
+    """A whole one of the set with this fingerprint."""
+    try:
+        return str(open_set(path).manifest["fingerprint"]) == digest
+    except (UserError, OSError):
+        return False
+
+
+def is_other(path: Path, digest: str) -> bool:
+    """A finished set with another fingerprint."""
+    try:
+        return str(read_manifest(path)["fingerprint"]) != digest
+    except (UserError, OSError):
+        return False
+
+
+def is_writable(root: Path) -> bool:
+    """Found out by writing: as root, permissions say nothing about a read-only mount."""
+    probe = root / f".{os.getpid()}.probe"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _unpack(path: Path, root: Path, digest: str) -> None:
+    """A second process waits for the first, inside `convert`, and takes what it made.
+
+    A damaged copy loses its manifest: it is half a copy then, which `convert` goes on with, file by file.
+    """
+    copy = root / path.with_suffix("").name
+    log(f"{path} is compressed: unpacking it once, into {copy}")
+    if (copy / MANIFEST).exists() and not is_copy(copy, digest):  # in this order: it is not being made right now
+        (copy / MANIFEST).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "convert", "run", str(path.absolute()), "--out", str(root)]
+    if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
