@@ -8,12 +8,14 @@ import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from convert.format import UserError
+
+if TYPE_CHECKING:  # the order of rows does without it
+    import torch
 
 MOST_WORKERS = 64
 
@@ -105,10 +107,12 @@ def check_cache(cache: Any, device: Any) -> None:
         raise refuse("device", device, "for cache='device' alone, which keeps the train rows there")
 
 
-def check_device(device: Any) -> torch.device | None:
+def check_device(device: Any) -> "torch.device | None":
     """A device that can hold tensors here."""
     if device is None:
         return None
+    import torch
+
     try:
         if isinstance(device, bool):
             raise ValueError("a number or a name")
@@ -123,7 +127,7 @@ def check_device(device: Any) -> torch.device | None:
 def one_whole_number(index: Any) -> int:
     """What `ds[...]` takes: one row's position. Raises TypeError."""
     kind: Any = getattr(index, "dtype", None)
-    is_bool = isinstance(index, bool | np.bool_) or kind == torch.bool or kind == np.dtype(bool)
+    is_bool = isinstance(index, bool | np.bool_) or str(kind) in ("bool", "torch.bool")
     try:
         if is_bool or getattr(index, "ndim", None):
             raise TypeError
