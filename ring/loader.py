@@ -268,17 +268,30 @@ def _end_crew(owner: int, crew: list[tuple[Any, Connection]]) -> None:
 
 def _work(pipe: Connection, make: Maker, arena: Arena) -> None:
     """A worker's life: ends when told, or when the process that started it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    told = _leave_signals_to_parent()
     torch.set_num_threads(1)
     parent, slots = os.getppid(), slots_of(arena)
     with suppress(EOFError, OSError):
         while True:
             while not pipe.poll(LOOK_S):
-                if os.getppid() != parent:
+                if told or os.getppid() != parent:
                     return
             if (work := pipe.recv()) is None:
                 return
             pipe.send_bytes(_pickled(make(slots[work[0]], work[1])))
+
+
+def _leave_signals_to_parent() -> list[int]:
+    """Ctrl-C and what schedulers send to a whole group are the parent's to handle: it may want batches until it ends.
+
+    The list gets SIGTERM: a worker that was sent one ends when it has nothing to do.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    told: list[int] = []
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    return told
 
 
 def _pickled(made: Any) -> bytes:

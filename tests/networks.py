@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +42,20 @@ class Normed(Plain):
         self.timer.daemon = True
 
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
-        if "KILL_AFTER_S" in os.environ and self.timer.ident is None:
+        if self.training and "KILL_AFTER_S" in os.environ and self.timer.ident is None:
             self.timer.start()
+        return super().forward(rgb, depth)
+
+
+class Slow(Normed):
+    """Takes SLEEP_S a step; writes the file EVALUATING, then takes EVAL_SLEEP_S, a batch of the evaluation."""
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        if not self.training and "EVALUATING" in os.environ and len(rgb) > 2:
+            Path(os.environ["EVALUATING"]).touch()
+            time.sleep(float(os.environ.get("EVAL_SLEEP_S", 0)))
+        elif self.training:
+            time.sleep(float(os.environ.get("SLEEP_S", 0)))
         return super().forward(rgb, depth)
 
 

@@ -27,7 +27,7 @@ def whole(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_checkpoint_curves_confusion_and_one_csv_row_an_epoch(whole: Path) -> None:
     assert {p.name for p in whole.iterdir()} == {
         "last.pt", "previous.pt", "metrics.csv", "predictions.csv", "classes.csv",
-        "curves.png", "confusion.png", "mistakes.png",
+        "curves.png", "confusion.png", "mistakes.png", ".lock",
     }  # fmt: skip
     with open(whole / "metrics.csv") as file:
         rows = list(csv.DictReader(file))

@@ -1,7 +1,6 @@
 """python -m train: learn from a converted set; python -m train predict RUN: what a run says about other pictures."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,6 +12,7 @@ from ring.memory import NoRoom
 from train import ranks
 from train.loop import train
 from train.settings import Settings, add_flags
+from train.signals import REQUESTS, Stopped
 
 EPILOG = """examples:
   python -m train --data data --out runs/scene
@@ -40,9 +40,11 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
-    words = sys.argv[1:] if argv is None else argv
-    if ranks.WORLD == 1:  # torchrun ends its processes with it
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with REQUESTS.listening():
+        return _do(sys.argv[1:] if argv is None else argv)
+
+
+def _do(words: Sequence[str]) -> int:
     try:
         if words[:1] == ["predict"]:
             from pictures.predict import predict, predict_flags
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, text = 2, f"{error}. What is saved is kept: mend that, then run the same command again"
     except torch.cuda.OutOfMemoryError:
         status, text = 2, "the GPU's memory is full. Use a smaller --batch-size"
+    except Stopped as stop:
+        status, text = 130, str(stop)
     except KeyboardInterrupt:
         status, text = 130, "stopped; the same command continues from the last checkpoint"
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from train import ranks
 from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
+LOCK = ".lock"  # in a run's directory, held while something writes there
 PARTS = ("model", "optimizer", "scaler")  # of a Run, stored as their state_dict
 
 

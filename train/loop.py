@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError
+from convert.format import UserError, log
+from convert.lock import hold
 from drive.mount import Mirror
 from ring.memory import Meter
 from train import ranks
 from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
-from train.checkpoint import CHECKPOINT, METRICS, Run, restore, save
+from train.checkpoint import CHECKPOINT, LOCK, METRICS, Run, restore, save
 from train.data import ShardDataset, create_dataloaders
 from train.model import build, compiled, layout_for, start_from
 from train.order import steps_per_epoch
 from train.settings import Settings
+from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
 from train.tasks import Task, make_task
 
 MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
@@ -150,9 +153,36 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     run.step += 1
 
 
-def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
+class Keeper:
+    """Saves a run where that is due or was asked for, and ends it where a signal wants that; for every rank alike."""
+
+    def __init__(self, run: Run, job: Job, mirror: Mirror) -> None:
+        self.run, self.job, self.mirror = run, job, mirror
+        self.saved = time.perf_counter()
+
+    def look(self, *, can_wait: bool = False) -> None:
+        """Between steps. `can_wait`: a checkpoint that is only due comes soon anyway."""
+        is_due = not can_wait and time.perf_counter() - self.saved >= 60 * self.job.settings.save_minutes
+        wanted = ranks.most(max(REQUESTS.take(), DUE if is_due else NOTHING), self.job.device)
+        if wanted == NOTHING:
+            return
+        self.save()
+        where = f"after step {self.run.step} of {self.job.n_steps} of epoch {self.run.epoch + 1}"
+        if wanted == STOP:
+            raise Stopped(f"stopped and saved {where}; the same command continues there")
+        if wanted == SAVE and ranks.RANK == 0:
+            log(f"saved {where}")
+
+    def save(self, *files: str) -> None:
+        """A checkpoint, and copies of it and `files`."""
+        save(self.run, self.job.settings, self.job.train_set.fingerprint)
+        self.mirror.copy(*files, CHECKPOINT)
+        self.saved = time.perf_counter()
+
+
+def _train_epoch(run: Run, job: Job, keeper: Keeper) -> dict[str, float]:
     """The rest of an epoch, with checkpoints in between."""
-    s, n_steps, saved = job.settings, job.n_steps, time.perf_counter()
+    s, n_steps = job.settings, job.n_steps
     job.train_loader.set_epoch(run.epoch, run.step)
     run.model.train()
     name, places = f"epoch {run.epoch + 1}/{s.epochs}", job.train_loader.batches.places(run.epoch)[run.step :]
@@ -161,11 +191,7 @@ def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
         for batch, mine in zip(job.train_loader, places, strict=False):
             train_step(run, job, batch, mine)
             meter.show(len(batch[0]), run.step == n_steps, lambda: float(run.sums[0] / run.sums[1]))
-            due = time.perf_counter() - saved >= 60 * s.save_minutes
-            if run.step < n_steps and ranks.first(lambda due=due: due):  # type: ignore[misc]
-                save(run, s, job.train_set.fingerprint)
-                mirror.copy(CHECKPOINT)
-                saved = time.perf_counter()
+            keeper.look(can_wait=run.step == n_steps)
     row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", ranks.total(run.sums)), **meter.values()}
     if not math.isfinite(row["train_loss"]):
         raise UserError(f"the loss became nan in epoch {run.epoch + 1}. Use a smaller --lr than {s.lr}")
@@ -197,17 +223,20 @@ def apply(net: nn.Module, job: Job, batch: Batch, thorough: bool = True) -> tupl
 
 
 @torch.inference_mode()
-def evaluate(run: Run, job: Job, thorough: bool = True) -> dict[str, float]:
-    """Every test row once over all ranks; leaves the counts in the run."""
+def evaluate(run: Run, job: Job, thorough: bool = True, keeper: Keeper | None = None) -> dict[str, float]:
+    """Every test row once over all ranks; leaves the counts in the run. `keeper` looks after every batch."""
     run.model.eval()
     for buffer in run.model.buffers() if ranks.WORLD > 1 else ():  # on gloo each rank has BatchNorm statistics
         dist.broadcast(buffer, 0)
     sums = torch.zeros_like(run.sums)
-    for batch in job.test_loader:
+    n_common = -(-len(job.test_loader.dataset) // ranks.WORLD // job.settings.batch_size)  # batches that every rank has
+    for k, batch in enumerate(job.test_loader):
         n = DENSE_ROWS if batch[-1].ndim > 1 else len(batch[-1])
         for part in zip(*(each.split(n) for each in batch), strict=True):
             out, (*_, target) = apply(run.model, job, part, thorough)
             sums += _sums(job, out, target, *job.task.loss(out, target))
+        if keeper and k < n_common:
+            keeper.look(can_wait=True)
     sums = ranks.total(sums).cpu()
     run.counts = sums[2:]
     return _scores(job, "test", sums)
@@ -220,31 +249,50 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train until settings.epochs, continuing what settings.out holds. Raises UserError for a user's mistake."""
+    """Train until settings.epochs, continuing what settings.out holds. Raises UserError for a user's mistake.
+
+    Returns the summary: epochs, the last and the best row of metrics.csv, the baseline, the files; {} in ranks above 0.
+    """
     settings.check()
     job = start(settings, ranks.join())
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
-    run, mirror = new_run(job), Mirror(settings.out, settings.mirror if ranks.RANK == 0 else None)
-    if not restore(run, settings, job.train_set.fingerprint):
-        start_from(run.model, settings.weights)
+    words: Any = {"then": "Wait for it, or use another --out", "elsewhere": "Use another --out"}
+    with ExitStack() as held:
+        lock = hold(Path(settings.out, LOCK), is_held=f"{settings.out} is being trained by", **words)
+        ranks.first(lambda: held.enter_context(lock))
+        run, mirror = _begin(job)
+        with REQUESTS.training():
+            _train_epochs(run, job, Keeper(run, job, mirror))
+        if ranks.RANK:
+            return {}
+        from pictures.report import report
+
+        files, summary = report(run, job)
+        mirror.copy(*files, wait_s=MIRROR_WAIT_S)
+        return summary
+
+
+def _begin(job: Job) -> tuple[Run, Mirror]:
+    """The run as it was left, or a new one, and its loaders."""
+    s = job.settings
+    run, mirror = new_run(job), Mirror(s.out, s.mirror if ranks.RANK == 0 else None)
+    if not restore(run, s, job.train_set.fingerprint):
+        start_from(run.model, s.weights)
     job.net = ranks.wrap(run.model, job.device)
-    job.net = compiled(job.net) if settings.compile else job.net
+    job.net = compiled(job.net) if s.compile else job.net
     open_loaders(job)
-    while run.epoch < settings.epochs:
+    return run, mirror
+
+
+def _train_epochs(run: Run, job: Job, keeper: Keeper) -> None:
+    n_epochs = job.settings.epochs
+    while run.epoch < n_epochs:
         started = time.perf_counter()
         row: dict[str, float] = {"epoch": run.epoch + 1}
-        row |= {**_train_epoch(run, job, mirror), **evaluate(run, job, thorough=run.epoch + 1 == settings.epochs)}
+        row |= _train_epoch(run, job, keeper)
+        row |= evaluate(run, job, run.epoch + 1 == n_epochs, keeper)
         run.history.append(row | {"seconds": time.perf_counter() - started})
         run.step = 0
         run.sums.zero_()
-        save(run, settings, job.train_set.fingerprint)
+        keeper.save(METRICS)
         if ranks.RANK == 0:
-            print(epoch_line(run.history[-1], settings.epochs), flush=True)
-        mirror.copy(METRICS, CHECKPOINT)
-    if ranks.RANK:
-        return {}
-    from pictures.report import report
-
-    files, summary = report(run, job)
-    mirror.copy(*files, wait_s=MIRROR_WAIT_S)
-    return summary
+            print(epoch_line(run.history[-1], n_epochs), flush=True)
