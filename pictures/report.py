@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.format import write_atomically
-from train.checkpoint import CHECKPOINT, METRICS, Run, write_csv
+from train.checkpoint import CHECKPOINT, METRICS, Run, write_csv, write_file
 from train.loop import Job, apply, epoch_line
 from train.settings import Settings
 from train.tasks import Depth
@@ -91,7 +90,7 @@ def _test_outcomes(run: Run, job: Job) -> Iterator[Outcome]:
 
 
 def write(path: Path, data: bytes) -> str:
-    write_atomically(path, lambda file: file.write(data))
+    write_file(path, lambda file: file.write(data))
     return path.name
 
 

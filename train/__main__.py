@@ -23,11 +23,14 @@ EPILOG = """examples:
 
 The same command again continues where it stopped."""
 
+FULL_MEMORY = "the memory is full. Use a smaller --batch-size, --size or --width"
+
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line, without the usage block."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
         self.exit(2, f"{self.prog}: {message}. Run: python -m {self.prog} --help\n")
 
 
@@ -57,6 +60,8 @@ def _do(words: Sequence[str]) -> int:
         status, text = 2, str(error)
     except NoRoom as error:
         status, text = 2, f"{error} (--batch-size)"
+    except MemoryError:
+        status, text = 2, FULL_MEMORY
     except OSError as error:
         status, text = 2, f"{error}. What is saved is kept: mend that, then run the same command again"
     except torch.cuda.OutOfMemoryError:
@@ -66,11 +71,16 @@ def _do(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         status, text = 130, "stopped; the same command continues from the last checkpoint"
     except RuntimeError as error:
-        if not ranks.is_lost(error):
+        if ranks.is_lost(error):
+            status, text = 1, f"lost another rank ({one_line(error)}). Run the same command again to continue"
+        elif "allocate memory" in str(error):  # of torch on a CPU
+            status, text = 2, FULL_MEMORY
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            status, text = 2, f"--compile failed ({one_line(error)}). Run the same command without it"
+        else:
             raise
-        status, text = 1, f"lost another rank ({one_line(error)}). Run the same command again to continue"
     who = f"train: rank {ranks.RANK} of {ranks.WORLD}" if ranks.WORLD > 1 else "train"
-    print(f"{who}: {text}", file=sys.stderr)
+    print(f"{who}: {' '.join(text.split())}", file=sys.stderr)
     return status
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError, log
+from convert.format import UserError, log, one_line
 from convert.lock import hold
 from drive.mount import Mirror
 from ring.memory import Meter
@@ -22,7 +22,7 @@ from train import ranks
 from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
 from train.checkpoint import CHECKPOINT, LOCK, METRICS, Run, restore, save
 from train.data import ShardDataset, create_dataloaders
-from train.model import build, compiled, layout_for, start_from
+from train.model import ask, build, compiled, layout_for, start_from, unused_parameters
 from train.order import steps_per_epoch
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
@@ -85,11 +85,42 @@ def new_run(job: Job) -> Run:
     if job.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks.WORLD > 1 else model
+    if s.model != "resnet18":
+        probe(model, job)
     decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.half == torch.float16)
     sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
     return Run(model, torch.optim.AdamW(groups, lr=s.lr, fused=True), scaler, sums, sums[2:], [])
+
+
+def probe(model: nn.Module, job: Job) -> None:
+    """Refuse a network of a user's own that does not answer as the task needs, from two grey pictures.
+
+    In evaluation mode, and with torch's random numbers put back: what it learns afterwards does not change.
+    """
+    s = job.settings
+    size = s.size or job.train_set.size
+    pictures = [torch.full((2, n, size, size), 0.5, device=job.device) for n in ((3,) if s.task == "depth" else (3, 1))]
+    n_dims = 2 if s.task == "scene" else 4
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        model.eval()
+        out = ask(s.model, model, pictures)
+        model.train()
+    shape = f"[2, {job.task.n_out}]" if n_dims == 2 else f"[2, {job.task.n_out}, H, W]"
+    expected = f"expected floats {shape} for --task {s.task}"
+    if not isinstance(out, Tensor):
+        raise UserError(f"--model {s.model} answers with {type(out).__name__}, {expected}")
+    if not out.is_floating_point() or out.ndim != n_dims or out.shape[:2] != (2, job.task.n_out):
+        kind = str(out.dtype).removeprefix("torch.")
+        raise UserError(f"--model {s.model} answers two pictures with {kind} {list(out.shape)}, {expected}")
+    if not out.requires_grad:
+        raise UserError(f"--model {s.model}: its answer depends on no parameter that can learn. Leave one unfrozen")
+    unused = unused_parameters(model, out) if ranks.WORLD > 1 else []
+    if unused:
+        raise UserError(
+            f"--model {s.model} does not use {', '.join(unused[:3])}: with several ranks it must, or freeze it"
+        )
 
 
 def open_loaders(job: Job) -> None:
@@ -140,7 +171,13 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     planes += [target] if target.ndim > 1 else []
     rgb, planes = augment(rgb, planes, draws, s.size or rgb.shape[-1], s)
     target = planes.pop() if target.ndim > 1 else target
-    out = _forward(job, job.net, rgb, planes, target)
+    try:
+        out = _forward(job, job.net, rgb, planes, target)
+    except (ValueError, RuntimeError) as error:
+        if "Expected more than 1" not in str(error):  # BatchNorm, where a channel has one value: nothing to normalise
+            raise
+        what = f"a batch of {len(rgb)} at {rgb.shape[-1]} px is too little for BatchNorm ({one_line(error)})"
+        raise UserError(f"{what}. Use a larger --batch-size or --size") from error
     loss, weight = job.task.loss(out, target)
     n_warmup = min(s.warmup_epochs, s.epochs // 4) * job.n_steps
     for group in run.optimizer.param_groups:
@@ -253,7 +290,8 @@ def train(settings: Settings) -> dict[str, Any]:
 
     Returns the summary: epochs, the last and the best row of metrics.csv, the baseline, the files; {} in ranks above 0.
     """
-    settings.check()
+    if not settings.out:
+        raise UserError("--out '': name a directory")
     job = start(settings, ranks.join())
     words: Any = {"then": "Wait for it, or use another --out", "elsewhere": "Use another --out"}
     with ExitStack() as held:
