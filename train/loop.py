@@ -229,7 +229,13 @@ def _train_epoch(run: Run, job: Job, keeper: Keeper) -> dict[str, float]:
             train_step(run, job, batch, mine)
             meter.show(len(batch[0]), run.step == n_steps, lambda: float(run.sums[0] / run.sums[1]))
             keeper.look(can_wait=run.step == n_steps)
-    row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", ranks.total(run.sums)), **meter.values()}
+    sums = ranks.total(run.sums)
+    if sums[1] == 0:
+        what = "is measured" if s.task == "depth" else "is labelled"
+        raise UserError(
+            f"{job.train_set.path}: no pixel of the train rows {what}: nothing to learn. Use another --task"
+        )
+    row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", sums), **meter.values()}
     if not math.isfinite(row["train_loss"]):
         raise UserError(f"the loss became nan in epoch {run.epoch + 1}. Use a smaller --lr than {s.lr}")
     return row
