@@ -1,12 +1,15 @@
 """python -m train: what a run leaves, a user's own network, mistakes."""
 
 import csv
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 
 from train.__main__ import main, make_parser
 from train.loop import lr_at, train
@@ -94,6 +97,16 @@ def test_a_mistake_is_one_line_and_status_2(
     lines = capsys.readouterr().err.splitlines()
     assert (status, len(lines)) == (2, 1)
     assert words in lines[0]
+
+
+def test_a_path_need_not_be_utf_8(small_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run\udcff"
+    flags = ["--epochs=1", "--batch-size=8", "--width=4", "--size=32", "--num-workers=0"]
+    words = [sys.executable, "-m", "train", f"--data={small_set}", f"--out={out}", *flags]
+    done = subprocess.run(words, cwd=REPO, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "last.pt").exists()
+    assert b"run\xff/last.pt" in done.stdout
 
 
 def test_the_flags_are_the_settings(small_set: Path) -> None:

@@ -1,6 +1,7 @@
 """python -m train: learn from a converted set; python -m train predict RUN: what a run says about other pictures."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,6 +44,8 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
     with REQUESTS.listening():
         return _do(sys.argv[1:] if argv is None else argv)
 
