@@ -1,37 +1,74 @@
-"""One process at a time converts a set; a second is told who holds it."""
+"""One process at a time works in a place; a second is told who does. A dead one holds nothing."""
 
 import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .format import UserError
 
+HELD: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _let_go_in_child() -> None:
+    """A forked child shares its parent's locks: it would keep them when the parent is killed."""
+    for handle in HELD:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, handle, inheritable=False)  # the number stays taken: whoever closes it closes nothing else
+        os.close(null)
+    HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
 
 @contextmanager
-def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on `ROOT/.NAME.lock`; a second process waits or is told who holds it. A dead one holds nothing."""
+def hold(path: Path, *, is_held: str, then: str, elsewhere: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on the file `path`; a second process waits, or gets a UserError.
+
+    Its text: `is_held` ("DIR is being converted by"), who holds it, `then` (what to do); where `path` cannot be made,
+    `elsewhere` (what to do). On a file system without locks everybody goes on.
+    """
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(root / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        what = f"{root} cannot be made or written to ({error.strerror})"
-        raise UserError(f"{what}. Run: make convert OUT=/a/writable/directory") from None
-    with open(handle, "r+") as file:
+        what = f"{path.parent} cannot be made or written to ({error.strerror})"
+        raise UserError(f"{what}. {elsewhere}") from None
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            what = f"{root / name} is being converted by {file.read().strip() or 'another process'}"
-            raise UserError(f"{what}. Wait for it, then run: make convert") from None
-        except OSError:  # a file system without locks: go on
+            who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise UserError(f"{is_held} {who}. {then}") from None
+        except OSError:  # a file system without locks
             pass
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        HELD.add(handle)
+        who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        _write(handle, who.encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            if handle in HELD:  # else this is a child
+                _write(handle, b"")
+    finally:
+        HELD.discard(handle)
+        os.close(handle)
+
+
+def _write(handle: int, who: bytes) -> None:
+    """It is for people only: a full disk does not matter."""
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, who, 0)
+
+
+@contextmanager
+def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
+    """Hold the set NAME under ROOT, by `ROOT/.NAME.lock`, while it is converted."""
+    words = {"is_held": f"{root / name} is being converted by", "then": "Wait for it, then run: make convert"}
+    with hold(root / f".{name}.lock", **words, elsewhere="Run: make convert OUT=/a/writable/directory", wait=wait):
+        yield

@@ -86,7 +86,7 @@ def page_png(
     from matplotlib.patches import Patch
 
     n, abreast = len(heads), max(1, 8 // len(heads))
-    lines = -(-len(rows) // abreast)
+    lines = max(1, -(-len(rows) // abreast))
     figure = Figure(figsize=(2.1 * n * abreast, 2.45 * lines + 0.6 + 0.25 * -(-len(legend) // 8)), layout="constrained")
     cells = figure.subplots(lines, n * abreast, squeeze=False)
     for axes in cells.flat:

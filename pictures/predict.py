@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from convert.format import CROP_BOXES, UserError, one_line
+from convert.lock import hold
 from pictures.report import MOST, Batch, outcomes, page, tables_and_pictures, write
-from train.checkpoint import Run, newest, write_csv
+from train.checkpoint import LOCK, Run, newest, write_csv
 from train.loop import Job, evaluate, new_run, open_loaders, start
 from train.settings import Settings
 
@@ -51,12 +52,13 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
     again.model, target = Average(members), Path(out or f"{run[0]}/predict")
     job = min(jobs, key=lambda job: job.layout is torch.channels_last)  # a layout that all of them can take
     open_loaders(job)
-    target.mkdir(parents=True, exist_ok=True)
-    if images:
-        files = _predict_folder(again, job, Path(images), target)
-    else:
-        print("on the test rows:", ", ".join(f"{k} {v:.4f}" for k, v in evaluate(again, job).items()))
-        files = tables_and_pictures(target, again, job)
+    words: Any = {"then": "Wait for it, or use another --out", "elsewhere": "Use another --out"}
+    with hold(target / LOCK, is_held=f"{target} is being written by", **words):
+        if images:
+            files = _predict_folder(again, job, Path(images), target)
+        else:
+            print("on the test rows:", ", ".join(f"{k} {v:.4f}" for k, v in evaluate(again, job).items()))
+            files = tables_and_pictures(target, again, job)
     print("files:", *(str(target / name) for name in files))
 
 

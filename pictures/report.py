@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.format import write_atomically
-from train.checkpoint import CHECKPOINT, METRICS, Run, write_csv
+from train.checkpoint import CHECKPOINT, METRICS, Run, write_csv, write_file
 from train.loop import Job, apply, epoch_line
 from train.settings import Settings
 from train.tasks import Depth
@@ -91,7 +91,7 @@ def _test_outcomes(run: Run, job: Job) -> Iterator[Outcome]:
 
 
 def write(path: Path, data: bytes) -> str:
-    write_atomically(path, lambda file: file.write(data))
+    write_file(path, lambda file: file.write(data))
     return path.name
 
 
@@ -108,12 +108,21 @@ def tables_and_pictures(out: Path, run: Run, job: Job) -> list[str]:
         worst = sorted([*worst, each], key=lambda each: -each.badness)[:MOST]
     write_csv(out / "predictions.csv", lines)
     files = ["predictions.csv", *_class_table(out, run, job)]
-    worst = [each for each in worst if each.badness > 0]
-    title = f"the {len(worst)} worst of {len(lines)} test rows"
     try:
-        return [*files, *_confusion(out, run, job), write(out / "mistakes.png", page(job, title, worst))]
+        return [*files, *_confusion(out, run, job), *_mistakes(out, run, job, len(lines), worst)]
     except ModuleNotFoundError as error:
         return [*files, *_without_matplotlib(error)]
+
+
+def _mistakes(out: Path, run: Run, job: Job, n_rows: int, worst: list[Outcome]) -> list[str]:
+    """mistakes.png; where there is none to show, it says so, and an older one is removed."""
+    worst = [each for each in worst if each.badness > 0]
+    if worst:
+        return [write(out / "mistakes.png", page(job, f"the {len(worst)} worst of {n_rows} test rows", worst))]
+    (out / "mistakes.png").unlink(missing_ok=True)
+    why = f"all {n_rows} test rows are right" if float(run.counts.sum()) else "nothing is known of the test rows"
+    print(f"no mistakes.png: {why}", file=sys.stderr)
+    return []
 
 
 def _class_table(out: Path, run: Run, job: Job) -> list[str]:
@@ -170,15 +179,25 @@ def report(run: Run, job: Job) -> tuple[list[str], dict[str, Any]]:
 
         names.append(write(out / "curves.png", curves_png(run.history, baseline)))
     main = f"test_{job.task.main}"
-    last, best = run.history[-1], (min if main == "test_rmse" else max)(run.history, key=lambda row: row[main])
+    last, best = run.history[-1], _best(run, main)
     print(f"last  {epoch_line(last, job.settings.epochs)}")
-    print(f"best  epoch {best['epoch']}: {main} {best[main]:.3f} (picked on the test rows, so optimistic)")
+    if math.isnan(best[main]):
+        print("best  of no epoch: nothing is known of the test rows to score by")
+    else:
+        print(f"best  epoch {best['epoch']}: {main} {best[main]:.3f} (picked on the test rows, so optimistic)")
     if baseline is not None:
         print(f"always the most frequent class: top-1 {baseline:.1%}")
     files = [str(out / name) for name in names]
     print("files:", *files)
     print("continue:", command(job.settings, epochs=2 * run.epoch), flush=True)
     return names, {"epochs": run.epoch, "last": last, "best": best, "baseline": baseline, "files": files}
+
+
+def _best(run: Run, main: str) -> dict[str, float]:
+    """The row of the best epoch, the first of equals; the last one where nothing was scored."""
+    scored = [row for row in run.history if not math.isnan(row[main])]
+    sign = -1 if main == "test_rmse" else 1
+    return max(scored, key=lambda row: sign * row[main], default=run.history[-1])
 
 
 def _baseline(job: Job) -> float | None:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -59,10 +59,9 @@ class ProcessLock:
     def forget(self) -> None:
         self._lock = threading.RLock()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        with self._lock:  # let go is the one that was taken, should the block fork
-            yield
+    def held(self) -> Any:
+        """`with lock.held():` lets go the very lock that it took, should the block fork."""
+        return self._lock
 
 
 @contextmanager

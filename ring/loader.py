@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
@@ -32,12 +32,14 @@ BYTES_A_VALUE = 16  # room for what a transform makes of each number; a page of 
 HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends
 LOOK_S = 1.0  # how often a worker looks whether its parent is alive, and the other way round
 PIPE_BYTES = 1 << 14  # that are written at once, whoever reads; a pipe holds at least 64 KB
-PARENTS_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"
+PARENTS_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 OF_NUMPY = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32,
     torch.float64, torch.complex64, torch.complex128,
 }  # fmt: skip
-OF_ONE_PROCESS = {"source", "_at", "_turn", "_lock", "_is_busy"}  # of a loader
+OF_ONE_PROCESS = {"source", "_at", "_turn", "_alone"}  # of a loader
 DRAWS = ProcessLock()  # whoever draws from the seeds of a batch: they are the whole process's
 N_THREADS = ProcessLock()  # whoever changes torch's number of threads for a moment
 
@@ -285,11 +287,13 @@ class Workers:
         util.Finalize(self, self.close, exitpriority=10)  # before multiprocessing itself ends what runs at exit
         HOLDERS.add(self)
         context: Any = mp.get_context(start_method)
-        if context.get_start_method() == "forkserver":
+        method = context.get_start_method()
+        if method == "forkserver":
             context.set_forkserver_preload(["__main__", __name__, type(make.dataset).__module__])
         gc.freeze()  # else the first collection in a forked worker writes to every object's page
         try:
-            with starting_a_worker():
+            # A forkserver would hand the mask on to processes that are not ours.
+            with starting_a_worker(), nullcontext() if method == "forkserver" else _signals_wait():
                 for k in range(count):
                     self._start(context, f"loader-{k}", make)
         except AssertionError as error:  # "daemonic processes are not allowed to have children"
@@ -387,11 +391,25 @@ def _end_crew(owner: int, crew: list[Member]) -> None:
     crew.clear()
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What is started meanwhile is not ended by a signal before it can ignore it; it begins with the mask."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: Connection, make: Maker, arena: Arena) -> None:
     """A worker's life: ends when told, or when the process that started it is gone."""
-    for name in PARENTS_SIGNALS:  # sent to the whole group by a terminal or a scheduler; a worker follows its parent
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in PARENTS_SIGNALS:  # sent to the whole group by a terminal or a scheduler; a worker follows its parent
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
     torch.set_num_threads(1)
     parent_of = getattr(os, "getppid", int)  # without it the end of the pipe is what tells
     parent, slots = parent_of(), slots_of(arena)
@@ -430,6 +448,33 @@ def _as_raised(error: BaseException) -> BaseException:
     if isinstance(error, StopIteration):
         return RuntimeError("batches(epoch) gave more batches when it was asked first than it does now")
     return error
+
+
+class Alone:
+    """One thread at a time uses a loader; and nobody from inside what it is doing, a transform or a signal handler.
+
+    No generator as a context manager: between two batches each line of Python is cold, and that one took 30 us.
+    """
+
+    def __init__(self) -> None:
+        self._lock = ProcessLock()
+        self._taken: Any = None  # the very lock to let go, should the loader's code fork; its holder alone looks at it
+
+    def forget(self) -> None:
+        self._taken = None
+
+    def __enter__(self) -> None:
+        lock = self._lock.held()
+        lock.acquire()
+        if self._taken is not None:
+            lock.release()
+            raise RuntimeError("a loader cannot be used inside its own transform or dataset: make two loaders")
+        self._taken = lock
+
+    def __exit__(self, *_: object) -> None:
+        lock, self._taken = self._taken, None
+        if lock is not None:  # else this is a child, forked by a transform
+            lock.release()
 
 
 class Loader:
@@ -473,13 +518,13 @@ class Loader:
         self.source: Here | Ahead | Workers | None = None
         self._at: Position | None = None  # of the next batch; None before the first and after an exception
         self._turn = 0
-        self._lock = ProcessLock()
-        self._is_busy = False
+        self._alone = Alone()
         HOLDERS.add(self)
 
     def forget(self) -> None:
         """In a forked child: thread, workers and buffers are the parent's, the place is kept."""
-        self.source, self._at, self._is_busy = None, None, False
+        self.source, self._at = None, None
+        self._alone.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in OF_ONE_PROCESS}
@@ -498,24 +543,12 @@ class Loader:
         return len(self.batches(self._epoch)[self._start :])
 
     def __iter__(self) -> Iterator[Any]:
-        with self._alone():
+        with self._alone:
             self._turn += 1
             position, n_batches = (self._epoch, self._start), len(self)
             if n_batches and self._at != position:
                 self._restart(*position)
             return Iteration(self, self._turn, position, n_batches)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One thread at a time; and not from inside what it is doing, a transform or a signal handler."""
-        with self._lock.held():
-            if self._is_busy:
-                raise RuntimeError("a loader cannot be used inside its own transform or dataset: make two loaders")
-            self._is_busy = True
-            try:
-                yield
-            finally:
-                self._is_busy = False
 
     def _restart(self, epoch: int, step: int) -> None:
         source, self._at = self.source if self._at else self._open(epoch), None
@@ -560,7 +593,7 @@ class Iteration(Iterator[Any]):
         self._is_over = False
 
     def __next__(self) -> Any:
-        with self._loader._alone():
+        with self._loader._alone:
             if self._is_over or self._step == self._end:
                 self._finish()
             try:

@@ -4,6 +4,7 @@ A slot goes out under tensors and is refilled only after the last of them is gon
 delivered as a copy. The memory is shared with workers, which hand over slot numbers, never rows.
 """
 
+import math
 import mmap
 import os
 import weakref
@@ -22,7 +23,7 @@ COPY_BELOW = 4096  # bytes: a kept list of labels must not keep the whole batch'
 
 
 def n_bytes_of(layout: Layout) -> int:
-    return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in layout)
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout)
 
 
 def arrays_in(buffer: Any, layout: Layout) -> list[np.ndarray]:

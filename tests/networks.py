@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +42,33 @@ class Normed(Plain):
         self.timer.daemon = True
 
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
-        if "KILL_AFTER_S" in os.environ and self.timer.ident is None:
+        if self.training and "KILL_AFTER_S" in os.environ and self.timer.ident is None:
             self.timer.start()
         return super().forward(rgb, depth)
+
+
+class Slow(Normed):
+    """Takes SLEEP_S a step; writes the file EVALUATING, then takes EVAL_SLEEP_S, a batch of the evaluation."""
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        if not self.training and "EVALUATING" in os.environ and len(rgb) > 2:
+            Path(os.environ["EVALUATING"]).touch()
+            time.sleep(float(os.environ.get("EVAL_SLEEP_S", 0)))
+        elif self.training:
+            time.sleep(float(os.environ.get("SLEEP_S", 0)))
+        return super().forward(rgb, depth)
+
+
+class Always(nn.Module):
+    """Names the class ALWAYS, whatever it sees; a class a pixel where PIXELS is set."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(100.0 * nn.functional.one_hot(torch.tensor(int(os.environ["ALWAYS"])), n_out))
+
+    def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        shape = (len(rgb), len(self.bias), *(rgb.shape[-2:] if "PIXELS" in os.environ else ()))
+        return self.bias.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
 
 class Mortal(Plain):

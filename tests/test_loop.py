@@ -1,7 +1,9 @@
 """python -m train: what a run leaves, a user's own network, mistakes."""
 
 import csv
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
+from conftest import REPO
 
 from train.__main__ import main, make_parser
 from train.loop import lr_at, train
@@ -30,7 +33,7 @@ def whole(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_checkpoint_curves_confusion_and_one_csv_row_an_epoch(whole: Path) -> None:
     assert {p.name for p in whole.iterdir()} == {
         "last.pt", "previous.pt", "metrics.csv", "predictions.csv", "classes.csv",
-        "curves.png", "confusion.png", "mistakes.png",
+        "curves.png", "confusion.png", "mistakes.png", ".lock",
     }  # fmt: skip
     with open(whole / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -97,6 +100,16 @@ def test_a_mistake_is_one_line_and_status_2(
     lines = capsys.readouterr().err.splitlines()
     assert (status, len(lines)) == (2, 1)
     assert words in lines[0]
+
+
+def test_a_path_need_not_be_utf_8(small_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run\udcff"
+    flags = ["--epochs=1", "--batch-size=8", "--width=4", "--size=32", "--num-workers=0"]
+    words = [sys.executable, "-m", "train", f"--data={small_set}", f"--out={out}", *flags]
+    done = subprocess.run(words, cwd=REPO, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "last.pt").exists()
+    assert b"run\xff/last.pt" in done.stdout
 
 
 def test_the_flags_are_the_settings(small_set: Path) -> None:

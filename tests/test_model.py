@@ -101,7 +101,7 @@ def test_logits_depend_on_both_streams() -> None:
 
 def test_build_takes_a_callable_by_name_and_refuses_others() -> None:
     assert isinstance(build("resnet18", 13, width=8), TwoStreamResNet)
-    assert isinstance(build("torch.nn:Dropout1d", 0), nn.Module)
+    assert isinstance(build("torch.nn:BatchNorm2d", 13), nn.Module)
     for spec, reason in (
         ("resnet50", "expected resnet18 or"),
         ("no_such_module:make", "No module named"),

@@ -21,8 +21,9 @@ PACKAGES = {*PROJECT["tool"]["setuptools"]["packages"], "bench"}
 WHOLE_FILES_NEED_TORCH = {
     f"tests/test_{name}.py"
     for name in (
-        *("arguments", "augment", "data", "ddp", "elsewhere", "forks", "loader", "loop", "memory", "model"),
-        *("notebook", "payload", "predict", "resume", "ring", "tasks", "unpack"),
+        *("arguments", "augment", "data", "ddp", "elsewhere", "forks", "layout", "loader", "loop", "memory"),
+        *("mistakes", "model", "notebook", "payload", "predict", "resume", "results", "ring", "signals"),
+        *("tasks", "unpack"),
     )
 }
 
@@ -135,7 +136,7 @@ def test_without_torch_every_test_is_collected_but_those_of_the_files_that_need_
 
 
 def test_a_file_that_is_skipped_whole_imports_what_needs_torch() -> None:
-    in_other_processes = {"tests/test_notebook.py", "tests/test_elsewhere.py"}
+    in_other_processes = {f"tests/test_{name}.py" for name in ("notebook", "elsewhere", "results")}
     for name in WHOLE_FILES_NEED_TORCH - in_other_processes:
         assert re.search(r"^import torch$", (REPO / name).read_text(), re.M), name
 

@@ -136,11 +136,11 @@ def test_a_thorough_answer_is_the_mean_over_the_picture_and_its_crops(small_set:
 def test_dense_outputs_are_scored_as_stored_where_thorough_and_at_training_size_in_between(
     task: str, small_set: Path
 ) -> None:
-    job = start(Settings(str(small_set), "", task=task, width=8, size=16), torch.device("cpu"))
+    job = start(Settings(str(small_set), "", task=task, width=8, size=48), torch.device("cpu"))
     net = new_run(job).model.eval()
     batch = job.train_set.stored(np.arange(4))
     with torch.inference_mode():
-        for thorough, size in ((False, 16), (True, 32)):
+        for thorough, size in ((False, 48), (True, 32)):
             out, (*_, target) = apply(net, job, batch, thorough)
             assert out.shape[-2:] == target.shape[-2:] == (size, size)
 

@@ -1,10 +1,11 @@
 """A run's state and its checkpoints: written atomically, the newest valid one continued."""
 
 import csv
+import errno
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from train import ranks
 from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
+LOCK = ".lock"  # in a run's directory, held while something writes there
 PARTS = ("model", "optimizer", "scaler")  # of a Run, stored as their state_dict
 
 
@@ -40,12 +42,52 @@ class Run:
         return len(self.history)
 
 
+def write_file(path: Path, write: Callable[[Any], object]) -> None:
+    """Write it whole or not at all. Raises UserError that names the file where that fails."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else error.strerror or one_line(error)
+        hint = "Make room" if full else "Mend that"
+        raise UserError(f"{path} cannot be written: {what}. {hint}, then run the same command again") from error
+
+
+class _Remembering:
+    """A file for torch.save, which answers a failed write with errors of its own ("unexpected pos")."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)  # type: ignore[no-any-return]
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _torch_save(state: dict[str, Any], file: Any) -> None:
+    """Raises the OSError of the write that failed."""
+    remembering = _Remembering(file)
+    try:
+        torch.save(state, remembering)  # type: ignore[arg-type]
+    except RuntimeError:
+        if remembering.error:
+            raise remembering.error from None
+        raise
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[-1]))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def save(run: Run, settings: Settings, fingerprint: str) -> None:
@@ -60,7 +102,7 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
         write_csv(out / METRICS, run.history)
     if (out / CHECKPOINT).exists():
         os.replace(out / CHECKPOINT, out / PREVIOUS)
-    write_atomically(out / CHECKPOINT, lambda file: torch.save(state, file))  # type: ignore[arg-type]
+    write_file(out / CHECKPOINT, lambda file: _torch_save(state, file))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError
+from convert.format import UserError, log, one_line
+from convert.lock import hold
 from drive.mount import Mirror
 from ring.memory import Meter
 from train import ranks
 from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
-from train.checkpoint import CHECKPOINT, METRICS, Run, restore, save
+from train.checkpoint import CHECKPOINT, LOCK, METRICS, Run, restore, save
 from train.data import ShardDataset, create_dataloaders
-from train.model import build, start_from
+from train.model import ask, build, compiled, layout_for, start_from, unused_parameters
 from train.order import steps_per_epoch
 from train.settings import Settings
+from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
 from train.tasks import Task, make_task
 
 MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
@@ -39,6 +42,7 @@ class Job:
     task: Task
     device: torch.device
     rays: tuple[Tensor, ...] = ()  # of the stored pixels, where the network sees surfaces; [1, S, S] each
+    layout: torch.memory_format = torch.contiguous_format  # of the network and its input
     net: Any = None  # run.model, compiled or wrapped
     train_loader: Any = None
     test_loader: Any = None
@@ -46,13 +50,6 @@ class Job:
     @property
     def n_steps(self) -> int:
         return steps_per_epoch(len(self.train_set), self.settings.batch_size, ranks.WORLD)
-
-    @property
-    def layout(self) -> torch.memory_format:
-        """Channels last: twice the speed on a CPU. But there torch 2.13's strided 1x1 convolution of 4 channels in it
-        writes beyond its memory, so only for a network of multiples of 8."""
-        is_safe = self.settings.model == "resnet18" and self.settings.channels % 8 == 0
-        return torch.channels_last if is_safe else torch.contiguous_format
 
     @property
     def half(self) -> torch.dtype | None:
@@ -82,15 +79,48 @@ def new_run(job: Job) -> Run:
     inputs = "rgb" if s.task == "depth" else s.inputs
     shape = {"width": s.channels, "inputs": inputs, "depth_planes": 5 if job.rays else 1, "dense": s.task != "scene"}
     model = build(s.model, job.task.n_out, **shape)
+    if s.model == "resnet18":  # a network of a user's own may flatten its features, which channels_last forbids
+        job.layout = layout_for(model, job.device)
     model = model.to(job.device, memory_format=job.layout)  # type: ignore[call-overload]
     if job.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks.WORLD > 1 else model
+    if s.model != "resnet18":
+        probe(model, job)
     decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.half == torch.float16)
     sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
     return Run(model, torch.optim.AdamW(groups, lr=s.lr, fused=True), scaler, sums, sums[2:], [])
+
+
+def probe(model: nn.Module, job: Job) -> None:
+    """Refuse a network of a user's own that does not answer as the task needs, from two grey pictures.
+
+    In evaluation mode, and with torch's random numbers put back: what it learns afterwards does not change.
+    """
+    s = job.settings
+    size = s.size or job.train_set.size
+    pictures = [torch.full((2, n, size, size), 0.5, device=job.device) for n in ((3,) if s.task == "depth" else (3, 1))]
+    n_dims = 2 if s.task == "scene" else 4
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        model.eval()
+        out = ask(s.model, model, pictures)
+        model.train()
+    shape = f"[2, {job.task.n_out}]" if n_dims == 2 else f"[2, {job.task.n_out}, H, W]"
+    expected = f"expected floats {shape} for --task {s.task}"
+    if not isinstance(out, Tensor):
+        raise UserError(f"--model {s.model} answers with {type(out).__name__}, {expected}")
+    if not out.is_floating_point() or out.ndim != n_dims or out.shape[:2] != (2, job.task.n_out):
+        kind = str(out.dtype).removeprefix("torch.")
+        raise UserError(f"--model {s.model} answers two pictures with {kind} {list(out.shape)}, {expected}")
+    if not out.requires_grad:
+        raise UserError(f"--model {s.model}: its answer depends on no parameter that can learn. Leave one unfrozen")
+    unused = unused_parameters(model, out) if ranks.WORLD > 1 else []
+    if unused:
+        raise UserError(
+            f"--model {s.model} does not use {', '.join(unused[:3])}: with several ranks it must, or freeze it"
+        )
 
 
 def open_loaders(job: Job) -> None:
@@ -141,7 +171,13 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     planes += [target] if target.ndim > 1 else []
     rgb, planes = augment(rgb, planes, draws, s.size or rgb.shape[-1], s)
     target = planes.pop() if target.ndim > 1 else target
-    out = _forward(job, job.net, rgb, planes, target)
+    try:
+        out = _forward(job, job.net, rgb, planes, target)
+    except (ValueError, RuntimeError) as error:
+        if "Expected more than 1" not in str(error):  # BatchNorm, where a channel has one value: nothing to normalise
+            raise
+        what = f"a batch of {len(rgb)} at {rgb.shape[-1]} px is too little for BatchNorm ({one_line(error)})"
+        raise UserError(f"{what}. Use a larger --batch-size or --size") from error
     loss, weight = job.task.loss(out, target)
     n_warmup = min(s.warmup_epochs, s.epochs // 4) * job.n_steps
     for group in run.optimizer.param_groups:
@@ -154,9 +190,36 @@ def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
     run.step += 1
 
 
-def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
+class Keeper:
+    """Saves a run where that is due or was asked for, and ends it where a signal wants that; for every rank alike."""
+
+    def __init__(self, run: Run, job: Job, mirror: Mirror) -> None:
+        self.run, self.job, self.mirror = run, job, mirror
+        self.saved = time.perf_counter()
+
+    def look(self, *, can_wait: bool = False) -> None:
+        """Between steps. `can_wait`: a checkpoint that is only due comes soon anyway."""
+        is_due = not can_wait and time.perf_counter() - self.saved >= 60 * self.job.settings.save_minutes
+        wanted = ranks.most(max(REQUESTS.take(), DUE if is_due else NOTHING), self.job.device)
+        if wanted == NOTHING:
+            return
+        self.save()
+        where = f"after step {self.run.step} of {self.job.n_steps} of epoch {self.run.epoch + 1}"
+        if wanted == STOP:
+            raise Stopped(f"stopped and saved {where}; the same command continues there")
+        if wanted == SAVE and ranks.RANK == 0:
+            log(f"saved {where}")
+
+    def save(self, *files: str) -> None:
+        """A checkpoint, and copies of it and `files`."""
+        save(self.run, self.job.settings, self.job.train_set.fingerprint)
+        self.mirror.copy(*files, CHECKPOINT)
+        self.saved = time.perf_counter()
+
+
+def _train_epoch(run: Run, job: Job, keeper: Keeper) -> dict[str, float]:
     """The rest of an epoch, with checkpoints in between."""
-    s, n_steps, saved = job.settings, job.n_steps, time.perf_counter()
+    s, n_steps = job.settings, job.n_steps
     job.train_loader.set_epoch(run.epoch, run.step)
     run.model.train()
     name, places = f"epoch {run.epoch + 1}/{s.epochs}", job.train_loader.batches.places(run.epoch)[run.step :]
@@ -165,12 +228,14 @@ def _train_epoch(run: Run, job: Job, mirror: Mirror) -> dict[str, float]:
         for batch, mine in zip(job.train_loader, places, strict=False):
             train_step(run, job, batch, mine)
             meter.show(len(batch[0]), run.step == n_steps, lambda: float(run.sums[0] / run.sums[1]))
-            due = time.perf_counter() - saved >= 60 * s.save_minutes
-            if run.step < n_steps and ranks.first(lambda due=due: due):  # type: ignore[misc]
-                save(run, s, job.train_set.fingerprint)
-                mirror.copy(CHECKPOINT)
-                saved = time.perf_counter()
-    row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", ranks.total(run.sums)), **meter.values()}
+            keeper.look(can_wait=run.step == n_steps)
+    sums = ranks.total(run.sums)
+    if sums[1] == 0:
+        what = "is measured" if s.task == "depth" else "is labelled"
+        raise UserError(
+            f"{job.train_set.path}: no pixel of the train rows {what}: nothing to learn. Use another --task"
+        )
+    row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", sums), **meter.values()}
     if not math.isfinite(row["train_loss"]):
         raise UserError(f"the loss became nan in epoch {run.epoch + 1}. Use a smaller --lr than {s.lr}")
     return row
@@ -201,17 +266,20 @@ def apply(net: nn.Module, job: Job, batch: Batch, thorough: bool = True) -> tupl
 
 
 @torch.inference_mode()
-def evaluate(run: Run, job: Job, thorough: bool = True) -> dict[str, float]:
-    """Every test row once over all ranks; leaves the counts in the run."""
+def evaluate(run: Run, job: Job, thorough: bool = True, keeper: Keeper | None = None) -> dict[str, float]:
+    """Every test row once over all ranks; leaves the counts in the run. `keeper` looks after every batch."""
     run.model.eval()
     for buffer in run.model.buffers() if ranks.WORLD > 1 else ():  # on gloo each rank has BatchNorm statistics
         dist.broadcast(buffer, 0)
     sums = torch.zeros_like(run.sums)
-    for batch in job.test_loader:
+    n_common = -(-len(job.test_loader.dataset) // ranks.WORLD // job.settings.batch_size)  # batches that every rank has
+    for k, batch in enumerate(job.test_loader):
         n = DENSE_ROWS if batch[-1].ndim > 1 else len(batch[-1])
         for part in zip(*(each.split(n) for each in batch), strict=True):
             out, (*_, target) = apply(run.model, job, part, thorough)
             sums += _sums(job, out, target, *job.task.loss(out, target))
+        if keeper and k < n_common:
+            keeper.look(can_wait=True)
     sums = ranks.total(sums).cpu()
     run.counts = sums[2:]
     return _scores(job, "test", sums)
@@ -226,31 +294,51 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train until settings.epochs, continuing what settings.out holds. Raises UserError for a user's mistake."""
-    settings.check()
+    """Train until settings.epochs, continuing what settings.out holds. Raises UserError for a user's mistake.
+
+    Returns the summary: epochs, the last and the best row of metrics.csv, the baseline, the files; {} in ranks above 0.
+    """
+    if not settings.out:
+        raise UserError("--out '': name a directory")
     job = start(settings, ranks.join())
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
-    run, mirror = new_run(job), Mirror(settings.out, settings.mirror if ranks.RANK == 0 else None)
-    if not restore(run, settings, job.train_set.fingerprint):
-        start_from(run.model, settings.weights)
+    words: Any = {"then": "Wait for it, or use another --out", "elsewhere": "Use another --out"}
+    with ExitStack() as held:
+        lock = hold(Path(settings.out, LOCK), is_held=f"{settings.out} is being trained by", **words)
+        ranks.first(lambda: held.enter_context(lock))
+        run, mirror = _begin(job)
+        with REQUESTS.training():
+            _train_epochs(run, job, Keeper(run, job, mirror))
+        if ranks.RANK:
+            return {}
+        from pictures.report import report
+
+        files, summary = report(run, job)
+        mirror.copy(*files, wait_s=MIRROR_WAIT_S)
+        return summary
+
+
+def _begin(job: Job) -> tuple[Run, Mirror]:
+    """The run as it was left, or a new one, and its loaders."""
+    s = job.settings
+    run, mirror = new_run(job), Mirror(s.out, s.mirror if ranks.RANK == 0 else None)
+    if not restore(run, s, job.train_set.fingerprint):
+        start_from(run.model, s.weights)
     job.net = ranks.wrap(run.model, job.device)
-    job.net = torch.compile(job.net) if settings.compile else job.net
+    job.net = compiled(job.net) if s.compile else job.net
     open_loaders(job)
-    while run.epoch < settings.epochs:
+    return run, mirror
+
+
+def _train_epochs(run: Run, job: Job, keeper: Keeper) -> None:
+    n_epochs = job.settings.epochs
+    while run.epoch < n_epochs:
         started = time.perf_counter()
         row: dict[str, float] = {"epoch": run.epoch + 1}
-        row |= {**_train_epoch(run, job, mirror), **evaluate(run, job, thorough=run.epoch + 1 == settings.epochs)}
+        row |= _train_epoch(run, job, keeper)
+        row |= evaluate(run, job, run.epoch + 1 == n_epochs, keeper)
         run.history.append(row | {"seconds": time.perf_counter() - started})
         run.step = 0
         run.sums.zero_()
-        save(run, settings, job.train_set.fingerprint)
+        keeper.save(METRICS)
         if ranks.RANK == 0:
-            print(epoch_line(run.history[-1], settings.epochs), flush=True)
-        mirror.copy(METRICS, CHECKPOINT)
-    if ranks.RANK:
-        return {}
-    from pictures.report import report
-
-    files, summary = report(run, job)
-    mirror.copy(*files, wait_s=MIRROR_WAIT_S)
-    return summary
+            print(epoch_line(run.history[-1], n_epochs), flush=True)

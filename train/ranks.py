@@ -41,6 +41,15 @@ def total(sums: Tensor) -> Tensor:
     return sums
 
 
+def most(value: int, device: torch.device) -> int:
+    """The greatest of what the ranks have."""
+    if WORLD == 1:
+        return value
+    box = torch.tensor([value], device=device)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
+
+
 def first(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, in every rank; a UserError there is one everywhere."""
     if WORLD == 1:

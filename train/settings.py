@@ -1,7 +1,9 @@
 """A run's settings: each field is a flag of the command, and is stored in the run's checkpoints."""
 
+import os
 from argparse import ArgumentParser
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from convert.format import UserError
@@ -10,50 +12,56 @@ from convert.format import UserError
 MAY_CHANGE = {
     "data", "out", "allow_remote", "epochs", "num_workers", "reset", "mirror", "save_minutes", "compile", "batch_size",
 }  # fmt: skip
+Bounds = tuple[float, float]
 
 
 def _flag(default: Any, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
+    """A field; `more` is for argparse."""
+    return field(default=default, metadata={"argparse": {"help": help, **more}})
+
+
+def _number(default: Any, help: str, low: float, high: float, also: Any = None, **more: Any) -> Any:
+    """A field from `low` to `high`, or `also`; --help shows the range."""
+    values = f"{low:g} to {high if isinstance(high, int) else f'{high:g}'}"
+    values += f", or {also}" if also is not None else ""
+    metadata = {"argparse": {"help": f"{help} ({values})", **more}, "bounds": (low, high), "also": also}
+    return field(default=default, metadata={**metadata, "values": values})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made from."""
+    """What a run is made from. Raises UserError for what no run can start from, on the command line and from Python."""
 
     data: str = _flag(MISSING, "a converted set, or a directory that holds exactly one", metavar="DIR|ROOT")
     out: str = _flag(MISSING, "directory of this run; a run found there is continued", metavar="RUN")
     task: str = _flag("scene", "what to learn", choices=["scene", "semantic13", "semantic40", "depth"])
     num_classes: int = _flag(13, "which scene classes", choices=[10, 13, 27])
     inputs: str = _flag("rgbd", "what the network sees (depth is learnt from rgb)", choices=["rgbd", "rgb", "depth"])
-    size: int = _flag(128, "training resolution, 0 = as stored")
-    epochs: int = _flag(90, "passes over the train rows")
-    batch_size: int = _flag(128, "rows a step and process")
-    num_workers: int | str = _flag("auto", "loader processes", metavar="N|auto")
+    size: int = _number(128, "training resolution, 0 = as stored", 32, 1024, also=0)  # the network halves it five times
+    epochs: int = _number(90, "passes over the train rows", 1, 1_000_000)
+    batch_size: int = _number(128, "rows a step and process", 1, 100_000)
+    num_workers: int | str = _number("auto", "loader processes", 0, 64, also="auto", metavar="N|auto")
     model: str = _flag("resnet18", "resnet18, or package.module:callable(outputs)", metavar="NAME")
-    width: int = _flag(0, "channels of the first layer, 0 = 64 with --weights, else 32")
+    width: int = _number(0, "channels of the first layer, 0 = 64 with --weights, else 32", 1, 512, also=0)
     weights: str | None = _flag(
         None, "start from an ImageNet ResNet-18, or from another run", metavar="imagenet|PATH|RUN"
     )
-    lr: float = _flag(1e-3, "peak learning rate")
-    weight_decay: float = _flag(0.05, "of AdamW, on weights but not on biases and norms")
-    warmup_epochs: int = _flag(5, "rising learning rate, a quarter of --epochs at most")
-    label_smoothing: float = _flag(0.1, "share of the target spread over all classes")
-    crop: float = _flag(0.5, "smallest random crop, as a share of the area (task depth: whole pictures)")
-    jitter: float = _flag(0.4, "brightness, contrast, saturation times 1 -+ X")
-    seed: int = _flag(0, "of everything random")
+    lr: float = _number(1e-3, "peak learning rate", 1e-10, 100)
+    weight_decay: float = _number(0.05, "of AdamW, on weights but not on biases and norms", 0, 10)
+    warmup_epochs: int = _number(5, "rising learning rate, a quarter of --epochs at most", 0, 1_000_000)
+    label_smoothing: float = _number(0.1, "share of the target spread over all classes", 0, 0.9)
+    crop: float = _number(0.5, "smallest random crop, as a share of the area (task depth: whole pictures)", 0.05, 1)
+    jitter: float = _number(0.4, "brightness, contrast, saturation times 1 -+ X", 0, 1)
+    seed: int = _number(0, "of everything random", 0, 2**63 - 1)
     compile: bool = _flag(False, "torch.compile the network")
-    save_minutes: float = _flag(5.0, "checkpoint at least this often, besides every epoch; 0 = every step")
+    save_minutes: float = _number(5.0, "checkpoint at least this often, besides every epoch; 0 = every step", 0, 1e6)
     mirror: str | None = _flag(None, "copy checkpoints there in the background, and start from it", metavar="DIR")
     reset: bool = _flag(False, "forget the checkpoints in --out and start over")
     allow_remote: bool = _flag(False, "read a set on a mounted Drive (FUSE) all the same")
 
-    def check(self) -> None:
-        """Refuse what no run can start from."""
-        if self.size != 0 and self.size < 32:
-            raise UserError(f"--size {self.size}: the network halves it five times. Use 32 or more, or 0 (as stored)")
-        for name, low, high in (("epochs", 1, 1e9), ("batch_size", 1, 1e9), ("crop", 0.05, 1), ("jitter", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high:g}")
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, _right(each, getattr(self, each.name)))
         if self.weights and self.model != "resnet18":
             raise UserError(f"--weights is for --model resnet18; load them inside {self.model}")
 
@@ -61,6 +69,48 @@ class Settings:
     def channels(self) -> int:
         """`width`, its default worked out."""
         return self.width or (64 if self.weights else 32)
+
+
+def _right(each: "Field[Any]", value: Any) -> Any:
+    """The value as Python's own int, float, bool or str, which a checkpoint can hold; a UserError if it is wrong."""
+    if "bounds" in each.metadata:
+        return _right_number(each, value)
+    choices = each.metadata["argparse"].get("choices")
+    if choices:
+        if value not in choices or isinstance(value, bool | float):
+            raise _wrong(each, value, f"one of {', '.join(map(str, choices))}")
+        return next(choice for choice in choices if choice == value)
+    if isinstance(each.default, bool):
+        if not isinstance(value, bool):
+            raise _wrong(each, value, "True or False")
+        return value
+    if value is None and each.default is None:
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or "\0" in value:
+        raise _wrong(each, value, "text")
+    return value
+
+
+def _right_number(each: "Field[Any]", value: Any) -> Any:
+    """A float where the default is one, else an int."""
+    also, (low, high) = each.metadata["also"], each.metadata["bounds"]
+    if isinstance(also, str) and isinstance(value, str):
+        if value == also:
+            return value
+        value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
+    is_float = isinstance(each.default, float)
+    is_number = isinstance(value, Real if is_float else Integral) and not isinstance(value, bool)
+    if not is_number or not (low <= value <= high or (also is not None and value == also)):
+        kind = "a number" if is_float else "a whole number"
+        raise _wrong(each, value, f"{kind}, {each.metadata['values']}")
+    return float(value) if is_float else int(value)
+
+
+def _wrong(each: "Field[Any]", value: Any, choices: str) -> UserError:
+    shown = repr(value) if isinstance(value, str) else str(value)
+    return UserError(f"--{each.name.replace('_', '-')} {shown[:100]}: choose {choices}")
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -71,4 +121,4 @@ def add_flags(parser: ArgumentParser) -> None:
             more = {"action": "store_true"}
         elif isinstance(f.default, int | float):
             more |= {"type": type(f.default)}
-        parser.add_argument("--" + f.name.replace("_", "-"), **{**more, **f.metadata})
+        parser.add_argument("--" + f.name.replace("_", "-"), **{**more, **f.metadata["argparse"]})
