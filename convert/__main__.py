@@ -1,15 +1,20 @@
 """python -m convert run|verify|inspect|push|pull|sample: parse, call one function, print."""
 
 import argparse
+import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from . import format as fmt
 from .format import FIELDS, Settings, UserError
+
+INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 
 
 def run(args: argparse.Namespace) -> None:
@@ -156,16 +161,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; a mistake in it is one line and status 2."""
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a path need not be UTF-8
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup: its hang-up is to be survived
-            signal.signal(ending, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
+    _end_as_by_ctrl_c()
     try:
         args = parser().parse_args(argv)
         args.function(args)
         return 0
     except KeyboardInterrupt:
-        status, message = 130, "interrupted: what is finished is kept. Run the same command again to go on"
+        status, message = INTERRUPTED, "interrupted: what is finished is kept. Run the same command again to go on"
     except MemoryError:
         status, message = 2, "out of memory: what is finished is kept. Run the same command with fewer --workers"
     except UserError as error:
@@ -175,9 +179,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         status, message = 2, f"{error}. What is finished is kept: mend that, then run the same command again"
-    print(message.replace("\n", " "), file=sys.stderr)
+    if sys.stderr:  # else it would go to standard output, where the set's path is read
+        print(message.replace("\n", " "), file=sys.stderr)
     return status
 
 
+def _end_as_by_ctrl_c() -> None:
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, but not those that are ignored, as under nohup."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, signal.default_int_handler)
+
+
+def _exit(status: int) -> NoReturn:
+    """After Ctrl-C at once: a thread that waits for a server would be waited for. Files were left right before."""
+    if status == INTERRUPTED:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

@@ -5,13 +5,16 @@ import shlex
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from . import format as fmt
 from .format import Settings, UserError
+
+if TYPE_CHECKING:
+    from .chunks import Reader
 
 
 def verify_all(directory: Path) -> int:
@@ -46,27 +49,36 @@ def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
 
 def against_source(directory: Path, source: Path, n_rows: int) -> int:
     """Re-read random rows from the source and compare them with the stored ones, byte for byte."""
-    from .mat import Mat, sampled_identity
-    from .resize import resize
+    from .mat import Mat, check_opens, sampled_identity
 
     found = fmt.open_set(directory)
-    settings = found.settings
-    with closing(Mat(source, settings.fields, settings.axes)) as mat:
-        if sampled_identity(source)["sampled_sha256"] != found.manifest["source"]["sampled_sha256"]:
-            raise UserError(f"{source} is not what {directory} was made from. Run: make convert MAT={source}")
+    check_opens(source)
+    if sampled_identity(source)["sampled_sha256"] != found.manifest["source"]["sampled_sha256"]:
+        raise UserError(f"{source} is not what {directory} was made from. Run: make convert MAT={source}")
+    with closing(Mat(source, found.settings.fields, found.settings.axes)) as mat:
         rows = np.random.default_rng().choice(found.n_rows, min(n_rows, found.n_rows), replace=False)
-        for name in settings.fields:
-            reader = mat.reader(name)
-            reader.read_index()
-            shards = found.shards(name)
-            if reader.needs_scratch:
-                reader.fill_scratch(Path(tempfile.gettempdir()))
-            for row in sorted(rows.tolist()):
-                large = reader.read_group(row // reader.group_rows)[row % reader.group_rows]
-                small = resize(name, large, settings.size, settings.crop, settings.depth_resize)
-                shard, offset = divmod(row, settings.rows_per_shard)
-                if not np.array_equal(small, shards[shard][offset]):
-                    file = directory / fmt.shard_name(name, shard, found.codecs is not None)
-                    what = f"row {row} is not what {source} gives. Delete {directory}, then run: make convert"
-                    raise UserError(f"{file}: {what}")
+        for name in found.settings.fields:
+            with closing(mat.reader(name)) as reader:
+                _compare(found, name, reader, source, sorted(rows.tolist()))
     return len(rows)
+
+
+def _compare(found: fmt.ShardSet, name: str, reader: "Reader", source: Path, rows: list[int]) -> None:
+    from .decode import blaming
+    from .mat import KEYS, LOOK_FIRST
+    from .resize import resize
+
+    settings, shards = found.settings, found.shards(name)
+    with blaming(str(source), KEYS[name], None, LOOK_FIRST):
+        reader.read_index()
+        if reader.needs_scratch:
+            reader.fill_scratch(Path(tempfile.gettempdir()))
+    for row in rows:
+        with blaming(str(source), KEYS[name], row, LOOK_FIRST):
+            large = reader.read_group(row // reader.group_rows)[row % reader.group_rows]
+            small = resize(name, large, settings.size, settings.crop, settings.depth_resize)
+        shard, offset = divmod(row, settings.rows_per_shard)
+        if not np.array_equal(small, shards[shard][offset]):
+            file = found.path / fmt.shard_name(name, shard, found.codecs is not None)
+            what = f"row {row} is not what {source} gives. Delete {found.path}, then run: make convert"
+            raise UserError(f"{file}: {what}")

@@ -46,13 +46,22 @@ class Unreadable(Exception):
 def inflate(data: bytes | memoryview, n_bytes: int) -> bytes | bytearray:
     """Undo zlib into exactly `n_bytes`. Raises Damaged."""
     try:
-        out = _libdeflate(data, n_bytes) if _libdeflate else zlib.decompress(data, bufsize=n_bytes)
+        out = _libdeflate(data, n_bytes) if _libdeflate else _inflate(data, n_bytes)
     except MemoryError:
         raise
     except Exception as error:  # the bindings raise their own types
         raise Damaged(f"a compressed chunk is damaged ({error})") from None
     if len(out) != n_bytes:
         raise Damaged(f"a chunk holds {len(out)} bytes, expected {n_bytes}")
+    return out
+
+
+def _inflate(data: bytes | memoryview, n_bytes: int) -> bytes:
+    """By Python's own zlib, which would unpack a bomb whole: one byte too many is enough to know it by."""
+    stream = zlib.decompressobj()
+    out = stream.decompress(data, n_bytes + 1)
+    if len(out) >= n_bytes and not stream.eof:
+        raise ValueError("it is longer than it should be, or its end is missing")
     return out
 
 
@@ -134,11 +143,12 @@ class Reader:
             self.index = index
             return
         bases = sorted({0, self.dataset.user_block_bytes})
-        n_seen = 0
+        n_unpacked = n_seen = 0
         for k in _telling(index, written):
             found = {base: self._unpacked_at(k, index, base) for base in bases}
             if all(chunk is None for chunk in found.values()):
                 continue  # a damaged one, or a bomb that HDF5 would unpack whole: when its turn comes it is named
+            n_unpacked += 1
             try:
                 expected = self._through_hdf5(k)
             except Unreadable:
@@ -147,6 +157,8 @@ class Reader:
             n_seen += 1
             if len(bases) < 2:
                 break
+        if not n_unpacked:
+            raise Damaged("none of the chunks that were looked at can be unpacked")
         if n_seen and len(bases) == 1:
             index.offset[written] += bases[0]
             self.index = index
@@ -171,8 +183,8 @@ class Reader:
     def _unpacked_at(self, k: int, index: ChunkIndex, base: int) -> np.ndarray | None:
         """What lies at the offset of chunk `k`, counted from `base`; None where that is no chunk."""
         n_bytes = int(index.n_bytes[k])
-        self._check_claim(n_bytes)
         try:
+            self._check_claim(n_bytes)
             unpacked = self._undo(self._pread(n_bytes, int(index.offset[k]) + base), int(index.filter_mask[k]))
         except Damaged:
             return None

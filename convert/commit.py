@@ -41,7 +41,8 @@ def find_set(root: Path, settings: Settings, wanted: dict[str, Any], *forms: str
                 raise
             log(f"passed over: {error}")
             continue
-        same = manifest["settings"] == settings.to_dict() and wanted.items() <= manifest["source"].items()
+        fits = settings.fits(Settings.from_dict(manifest["settings"]))
+        same = fits and wanted.items() <= manifest["source"].items()
         if same and path.suffix in forms:
             found.setdefault(manifest["fingerprint"], path)
     if len(found) > 1:

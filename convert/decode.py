@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -96,22 +96,26 @@ class Decoder:
                     placed[shard] += 1
         return placed
 
-    @contextmanager
-    def blaming(self, field: str, row: int) -> Iterator[None]:
-        """One line that names the field and the row, for what is wrong with them.
+    def blaming(self, field: str, row: int | None = None) -> AbstractContextManager[None]:
+        return blaming(self.source, self.keys[field], row, self.advice)
 
-        Errors of other kinds are this program's: they go on as they are, and blame no file.
-        """
-        where = f"{self.source}: {self.keys[field]} row {row}"
-        try:
-            yield
-        except (Damaged, ValueRangeError, Unreadable) as error:
-            raise UserError(f"{where}: {one_line(error)}. {self.advice}") from None
-        except OSError as error:
-            if error.errno in (ENOSPC, EDQUOT):
-                raise
-            what = f"{where} could not be read ({one_line(error)})"
-            raise UserError(f"{what}. When the disk or network answers again, run: make convert") from None
+
+@contextmanager
+def blaming(source: str, key: str, row: int | None, advice: str) -> Iterator[None]:
+    """One line that names the field, and the row where one is known, for what is wrong with them.
+
+    Errors of other kinds are this program's: they go on as they are, and blame no file.
+    """
+    where = f"{source}: {key}" + ("" if row is None else f" row {row}")
+    try:
+        yield
+    except (Damaged, ValueRangeError, Unreadable) as error:
+        raise UserError(f"{where}: {one_line(error)}. {advice}") from None
+    except OSError as error:
+        if error.errno in (ENOSPC, EDQUOT):
+            raise
+        what = f"{where} could not be read ({one_line(error)})"
+        raise UserError(f"{what}. When the disk or network answers again, run: make convert") from None
 
 
 class Helper:

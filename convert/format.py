@@ -21,7 +21,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -77,6 +77,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def is_whole(value: Any) -> bool:
+    """A whole number of Python's or numpy's, which True is not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """What was given, for a message of one line."""
+    return " ".join(str(value).split())[:80]
+
+
 def mebibytes(n_bytes: int | None) -> str:
     return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"
 
@@ -99,21 +109,26 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.fields, tuple | list) or not self._are_fields(list(self.fields)):
             given = ",".join(map(str, self.fields)) if isinstance(self.fields, tuple | list) else repr(self.fields)
-            raise UserError(f"--fields {given}: choose from {','.join(FIELDS)}, each once")
+            raise UserError(f"--fields {shown(given)}: choose from {','.join(FIELDS)}, each once")
         object.__setattr__(self, "fields", tuple(f for f in FIELDS if f in self.fields))
         for name, low, high in (("size", 8, 480), ("rows_per_shard", 1, 100_000)):
             value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value}: choose {low} to {high}")
+            if not is_whole(value) or not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {shown(value)}: choose {low} to {high}")
+            object.__setattr__(self, name, int(value))
         for name, choices in (("crop", tuple(CROP_BOXES)), ("depth_resize", DEPTH_RESIZES), ("axes", AXES)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
-                raise UserError(f"--{name.replace('_', '-')} {value}: choose one of {', '.join(choices)}")
+                raise UserError(f"--{name.replace('_', '-')} {shown(value)}: choose one of {', '.join(choices)}")
 
     @staticmethod
     def _are_fields(names: list[Any]) -> bool:
         known = [name for name in names if isinstance(name, str) and name in FIELDS]
         return 0 < len(names) == len(set(known))
+
+    def fits(self, stored: "Settings") -> bool:
+        """Whether a set of these is what is asked for; `axes` were left out of it where the pictures told them."""
+        return stored in (self, replace(self, axes="auto"))
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest and the fingerprint; what came after the first sets is left out at its default."""

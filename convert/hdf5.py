@@ -1,4 +1,4 @@
-"""One thread owns HDF5: every call into it is made there, and no h5py object leaves it.
+"""One thread owns HDF5: every file is opened, read and closed there, and what it gives out is no h5py object.
 
 HDF5 takes one call at a time. h5py's own lock does not see to that in every version: `read_direct_chunk` took none
 before h5py 3.16, and reads from several threads have crashed with later ones (h5py issues 2764, 2920). Beside another
@@ -10,11 +10,13 @@ and arrays. Decoding, which is most of the work, needs no HDF5 at all (`convert/
 import os
 import threading
 import traceback
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import ParamSpec, TypeVar
+from queue import SimpleQueue
+from typing import Any, ParamSpec, TypeVar
 
 import h5py
 import numpy as np
@@ -26,10 +28,12 @@ T = TypeVar("T")
 
 VERSIONS = f"h5py {h5py.__version__} with HDF5 {h5py.version.hdf5_version}"
 FARTHEST = 2**62  # no file has a byte there
+OUR_FAULTS = (AssertionError, AttributeError, ImportError, MemoryError, NameError, NotImplementedError)
+NOT_THE_FILES = (*OUR_FAULTS, ConnectionError)  # errors that say nothing of the file
 
 
 class Hdf5Thread:
-    """The thread, one for the whole process.
+    """The thread, one for the whole process; a daemon, so that a call which hangs on a network holds up no exit.
 
     A fork waits until the call under way has ended, else the child would hold HDF5 half-way through it, and h5py's
     lock in the hands of a thread that the child does not have. The child gets a thread of its own.
@@ -41,32 +45,55 @@ class Hdf5Thread:
 
     def _start(self) -> None:
         self._in_call = threading.RLock()
-        self._here = threading.local()
-        self._pool = ThreadPoolExecutor(1, "hdf5", lambda: setattr(self._here, "is_owner", True))
-
-    def _wait_for_call(self) -> None:
-        self._in_call.acquire()
-
-    def _go_on(self) -> None:
-        self._in_call.release()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._was_interrupted = False
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Have it called there, after what was asked for before."""
-        return self._pool.submit(self._call, partial(function, *args, **kwargs))
+        future: Future[T] = Future()
+        self._calls.put((future, partial(function, *args, **kwargs)))
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="hdf5", daemon=True)
+                self._thread.start()
+        return future
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What it returns or raises there; called at once where the caller is that thread."""
-        if getattr(self._here, "is_owner", False):
+        if threading.current_thread() is self._thread:
             return function(*args, **kwargs)
         return self.submit(function, *args, **kwargs).result()
 
-    def _call(self, function: Callable[[], T]) -> T:
-        try:
-            with self._in_call:
-                return function()
-        except BaseException as error:
-            _let_go(error)
-            raise
+    def _serve(self) -> None:
+        while True:
+            future, function = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                with self._in_call:
+                    result = function()
+            except BaseException as error:
+                _let_go(error)
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del future, function  # nothing is kept until the next call comes
+
+    def _wait_for_call(self) -> None:
+        while True:  # Ctrl-C meanwhile would let the fork go on in the middle of the call
+            try:
+                self._in_call.acquire()
+                return
+            except KeyboardInterrupt:
+                self._was_interrupted = True
+
+    def _go_on(self) -> None:
+        self._in_call.release()
+        if self._was_interrupted:
+            self._was_interrupted = False
+            threading.Timer(0, interrupt_main).start()  # what is raised in here is ignored
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -94,7 +121,7 @@ def _reading() -> Iterator[None]:
     """Unreadable for whatever h5py raises on damaged data: nearly every type there is."""
     try:
         yield
-    except (Damaged, MemoryError):
+    except (Damaged, *NOT_THE_FILES):
         raise
     except Exception as error:
         raise Unreadable(f"{VERSIONS} cannot read it ({error})") from None

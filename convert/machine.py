@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 BLOCK = 1 << 20
@@ -20,9 +21,10 @@ def shared_memory(n_bytes: int) -> int:
     a file that the disk has no room for would end the process when it is touched.
     """
     if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("shards")
-        os.ftruncate(handle, n_bytes)
-        return handle
+        with suppress(OSError):  # a kernel or a sandbox may refuse what Python has
+            handle = os.memfd_create("shards")
+            os.ftruncate(handle, n_bytes)
+            return handle
     with tempfile.TemporaryFile(buffering=0) as file:
         for start in range(0, n_bytes, BLOCK):
             file.write(bytes(min(BLOCK, n_bytes - start)))
@@ -32,7 +34,8 @@ def shared_memory(n_bytes: int) -> int:
 def drop_from_cache(handle: int) -> None:
     """So that the next read comes from where the file lies; a hint, which some systems do not take."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def memory_of(processes: list[int]) -> int | None:
@@ -41,11 +44,12 @@ def memory_of(processes: list[int]) -> int | None:
     None where the system does not tell (no /proc).
     """
     try:
-        now = sum(_kb(PROC / str(pid) / "smaps_rollup", "Pss:") for pid in processes)
+        now = sum([_kb(PROC / str(pid) / "smaps_rollup", "Pss:") for pid in processes])
         return 1024 * max(now, _kb(PROC / str(processes[0]) / "status", "VmHWM:"))
-    except (OSError, StopIteration):  # StopIteration: a process that ends has no sizes any more
+    except (OSError, LookupError):  # a process that ends has no sizes any more
         return None
 
 
 def _kb(path: Path, key: str) -> int:
-    return next(int(words[1]) for words in map(str.split, path.read_text().splitlines()) if words[0] == key)
+    lines = {words[0]: words[1] for words in map(str.split, path.read_text().splitlines()) if len(words) > 1}
+    return int(lines[key])

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,13 +19,13 @@ import numpy as np
 
 from .chunks import Reader
 from .format import Settings, UserError, log, one_line
-from .hdf5 import VERSIONS, StoredDataset, in_hdf5_thread
+from .hdf5 import HDF5, NOT_THE_FILES, VERSIONS, StoredDataset, in_hdf5_thread
 
 ORIGINAL_BYTES = 2_972_037_809
 ORIGINAL_MD5 = "520609c519fba3ba5ac58c8fefcc3530"
 # A library or this program may be at fault too: nobody is sent to fetch 3 GB again before he has looked.
 LOOK_FIRST = f"Before you fetch it again compare its md5 with the original's, {ORIGINAL_MD5}; then run: make convert"
-OUR_FAULTS = (AssertionError, AttributeError, ImportError, MemoryError, NameError, NotImplementedError)
+CLOSE_S = 3.0
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
 KINDS = {"rgb": "u1", "depth": "f4", "raw_depth": "f4", "label": "u2", "instance": "u1"}
@@ -71,7 +71,7 @@ def _open(path: Source) -> h5py.File:
         with path.open("rb") as file:
             head = file.read(520)
         return h5py.File(path if isinstance(path, Path) else path.open("rb"), "r", locking=False)
-    except OUR_FAULTS:
+    except NOT_THE_FILES:
         raise
     except Exception as error:  # h5py raises whatever HDF5 comes upon
         raise UserError(f"{path} {_instead(path, head, error)}") from None
@@ -81,15 +81,16 @@ def _instead(path: Source, head: bytes | None, error: Exception) -> str:
     """What it is instead of a .mat that can be read, and what to do."""
     if head is None:
         why = str(getattr(error, "strerror", None) or error).lower()
-        is_missing = isinstance(error, FileNotFoundError)
-        how = "Download nyu_depth_v2_labeled.mat" if is_missing else "Check its permissions, and the disk it lies on"
+        how = "Check its permissions, and the disk it lies on"
+        if isinstance(error, FileNotFoundError | IsADirectoryError):
+            how = "Give the path of nyu_depth_v2_labeled.mat, or download it"
         return f"cannot be read ({why}). {how}, then run: make convert"
     if not head or head.lstrip()[:1] == b"<":
         what = "a web page, not a .mat" if head else "empty"
         return f"is {what}: the download failed. Delete it, then run: make convert"
     if head.startswith(b"MATLAB 5.0"):
         return "is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert"
-    if "truncated" in str(error):
+    if "truncated file" in str(error):
         size = f"{path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES})"
         return f"is {size}: the download was cut. Fetch the rest with curl -C -, then run: make convert"
     if HDF5_SIGNATURE in (head[:8], head[512:]):
@@ -125,8 +126,12 @@ class Mat:
             self.file.close()
             raise
 
-    @in_hdf5_thread
     def close(self) -> None:
+        """Not waited for where a call hangs, as on a network that is gone."""
+        with suppress(TimeoutError):
+            HDF5.submit(self._close).result(CLOSE_S)
+
+    def _close(self) -> None:
         self.file.close()
 
     def _axes(self, wanted: str) -> str:
@@ -145,6 +150,13 @@ class Mat:
             log(f"{self.path}: pictures lie as {first}x{second}: taken as height x width")
         return found
 
+    def check_crop(self, crop: str) -> None:
+        """Raise UserError where the named box is not one of these pictures."""
+        height, width = sorted(self.sides)
+        if crop != "none" and (width, height) != (640, 480):
+            what = f"--crop {crop} is a box of 640x480 pictures, these are {width}x{height}"
+            raise UserError(f"{self.path}: {what}. Leave --crop out")
+
     def plain(self, settings: Settings) -> Settings:
         """The settings without `axes` where the file says it by itself: the same set whether it was given or not."""
         return settings if self.sides[0] == self.sides[1] else replace(settings, axes="auto")
@@ -157,7 +169,7 @@ class Mat:
         """One line for whatever h5py raises on a damaged file: nearly every type there is."""
         try:
             yield
-        except (UserError, *OUR_FAULTS):
+        except (UserError, *NOT_THE_FILES):
             raise
         except Exception as error:
             raise self.refuse(f"{what} cannot be read by {VERSIONS} ({one_line(error)})") from None

@@ -74,7 +74,7 @@ def repack(source: Path, root: Path, settings: Settings, container: str, codec: 
     """
     found = fmt.open_set(source)
     have, digest = found.settings, found.manifest["fingerprint"]
-    if settings not in (have, Settings()):
+    if not settings.fits(have) and settings != Settings():
         raise UserError(f"{source} has other settings ({have}). Run: python -m convert run FILE.mat --out {root}")
     codecs = codecs_of(container, codec, have.fields)
     directory = root / fmt.directory_name(have, digest, codecs is not None)

@@ -30,7 +30,7 @@ from .hdf5 import HDF5, Hdf5Thread
 from .lock import only_one
 from .machine import memory_of, n_cores
 from .mat import KEYS, LOOK_FIRST, Elsewhere, Mat, Source, sampled_identity
-from .pack import write_rest, write_shard
+from .pack import CODECS, write_rest, write_shard
 from .tables import row_columns
 
 ROWS_PER_TASK = 8
@@ -67,6 +67,7 @@ def _convert(source: Source, root: Path, settings: Settings, workers: int | None
     mat = Mat(source, settings.fields, settings.axes)
     try:
         settings = mat.plain(settings)
+        mat.check_crop(settings.crop)
         before, identity = stamp(source), sampled_identity(source)
         digest = fmt.fingerprint(settings, identity)
         directory = root / fmt.directory_name(settings, digest, codecs is not None)
@@ -103,10 +104,12 @@ def _check_arguments(settings: Settings, workers: int | None, codecs: Codecs) ->
     """Before anything is opened: a mistake from Python shows as one line too."""
     if not isinstance(settings, Settings):
         raise UserError(f"settings {settings!r}: expected convert.format.Settings(...)")
-    if workers is not None and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
+    if workers is not None and (not fmt.is_whole(workers) or not 1 <= workers <= MAX_WORKERS):
         raise UserError(f"workers {workers!r}: choose 1 to {MAX_WORKERS}, or None for one a core")
-    if codecs is not None and (not isinstance(codecs, dict) or codecs.keys() != set(settings.fields)):
+    if codecs is not None and not (isinstance(codecs, dict) and codecs.keys() == set(settings.fields)):
         raise UserError(f"codecs {codecs!r}: expected a codec for each of {','.join(settings.fields)}, or None")
+    if unknown := [codec for codec in (codecs or {}).values() if codec not in CODECS]:
+        raise UserError(f"codec {unknown[0]!r}: choose one of {', '.join(CODECS)}")
 
 
 def _manifest(job: "Job", identity: dict[str, Any], digest: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -216,13 +219,17 @@ class Job:
         self.decoder = Decoder(str(self.mat.path), KEYS, LOOK_FIRST, self.settings, readers, buffers)
         self.bar = tqdm(total=self.n_todo, unit="row", desc="convert", disable=None, smoothing=0.05)
         self.pool, self.writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+        has_hung = False
         try:
             self._start_helpers(workers)
             self.facts = self._submit(HDF5, row_columns, self.mat, log)  # its thread reads text while others decode
             self._work(readers)
             return self.facts.result()  # type: ignore[no-any-return]
+        except KeyboardInterrupt:
+            has_hung = not isinstance(self.mat.handle, int)  # threads may be waiting for a server that says nothing
+            raise
         finally:
-            self.pool.shutdown(cancel_futures=True)
+            self.pool.shutdown(wait=not has_hung, cancel_futures=True)
             self.writer.shutdown(cancel_futures=True)
             self.bar.close()
             while not self.helpers.empty():
@@ -240,7 +247,7 @@ class Job:
                 self.helpers.put(Helper((self.mat.handle, self.decoder.buffers.fd)))
         for name, reader in readers.items():
             if self.n_todo:
-                with self.decoder.blaming(name, 0):
+                with self.decoder.blaming(name):
                     reader.read_index()
         n_helpers = self.helpers.qsize()
         self.travels = {name for name, reader in readers.items() if reader.can_travel and n_helpers}
@@ -254,7 +261,7 @@ class Job:
         for name, reader in readers.items():
             if reader.needs_scratch and self.n_todo:
                 log(f"{KEYS[name]} is chunked across rows: unpacking it into a scratch file first")
-                with self.decoder.blaming(name, 0):
+                with self.decoder.blaming(name):
                     reader.fill_scratch(self.directory, self.pool.map)
         for name, groups in self._tasks(readers):
             shards = self._shards_of(readers[name], groups)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ then put it into your Drive folder as nyu_depth_v2_labeled.mat, or say where it 
 
 def fetch(url: str, path: Path) -> Path:
     """Download `url` to `path`. What an earlier run got of the same file is kept in a .part file and goes on."""
+    check_url(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         remote = Remote(url)
@@ -90,14 +92,28 @@ def ask(url: str, start: int, stop: int) -> Any:
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
 
 
+def check_url(url: str) -> None:
+    """Raise UserError for what is no address, which no further try would mend."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        str(parts.hostname).encode("idna")
+    except (ValueError, UnicodeError):
+        is_right = False
+    if not is_right:
+        raise UserError(
+            f"{url!r} is no address of a file: it is like https://host/{MAT_NAME}. Run: make convert URL=..."
+        )
+
+
 def probe(url: str) -> tuple[int, str]:
     """Size and version (ETag or date). UserError where that is no file that can be read in ranges."""
     with ask(url, 0, 1) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise UserError(f"{url} is a web page, not a .mat. Open it in a browser, then: make convert MAT=THE_FILE")
-        if answer.status != 206:
+        size = (answer.headers["Content-Range"] or "").rpartition("/")[2]
+        if answer.status != 206 or not size.isdecimal():
             raise UserError(f"{url}: its server gives no ranges. Run: curl -O {url}, then: make convert MAT=THE_FILE")
-        size = answer.headers["Content-Range"].rpartition("/")[2]
         return int(size), answer.headers["ETag"] or answer.headers["Last-Modified"] or size
 
 
@@ -105,6 +121,7 @@ class Remote:
     """A .mat on a web server, used like a Path: only what is read of it travels, in ranges, several at once."""
 
     def __init__(self, url: str) -> None:
+        check_url(url)
         try:
             import fsspec
 
@@ -153,9 +170,9 @@ class Remote:
             try:
                 data = cat(self.url, start, stop)
             except Exception as error:  # aiohttp's own types
-                raise OSError(f"{type(error).__name__}: {error}") from None
+                raise ConnectionError(f"{self.url}: {type(error).__name__}: {error}") from None
             if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
+                raise ConnectionError(f"{self.url}: {len(data)} bytes came, {stop - start} were asked for")
             return data
 
         data = patiently(read)

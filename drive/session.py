@@ -57,6 +57,7 @@ def prepare(
         log(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
         where, codecs = _begun(here, there, root, codecs, command)
         directory = convert(mat, where, settings, workers, codecs, repair=True)
+        settings = fmt.open_set(directory).settings  # without axes that the pictures told by themselves
         if where != root:
             directory = repack(directory, root, settings, "npy", "none")
         if here and here != directory:  # of another source
@@ -97,7 +98,7 @@ def _find_mat(root: Path, drive: Path | None, command: str) -> Path | None:
 def _cost(directory: Path) -> str:
     try:
         seconds = json.loads((directory / fmt.PROVENANCE).read_text())["seconds"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         seconds = "some"
     return f"the .mat ({fmt.read_manifest(directory)['source']['bytes'] / 1e6:.0f} MB) and {seconds} s of converting it"
 

@@ -64,7 +64,7 @@ def _provenance_line(directory: Path) -> str:
         made = json.loads((directory / PROVENANCE).read_text())
         cost = f"{made['seconds']} s, peak memory {mebibytes(made['peak_memory_bytes'])}"
         return f"  made {made['when']} in {cost}: {made['command']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "  made: unknown (no provenance.json)"
 
 
@@ -138,6 +138,7 @@ def _draw_labels(axes: Any, label: np.ndarray, class_names: list[str], most: int
     """The classes in colour, with the names of the largest where they lie."""
     from matplotlib.patheffects import withStroke
 
+    label = np.where(label <= len(class_names), label, 0)  # of a damaged set
     axes.imshow(class_colours(len(class_names))[label], interpolation="nearest")
     ids, counts = np.unique(label[label > 0], return_counts=True)
     largest = ids[np.argsort(-counts, kind="stable")][:most]

@@ -80,7 +80,11 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((self.path, self.headers["Range"]))
             failing = bool(server.fail_next)
+            silent = len(server.requests) > server.silent_after
             status = server.fail_next.pop(0) if failing else 0
+        if silent:
+            server.ended.wait()
+            return None
         if data is None or failing:
             return self._send(status or 404, b"no", {})
         start, stop = 0, len(data)
@@ -126,11 +130,13 @@ class Server(ThreadingHTTPServer):
     drop_chance = 1.0
     refuse_from = 1 << 60  # ranges that start there are answered with 503
     drop_once = False  # the same request again is answered in full
+    silent_after = 1 << 60  # requests: later ones are never answered
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.requests, self.fail_next, self.sent = files, [], [], 0  # type: ignore[var-annotated]
         self.lock = threading.Lock()
+        self.ended = threading.Event()
 
     def handle_error(self, *args: Any) -> None:
         pass
@@ -148,6 +154,7 @@ def serving(**files: bytes) -> Iterator[Server]:
     try:
         yield server
     finally:
+        server.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from flaky import serving
 
-from convert.format import FIELDS, UserError
+from convert.format import FIELDS, Settings, UserError
 from convert.hdf5 import HDF5
-from convert.mat import KEYS, LOOK_FIRST, Mat
+from convert.mat import KEYS, LOOK_FIRST, Mat, sampled_identity
+from convert.pack import repack
 from convert.resize import nearest
 from convert.tables import row_columns
 from convert.write import convert
+from drive import remote
+from drive.session import prepare
 from rooms.sample import write_sample
 
 # As a conversion does: text, chunks that only HDF5 can unpack, and the indexes beside them; only more often.
@@ -121,6 +126,20 @@ def test_a_conversion_calls_h5py_from_one_thread_only(mat: Path, tmp_path: Path)
     assert seen.pop().startswith("hdf5")
 
 
+def test_a_fork_waits_for_the_call_under_way() -> None:
+    """Else the child would hold HDF5 half-way through it."""
+    begun, go_on = threading.Event(), threading.Event()
+    call = HDF5.submit(lambda: (begun.set(), go_on.wait(30)))
+    assert begun.wait(30)
+    threading.Timer(0.5, go_on.set).start()
+    child = os.fork()
+    if not child:
+        os._exit(0 if HDF5.run(lambda: 7) == 7 else 1)  # a thread of its own
+    assert call.done() or call.result(5)
+    assert go_on.is_set()
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.races
 def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(mat: Path, small_set: Path, tmp_path: Path) -> None:
     reading = Mat(mat, tuple(FIELDS))
@@ -165,7 +184,7 @@ def test_a_damaged_chunk_names_its_row_and_asks_to_compare_the_md5_first(mat: Pa
 
 
 def test_an_error_of_this_program_blames_no_file(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a helper as from a thread it arrives as what it is."""
+    """It arrives as what it is."""
 
     def broken(*_: object) -> np.ndarray:
         raise TypeError("a fault of ours")
@@ -192,6 +211,118 @@ def test_a_disk_that_does_not_answer_blames_the_disk(
     assert "md5" not in str(error.value)
 
 
+def test_a_chunk_of_absurd_size_is_named_by_its_row(mat: Path, tmp_path: Path) -> None:
+    """Those that pack worst are looked at first when the index is read: they are named in their turn all the same."""
+    path = Path(shutil.copy(mat, tmp_path / "x.mat"))
+    with h5py.File(path, "r+") as file:
+        file["depths"].id.write_direct_chunk((20, 0, 0), b"x" * 200_000)
+    with pytest.raises(UserError, match="depths row 20: a chunk claims 200000 compressed bytes"):
+        convert(path, tmp_path / "out", SMALL)
+
+
+def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(mat: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(mat, tmp_path / "x.mat"))
+    with h5py.File(path, "r+") as file:
+        bomb = zlib.compress(bytes(16 << 20), 9)
+        dset = file["depths"].id
+        places = [dset.get_chunk_info(k).chunk_offset for k in range(dset.get_num_chunks())]
+        for place in places:
+            dset.write_direct_chunk(place, bomb)
+    for module in ("nothing", "deflate"):  # with libdeflate, and without
+        code = f"import sys; sys.modules[{module!r}] = None; from convert.__main__ import main; main(); "
+        code += "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        words = [sys.executable, "-c", code, "run", str(path), "--out", str(tmp_path / module)]
+        done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
+        assert "depths: none of the chunks that were looked at can be unpacked" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert int(done.stdout.split()[-1]) < 200 << 10
+
+
+def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: Path) -> None:
+    """Its chunks would be found with the user block and without: HDF5 reads them."""
+    path = Path(shutil.copy(mat, tmp_path / "x.mat"))
+    with h5py.File(path, "r+") as file:
+        file["instances"][...] = 3
+        shape = file["instances"].shape
+        del file["rawDepths"]
+        file.create_dataset("rawDepths", shape, "<f4", chunks=(1, 2, 8), compression="gzip")
+        file["rawDepths"][...] = 2.5
+        file["rawDepths"][35, 63, 47] = 2.75
+    made = convert(path, tmp_path / "out", SMALL)
+    rows = rows_of(made)
+    assert set(np.unique(rows["instance"])) == {3}
+    assert set(np.unique(rows["raw_depth"])) == {2500, 2750}
+
+
+def test_a_crop_that_does_not_fit_blames_the_crop(mat: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--crop eigen is a box of 640x480 pictures, these are 64x48") as error:
+        convert(mat, tmp_path, Settings(crop="eigen"))
+    assert "md5" not in str(error.value)
+
+
+def test_verify_against_a_source_that_was_damaged_since_is_one_line(
+    tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    path = tmp_path / "x.mat"
+    write_sample(path, 24, size_wh=(320, 240))
+    made = convert(path, tmp_path / "out", SMALL)
+    before = sampled_identity(path)
+    whole = path.read_bytes()
+    for place in range(len(whole) // 4, len(whole), 50_000):
+        damaged = whole[:place] + b"damage" + whole[place + 6 :]
+        path.write_bytes(damaged)
+        if sampled_identity(path) == before:  # outside the blocks that it is made from
+            whole = damaged
+    path.write_bytes(whole)
+    done = command("convert", "verify", made, "--against", path, "--rows", "24")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "compare its md5" in done.stderr
+
+
+# ---------------------------------------------------------------- servers
+
+
+def test_a_server_that_drops_everything_blames_the_network(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAUSES", (0.001, 0.002))
+    with serving(x_mat=mat.read_bytes()) as server:
+        source = remote.Remote(server.url("x.mat"))
+        server.drop_after = 0
+        with pytest.raises((ConnectionError, UserError)) as error:
+            convert(source, tmp_path, SMALL)
+    assert "md5" not in str(error.value)
+    assert "h5py" not in str(error.value)
+
+
+@pytest.mark.parametrize("silent_after", [2, 4, 12])
+def test_ctrl_c_ends_a_conversion_whose_server_says_nothing_any_more(
+    mat: Path, tmp_path: Path, silent_after: int
+) -> None:
+    with serving(x_mat=mat.read_bytes()) as server:
+        server.silent_after = silent_after
+        words = [sys.executable, "-m", "convert", "run", server.url("x.mat"), "--out", str(tmp_path / "out")]
+        with subprocess.Popen(words, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+            while len(server.requests) <= silent_after:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http:///x", "http://x:abc/", "http://[::1", "http://ü..x/", "x", "ftp://x/y"]
+)
+def test_what_is_no_address_is_said_at_once(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no address of a file"):
+        remote.Remote(url)
+
+
 # ---------------------------------------------------------------- axes
 
 
@@ -214,23 +345,35 @@ def test_pictures_stored_in_the_other_order_give_the_same_bytes(
     mat: Path, small_set: Path, tmp_path: Path, axes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = other_order(tmp_path / "hw.mat", mat, lambda values: values.swapaxes(-1, -2))
-    made = convert(path, tmp_path / "out", SMALL.__class__(size=32, rows_per_shard=10, axes=axes))
+    made = convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes=axes))
     for file in small_set.glob("*.npy"):
         assert (made / file.name).read_bytes() == file.read_bytes()
     assert "taken as height x width" in capsys.readouterr().err
     assert made.name == convert(path, tmp_path / "out", SMALL).name  # the same set whether it was said or seen
 
 
+def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(mat: Path, tmp_path: Path) -> None:
+    said = Settings(size=32, rows_per_shard=10, axes="wh")
+    path = Path(shutil.copy(mat, tmp_path / "x.mat"))
+    (tmp_path / "drive").mkdir()
+    made = prepare(path, tmp_path / "here", said, tmp_path / "drive", None)
+    assert list((tmp_path / "drive").glob("*.zarr/manifest.json"))
+    assert repack(made, tmp_path / "zarr", said, "zarr", "none").suffix == ".zarr"
+    path.unlink()
+    assert convert(path, tmp_path / "here", said) == made
+    assert prepare(None, tmp_path / "there", said, tmp_path / "drive", None).name == made.name
+
+
 def test_axes_that_the_pictures_contradict_are_refused(mat: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wider than tall: that is --axes wh"):
-        convert(mat, tmp_path, SMALL.__class__(size=32, axes="hw"))
+        convert(mat, tmp_path, Settings(size=32, axes="hw"))
 
 
 def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose(mat: Path, tmp_path: Path) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
     with pytest.raises(UserError, match=r"--axes wh .*or --axes hw"):
         convert(path, tmp_path / "out", SMALL)
-    made = [convert(path, tmp_path / "out", SMALL.__class__(size=32, rows_per_shard=10, axes=a)) for a in ("wh", "hw")]
+    made = [convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes=a)) for a in ("wh", "hw")]
     assert made[0] != made[1]
     one, other = (rows_of(directory) for directory in made)
     for name in FIELDS:
@@ -246,7 +389,7 @@ def test_a_verify_against_the_source_knows_the_axes(
     mat: Path, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
-    made = convert(path, tmp_path / "out", SMALL.__class__(size=32, rows_per_shard=10, axes="hw"))
+    made = convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes="hw"))
     done = command("convert", "verify", made, "--against", path)
     assert done.returncode == 0, done.stderr
     (made / "depth-00000.npy").write_bytes(b"")

@@ -39,6 +39,29 @@ def test_without_it_helpers_make_the_same_set_and_it_travels(
     assert same_shards(pull(there, tmp_path / "back"), small_set)
 
 
+def refuse(*_: object) -> int:
+    raise OSError(38, "Function not implemented")
+
+
+@pytest.mark.parametrize("name", ABSENT[::2])
+def test_where_the_system_refuses_it_the_same_is_done(
+    name: str, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sandbox does, or an old kernel under a new Python."""
+    monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    made = convert(mat, tmp_path, SMALL)
+    (tmp_path / "drive").mkdir()
+    assert same_shards(push(made, tmp_path / "drive"), small_set)
+
+
+def test_a_process_that_ends_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/smaps_rollup").write_text("00400000-7fff r 0\nRss: 12 kB\n")
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.memory_of([7]) is None
+
+
 def test_without_proc_the_memory_is_unknown_and_not_0(
     mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
