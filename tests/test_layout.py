@@ -20,9 +20,10 @@ LAST, PLAIN, CPU = torch.channels_last, torch.contiguous_format, torch.device("c
 
 
 @pytest.mark.parametrize(
-    ("width", "layout"), [(4, PLAIN), (8, PLAIN), (12, PLAIN), (15, PLAIN), (16, LAST), (24, LAST), (32, LAST)]
+    ("width", "layout"),
+    [(4, PLAIN), (8, PLAIN), (12, PLAIN), (15, PLAIN), (16, LAST), (17, PLAIN), (24, PLAIN), (32, LAST)],
 )
-def test_the_built_in_network_is_in_channels_last_from_16_channels_on(
+def test_the_built_in_network_is_in_channels_last_where_its_channels_are_whole_blocks_or_many(
     width: int, layout: torch.memory_format, small_set: Path
 ) -> None:
     job = start(Settings(str(small_set), "", width=width, size=32), CPU)
@@ -42,7 +43,9 @@ def test_on_a_gpu_every_width_keeps_it() -> None:
         (nn.Conv2d(15, 16, 1, (1, 2)), True),
         (nn.Conv2d(32, 64, 1, 2, groups=4), True),
         (nn.ConvTranspose2d(64, 8, 1, 2), True),  # its weights' gradient is that of a convolution from 8 to 64
+        (nn.Conv2d(17, 32, 1, 2), True),  # a margin: it was seen to stay inside
         (nn.Conv2d(16, 32, 1, 2), False),
+        (nn.Conv2d(33, 64, 1, 2), False),
         (nn.Conv2d(64, 64, 1, 2, groups=4), False),
         (nn.Conv2d(8, 16, 1), False),
         (nn.Conv2d(8, 16, 3, 2), False),

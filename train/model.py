@@ -19,9 +19,11 @@ from train.settings import Settings
 IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # the name ends in its SHA-256's first 8 digits
 # oneDNN's gradient of a strided 1x1 convolution gathers its input in a workspace of as many channels as there are, but
 # writes whole blocks: 16 with AVX-512, 8 with AVX2. In channels_last, with fewer channels, it writes beyond it
-# (uxlfoundation/oneDNN 6035, seen with torch 2.13): other weights in every run, or the process dies. The larger bound
-# holds for every CPU. 16, 17, 20 and 24 channels stayed inside with guard pages behind every buffer.
-FEWEST_CHANNELS = 16
+# (uxlfoundation/oneDNN 6035, seen with torch 2.13): other weights in every run, or the process dies. With guard pages
+# behind every buffer 4, 8, 12 and 15 channels died, and 16, 17, 20 and 24 stayed inside, with AVX-512 and AVX2. Whole
+# blocks leave nothing to write beyond; of other numbers those below two blocks are refused too, as a margin.
+BLOCK = 16
+FEWEST_CHANNELS = 2 * BLOCK
 STREAMS = {"rgbd": ("rgb", "depth"), "rgb": ("rgb",), "depth": ("depth",)}
 
 
@@ -123,7 +125,8 @@ def overruns(layer: nn.Module) -> bool:
         return False
     channels = [layer.in_channels, *([layer.out_channels] if layer.transposed else [])]
     is_strided_1x1 = max(layer.kernel_size) == 1 and max(layer.stride) > 1
-    return is_strided_1x1 and min(channels) // layer.groups < FEWEST_CHANNELS
+    n_channels = min(channels) // layer.groups
+    return is_strided_1x1 and n_channels < FEWEST_CHANNELS and n_channels % BLOCK != 0
 
 
 def layout_for(model: nn.Module, device: torch.device) -> torch.memory_format:
