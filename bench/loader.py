@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.memory import NoteRows, load_whole
 from convert.format import UserError, open_set, resolve_set
-from ring.loader import Loader
+from loader.loader import Loader
 from train.data import ShardDataset
 from train.order import Batches
 
@@ -203,7 +203,7 @@ def report_waits(path: str, n_steps: int) -> None:
 
 FIRST = """
 import sys, time
-from ring.loader import Loader
+from loader.loader import Loader
 from train.data import ShardDataset
 from train.order import Batches
 started = time.perf_counter()

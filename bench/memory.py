@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.cgroup import NoGroup, memory_group
 from convert.format import UserError, resolve_set
-from ring.loader import Loader
-from ring.memory import PROC, sizes_in, tree_memory, tree_of
+from loader.loader import Loader
+from loader.memory import PROC, sizes_in, tree_memory, tree_of
 from train.data import ShardDataset
 from train.order import Batches
 

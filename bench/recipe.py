@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from convert.format import UserError, open_set
-from ring.loader import Loader
-from ring.memory import NoRoom
+from loader.loader import Loader
+from loader.memory import NoRoom
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset

@@ -20,7 +20,7 @@ import torch
 
 from bench.loader import interval
 from convert.format import UserError
-from ring.memory import NoRoom
+from loader.memory import NoRoom
 from train import ranks
 from train.loop import Job, new_run, open_loaders, start, train_step
 from train.settings import Settings, add_flags

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_loader import make
 
 from convert.format import UserError
-from ring.loader import Loader
+from loader.loader import Loader
 from train.data import TARGETS, ShardDataset, create_dataloaders
 from train.order import Batches
 

@@ -32,7 +32,7 @@ for taken in os.environ["TAKEN_AWAY"].split():
 COMPARE = """
 import os
 import numpy as np, torch
-from ring.loader import Loader
+from loader.loader import Loader
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
 
@@ -99,7 +99,7 @@ def test_loaders_give_the_same_batches_without_it(taken: str, small_set: Path, t
 MEMORY = """
 import math
 from types import SimpleNamespace
-from ring.memory import Meter, check_room, room, tree_memory, warn_near_limit
+from loader.memory import Meter, check_room, room, tree_memory, warn_near_limit
 from train.loop import epoch_line
 said = []
 meter = Meter(SimpleNamespace(update=lambda: None, disable=False, set_postfix_str=said.append))

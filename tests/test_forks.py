@@ -25,8 +25,8 @@ import torch
 from test_loader import KINDS, METHODS, all_gone, expected, first_line, make, same, start
 from torch.utils.data import DataLoader
 
-from ring import forks
-from ring.loader import Loader
+from loader import forks
+from loader.loader import Loader
 from train.data import ShardDataset
 from train.order import Batches
 

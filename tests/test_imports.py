@@ -1,4 +1,4 @@
-"""Who imports whom: `ring` nobody, `train` it and `convert.format`, `drive` only `convert`, `convert` none of them."""
+"""Who imports whom: `loader` nobody, `train` it and `convert.format`, `drive` only `convert`, `convert` none of them."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, needs_torch
 
-OURS = {"convert", "drive", "ring", "train", "rooms", "pictures", "bench"}
+OURS = {"convert", "drive", "loader", "train", "rooms", "pictures", "bench"}
 MOUNT = {f"drive.mount.{name}" for name in ("Mirror", "copy_file", "refuse_remote")}
 ALLOWED_IN_FORMAT = {"numpy", "zarr"}
 
@@ -44,15 +44,15 @@ def test_train_imports_only_the_format_and_the_lock_of_convert(path: Path) -> No
         {"convert"} if path.name == "__init__.py" else {"convert.lock", "convert.lock.hold"}
     )  # its check of the machine
     assert of_convert <= allowed
-    assert foreign(path) <= {"convert", "ring", "drive", "pictures"}
+    assert foreign(path) <= {"convert", "loader", "drive", "pictures"}
     assert {n for n in imported(path) if n.startswith("drive.")} <= {"drive.mount", *MOUNT}
     assert "h5py" not in imported(path)
 
 
-@files("ring")
+@files("loader")
 def test_the_loader_knows_nothing_of_this_dataset(path: Path) -> None:
     assert foreign(path) == set()
-    names = {n.split(".")[0] for n in imported(path)} - {"ring"}
+    names = {n.split(".")[0] for n in imported(path)} - {"loader"}
     assert names - set(sys.stdlib_module_names) <= {"numpy", "torch"}
 
 
@@ -81,7 +81,7 @@ def test_the_format_is_a_leaf() -> None:
     [
         pytest.param("train.data", "h5py", marks=needs_torch),
         pytest.param("train.loop", "h5py", marks=needs_torch),
-        pytest.param("ring.loader", "train", marks=needs_torch),
+        pytest.param("loader.loader", "train", marks=needs_torch),
         ("convert.write", "torch"),
         ("convert.__main__", "h5py"),
     ],

@@ -19,9 +19,9 @@ from conftest import REPO
 
 from convert.format import UserError
 from drive import mount
-from ring import loader as loader_module
-from ring.loader import Ahead, Loader
-from ring.slots import N_SLOTS
+from loader import loader as loader_module
+from loader.loader import Ahead, Loader
+from loader.buffers import N_SLOTS
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
 

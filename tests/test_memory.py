@@ -10,9 +10,9 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 
-from ring import memory
-from ring.loader import Loader
-from ring.memory import PROC, sizes_in, tree_memory
+from loader import memory
+from loader.loader import Loader
+from loader.memory import PROC, sizes_in, tree_memory
 from train.__main__ import main
 from train.data import ShardDataset
 from train.order import Batches

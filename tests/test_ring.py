@@ -10,9 +10,9 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 
-import ring
-from ring.loader import Loader
-from ring.slots import Layout, arrays_in
+import loader as loader_package
+from loader.loader import Loader
+from loader.buffers import Layout, arrays_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -43,7 +43,7 @@ def uneven(epoch: int) -> Sequence[np.ndarray]:
 
 
 def test_the_example_of_the_package_works() -> None:
-    assert doctest.testmod(ring) == (0, 6)
+    assert doctest.testmod(loader_package) == (0, 6)
 
 
 @pytest.mark.parametrize("dataset", [Table(), Computed()], ids=["filled", "computed"])

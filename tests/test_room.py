@@ -6,8 +6,8 @@ import sys
 import pytest
 from cgroup import memory_group
 
-from ring import memory
-from ring.memory import NoRoom, check_room, warn_near_limit
+from loader import memory
+from loader.memory import NoRoom, check_room, warn_near_limit
 
 
 def test_more_than_there_is_left_is_refused_with_what_to_lower() -> None:
@@ -18,7 +18,7 @@ def test_more_than_there_is_left_is_refused_with_what_to_lower() -> None:
 
 SCRIPT = """
 import sys
-from ring.memory import check_room, room, warn_near_limit
+from loader.memory import check_room, room, warn_near_limit
 held = bytearray(b"x") * (int(sys.argv[1]) << 20)
 print(room()[1], room()[2])
 warn_near_limit()

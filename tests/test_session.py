@@ -249,7 +249,7 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
 def copy_of_the_checkout(folder: Path) -> Path:
     """The checkout as if `make` had installed it on Colab."""
     folder.mkdir()
-    for name in ("convert", "ring", "train", "drive", "rooms", "pictures"):
+    for name in ("convert", "loader", "train", "drive", "rooms", "pictures"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPO / name, folder / name)

@@ -22,7 +22,7 @@ WHOLE_FILES_NEED_TORCH = {
     f"tests/test_{name}.py"
     for name in (
         *("arguments", "augment", "data", "ddp", "elsewhere", "forks", "layout", "loader", "loop", "memory"),
-        *("mistakes", "model", "notebook", "payload", "predict", "resume", "results", "ring", "signals"),
+        *("mistakes", "model", "notebook", "payload", "predict", "resume", "results", "loader", "signals"),
         *("tasks", "unpack"),
     )
 }

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from convert.format import UserError, one_line
-from ring.memory import NoRoom
+from loader.memory import NoRoom
 from train import ranks
 from train.loop import train
 from train.settings import Settings, add_flags

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from convert.format import UserError, log, one_line
 from convert.lock import hold
 from drive.mount import Mirror
-from ring.memory import Meter
+from loader.memory import Meter
 from train import ranks
 from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
 from train.checkpoint import CHECKPOINT, LOCK, METRICS, Run, restore, save

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ring.forks import BUFFERS, HOLDERS
-from ring.messages import Layout, Message, Raised, Returned, Written
+from loader.forks import BUFFERS, HOLDERS
+from loader.messages import Layout, Message, Raised, Returned, Written
 
 N_SLOTS = 4  # batches held in all: one at the user, one being delivered, two ahead
 COPY_BELOW = 4096  # bytes: a kept list of labels must not keep the whole batch's buffer

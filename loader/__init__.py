@@ -3,11 +3,11 @@
 A dataset makes the batch of some rows in new memory (`batch`), or in a buffer that it is given (`fill`, which returns
 how they lie there, or None where it cannot); what a batch consists of is a function from the epoch to arrays of row
 numbers. Everything else (a thread or processes that run ahead, buffers that
-are refilled only after the last tensor on them is gone, resuming, ends that are clean) is `ring.loader.Loader`.
+are refilled only after the last tensor on them is gone, resuming, ends that are clean) is `loader.loader.Loader`.
 
 >>> import numpy as np, torch
->>> from ring.loader import Loader
->>> from ring.slots import arrays_in
+>>> from loader.loader import Loader
+>>> from loader.buffers import arrays_in
 >>> class Squares:
 ...     table = np.arange(6, dtype=np.float32) ** 2  # in earnest: a memory map
 ...     def batch(self, indices):
