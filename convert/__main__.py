@@ -11,18 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from . import format as fmt
-from .format import FIELDS, Settings, UserError
+from convert import format as fmt
+from convert.format import FIELDS, Settings, UserError
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 
 
 def run(args: argparse.Namespace) -> None:
-    from drive.remote import READERS, Remote
-    from drive.session import prepare
+    from stores.http import READERS, Remote
+    from convert.session import prepare
 
-    from .pack import codecs_of, repack
-    from .write import convert
+    from convert.pack import codecs_of, repack
+    from convert.write import convert
 
     fields = tuple(args.fields.split(","))
     settings = Settings(fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from .check import against_source, verify_all
+    from convert.check import against_source, verify_all
 
     directory = fmt.resolve_set(args.directory)
     print(f"{directory}: {verify_all(directory)} files, every byte as the manifest says")
@@ -60,13 +60,13 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    from drive.shelf import push
+    from convert.transfer import push
 
     print(push(fmt.resolve_set(args.directory), args.drive))
 
 
 def pull(args: argparse.Namespace) -> None:
-    from drive.shelf import pull
+    from convert.transfer import pull
 
     print(pull(fmt.resolve_set(args.drive), args.root))
 
@@ -79,7 +79,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _source(text: str) -> object:
-    from drive.remote import Remote
+    from stores.http import Remote
 
     return Remote(text) if text.startswith(("http://", "https://")) else path(text)
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from . import format as fmt
-from .format import Settings, UserError
+from convert import format as fmt
+from convert.format import Settings, UserError
 
 if TYPE_CHECKING:
-    from .chunks import Reader
+    from convert.chunks import Reader
 
 
 def verify_all(directory: Path) -> int:
@@ -49,7 +49,7 @@ def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
 
 def against_source(directory: Path, source: Path, n_rows: int) -> int:
     """Re-read random rows from the source and compare them with the stored ones, byte for byte."""
-    from .mat import Mat, check_opens, sampled_identity
+    from convert.mat import Mat, check_opens, sampled_identity
 
     found = fmt.open_set(directory)
     check_opens(source)
@@ -64,9 +64,9 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
 
 
 def _compare(found: fmt.ShardSet, name: str, reader: "Reader", source: Path, rows: list[int]) -> None:
-    from .decode import blaming
-    from .mat import KEYS, LOOK_FIRST
-    from .resize import resize
+    from convert.decode import blaming
+    from convert.mat import KEYS, LOOK_FIRST
+    from convert.resize import resize
 
     settings, shards = found.settings, found.shards(name)
     with blaming(str(source), KEYS[name], None, LOOK_FIRST):

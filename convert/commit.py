@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import format as fmt
-from .format import Codecs, Settings, UserError, log
-from .mat import Source
+from convert import format as fmt
+from convert.format import Codecs, Settings, UserError, log
+from convert.mat import Source
 
 
 def receipt_name(shard: int) -> str:

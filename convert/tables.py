@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .mat import Mat
+from convert.mat import Mat
 
 TRAIN_SHARE = 795 / 1449
 

@@ -132,7 +132,7 @@ def test_memory_that_is_told_is_shown(tmp_path: Path) -> None:
 def test_a_set_opens_where_no_mount_table_tells_what_it_is_on(tmp_path: Path, small_set: Path) -> None:
     code = f"""if True:
         from pathlib import Path
-        from drive.mount import kind_of_mount
+        from stores.mounted import kind_of_mount
         from train.data import ShardDataset
         print(len(ShardDataset({str(small_set)!r})) > 0, repr(kind_of_mount(Path({str(small_set)!r}))))"""
     assert run_without("proc", code, tmp_path).stdout == "True ''\n"

@@ -25,8 +25,8 @@ from convert.pack import repack
 from convert.resize import nearest
 from convert.tables import row_columns
 from convert.write import convert
-from drive import remote
-from drive.session import prepare
+from stores import http as remote
+from convert.session import prepare
 from rooms.sample import write_sample
 
 # As a conversion does: text, chunks that only HDF5 can unpack, and the indexes beside them; only more often.

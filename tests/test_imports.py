@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO, needs_torch
 
 OURS = {"convert", "drive", "loader", "train", "rooms", "pictures", "bench"}
-MOUNT = {f"drive.mount.{name}" for name in ("Mirror", "copy_file", "refuse_remote")}
+MOUNT = {f"stores.mounted.{name}" for name in ("Mirror", "copy_file", "refuse_remote")}
 ALLOWED_IN_FORMAT = {"numpy", "zarr"}
 
 
@@ -45,7 +45,7 @@ def test_train_imports_only_the_format_and_the_lock_of_convert(path: Path) -> No
     )  # its check of the machine
     assert of_convert <= allowed
     assert foreign(path) <= {"convert", "loader", "drive", "pictures"}
-    assert {n for n in imported(path) if n.startswith("drive.")} <= {"drive.mount", *MOUNT}
+    assert {n for n in imported(path) if n.startswith("drive.")} <= {"stores.mounted", *MOUNT}
     assert "h5py" not in imported(path)
 
 

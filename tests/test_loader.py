@@ -18,7 +18,7 @@ import torch
 from conftest import REPO
 
 from convert.format import UserError
-from drive import mount
+from stores import mounted as mount
 from loader import loader as loader_module
 from loader.loader import Ahead, Loader
 from loader.buffers import N_SLOTS

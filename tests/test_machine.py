@@ -15,7 +15,7 @@ from conftest import REPO, SMALL
 from convert import format as fmt
 from convert import machine
 from convert.write import convert
-from drive.shelf import pull, push
+from convert.transfer import pull, push
 
 # memfd_create is absent on macOS and in the Pythons of uv and conda; the others on macOS.
 ABSENT = ["memfd_create", "sched_getaffinity", "posix_fadvise"]

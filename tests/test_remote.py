@@ -10,8 +10,8 @@ from flaky import serving
 
 from convert.format import Settings, UserError
 from convert.write import convert
-from drive import remote
-from drive.remote import READERS, Remote, fetch
+from stores import http as remote
+from stores.http import READERS, Remote, fetch
 from rooms.sample import write_sample
 
 DATA = os.urandom(3_000_000)

@@ -20,9 +20,9 @@ from convert.__main__ import main
 from convert.commit import find_set
 from convert.format import Settings, UserError
 from convert.write import convert
-from drive import shelf
-from drive.session import MAT_NAME, prepare
-from drive.shelf import push
+from convert import transfer as shelf
+from convert.session import MAT_NAME, prepare
+from convert.transfer import push
 from rooms.sample import write_sample
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)

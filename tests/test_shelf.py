@@ -16,8 +16,9 @@ from flaky import ERRORS, Drive, why_no_fuse
 from convert import format as fmt
 from convert.format import UserError
 from convert.pack import repack
-from drive import session, shelf
-from drive.shelf import Incomplete, patiently, pull, push
+from convert import session
+from convert import transfer as shelf
+from convert.transfer import Incomplete, patiently, pull, push
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

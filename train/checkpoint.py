@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convert.format import UserError, log, one_line, write_atomically
-from drive.mount import copy_file
+from stores.mounted import copy_file
 from train import ranks
 from train.settings import MAY_CHANGE, Settings
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from convert.format import FIELDS, SPLITS, VOID, UserError, open_set, resolve_set
-from drive.mount import refuse_remote
+from stores.mounted import refuse_remote
 from loader.forks import use_one_thread_in_a_fork
 from loader.loader import Loader, Maker, Transform, worker_count
 from loader.buffers import Layout, arrays_in, n_bytes_of, private_memory, tensors_in

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from convert.format import UserError, log, one_line
 from convert.lock import hold
-from drive.mount import Mirror
+from stores.mounted import Mirror
 from loader.memory import Meter
 from train import ranks
 from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views

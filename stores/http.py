@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from convert import format as fmt
 from convert.format import UserError, log
 
-from .shelf import Progress
+from convert.transfer import Progress
 
 T = TypeVar("T")
 

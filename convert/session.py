@@ -20,8 +20,8 @@ from convert.mat import Source, check_opens, sampled_identity
 from convert.pack import repack
 from convert.write import convert
 
-from .remote import MAT_NAME, OFFICIAL, fetch
-from .shelf import Incomplete, check_mounted, exists, not_whole, patiently, pull, push
+from stores.http import MAT_NAME, OFFICIAL, fetch
+from convert.transfer import Incomplete, check_mounted, exists, not_whole, patiently, pull, push
 
 PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
 SHELF = ".shelf"  # under ROOT: that form on its way
