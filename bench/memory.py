@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if args.png:
-        from pictures.memory import memory_png
+        from bench.memory_plot import memory_png
 
         Path(args.png).write_bytes(memory_png(lines))
     return 0

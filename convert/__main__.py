@@ -50,7 +50,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from pictures.sheet import describe, picture
+    from convert.inspect import describe, picture
 
     directory = fmt.resolve_set(args.directory)
     print(describe(directory))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from convert import format as fmt
 from convert.format import UserError
 from convert.write import convert
-from pictures.sheet import picture
+from convert.inspect import picture
 from train.data import SCENE_10, SCENE_13, ShardDataset, create_dataloaders, scene_classes
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from conftest import REPO
 
-from pictures.report import command
+from train.report import command
 from train.data import ShardDataset
 from train.order import Batches
 from train.settings import Settings

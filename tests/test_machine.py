@@ -65,7 +65,7 @@ def test_a_process_that_ends_has_no_memory(tmp_path: Path, monkeypatch: pytest.M
 def test_without_proc_the_memory_is_unknown_and_not_0(
     mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pictures.sheet import describe
+    from convert.inspect import describe
 
     monkeypatch.setattr(machine, "PROC", tmp_path / "no proc here")
     made = convert(mat, tmp_path / "out", SMALL)

@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from PIL import Image
 
-from pictures.predict import Average
+from train.predict import Average
 from train.__main__ import main
 from train.data import ShardDataset
 from train.loop import train

@@ -16,7 +16,7 @@ from conftest import REPO
 
 import train.loop as loop
 from convert.format import UserError
-from pictures.report import command
+from train.report import command
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.loop import train
 from train.settings import Settings

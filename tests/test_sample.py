@@ -154,7 +154,7 @@ def test_too_few_rows_is_a_users_mistake(tmp_path: Path) -> None:
 
 def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `show` is not installed: no picture is drawn")
-    from pictures.sheet import contact_sheet
+    from convert.inspect import contact_sheet
 
     with h5py.File(sample) as file:
         rgb, metres, label = (file[k][:2, ..., ::4, ::4].swapaxes(-1, -2) for k in ("images", "rawDepths", "labels"))
@@ -165,7 +165,7 @@ def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pictures.sheet import contact_sheet
+    from convert.inspect import contact_sheet
 
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

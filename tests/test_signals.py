@@ -19,7 +19,7 @@ from test_resume import assert_same, run_and_kill, settings
 
 from convert.format import UserError
 from convert.lock import hold
-from pictures.report import command
+from train.report import command
 from train.__main__ import main
 
 WORDS = {"is_held": "it is held by", "then": "Wait", "elsewhere": "Go elsewhere"}

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _do(words: Sequence[str]) -> int:
     try:
         if words[:1] == ["predict"]:
-            from pictures.predict import predict, predict_flags
+            from train.predict import predict, predict_flags
 
             predict(**vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
         else:

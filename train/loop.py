@@ -310,7 +310,7 @@ def train(settings: Settings) -> dict[str, Any]:
             _train_epochs(run, job, Keeper(run, job, mirror))
         if ranks.RANK:
             return {}
-        from pictures.report import report
+        from train.report import report
 
         files, summary = report(run, job)
         mirror.copy(*files, wait_s=MIRROR_WAIT_S)

@@ -138,7 +138,7 @@ def _class_table(out: Path, run: Run, job: Job) -> list[str]:
 
 
 def _confusion(out: Path, run: Run, job: Job) -> list[str]:
-    from pictures.plots import confusion_png
+    from train.plots import confusion_png
 
     if isinstance(job.task, Depth):
         return []
@@ -148,7 +148,7 @@ def _confusion(out: Path, run: Run, job: Job) -> list[str]:
 
 def page(job: Job, title: str, found: list[Outcome]) -> bytes:
     """Every picture with its depth, and for dense tasks the truth and the answer."""
-    from pictures.plots import class_colours, depth_colours, label_colours, page_png
+    from train.plots import class_colours, depth_colours, label_colours, page_png
 
     n = job.task.n_out
     draw: Callable[[Any], Any] = depth_colours if isinstance(job.task, Depth) else lambda ids: label_colours(ids, n)
@@ -175,7 +175,7 @@ def report(run: Run, job: Job) -> tuple[list[str], dict[str, Any]]:
     write_csv(out / METRICS, run.history)
     names = [CHECKPOINT, METRICS, *tables_and_pictures(out, run, job)]
     with suppress(ModuleNotFoundError):  # announced above
-        from pictures.plots import curves_png
+        from train.plots import curves_png
 
         names.append(write(out / "curves.png", curves_png(run.history, baseline)))
     main = f"test_{job.task.main}"
