@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.chunks import Reader
+from convert.sources.chunks import Reader
 from convert.format import FIELDS, Settings, row_shape
-from convert.mat import KEYS, Mat
+from convert.sources.nyu_mat import KEYS, Mat
 from convert.resize import resize
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
@@ -97,14 +97,16 @@ def row_loop(source: Path, fields: tuple[str, ...], out: Path) -> None:
 
 def ours(source: Path, fields: tuple[str, ...], out: Path) -> None:
     """The command."""
-    from convert.write import convert
+    from convert.pipeline import convert
 
     convert(source, out, Settings(fields))
 
 
 def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     """A clock around each stage of one worker in this process: CPU seconds of the thread that runs it, and seconds."""
-    from convert import chunks, decode, write
+    from convert import decode
+    from convert import pipeline as write
+    from convert.sources import chunks
 
     stages = [
         ("index", Reader, "read_index"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import format as fmt
-from convert.pack import CODECS, Codecs, write_rest, write_shard
+from convert.repack import CODECS, Codecs, write_rest, write_shard
 
 
 def write(found: fmt.ShardSet, directory: Path, codecs: Codecs) -> dict[str, float]:

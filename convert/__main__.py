@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> None:
     from stores.http import READERS, Remote
     from convert.session import prepare
 
-    from convert.pack import codecs_of, repack
-    from convert.write import convert
+    from convert.repack import codecs_of, repack
+    from convert.pipeline import convert
 
     fields = tuple(args.fields.split(","))
     settings = Settings(fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from convert.check import against_source, verify_all
+    from convert.verify import against_source, verify_all
 
     directory = fmt.resolve_set(args.directory)
     print(f"{directory}: {verify_all(directory)} files, every byte as the manifest says")
@@ -72,7 +72,7 @@ def pull(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    from rooms.sample import write_sample
+    from convert.sample import write_sample
 
     write_sample(args.file, args.rows)
     print(args.file)

@@ -16,7 +16,7 @@ from typing import Any
 
 from convert import format as fmt
 from convert.format import Codecs, Settings, UserError, log
-from convert.mat import Source
+from convert.sources.nyu_mat import Source
 
 
 def receipt_name(shard: int) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.chunks import Damaged, Reader, Unreadable
+from convert.sources.chunks import Damaged, Reader, Unreadable
 from convert.format import FIELDS, Settings, UserError, one_line, row_shape
 from convert.machine import shared_memory
 from convert.resize import ValueRangeError, resize

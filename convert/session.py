@@ -16,9 +16,9 @@ from typing import Any
 from convert import format as fmt
 from convert.commit import find_set
 from convert.format import Codecs, Settings, UserError, log
-from convert.mat import Source, check_opens, sampled_identity
-from convert.pack import repack
-from convert.write import convert
+from convert.sources.nyu_mat import Source, check_opens, sampled_identity
+from convert.repack import repack
+from convert.pipeline import convert
 
 from stores.http import MAT_NAME, OFFICIAL, fetch
 from convert.transfer import Incomplete, check_mounted, exists, not_whole, patiently, pull, push

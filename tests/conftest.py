@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from convert.format import Settings
-from convert.write import convert
-from rooms.sample import write_sample
+from convert.pipeline import convert
+from convert.sample import write_sample
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from convert.__main__ import main
 from convert.format import FIELDS, Settings, UserError, open_set
-from convert.write import convert
+from convert.pipeline import convert
 
 NO_NUL = st.characters(exclude_characters="\0")  # a command line cannot hold one
 NUMBERS = st.sampled_from(

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from conftest import SHARED, SMALL, shared
 
-import convert.write as write_module
+import convert.pipeline as write_module
 from convert import format as fmt
 from convert.format import FIELDS, Settings, UserError
 from convert.lock import only_one
-from convert.mat import KEYS
+from convert.sources.nyu_mat import KEYS
 from convert.resize import resize
-from convert.tables import split_of, tables
-from convert.write import convert
-from rooms.sample import write_sample
+from convert.sources.nyu_tables import split_of, tables
+from convert.pipeline import convert
+from convert.sample import write_sample
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,7 +52,7 @@ def test_any_layout_gives_the_same_bytes(small_set: Path, tmp_path: Path, chunks
 def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_bytes(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.chunks.MAX_GROUP_BYTES", 1000)
+    monkeypatch.setattr("convert.sources.chunks.MAX_GROUP_BYTES", 1000)
     write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks="resaved")
     made = convert(tmp_path / "a.mat", tmp_path / "out", SMALL)
     assert content(made) == content(small_set)

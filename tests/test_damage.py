@@ -15,9 +15,9 @@ import pytest
 from conftest import REPO, SMALL
 
 from convert import format as fmt
-from convert.check import against_source, verify_all
+from convert.verify import against_source, verify_all
 from convert.format import UserError
-from convert.write import convert
+from convert.pipeline import convert
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Damage = Callable[[Path, random.Random], Path]

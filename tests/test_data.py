@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from convert import format as fmt
 from convert.format import UserError
-from convert.write import convert
+from convert.pipeline import convert
 from convert.inspect import picture
 from train.data import SCENE_10, SCENE_13, ShardDataset, create_dataloaders, scene_classes
 

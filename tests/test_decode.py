@@ -17,10 +17,10 @@ from conftest import REPO, SMALL
 
 from convert import format as fmt
 from convert.format import UserError
-from convert.write import convert
-from rooms.sample import write_sample
+from convert.pipeline import convert
+from convert.sample import write_sample
 
-WITH_HELPERS = "import sys, convert.write as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
+WITH_HELPERS = "import sys, convert.pipeline as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small file to damage, for which helpers are started all the same."""
-    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
     return Path(shutil.copy(mat, tmp_path / "x.mat"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, needs_torch
 
-from rooms.sample import write_sample
+from convert.sample import write_sample
 
 TORCH = find_spec("torch") is not None
 MAT = "nyu_depth_v2_labeled.mat"

@@ -19,23 +19,23 @@ from conftest import REPO, SMALL
 from flaky import serving
 
 from convert.format import FIELDS, Settings, UserError
-from convert.hdf5 import HDF5
-from convert.mat import KEYS, LOOK_FIRST, Mat, sampled_identity
-from convert.pack import repack
+from convert.sources.hdf5 import HDF5
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
+from convert.repack import repack
 from convert.resize import nearest
-from convert.tables import row_columns
-from convert.write import convert
+from convert.sources.nyu_tables import row_columns
+from convert.pipeline import convert
 from stores import http as remote
 from convert.session import prepare
-from rooms.sample import write_sample
+from convert.sample import write_sample
 
 # As a conversion does: text, chunks that only HDF5 can unpack, and the indexes beside them; only more often.
 HAMMER = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from convert.mat import Mat
-from convert.tables import row_columns
+from convert.sources.nyu_mat import Mat
+from convert.sources.nyu_tables import row_columns
 
 fields = "rgb", "depth", "raw_depth", "label", "instance"
 mat = Mat(Path(sys.argv[1]), fields)

@@ -22,9 +22,9 @@ import pytest
 from conftest import REPO, SMALL
 
 from convert import format as fmt
-from convert.mat import CELLS, KEYS
-from convert.write import convert
-from rooms.sample import write_sample
+from convert.sources.nyu_mat import CELLS, KEYS
+from convert.pipeline import convert
+from convert.sample import write_sample
 
 MAX_RESIDENT = 512 << 20
 LIMITS = 'ulimit -v 6000000; ulimit -t 10; exec "$@"'  # KiB of address space (torch alone maps 3 GB); CPU seconds

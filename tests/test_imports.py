@@ -82,7 +82,7 @@ def test_the_format_is_a_leaf() -> None:
         pytest.param("train.data", "h5py", marks=needs_torch),
         pytest.param("train.loop", "h5py", marks=needs_torch),
         pytest.param("loader.loader", "train", marks=needs_torch),
-        ("convert.write", "torch"),
+        ("convert.pipeline", "torch"),
         ("convert.__main__", "h5py"),
     ],
 )

@@ -17,9 +17,9 @@ from cgroup import drop_from_cache, memory_group
 from conftest import REPO, SMALL
 
 from convert import format as fmt
-from convert.check import verify_all
+from convert.verify import verify_all
 from convert.format import Settings, UserError
-from convert.write import convert
+from convert.pipeline import convert
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SLOW = ("--rows-per-shard", "1", "--workers", "1")  # 36 shards: time to do something in between
@@ -323,7 +323,7 @@ def test_a_conversion_fits_in_512_mb(mat: Path, tmp_path: Path) -> None:
 @pytest.mark.stress
 def test_the_full_size_converts_in_512_mb(tmp_path: Path) -> None:
     """NYUV2_FULL_MAT names a .mat of the original's size; without it one is made up (1449 rows, some minutes)."""
-    from rooms.sample import write_sample
+    from convert.sample import write_sample
 
     source = Path(os.environ.get("NYUV2_FULL_MAT", tmp_path / "full.mat"))
     if not source.exists():

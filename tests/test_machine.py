@@ -14,7 +14,7 @@ from conftest import REPO, SMALL
 
 from convert import format as fmt
 from convert import machine
-from convert.write import convert
+from convert.pipeline import convert
 from convert.transfer import pull, push
 
 # memfd_create is absent on macOS and in the Pythons of uv and conda; the others on macOS.
@@ -31,7 +31,7 @@ def test_without_it_helpers_make_the_same_set_and_it_travels(
     name: str, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, name)
-    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)  # this file is too small to start them
+    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)  # this file is too small to start them
     made = convert(mat, tmp_path, SMALL)
     assert same_shards(made, small_set)
     (tmp_path / "drive").mkdir()
@@ -49,7 +49,7 @@ def test_where_the_system_refuses_it_the_same_is_done(
 ) -> None:
     """As a sandbox does, or an old kernel under a new Python."""
     monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
     made = convert(mat, tmp_path, SMALL)
     (tmp_path / "drive").mkdir()
     assert same_shards(push(made, tmp_path / "drive"), small_set)
@@ -78,7 +78,7 @@ def test_without_proc_the_memory_is_unknown_and_not_0(
 def test_with_proc_the_memory_is_that_of_the_helpers_too(
     mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
     made = convert(mat, tmp_path, SMALL, 2)
     if not machine.PROC.exists():
         pytest.skip("this system has no /proc")

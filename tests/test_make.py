@@ -95,7 +95,7 @@ def test_a_command_with_an_old_python_is_one_line(module: str) -> None:
     assert re.search(r"Python 3.11 or newer is needed, this is 3\.\d+. Run: make PYTHON=python3.12$", line)
 
 
-@pytest.mark.parametrize("module", ["convert.write", "train.data", "convert.session"])
+@pytest.mark.parametrize("module", ["convert.pipeline", "train.data", "convert.session"])
 def test_an_import_with_an_old_python_says_so(module: str) -> None:
     done = subprocess.run([old_python(), "-B", "-c", f"import {module}"], cwd=REPO, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("ImportError: Python 3.11 or newer is needed")

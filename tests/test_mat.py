@@ -14,12 +14,12 @@ from conftest import REPO, SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import convert.chunks as chunks_module
-from convert.chunks import ChunkIndex, Reader
+import convert.sources.chunks as chunks_module
+from convert.sources.chunks import ChunkIndex, Reader
 from convert.format import UserError
-from convert.hdf5 import StoredDataset
-from convert.mat import KEYS
-from convert.write import convert
+from convert.sources.hdf5 import StoredDataset
+from convert.sources.nyu_mat import KEYS
+from convert.pipeline import convert
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [{}, GZIP, {**GZIP, "shuffle": True}, {"shuffle": True}, {"compression": "lzf"}, {**GZIP, "fletcher32": True}]
@@ -170,7 +170,7 @@ def test_every_layout_gives_the_same_bytes(
     if by == "a scratch file":
         monkeypatch.setattr(chunks_module, "MAX_GROUP_BYTES", 50_000)
     if by == "helpers":
-        monkeypatch.setattr("convert.write.HELPERS_FROM", 0)
+        monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
     made = convert(path, tmp_path / "out", SMALL, workers=3)
     assert shards(made) == shards(small_set)
     assert not list(made.glob(".*"))
@@ -187,7 +187,7 @@ def test_converting_needs_no_torch(mat: Path, small_set: Path, tmp_path: Path) -
     code = f"""import sys; sys.modules["torch"] = None
 from pathlib import Path
 from convert.format import Settings
-from convert.write import convert
+from convert.pipeline import convert
 convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), Settings(size=32, rows_per_shard=10))"""
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
     assert shards(tmp_path / small_set.name) == shards(small_set)

@@ -17,7 +17,7 @@ from conftest import REPO
 from nbclient import NotebookClient
 from test_session import copy_of_the_checkout
 
-from rooms.sample import write_sample
+from convert.sample import write_sample
 
 NOTEBOOK = REPO / "notebooks" / "colab.ipynb"
 SETUP = """

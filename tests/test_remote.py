@@ -9,10 +9,10 @@ import pytest
 from flaky import serving
 
 from convert.format import Settings, UserError
-from convert.write import convert
+from convert.pipeline import convert
 from stores import http as remote
 from stores.http import READERS, Remote, fetch
-from rooms.sample import write_sample
+from convert.sample import write_sample
 
 DATA = os.urandom(3_000_000)
 

@@ -15,8 +15,8 @@ pytest.importorskip("torch", reason="needs torch")
 
 from convert.format import Settings as Stored
 from convert.format import open_set
-from convert.write import convert
-from rooms.sample import write_sample
+from convert.pipeline import convert
+from convert.sample import write_sample
 from train.__main__ import main
 
 Make = Callable[..., Path]

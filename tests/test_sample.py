@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from convert.format import UserError
-from convert.tables import tables as official_tables
-from rooms.sample import FIELDS, ROOMS, matlab_chunk, scene_type, write_sample
+from convert.sources.nyu_tables import tables as official_tables
+from convert.sample import FIELDS, ROOMS, matlab_chunk, scene_type, write_sample
 
 ROWS = 12
 KEYS = {
@@ -141,7 +141,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left")
 
-    monkeypatch.setattr("rooms.sample._write_arrays", full)
+    monkeypatch.setattr("convert.sample._write_arrays", full)
     with pytest.raises(UserError, match="No space left"):
         small(tmp_path / "full.mat")
     assert not list(tmp_path.iterdir())

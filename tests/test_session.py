@@ -19,11 +19,11 @@ from convert import format as fmt
 from convert.__main__ import main
 from convert.commit import find_set
 from convert.format import Settings, UserError
-from convert.write import convert
+from convert.pipeline import convert
 from convert import transfer as shelf
 from convert.session import MAT_NAME, prepare
 from convert.transfer import push
-from rooms.sample import write_sample
+from convert.sample import write_sample
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
 
@@ -249,7 +249,7 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
 def copy_of_the_checkout(folder: Path) -> Path:
     """The checkout as if `make` had installed it on Colab."""
     folder.mkdir()
-    for name in ("convert", "loader", "train", "drive", "rooms", "pictures"):
+    for name in ("shards", "loader", "stores", "convert", "train"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPO / name, folder / name)

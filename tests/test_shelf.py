@@ -15,7 +15,7 @@ from flaky import ERRORS, Drive, why_no_fuse
 
 from convert import format as fmt
 from convert.format import UserError
-from convert.pack import repack
+from convert.repack import repack
 from convert import session
 from convert import transfer as shelf
 from convert.transfer import Incomplete, patiently, pull, push

@@ -18,7 +18,7 @@ from conftest import REPO
 
 from convert import format as fmt
 from convert.format import Settings, UserError
-from convert.pack import repack
+from convert.repack import repack
 from train.data import ShardDataset
 from train.unpack import cache_folder
 

@@ -18,10 +18,10 @@ from conftest import REPO, SMALL, needs_torch
 
 from convert import format as fmt
 from convert.format import FIELDS, UserError
-from convert.mat import KEYS
-from convert.pack import CODECS, repack, write_shard
-from convert.write import convert
-from rooms.sample import write_sample
+from convert.sources.nyu_mat import KEYS
+from convert.repack import CODECS, repack, write_shard
+from convert.pipeline import convert
+from convert.sample import write_sample
 
 # zarr-python warns of files in a group that are not Zarr's: the manifest and the provenance lie there on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:Object at (manifest|provenance).json is not recognized")
@@ -192,7 +192,7 @@ def test_shards_of_another_codec_are_not_taken_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("convert.write.write_rest", interrupt)
+        patch.setattr("convert.pipeline.write_rest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "zstd"))
     assert content(convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))) == content(stores["none"])
@@ -241,7 +241,7 @@ def test_a_repack_that_was_stopped_goes_on_with_the_rest(
         return write_shard(directory, field, k, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("convert.pack.write_shard", interrupt)
+        patch.setattr("convert.repack.write_shard", interrupt)
         with pytest.raises(KeyboardInterrupt):
             again()
     assert not list(tmp_path.glob("*/manifest.json"))

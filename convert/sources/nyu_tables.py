@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.mat import Mat
+from convert.sources.nyu_mat import Mat
 
 TRAIN_SHARE = 795 / 1449
 
 
 @cache
 def tables() -> dict[str, Any]:
-    """`tables.json` beside this file."""
-    return json.loads((Path(__file__).parent / "tables.json").read_text())  # type: ignore[no-any-return]
+    """`nyu_tables.json` beside this file."""
+    return json.loads((Path(__file__).parent / "nyu_tables.json").read_text())  # type: ignore[no-any-return]
 
 
 def split_of(scene: str) -> tuple[int, bool]:

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # a helper process does without h5py
-    from convert.hdf5 import StoredDataset
+    from convert.sources.hdf5 import StoredDataset
 
 _libdeflate: Callable[[Any, int], Any] | None
 try:

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from convert.format import UserError, fsync, fsync_dir
-from convert.tables import tables as official_tables
+from convert.sources.nyu_tables import tables as official_tables
 
 Chunks = Literal["original", "resaved", "none"]
 Pattern = tuple[float, float, float, float]  # period across and up in metres, tone variation, share of the dark joint

@@ -14,7 +14,7 @@ from convert import format as fmt
 from convert.format import Settings, UserError
 
 if TYPE_CHECKING:
-    from convert.chunks import Reader
+    from convert.sources.chunks import Reader
 
 
 def verify_all(directory: Path) -> int:
@@ -49,7 +49,7 @@ def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
 
 def against_source(directory: Path, source: Path, n_rows: int) -> int:
     """Re-read random rows from the source and compare them with the stored ones, byte for byte."""
-    from convert.mat import Mat, check_opens, sampled_identity
+    from convert.sources.nyu_mat import Mat, check_opens, sampled_identity
 
     found = fmt.open_set(directory)
     check_opens(source)
@@ -65,7 +65,7 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
 
 def _compare(found: fmt.ShardSet, name: str, reader: "Reader", source: Path, rows: list[int]) -> None:
     from convert.decode import blaming
-    from convert.mat import KEYS, LOOK_FIRST
+    from convert.sources.nyu_mat import KEYS, LOOK_FIRST
     from convert.resize import resize
 
     settings, shards = found.settings, found.shards(name)

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import h5py
 import numpy as np
 
-from convert.chunks import ChunkIndex, Damaged, Unreadable
+from convert.sources.chunks import ChunkIndex, Damaged, Unreadable
 
 P = ParamSpec("P")
 T = TypeVar("T")

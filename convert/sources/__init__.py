@@ -1,0 +1,1 @@
+"""Where rows come from: each source gives its rows, its facts and the specification of its data set."""

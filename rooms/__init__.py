@@ -1,1 +1,0 @@
-"""Made-up rooms in the layout of the .mat, for the demo and the tests."""
