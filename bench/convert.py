@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.chunks import Reader
-from convert.format import FIELDS, Settings, row_shape
-from convert.sources.nyu_mat import KEYS, Mat
 from convert.resize import resize
+from convert.sources.chunks import Reader
+from convert.sources.nyu_mat import KEYS, Mat
+from shards.format import FIELDS, Settings, row_shape
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
 RUN = 64  # chunks that lie together, in one read

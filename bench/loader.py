@@ -24,8 +24,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bench.memory import NoteRows, load_whole
-from convert.format import UserError, open_set, resolve_set
 from loader.loader import Loader
+from shards.format import UserError, open_set, resolve_set
 from train.data import ShardDataset
 from train.order import Batches
 

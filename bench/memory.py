@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bench.cgroup import NoGroup, memory_group
-from convert.format import UserError, resolve_set
 from loader.loader import Loader
 from loader.memory import PROC, sizes_in, tree_memory, tree_of
+from shards.format import UserError, resolve_set
 from train.data import ShardDataset
 from train.order import Batches
 

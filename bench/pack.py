@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import format as fmt
 from convert.repack import CODECS, Codecs, write_rest, write_shard
+from shards import format as fmt
 
 
 def write(found: fmt.ShardSet, directory: Path, codecs: Codecs) -> dict[str, float]:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.format import UserError, open_set
 from loader.loader import Loader
 from loader.memory import NoRoom
+from shards.format import UserError, open_set
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from bench.loader import interval
-from convert.format import UserError
 from loader.memory import NoRoom
+from shards.format import UserError
 from train import ranks
 from train.loop import Job, new_run, open_loaders, start, train_step
 from train.settings import Settings, add_flags

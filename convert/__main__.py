@@ -11,18 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from convert import format as fmt
-from convert.format import FIELDS, Settings, UserError
+from shards import format as fmt
+from shards.format import FIELDS, Settings, UserError
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 
 
 def run(args: argparse.Namespace) -> None:
-    from stores.http import READERS, Remote
-    from convert.session import prepare
-
-    from convert.repack import codecs_of, repack
     from convert.pipeline import convert
+    from convert.repack import codecs_of, repack
+    from convert.session import prepare
+    from stores.http import READERS, Remote
 
     fields = tuple(args.fields.split(","))
     settings = Settings(fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes)

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from convert import format as fmt
-from convert.format import Codecs, Settings, UserError, log
 from convert.sources.nyu_mat import Source
+from shards import format as fmt
+from shards.format import Codecs, Settings, UserError, log
 
 
 def receipt_name(shard: int) -> str:

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.chunks import Damaged, Reader, Unreadable
-from convert.format import FIELDS, Settings, UserError, one_line, row_shape
 from convert.machine import shared_memory
 from convert.resize import ValueRangeError, resize
+from convert.sources.chunks import Damaged, Reader, Unreadable
+from shards.format import FIELDS, Settings, UserError, one_line, row_shape
 
 MALLOC = {f"MALLOC_{name}_": str(1 << 28) for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.format import (
+from shards.format import (
     FIELDS,
     PROVENANCE,
     SPLITS,

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert import format as fmt
-from convert.sources.chunks import Reader
 from convert.commit import check_space, find_set, is_finished, receipt_name, remove_receipts, resume, stamp
 from convert.decode import Buffers, Decoder, Helper
-from convert.format import FIELDS, Codecs, Settings, UserError, log
-from convert.sources.hdf5 import HDF5, Hdf5Thread
-from convert.lock import only_one
 from convert.machine import memory_of, n_cores
-from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Elsewhere, Mat, Source, sampled_identity
 from convert.repack import CODECS, write_rest, write_shard
+from convert.sources.chunks import Reader
+from convert.sources.hdf5 import HDF5, Hdf5Thread
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Elsewhere, Mat, Source, sampled_identity
 from convert.sources.nyu_tables import row_columns
+from shards import format as fmt
+from shards.format import FIELDS, Codecs, Settings, UserError, log
+from shards.lock import only_one
 
 ROWS_PER_TASK = 8
 HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start

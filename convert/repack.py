@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert import format as fmt
 from convert.commit import check_space, is_finished, receipt_name, remove_receipts, resume
-from convert.format import FIELDS, Codecs, Settings, ShardSet, UserError
-from convert.lock import only_one
+from shards import format as fmt
+from shards.format import FIELDS, Codecs, Settings, ShardSet, UserError
+from shards.lock import only_one
 
 CODECS: dict[str, dict[str, Any] | None] = {
     "none": None,

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from convert.format import CROP_BOXES, MAX_DEPTH_MM
+from shards.format import CROP_BOXES, MAX_DEPTH_MM
 
 MAX_LABEL = 894
 

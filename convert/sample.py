@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import h5py
 import numpy as np
 
-from convert.format import UserError, fsync, fsync_dir
 from convert.sources.nyu_tables import tables as official_tables
+from shards.format import UserError, fsync, fsync_dir
 
 Chunks = Literal["original", "resaved", "none"]
 Pattern = tuple[float, float, float, float]  # period across and up in metres, tone variation, share of the dark joint

@@ -13,15 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert import format as fmt
 from convert.commit import find_set
-from convert.format import Codecs, Settings, UserError, log
-from convert.sources.nyu_mat import Source, check_opens, sampled_identity
-from convert.repack import repack
 from convert.pipeline import convert
-
-from stores.http import MAT_NAME, OFFICIAL, fetch
+from convert.repack import repack
+from convert.sources.nyu_mat import Source, check_opens, sampled_identity
 from convert.transfer import Incomplete, check_mounted, exists, not_whole, patiently, pull, push
+from shards import format as fmt
+from shards.format import Codecs, Settings, UserError, log
+from stores.http import MAT_NAME, OFFICIAL, fetch
 
 PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
 SHELF = ".shelf"  # under ROOT: that form on its way

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from convert import format as fmt
 from convert.commit import write_receipts
-from convert.format import UserError, log
-from convert.lock import only_one
 from convert.machine import drop_from_cache
+from shards import format as fmt
+from shards.format import UserError, log
+from shards.lock import only_one
 
 T = TypeVar("T")
 Files = dict[str, dict[str, Any]]

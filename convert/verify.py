@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from convert import format as fmt
-from convert.format import Settings, UserError
+from shards import format as fmt
+from shards.format import Settings, UserError
 
 if TYPE_CHECKING:
     from convert.sources.chunks import Reader
@@ -65,8 +65,8 @@ def against_source(directory: Path, source: Path, n_rows: int) -> int:
 
 def _compare(found: fmt.ShardSet, name: str, reader: "Reader", source: Path, rows: list[int]) -> None:
     from convert.decode import blaming
-    from convert.sources.nyu_mat import KEYS, LOOK_FIRST
     from convert.resize import resize
+    from convert.sources.nyu_mat import KEYS, LOOK_FIRST
 
     settings, shards = found.settings, found.shards(name)
     with blaming(str(source), KEYS[name], None, LOOK_FIRST):

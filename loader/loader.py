@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loader.buffers import N_SLOTS, Arena, Ring, arrays_in, n_bytes_of, private_memory, slots_of
 from loader.forks import HOLDERS, ProcessLock, starting_a_worker, use_one_thread_in_a_fork
 from loader.memory import check_room
 from loader.messages import Layout, Message, Raised, Returned, Written, add_note, packed, unpacked
-from loader.buffers import N_SLOTS, Arena, Ring, arrays_in, n_bytes_of, private_memory, slots_of
 
 BYTES_A_VALUE = 16  # room for what a transform makes of each number; a page of it exists once it is written
 HIDDEN_MS = 10  # a batch made by one thread in less than this is ready before any training step ends

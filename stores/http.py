@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert import format as fmt
-from convert.format import UserError, log
-
 from convert.transfer import Progress
+from shards import format as fmt
+from shards.format import UserError, log
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from convert.format import UserError, log, one_line, write_atomically
+from shards.format import UserError, log, one_line, write_atomically
 
 MOUNTS = Path("/proc/self/mountinfo")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.format import Settings
 from convert.pipeline import convert
 from convert.sample import write_sample
+from shards.format import Settings
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_loader import make
 
-from convert.format import UserError
 from loader.loader import Loader
+from shards.format import UserError
 from train.data import TARGETS, ShardDataset, create_dataloaders
 from train.order import Batches
 

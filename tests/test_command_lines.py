@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from convert.__main__ import main
-from convert.format import FIELDS, Settings, UserError, open_set
 from convert.pipeline import convert
+from shards.format import FIELDS, Settings, UserError, open_set
 
 NO_NUL = st.characters(exclude_characters="\0")  # a command line cannot hold one
 NUMBERS = st.sampled_from(

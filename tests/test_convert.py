@@ -13,14 +13,14 @@ import pytest
 from conftest import SHARED, SMALL, shared
 
 import convert.pipeline as write_module
-from convert import format as fmt
-from convert.format import FIELDS, Settings, UserError
-from convert.lock import only_one
-from convert.sources.nyu_mat import KEYS
-from convert.resize import resize
-from convert.sources.nyu_tables import split_of, tables
 from convert.pipeline import convert
+from convert.resize import resize
 from convert.sample import write_sample
+from convert.sources.nyu_mat import KEYS
+from convert.sources.nyu_tables import split_of, tables
+from shards import format as fmt
+from shards.format import FIELDS, Settings, UserError
+from shards.lock import only_one
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import REPO, SMALL
 
-from convert import format as fmt
-from convert.verify import against_source, verify_all
-from convert.format import UserError
 from convert.pipeline import convert
+from convert.verify import against_source, verify_all
+from shards import format as fmt
+from shards.format import UserError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Damage = Callable[[Path, random.Random], Path]

@@ -14,10 +14,10 @@ import torch
 from conftest import shared
 from torch.utils.data import DataLoader
 
-from convert import format as fmt
-from convert.format import UserError
-from convert.pipeline import convert
 from convert.inspect import picture
+from convert.pipeline import convert
+from shards import format as fmt
+from shards.format import UserError
 from train.data import SCENE_10, SCENE_13, ShardDataset, create_dataloaders, scene_classes
 
 

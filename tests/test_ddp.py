@@ -15,9 +15,9 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from conftest import REPO
 
-from train.report import command
 from train.data import ShardDataset
 from train.order import Batches
+from train.report import command
 from train.settings import Settings
 
 SETTINGS = {"num_classes": 10, "epochs": 3, "size": 32, "warmup_epochs": 0, "model": "networks:Plain", "num_workers": 0}

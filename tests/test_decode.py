@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from conftest import REPO, SMALL
 
-from convert import format as fmt
-from convert.format import UserError
 from convert.pipeline import convert
 from convert.sample import write_sample
+from shards import format as fmt
+from shards.format import UserError
 
-WITH_HELPERS = "import sys, convert.pipeline as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
+WITH_HELPERS = (
+    "import sys, convert.pipeline as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,16 @@ import pytest
 from conftest import REPO, SMALL
 from flaky import serving
 
-from convert.format import FIELDS, Settings, UserError
-from convert.sources.hdf5 import HDF5
-from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
+from convert.pipeline import convert
 from convert.repack import repack
 from convert.resize import nearest
-from convert.sources.nyu_tables import row_columns
-from convert.pipeline import convert
-from stores import http as remote
-from convert.session import prepare
 from convert.sample import write_sample
+from convert.session import prepare
+from convert.sources.hdf5 import HDF5
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
+from convert.sources.nyu_tables import row_columns
+from shards.format import FIELDS, Settings, UserError
+from stores import http as remote
 
 # As a conversion does: text, chunks that only HDF5 can unpack, and the indexes beside them; only more often.
 HAMMER = """

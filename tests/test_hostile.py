@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from conftest import REPO, SMALL
 
-from convert import format as fmt
-from convert.sources.nyu_mat import CELLS, KEYS
 from convert.pipeline import convert
 from convert.sample import write_sample
+from convert.sources.nyu_mat import CELLS, KEYS
+from shards import format as fmt
 
 MAX_RESIDENT = 512 << 20
 LIMITS = 'ulimit -v 6000000; ulimit -t 10; exec "$@"'  # KiB of address space (torch alone maps 3 GB); CPU seconds

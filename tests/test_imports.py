@@ -1,4 +1,4 @@
-"""Who imports whom: `loader` nobody, `train` it and `convert.format`, `drive` only `convert`, `convert` none of them."""
+"""Who imports whom: `loader` nobody, `train` it and `shards.format`, `drive` only `convert`, `convert` none of them."""
 
 import ast
 import subprocess
@@ -39,9 +39,9 @@ def files(package: str) -> pytest.MarkDecorator:
 
 @files("train")
 def test_train_imports_only_the_format_and_the_lock_of_convert(path: Path) -> None:
-    of_convert = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("convert.format")}
+    of_convert = {n for n in imported(path) if n.split(".")[0] == "convert" and not n.startswith("shards.format")}
     allowed = (
-        {"convert"} if path.name == "__init__.py" else {"convert.lock", "convert.lock.hold"}
+        {"convert"} if path.name == "__init__.py" else {"shards.lock", "shards.lock.hold"}
     )  # its check of the machine
     assert of_convert <= allowed
     assert foreign(path) <= {"convert", "loader", "drive", "pictures"}
@@ -60,7 +60,7 @@ def test_the_loader_knows_nothing_of_this_dataset(path: Path) -> None:
 def test_drive_imports_only_convert(path: Path) -> None:
     assert foreign(path) <= {"convert"}
     if path.name == "mount.py":  # training imports it
-        assert {n for n in imported(path) if n.startswith("convert.") and not n.startswith("convert.format")} == set()
+        assert {n for n in imported(path) if n.startswith("convert.") and not n.startswith("shards.format")} == set()
 
 
 @files("convert")

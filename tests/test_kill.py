@@ -16,10 +16,10 @@ import pytest
 from cgroup import drop_from_cache, memory_group
 from conftest import REPO, SMALL
 
-from convert import format as fmt
-from convert.verify import verify_all
-from convert.format import Settings, UserError
 from convert.pipeline import convert
+from convert.verify import verify_all
+from shards import format as fmt
+from shards.format import Settings, UserError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SLOW = ("--rows-per-shard", "1", "--workers", "1")  # 36 shards: time to do something in between

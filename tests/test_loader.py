@@ -17,11 +17,11 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from conftest import REPO
 
-from convert.format import UserError
-from stores import mounted as mount
 from loader import loader as loader_module
-from loader.loader import Ahead, Loader
 from loader.buffers import N_SLOTS
+from loader.loader import Ahead, Loader
+from shards.format import UserError
+from stores import mounted as mount
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
 

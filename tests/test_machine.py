@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import REPO, SMALL
 
-from convert import format as fmt
 from convert import machine
 from convert.pipeline import convert
 from convert.transfer import pull, push
+from shards import format as fmt
 
 # memfd_create is absent on macOS and in the Pythons of uv and conda; the others on macOS.
 ABSENT = ["memfd_create", "sched_getaffinity", "posix_fadvise"]

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert.sources.chunks as chunks_module
+from convert.pipeline import convert
 from convert.sources.chunks import ChunkIndex, Reader
-from convert.format import UserError
 from convert.sources.hdf5 import StoredDataset
 from convert.sources.nyu_mat import KEYS
-from convert.pipeline import convert
+from shards.format import UserError
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [{}, GZIP, {**GZIP, "shuffle": True}, {"shuffle": True}, {"compression": "lzf"}, {**GZIP, "fletcher32": True}]
@@ -186,7 +186,7 @@ def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
 def test_converting_needs_no_torch(mat: Path, small_set: Path, tmp_path: Path) -> None:
     code = f"""import sys; sys.modules["torch"] = None
 from pathlib import Path
-from convert.format import Settings
+from shards.format import Settings
 from convert.pipeline import convert
 convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), Settings(size=32, rows_per_shard=10))"""
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
-from convert.format import UserError
+from shards.format import UserError
 from train.__main__ import main, make_parser
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.loop import train

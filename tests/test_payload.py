@@ -14,9 +14,9 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from test_loader import METHODS, expected, make, same
 
+from loader.buffers import N_SLOTS, Ring
 from loader.loader import Loader
 from loader.messages import Raised, Returned, Written
-from loader.buffers import N_SLOTS, Ring
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 KINDS: list[dict[str, Any]] = [{}, {"workers": 1, "method": "fork"}, {"workers": 1, "method": "spawn"}]

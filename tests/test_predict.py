@@ -13,10 +13,10 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from PIL import Image
 
-from train.predict import Average
 from train.__main__ import main
 from train.data import ShardDataset
 from train.loop import train
+from train.predict import Average
 from train.settings import Settings
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from flaky import serving
 
-from convert.format import Settings, UserError
 from convert.pipeline import convert
+from convert.sample import write_sample
+from shards.format import Settings, UserError
 from stores import http as remote
 from stores.http import READERS, Remote, fetch
-from convert.sample import write_sample
 
 DATA = os.urandom(3_000_000)
 

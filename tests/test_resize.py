@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.format import FIELDS
 from convert.resize import ValueRangeError, _triangle_bands, area, depth_mm, nearest_indices, resize
+from shards.format import FIELDS
 
 DTYPES = {"rgb": np.uint8, "depth": np.float32, "raw_depth": np.float32, "label": np.uint16, "instance": np.uint8}
 

@@ -13,10 +13,10 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 
-from convert.format import Settings as Stored
-from convert.format import open_set
 from convert.pipeline import convert
 from convert.sample import write_sample
+from shards.format import Settings as Stored
+from shards.format import open_set
 from train.__main__ import main
 
 Make = Callable[..., Path]

@@ -15,10 +15,10 @@ import torch
 from conftest import REPO
 
 import train.loop as loop
-from convert.format import UserError
-from train.report import command
+from shards.format import UserError
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.loop import train
+from train.report import command
 from train.settings import Settings
 
 SETTINGS = {"num_classes": 10, "epochs": 6, "batch_size": 4, "size": 32, "warmup_epochs": 1, "model": "networks:Normed"}

@@ -11,8 +11,8 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 
 import loader as loader_package
-from loader.loader import Loader
 from loader.buffers import Layout, arrays_in
+from loader.loader import Loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

@@ -8,9 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
-from convert.format import UserError
-from convert.sources.nyu_tables import tables as official_tables
 from convert.sample import FIELDS, ROOMS, matlab_chunk, scene_type, write_sample
+from convert.sources.nyu_tables import tables as official_tables
+from shards.format import UserError
 
 ROWS = 12
 KEYS = {

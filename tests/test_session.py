@@ -15,15 +15,15 @@ import pytest
 from conftest import REPO, SMALL
 from flaky import serving
 
-from convert import format as fmt
+from convert import transfer as shelf
 from convert.__main__ import main
 from convert.commit import find_set
-from convert.format import Settings, UserError
 from convert.pipeline import convert
-from convert import transfer as shelf
+from convert.sample import write_sample
 from convert.session import MAT_NAME, prepare
 from convert.transfer import push
-from convert.sample import write_sample
+from shards import format as fmt
+from shards.format import Settings, UserError
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
 

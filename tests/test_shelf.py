@@ -13,12 +13,12 @@ import pytest
 from conftest import SMALL
 from flaky import ERRORS, Drive, why_no_fuse
 
-from convert import format as fmt
-from convert.format import UserError
-from convert.repack import repack
 from convert import session
 from convert import transfer as shelf
+from convert.repack import repack
 from convert.transfer import Incomplete, patiently, pull, push
+from shards import format as fmt
+from shards.format import UserError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

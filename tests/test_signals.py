@@ -17,10 +17,10 @@ import torch
 from conftest import REPO
 from test_resume import assert_same, run_and_kill, settings
 
-from convert.format import UserError
-from convert.lock import hold
-from train.report import command
+from shards.format import UserError
+from shards.lock import hold
 from train.__main__ import main
+from train.report import command
 
 WORDS = {"is_held": "it is held by", "then": "Wait", "elsewhere": "Go elsewhere"}
 
@@ -170,7 +170,7 @@ def test_a_second_run_into_a_directory_is_told_who_trains_there(
 
 def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from convert.lock import hold\n"
+        "import os, sys, time; from pathlib import Path; from shards.lock import hold\n"
         "with hold(Path(sys.argv[1]), is_held='', then='', elsewhere=''):\n"
         "    child = os.fork()\n"
         "    if child: print(child, flush=True)\n"

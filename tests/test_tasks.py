@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
-from convert.format import VOID
+from shards.format import VOID
 from train.augment import normalize_rgb, resize, views
 from train.loop import apply, new_run, start, train, train_step
 from train.settings import Settings

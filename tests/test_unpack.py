@@ -16,9 +16,9 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from conftest import REPO
 
-from convert import format as fmt
-from convert.format import Settings, UserError
 from convert.repack import repack
+from shards import format as fmt
+from shards.format import Settings, UserError
 from train.data import ShardDataset
 from train.unpack import cache_folder
 

@@ -16,12 +16,12 @@ import pytest
 import zarr
 from conftest import REPO, SMALL, needs_torch
 
-from convert import format as fmt
-from convert.format import FIELDS, UserError
-from convert.sources.nyu_mat import KEYS
-from convert.repack import CODECS, repack, write_shard
 from convert.pipeline import convert
+from convert.repack import CODECS, repack, write_shard
 from convert.sample import write_sample
+from convert.sources.nyu_mat import KEYS
+from shards import format as fmt
+from shards.format import FIELDS, UserError
 
 # zarr-python warns of files in a group that are not Zarr's: the manifest and the provenance lie there on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:Object at (manifest|provenance).json is not recognized")

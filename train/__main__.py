@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import torch
 
-from convert.format import UserError, one_line
 from loader.memory import NoRoom
+from shards.format import UserError, one_line
 from train import ranks
 from train.loop import train
 from train.settings import Settings, add_flags

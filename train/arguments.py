@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.format import UserError
+from shards.format import UserError
 
 if TYPE_CHECKING:  # the order of rows does without it
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convert.format import UserError, log, one_line, write_atomically
+from shards.format import UserError, log, one_line, write_atomically
 from stores.mounted import copy_file
 from train import ranks
 from train.settings import MAY_CHANGE, Settings

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from convert.format import FIELDS, SPLITS, VOID, UserError, open_set, resolve_set
-from stores.mounted import refuse_remote
+from loader.buffers import Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
 from loader.loader import Loader, Maker, Transform, worker_count
-from loader.buffers import Layout, arrays_in, n_bytes_of, private_memory, tensors_in
+from shards.format import FIELDS, SPLITS, VOID, UserError, open_set, resolve_set
+from stores.mounted import refuse_remote
 from train.arguments import (
     check_cache,
     check_choice,

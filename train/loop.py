@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert.format import UserError, log, one_line
-from convert.lock import hold
-from stores.mounted import Mirror
 from loader.memory import Meter
+from shards.format import UserError, log, one_line
+from shards.lock import hold
+from stores.mounted import Mirror
 from train import ranks
 from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
 from train.checkpoint import CHECKPOINT, LOCK, METRICS, Run, restore, save

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from convert.format import UserError, one_line, sha256_file
+from shards.format import UserError, one_line, sha256_file
 from train.checkpoint import newest
 from train.settings import Settings
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convert.format import CROP_BOXES, UserError, one_line
-from convert.lock import hold
-from train.report import MOST, Batch, outcomes, page, tables_and_pictures, write
+from shards.format import CROP_BOXES, UserError, one_line
+from shards.lock import hold
 from train.checkpoint import LOCK, Run, newest, write_csv
 from train.loop import Job, evaluate, new_run, open_loaders, start
+from train.report import MOST, Batch, outcomes, page, tables_and_pictures, write
 from train.settings import Settings
 
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from convert.format import UserError
+from shards.format import UserError
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
 MAY_CHANGE = {

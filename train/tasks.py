@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.format import CROP_BOXES, VOID
+from shards.format import CROP_BOXES, VOID
 from train.data import ShardDataset
 from train.settings import Settings
 

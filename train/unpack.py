@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from convert.format import MANIFEST, UserError, log, open_set, read_manifest
+from shards.format import MANIFEST, UserError, log, open_set, read_manifest
 
 CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
 

@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 
 from convert.sources.chunks import Reader
-from convert.format import Settings, UserError, log, one_line
 from convert.sources.hdf5 import HDF5, NOT_THE_FILES, VERSIONS, StoredDataset, in_hdf5_thread
+from shards.format import Settings, UserError, log, one_line
 
 ORIGINAL_BYTES = 2_972_037_809
 ORIGINAL_MD5 = "520609c519fba3ba5ac58c8fefcc3530"

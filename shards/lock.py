@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from convert.format import UserError
+from shards.format import UserError
 
 HELD: set[int] = set()  # descriptors of the locks that this process holds
 
