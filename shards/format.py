@@ -28,6 +28,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from shards.errors import UserError, one_line, shown  # noqa: F401
+
 try:
     from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
 except ImportError:  # anything but macOS
@@ -69,22 +71,9 @@ Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None fo
 DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
 
 
-class UserError(Exception):
-    """A user's mistake or a broken input: one line that ends in the next command to type (exit status 2)."""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def is_whole(value: Any) -> bool:
     """A whole number of Python's or numpy's, which True is not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """What was given, for a message of one line."""
-    return " ".join(str(value).split())[:80]
 
 
 def mebibytes(n_bytes: int | None) -> str:
