@@ -14,11 +14,11 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.sets import convert, verify
 
-from convert.pipeline import convert
 from convert.sample import write_sample
-from shards import format as fmt
-from shards.format import UserError
+from shards.errors import UserError
+from shards.spec import ConversionSettings
 
 WITH_HELPERS = (
     "import sys, convert.pipeline as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
@@ -83,8 +83,8 @@ def test_a_killed_helper_ends_the_run_in_one_line_and_the_next_run_goes_on(large
         assert are_gone(helpers)
     assert not list(tmp_path.glob("*/manifest.json"))
     assert list(tmp_path.glob("*/receipt-*"))
-    made = convert(large, tmp_path, fmt.Settings(rows_per_shard=4))
-    assert not [problem for _, problem in fmt.verify(made) if problem]
+    made = convert(large, tmp_path, ConversionSettings(rows_per_shard=4))
+    assert not [problem for _, problem in verify(made) if problem]
 
 
 def test_helpers_do_not_outlive_a_killed_parent(large: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from convert.repack import repack
 from flaky import serving
 
 from convert.pipeline import convert
-from convert.repack import repack
 from convert.resize import nearest
 from convert.sample import write_sample
 from convert.session import prepare

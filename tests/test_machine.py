@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.sets import convert
 
 from convert import machine
-from convert.pipeline import convert
 from convert.transfer import pull, push
-from shards import format as fmt
+from shards import files
+from shards.files import write_bytes
+from shards.manifest import PROVENANCE
 
 # memfd_create is absent on macOS and in the Pythons of uv and conda; the others on macOS.
 ABSENT = ["memfd_create", "sched_getaffinity", "posix_fadvise"]
@@ -71,7 +73,7 @@ def test_without_proc_the_memory_is_unknown_and_not_0(
     made = convert(mat, tmp_path / "out", SMALL)
     assert same_shards(made, small_set)
     assert "peak memory unknown" in capsys.readouterr().err
-    assert json.loads((made / fmt.PROVENANCE).read_text())["peak_memory_bytes"] is None
+    assert json.loads((made / PROVENANCE).read_text())["peak_memory_bytes"] is None
     assert "peak memory unknown" in describe(made)
 
 
@@ -82,7 +84,7 @@ def test_with_proc_the_memory_is_that_of_the_helpers_too(
     made = convert(mat, tmp_path, SMALL, 2)
     if not machine.PROC.exists():
         pytest.skip("this system has no /proc")
-    assert json.loads((made / fmt.PROVENANCE).read_text())["peak_memory_bytes"] > 20 << 20
+    assert json.loads((made / PROVENANCE).read_text())["peak_memory_bytes"] > 20 << 20
 
 
 def test_memory_from_a_file_is_shared_between_descriptors_and_takes_its_room_at_once(
@@ -134,15 +136,15 @@ def test_where_the_system_has_a_stronger_fsync_it_is_what_is_called(
     weak = list[int]()
     strong = list[int]()
     monkeypatch.setattr(os, "fsync", weak.append)
-    monkeypatch.setattr(fmt, "F_FULLFSYNC", 51)
-    monkeypatch.setattr(fmt, "fcntl", lambda handle, command: strong.append(command), raising=False)
-    fmt.write_bytes(tmp_path / "a", b"x")
+    monkeypatch.setattr(files, "F_FULLFSYNC", 51)
+    monkeypatch.setattr(files, "fcntl", lambda handle, command: strong.append(command), raising=False)
+    write_bytes(tmp_path / "a", b"x")
     assert strong == [51, 51]  # the file and its directory
     assert weak == []
 
     def refuses(*_: object) -> int:
         raise OSError("not here")
 
-    monkeypatch.setattr(fmt, "fcntl", refuses)
-    fmt.write_bytes(tmp_path / "b", b"x")
+    monkeypatch.setattr(files, "fcntl", refuses)
+    write_bytes(tmp_path / "b", b"x")
     assert len(weak) == 2

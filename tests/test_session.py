@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, SMALL
+from convert.commit import find_set
 from flaky import serving
 
 from convert import transfer as shelf
 from convert.__main__ import main
-from convert.commit import find_set
 from convert.pipeline import convert
 from convert.sample import write_sample
 from convert.session import MAT_NAME, prepare

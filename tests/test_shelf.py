@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from convert.repack import repack
 from flaky import ERRORS, Drive, why_no_fuse
 
 from convert import session
 from convert import transfer as shelf
-from convert.repack import repack
 from convert.transfer import Incomplete, patiently, pull, push
 from shards import format as fmt
 from shards.format import UserError
