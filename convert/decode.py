@@ -23,7 +23,9 @@ import numpy as np
 
 from convert.machine import shared_memory
 from convert.resize import ValueRangeError, resize
-from convert.sources.chunks import Damaged, Reader, Unreadable
+from convert.sources.chunks import Reader
+from convert.sources.errors import Damaged, Unreadable
+from shards.errors import DamagedSource
 from shards.format import FIELDS, Settings, UserError, one_line, row_shape
 
 MALLOC = {f"MALLOC_{name}_": str(1 << 28) for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")}
@@ -106,15 +108,15 @@ def blaming(source: str, key: str, row: int | None, advice: str) -> Iterator[Non
 
     Errors of other kinds are this program's: they go on as they are, and blame no file.
     """
-    where = f"{source}: {key}" + ("" if row is None else f" row {row}")
+    where = f": {key}" + ("" if row is None else f" row {row}")
     try:
         yield
     except (Damaged, ValueRangeError, Unreadable) as error:
-        raise UserError(f"{where}: {one_line(error)}. {advice}") from None
+        raise DamagedSource(source, f"{where}: {one_line(error)}", advice) from None
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
             raise
-        what = f"{where} could not be read ({one_line(error)})"
+        what = f"{source}{where} could not be read ({one_line(error)})"
         raise UserError(f"{what}. When the disk or network answers again, run: make convert") from None
 
 

@@ -14,9 +14,13 @@ from conftest import REPO, SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import convert.sources.chunk_codec as codec_module
+import convert.sources.chunk_index as index_module
 import convert.sources.chunks as chunks_module
 from convert.pipeline import convert
-from convert.sources.chunks import ChunkIndex, Reader
+from convert.sources.chunk_index import ChunkAccess, claimed_index
+from convert.sources.chunk_layout import ChunkIndex
+from convert.sources.chunks import Reader
 from convert.sources.hdf5 import StoredDataset
 from convert.sources.nyu_mat import KEYS
 from shards.format import UserError
@@ -90,17 +94,16 @@ def test_offsets_are_right_whether_hdf5_counts_the_user_block_or_not(
     values[2, 8:16, 8:16] = np.arange(64).reshape(8, 8)
     with h5py.File(path, "w", userblock_size=512) as file:
         file.create_dataset("x", data=values, chunks=chunk, **(GZIP if chunk else {}))
-    claimed = Reader._claimed_index
 
-    def as_another_hdf5(self: Reader) -> ChunkIndex | None:
-        index = claimed(self)
+    def as_another_hdf5(access: ChunkAccess) -> ChunkIndex | None:
+        index = claimed_index(access)
         assert index is not None
-        counts = self.dataset.chunks is None or h5py.version.hdf5_version_tuple >= (1, 14, 4)
+        counts = access.dataset.chunks is None or h5py.version.hdf5_version_tuple >= (1, 14, 4)
         if leaves_out == counts:
-            np.add(index.offset, -512 if leaves_out else 512, out=index.offset, where=index.offset >= 0)
+            return index.counted_from(-512 if leaves_out else 512)
         return index
 
-    monkeypatch.setattr(Reader, "_claimed_index", as_another_hdf5)
+    monkeypatch.setattr(index_module, "claimed_index", as_another_hdf5)
     with h5py.File(path) as file, open(path, "rb") as raw:
         reader = open_reader(file["x"], raw.fileno())
         np.testing.assert_array_equal(all_rows(reader), values)
@@ -122,13 +125,13 @@ def test_both_inflaters_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> 
 
     data = np.random.default_rng(0).integers(0, 9, 50_000).astype(np.uint8).tobytes()
     packed = zlib.compress(data, 3)
-    fast = bytes(chunks_module.inflate(packed, len(data)))
-    monkeypatch.setattr(chunks_module, "_libdeflate", None)
-    assert fast == bytes(chunks_module.inflate(packed, len(data))) == data
+    fast = bytes(codec_module.inflate(packed, len(data)))
+    monkeypatch.setattr(codec_module, "libdeflate", None)
+    assert fast == bytes(codec_module.inflate(packed, len(data))) == data
     with pytest.raises(ValueError, match="damaged"):
-        chunks_module.inflate(packed[:-9] + b"123456789", len(data))
+        codec_module.inflate(packed[:-9] + b"123456789", len(data))
     with pytest.raises(ValueError, match="expected"):
-        chunks_module.inflate(packed, len(data) + 1)
+        codec_module.inflate(packed, len(data) + 1)
 
 
 # ---------------------------------------------------------------- whole sets: the same bytes from every layout
@@ -179,7 +182,7 @@ def test_every_layout_gives_the_same_bytes(
 def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
     mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks_module, "_libdeflate", None)
+    monkeypatch.setattr(codec_module, "libdeflate", None)
     assert shards(convert(mat, tmp_path, SMALL, workers=16)) == shards(small_set)
 
 
