@@ -1,5 +1,6 @@
-"""Every layout of the same content gives the same rows, each chunk decoded once, with h5py as the reference."""
+"""Every layout of the same content gives the same rows, each chunk decoded once, as h5py does."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -19,14 +20,22 @@ import convert.sources.chunk_index as index_module
 import convert.sources.chunks as chunks_module
 from convert.pipeline import convert
 from convert.sources.chunk_index import ChunkAccess, claimed_index
-from convert.sources.chunk_layout import ChunkIndex
+from convert.sources.chunk_layout import ChunkGrid, ChunkIndex, block_at
 from convert.sources.chunks import Reader
 from convert.sources.hdf5 import StoredDataset
-from convert.sources.nyu_mat import KEYS
+from convert.sources.nyu_mat import HDF5_SIGNATURE, KEYS, check_opens
+from shards.errors import DamagedSource, WrongSource
 from shards.format import UserError
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
-FILTERS = [{}, GZIP, {**GZIP, "shuffle": True}, {"shuffle": True}, {"compression": "lzf"}, {**GZIP, "fletcher32": True}]
+FILTERS = [
+    {},
+    GZIP,
+    {**GZIP, "shuffle": True},
+    {"shuffle": True},
+    {"compression": "lzf"},
+    {**GZIP, "fletcher32": True},
+]
 
 
 def open_reader(dset: h5py.Dataset, handle: int) -> Reader:
@@ -41,7 +50,9 @@ def all_rows(reader: Reader) -> np.ndarray:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...] | None, str, dict[str, object], int]:
+def layouts(
+    draw: st.DrawFn,
+) -> tuple[tuple[int, ...], tuple[int, ...] | None, str, dict[str, object], int]:
     shape = tuple(draw(st.integers(1, 9)) for _ in range(draw(st.integers(2, 4))))
     chunk = tuple(draw(st.integers(1, s)) for s in shape)
     chunked = draw(st.booleans())
@@ -56,7 +67,9 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...] | None, s
 
 
 @given(layouts(), st.booleans(), st.booleans(), st.integers(1, 9))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
     tmp_path: Path, layout: tuple, written: bool, scratch: bool, band: int
 ) -> None:
@@ -78,7 +91,9 @@ def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
         assert rows.dtype.isnative
         np.testing.assert_array_equal(rows, file["x"][()])
         if chunk:
-            assert reader.n_decoded == np.prod([-(-s // c) for s, c in zip(shape, chunk, strict=True)])
+            assert reader.n_decoded == np.prod(
+                [-(-s // c) for s, c in zip(shape, chunk, strict=True)]
+            )
         reader.close()
     assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
 
@@ -134,14 +149,76 @@ def test_both_inflaters_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> 
         codec_module.inflate(packed, len(data) + 1)
 
 
-# ---------------------------------------------------------------- whole sets: the same bytes from every layout
+@given(layouts())
+def test_tiles_cover_each_row_once_and_chunks_begin_where_h5py_says(layout: tuple) -> None:
+    shape, chunk, *_ = layout
+    grid = ChunkGrid(shape, chunk or (1, *shape[1:]))
+    assert len(grid.tiles) == grid.n_tiles
+    n_seen = np.zeros(grid.padded_row_shape, int)
+    for tile in grid.tiles:
+        n_seen[tile] += 1
+    assert np.all(n_seen == 1)
+
+    inside = np.zeros(shape, int)
+    for k in range(grid.n_chunks):
+        first = grid.first_element(k)
+        part = grid.without_padding(k)
+        inside[block_at(first, tuple(side.stop for side in part))] += 1
+    assert np.all(inside == 1)
+
+
+def test_a_reader_that_was_sent_to_another_process_reads_without_hdf5(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    values = np.arange(5 * 7 * 9, dtype="<u2").reshape(5, 7, 9)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=values, chunks=(2, 3, 4), **GZIP)
+    with open(path, "rb") as raw:
+        with h5py.File(path) as file:
+            reader = open_reader(file["x"], raw.fileno())
+        assert reader.can_travel
+        sent = pickle.loads(pickle.dumps(reader))
+        assert sent.access is None
+        np.testing.assert_array_equal(all_rows(sent), values)
+
+
+WRONG_FILES = {
+    "empty": b"",
+    "web page": b"\n<!DOCTYPE html>",
+    "MATLAB v5": b"MATLAB 5.0 MAT-file" + bytes(600),
+    "noise": bytes(range(256)) * 9,
+    "cut": HDF5_SIGNATURE + bytes(600),
+    "absent": None,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILES)
+def test_a_file_that_is_no_source_says_what_is_wrong_and_what_would_be_right(
+    kind: str, tmp_path: Path
+) -> None:
+    """As fields, without a command: whoever calls from Python has none to run."""
+    path = tmp_path / "x.mat"
+    if (content := WRONG_FILES[kind]) is not None:
+        path.write_bytes(content)
+    with pytest.raises(WrongSource) as caught:
+        check_opens(path)
+    error = caught.value
+    assert error.source == path
+    assert str(error) == f"{error.problem}. {error.right}"
+    assert not any(command in str(error) for command in ("make ", "python -m", "Run: "))
+    assert isinstance(error, DamagedSource) == (kind == "cut")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# ---------------------------------------------- whole sets: the same bytes from every layout
 
 
 def shards(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.glob("*.npy"))}
 
 
-def repacked(path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any) -> Path:
+def repacked(
+    path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any
+) -> Path:
     """The same content, every field in chunks of `chunk(shape)`."""
     shutil.copy(mat, path)
     with h5py.File(path, "r+") as file:
