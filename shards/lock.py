@@ -17,9 +17,8 @@ def _let_go_in_child() -> None:
     """A forked child shares its parent's locks: it would keep them when the parent is killed."""
     for handle in HELD:
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(
-            null, handle, inheritable=False
-        )  # the number stays taken: whoever closes it closes nothing else
+        # The number stays taken: whoever closes it closes nothing else.
+        os.dup2(null, handle, inheritable=False)
         os.close(null)
     HELD.clear()
 
