@@ -103,7 +103,7 @@ def test_ctrl_c_ends_the_helpers_and_says_one_line(large: Path, tmp_path: Path) 
 def test_damage_found_by_a_helper_names_the_field_and_the_row(copy: Path, tmp_path: Path) -> None:
     with h5py.File(copy, "r+") as file:
         file["depths"].id.write_direct_chunk((7, 0, 0), b"not what zlib makes")
-    with pytest.raises(UserError, match=r"depths row 7: .*damaged.*Run|depths row 7: .*run: make convert"):
+    with pytest.raises(UserError, match=r"depths row 7: .*damaged"):
         convert(copy, tmp_path / "out", SMALL)
 
 
@@ -112,6 +112,6 @@ def test_a_damaged_chunk_index_names_the_field_before_any_helper_reads_it(copy: 
         depths = file["depths"]
         n_bytes = depths.id.get_chunk_info(0).size + 4 * int(np.prod(depths.chunks)) * 4 + 8192
         depths.id.write_direct_chunk((0, 0, 0), b"x" * n_bytes)
-    with pytest.raises(UserError, match=r"depths row 0: a chunk claims .*run: make convert"):
+    with pytest.raises(UserError, match=r"depths row 0: a chunk claims "):
         convert(copy, tmp_path / "out", SMALL, 2)
     assert not list((tmp_path / "out").glob("*/manifest.json"))
