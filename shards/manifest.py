@@ -210,9 +210,12 @@ class Manifest:
         """Raises ValueError or WrongSetting where it is none that a writer made."""
         value.only(*MANIFEST_KEYS)
         settings = ConversionSettings.from_json(value.object("settings"))
+        stored = value.object("fields")
+        if set(stored.keys()) != set(settings.fields):
+            raise ValueError("its fields are not those of its settings")
         fields = {
-            name: Field.from_json(name, each, settings.size)
-            for name, each in value.object("fields").items()
+            name: Field.from_json(name, stored.object(name), settings.size)
+            for name in settings.fields
         }
         is_zarr = value.text("container") == "zarr"
         codecs = value.object("codecs") if is_zarr else None
