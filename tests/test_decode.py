@@ -21,7 +21,7 @@ from shards.errors import UserError
 from shards.spec import ConversionSettings
 
 WITH_HELPERS = (
-    "import sys, convert.pipeline as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
+    "import sys, convert.executors as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
 )
 
 
@@ -36,7 +36,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small file to damage, for which helpers are started all the same."""
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
     return Path(shutil.copy(mat, tmp_path / "x.mat"))
 
 

@@ -250,7 +250,7 @@ def test_every_layout_gives_the_same_bytes(
     if by == "a scratch file":
         monkeypatch.setattr(chunks_module, "MAX_GROUP_BYTES", 50_000)
     if by == "helpers":
-        monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
+        monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
     made = convert(path, tmp_path / "out", SMALL, workers=3)
     assert shards(made) == shards(small_set)
     assert not list(made.glob(".*"))
