@@ -1,4 +1,4 @@
-"""The API reference is made from the docstrings: every public module is rendered, without a warning."""
+"""The API reference is made from docstrings: every public module is rendered, without a warning."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from conftest import REPO, needs_torch
 
 def render(out: Path, *packages: str) -> str:
     """Render packages with all that is in them. Returns what was warned of, "" for nothing."""
-    # h5py asks `uname` for the processor while it is imported, which pdoc else holds back with a warning.
+    # h5py asks `uname` for the processor while it is imported; else pdoc holds it back and warns.
     env = {**os.environ, "PYTHONPATH": str(REPO), "PDOC_ALLOW_EXEC": "1"}
     command = [sys.executable, "-m", "pdoc", "--output-directory", str(out), *packages]
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)

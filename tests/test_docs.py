@@ -1,4 +1,4 @@
-"""What README and docs say to type works on a made-up .mat: the Python, and the commands that need no Drive.
+"""What README and docs say to type works on a made-up .mat: Python, and what needs no Drive.
 
 Where the pages lead to and what they list is in test_pages.py.
 """

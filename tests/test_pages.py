@@ -1,4 +1,4 @@
-"""The pages are whole: links lead somewhere, the README's tree is the house, the references list every flag."""
+"""Pages are whole: links lead somewhere, the README's tree is the house, every flag is listed."""
 
 import re
 import subprocess
@@ -93,7 +93,9 @@ def tree() -> dict[str, str]:
     phrases = {}
     folders: list[str] = []
     for line in block.splitlines():
-        indent, name, phrase = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"( *)(\S+) +(\S.*)", line)
+        assert found, line
+        indent, name, phrase = found.groups()
         del folders[len(indent) // 2 :]
         if name.endswith("/"):
             folders.append(name)
