@@ -51,5 +51,9 @@ def memory_of(processes: list[int]) -> int | None:
 
 
 def _kb(path: Path, key: str) -> int:
-    lines = {words[0]: words[1] for words in map(str.split, path.read_text().splitlines()) if len(words) > 1}
+    lines = {
+        words[0]: words[1]
+        for words in map(str.split, path.read_text().splitlines())
+        if len(words) > 1
+    }
     return int(lines[key])

@@ -11,29 +11,16 @@ label      nearest: an average of class ids is another class.
 instance   nearest, with the same indices as label, so that (label, instance) stays a pair.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from shards.format import CROP_BOXES, MAX_DEPTH_MM
-
-MAX_LABEL = 894
+from shards.spec import MAX_DEPTH_MM, Box, Field
 
 
 class ValueRangeError(ValueError):
     """A value that the stored dtype cannot hold, or that the field cannot have."""
-
-
-def crop_wh(planes: np.ndarray, crop: str) -> np.ndarray:
-    """Crop planes (..., W, H) to the named box of the 640x480 picture; a view."""
-    if crop == "none":
-        return planes
-    if planes.shape[-2:] != (640, 480):
-        raise ValueRangeError(
-            f"--crop {crop} is defined for 640x480 pictures, this one is {planes.shape[-2]}x{planes.shape[-1]}"
-        )
-    top, bottom, left, right = CROP_BOXES[crop]
-    return planes[..., left:right, top:bottom]
 
 
 @lru_cache(maxsize=32)
@@ -68,7 +55,9 @@ def area(metres_wh: np.ndarray, size: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def _triangle_bands(n_in: int, n_out: int, bits: int, gain: float) -> list[tuple[slice, slice, np.ndarray]]:
+def _triangle_bands(
+    n_in: int, n_out: int, bits: int, gain: float
+) -> list[tuple[slice, slice, np.ndarray]]:
     """The antialiased bilinear weights as narrow blocks: (outputs, the inputs they need, float32 weights x gain).
 
     Weights are whole multiples of 2**-bits that add up to 1: rounded running sums, so that errors do not add up.
@@ -92,16 +81,19 @@ def rgb(planes_cwh: np.ndarray, size: int) -> np.ndarray:
 
     Every product and sum is a whole number below 2**24 (times a power of two), which float32 holds exactly: the result
     is the same on every processor, whatever the order of summation. Between the passes 1/16 of a grey level is kept.
+    Of uint16, any number of planes, the same holds in float64, below 2**53.
     """
+    working = np.float32 if planes_cwh.dtype == np.uint8 else np.float64
     channels, width, height = planes_cwh.shape
-    across = np.empty((channels, size, height), np.float32)
+    across = np.empty((channels, size, height), working)
     for outputs, inputs, weights in _triangle_bands(width, size, 16, 16.0):
-        np.matmul(weights, planes_cwh[:, inputs].astype(np.float32), out=across[:, outputs])
+        part = planes_cwh[:, inputs].astype(working)
+        np.matmul(weights, part, out=across[:, outputs])
     columns = np.rint(across, out=across).transpose(0, 2, 1)
-    small = np.empty((channels, size, size), np.float32)
+    small = np.empty((channels, size, size), working)
     for outputs, inputs, weights in _triangle_bands(height, size, 12, 1 / 16):
         np.matmul(weights, columns[:, inputs], out=small[:, outputs])
-    return np.rint(small, out=small).astype(np.uint8)
+    return np.rint(small, out=small).astype(planes_cwh.dtype)
 
 
 def depth_mm(metres_wh: np.ndarray, size: int, method: str) -> np.ndarray:
@@ -116,18 +108,36 @@ def depth_mm(metres_wh: np.ndarray, size: int, method: str) -> np.ndarray:
     return np.rint(small.astype(np.float64) * 1000).astype("<u2")
 
 
-def label(plane_wh: np.ndarray, size: int) -> np.ndarray:
-    """(W, H) uint16 class ids -> (size, size) uint16. Raises ValueRangeError above 894."""
-    if plane_wh.max() > MAX_LABEL:
-        raise ValueRangeError(f"label {plane_wh.max()} is beyond the {MAX_LABEL} classes")
+def ids(plane_wh: np.ndarray, size: int, highest: int | None) -> np.ndarray:
+    """(W, H) ids -> (size, size), unchanged. Raises ValueRangeError above `highest`."""
+    if highest is not None and plane_wh.max() > highest:
+        raise ValueRangeError(f"label {plane_wh.max()} is beyond the {highest} classes")
     return nearest(plane_wh, size)
 
 
-def resize(field: str, row: np.ndarray, size: int, crop: str, depth_resize: str) -> np.ndarray:
-    """One stored row of `field`, cropped and resized: (3, S, S) or (S, S)."""
-    row = crop_wh(row, crop)
-    if field == "rgb":
-        return rgb(row, size)
-    if field in ("depth", "raw_depth"):
-        return depth_mm(row, size, depth_resize)
-    return label(row, size) if field == "label" else nearest(row, size)
+def grey(plane_wh: np.ndarray, size: int) -> np.ndarray:
+    """(W, H) uint8 or uint16 -> (size, size) of the same, as one plane of rgb."""
+    return rgb(plane_wh[None], size)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resizer:
+    """Rows of one field as they are decoded -> as they are stored."""
+
+    field: Field
+    size: int
+    box: Box | None = None  # of the decoded picture; None: all of it
+    depth_resize: str = "nearest"
+    highest_id: int | None = None
+
+    def __call__(self, row: np.ndarray) -> np.ndarray:
+        """([3,] W, H) -> ([3,] size, size). Raises ValueRangeError."""
+        if self.box is not None:
+            row = row[..., self.box.left : self.box.right, self.box.top : self.box.bottom]
+        if self.field.kind == "colour":
+            return rgb(row, self.size)
+        if self.field.kind in ("grey", "grey16"):
+            return grey(row, self.size)
+        if self.field.kind == "depth":
+            return depth_mm(row, self.size, self.depth_resize)
+        return ids(row, self.size, self.highest_id)

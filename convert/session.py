@@ -53,10 +53,14 @@ def prepare(
         shelved = directory is not None
     if not directory:
         mat = source or _find_mat(root, drive, command) or fetch(url or OFFICIAL, root / MAT_NAME)
-        log(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
+        log(
+            f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}"
+        )
         where, codecs = _begun(here, there, root, codecs, command)
         directory = convert(mat, where, settings, workers, codecs, repair=True)
-        settings = fmt.open_set(directory).settings  # without axes that the pictures told by themselves
+        settings = fmt.open_set(
+            directory
+        ).settings  # without axes that the pictures told by themselves
         if where != root:
             directory = repack(directory, root, settings, "npy", "none")
         if here and here != directory:  # of another source
@@ -65,7 +69,9 @@ def prepare(
         _shelve(directory, drive, there.suffix if there else PACKED, settings, command)
     shutil.rmtree(root / SHELF, ignore_errors=True)
     if len(fmt.finished_sets(root)) > 1:
-        log(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
+        log(
+            f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}"
+        )
     return directory
 
 
@@ -77,7 +83,9 @@ def _wanted(source: Source | None, command: str) -> dict[str, object]:
     """What a set's source must be: the given .mat, or, where that is gone, one of its name."""
     if source is None:
         return {}
-    if not patiently(lambda: not isinstance(source, Path) or exists(source), f"looking for {source}", command):
+    if not patiently(
+        lambda: not isinstance(source, Path) or exists(source), f"looking for {source}", command
+    ):
         return {"name": source.name}
     return patiently(lambda: sampled_identity(source), f"reading {source}", command)
 
@@ -107,7 +115,10 @@ def _checked(here: Path) -> Path | None:
     started, files = time.perf_counter(), fmt.all_files(fmt.read_manifest(here))
     wrong = [f"{name} {problem}" for name, problem in fmt.verify(here) if problem and name in files]
     if wrong:
-        log(f"{here} is damaged: {'; '.join(wrong[:3])}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        log(
+            f"{here} is damaged: {'; '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
         return None
     log(
         f"{here} is on this disk and whole: {len(files)} files checked in {time.perf_counter() - started:.1f} s. "
@@ -122,21 +133,29 @@ def _pulled(there: Path, root: Path, settings: Settings, command: str) -> Path |
         log(f"{there} is on Drive: copying it here instead of making it again")
         directory = pull(there, root / SHELF if packed else root, command)
     except Incomplete as error:
-        log(f"{str(error).partition('. Run:')[0]}: what is right of it is used, the rest is made again")
+        log(
+            f"{str(error).partition('. Run:')[0]}: what is right of it is used, the rest is made again"
+        )
         return None
     if packed:
         (root / there.stem / fmt.MANIFEST).unlink(missing_ok=True)  # of a damaged set
         directory = repack(directory, root, settings, "npy", "none")
-    log(f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}")
+    log(
+        f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}"
+    )
     return directory
 
 
-def _begun(here: Path | None, there: Path | None, root: Path, codecs: Codecs, command: str) -> tuple[Path, Codecs]:
+def _begun(
+    here: Path | None, there: Path | None, root: Path, codecs: Codecs, command: str
+) -> tuple[Path, Codecs]:
     """(where to convert, into which codecs) so that what is right of a damaged set here or on Drive is kept."""
     if here:
         return root, fmt.read_manifest(here).get("codecs")
     if there:
-        codecs = patiently(lambda: fmt.read_manifest(there), f"reading {there}", command).get("codecs")
+        codecs = patiently(lambda: fmt.read_manifest(there), f"reading {there}", command).get(
+            "codecs"
+        )
         where = root / SHELF if codecs else root
         pull(there, where, command, in_part=True)
         return where, codecs
@@ -149,5 +168,7 @@ def _shelve(directory: Path, drive: Path, form: str, settings: Settings, command
     if form != directory.suffix:
         packed = directory.parent / SHELF / f"{directory.name}{PACKED}"
         finished = exists(packed / fmt.MANIFEST)
-        directory = packed if finished else repack(directory, packed.parent, settings, "zarr", CODEC)
+        directory = (
+            packed if finished else repack(directory, packed.parent, settings, "zarr", CODEC)
+        )
     push(directory, drive, command)

@@ -31,7 +31,11 @@ PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
 MOUNT = Path("/content/drive")  # where Colab mounts Drive
 GONE = {errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ECONNABORTED, errno.ECONNRESET}
 FULL = {errno.EDQUOT, errno.ENOSPC}
-PASSING = GONE | FULL | {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR, errno.EBADMSG}
+PASSING = (
+    GONE
+    | FULL
+    | {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR, errno.EBADMSG}
+)
 
 
 class Incomplete(UserError):
@@ -43,7 +47,15 @@ class Progress(tqdm):
 
     def __init__(self, doing: str, total: int, initial: int = 0) -> None:
         self.doing, self.size, self.done = doing, total, initial
-        super().__init__(total=total, initial=initial, desc=doing, unit="B", unit_scale=True, disable=None, miniters=1)
+        super().__init__(
+            total=total,
+            initial=initial,
+            desc=doing,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            miniters=1,
+        )
 
     def add(self, n_bytes: int, what: str = "") -> None:
         self.update(n_bytes)
@@ -75,15 +87,21 @@ def _advice(number: int, doing: str, command: str) -> UserError:
         )
     what = f"Drive answered {errno.errorcode[number]} {times} times while {doing}"
     if number in FULL:
-        return UserError(f"{what}: it is full or over its quota. Free space there (also its bin), then: {command}")
+        return UserError(
+            f"{what}: it is full or over its quota. Free space there (also its bin), then: {command}"
+        )
     often = "" if number in GONE else " or wait (it may have been asked too much today)"
-    return UserError(f"{what}. Remount it (drive.mount('{MOUNT}', force_remount=True)){often}, then: {command}")
+    return UserError(
+        f"{what}. Remount it (drive.mount('{MOUNT}', force_remount=True)){often}, then: {command}"
+    )
 
 
 def check_mounted(drive: Path, command: str) -> None:
     """Refuse a folder that is not on a mounted Drive: what is written there would be lost with the machine."""
     unmounted = drive.is_relative_to(MOUNT) and not os.path.ismount(MOUNT)
-    if unmounted or not patiently(lambda: exists(drive.parent), f"looking for {drive.parent}", command):
+    if unmounted or not patiently(
+        lambda: exists(drive.parent), f"looking for {drive.parent}", command
+    ):
         raise UserError(
             f"{drive.parent} is not there: run drive.mount('{MOUNT}') in a cell of its own, then: {command}"
         )
@@ -105,7 +123,9 @@ def not_whole(directory: Path, files: Files, command: str) -> list[str]:
     """The files that are not there or have another size: no byte of them is read."""
 
     def size(name: str) -> int:  # each file has its own tries
-        return patiently(lambda: size_of(directory / name), f"looking for {directory / name}", command)
+        return patiently(
+            lambda: size_of(directory / name), f"looking for {directory / name}", command
+        )
 
     return [name for name, facts in files.items() if size(name) != facts["bytes"]]
 
@@ -117,7 +137,9 @@ def push(source: Path, drive: Path, command: str = "make push") -> Path:
     files = fmt.all_files(fmt.read_manifest(source))
     _copy_files(source, drive / source.name, files, "writing", command)
     _commit(source, drive / source.name, "writing", command)
-    log("read back from the mount. It reaches Google later: run drive.flush_and_unmount() in a cell before you close")
+    log(
+        "read back from the mount. It reaches Google later: run drive.flush_and_unmount() in a cell before you close"
+    )
     return drive / source.name
 
 
@@ -130,7 +152,9 @@ def pull(source: Path, root: Path, command: str = "make pull", *, in_part: bool 
     files, target = fmt.all_files(manifest), root / source.name
     missing = not_whole(source, files, command)
     if missing and not in_part:
-        raise Incomplete(f"{len(missing)} of {len(files)} files in {source} are missing or short. Run: make push there")
+        raise Incomplete(
+            f"{len(missing)} of {len(files)} files in {source} are missing or short. Run: make push there"
+        )
     root.mkdir(parents=True, exist_ok=True)
     with only_one(root, source.name):
         there = {name: facts for name, facts in files.items() if name not in missing}
@@ -142,14 +166,20 @@ def pull(source: Path, root: Path, command: str = "make pull", *, in_part: bool 
     return target
 
 
-def _copy_files(source: Path, target: Path, files: Files, verb: str, command: str, *, go_on: bool = False) -> set[str]:
+def _copy_files(
+    source: Path, target: Path, files: Files, verb: str, command: str, *, go_on: bool = False
+) -> set[str]:
     """Copy all but the manifest; with `go_on` past what is wrong in `source`, which is returned."""
     _prepare(source, target, files, command)
     wrong = set()
     with Progress(verb, sum(f["bytes"] for f in files.values())) as progress:
         for k, (name, facts) in enumerate(sorted(files.items()), 1):
             try:
-                patiently(partial(_copy, source / name, target / name, facts, verb), f"{verb} {name}", command)
+                patiently(
+                    partial(_copy, source / name, target / name, facts, verb),
+                    f"{verb} {name}",
+                    command,
+                )
             except Incomplete:
                 if not go_on:
                     raise
@@ -161,7 +191,9 @@ def _copy_files(source: Path, target: Path, files: Files, verb: str, command: st
 def _commit(source: Path, target: Path, verb: str, command: str) -> None:
     for name in (fmt.PROVENANCE, fmt.MANIFEST):
         if patiently(partial(exists, source / name), f"{verb} {name}", command):
-            patiently(partial(_copy, source / name, target / name, {}, verb), f"{verb} {name}", command)
+            patiently(
+                partial(_copy, source / name, target / name, {}, verb), f"{verb} {name}", command
+            )
 
 
 def _prepare(source: Path, target: Path, files: Files, command: str) -> None:
@@ -183,7 +215,9 @@ def _prepare(source: Path, target: Path, files: Files, command: str) -> None:
     need = sum(files[name]["bytes"] for name in not_whole(target, files, command))
     free = patiently(lambda: shutil.disk_usage(target).free, f"preparing {target}", command)
     if need > free:
-        raise UserError(f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some and run it again")
+        raise UserError(
+            f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some and run it again"
+        )
 
 
 def _copy(source: Path, target: Path, facts: dict[str, Any], verb: str) -> None:

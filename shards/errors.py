@@ -67,10 +67,11 @@ class WrongSetting(UserError):
 class PathError(UserError):
     """An error about something that has a path or an address."""
 
-    def __init__(self, path: Any, problem: str, right: str = "") -> None:
-        super().__init__(f"{path} {problem}", right)
+    def __init__(self, path: Any, problem: str, right: str = "", subject: str = "") -> None:
+        """`subject`: what the sentence begins with, the path by itself otherwise."""
+        super().__init__(f"{subject or path} {problem}", right)
         self.path = path
-        self._arguments = (path, problem, right)
+        self._arguments: tuple[Any, ...] = (path, problem, right, subject)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -83,10 +84,11 @@ class MissingSet(PathError):
 class UnfinishedSet(MissingSet):
     """A conversion has begun there, and did not end."""
 
-    def __init__(self, path: Any, problem: str, right: str = "", n_shards_done: int = 0) -> None:
-        super().__init__(path, problem, right)
+    def __init__(self, path: Any, n_shards_done: int) -> None:
+        what = f"the conversion did not finish ({n_shards_done} shards are done)"
+        super().__init__(path, what, subject=f"no manifest.json in {path}:")
         self.n_shards_done = n_shards_done
-        self._arguments = (path, problem, right, n_shards_done)
+        self._arguments = (path, n_shards_done)
 
 
 class SeveralSets(PathError):
@@ -114,7 +116,9 @@ class NewerSet(PathError):
     """A set of a later version of the format."""
 
     def __init__(self, path: Any, version: Any, newest: int) -> None:
-        what = f"is a set of version {shown(version)} of the format, this program reads up to {newest}"
+        what = (
+            f"is a set of version {shown(version)} of the format, this program reads up to {newest}"
+        )
         super().__init__(path, what, "Use a newer version of this package")
         self.version = version
         self._arguments = (path, version, newest)

@@ -17,7 +17,9 @@ def _let_go_in_child() -> None:
     """A forked child shares its parent's locks: it would keep them when the parent is killed."""
     for handle in HELD:
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, handle, inheritable=False)  # the number stays taken: whoever closes it closes nothing else
+        os.dup2(
+            null, handle, inheritable=False
+        )  # the number stays taken: whoever closes it closes nothing else
         os.close(null)
     HELD.clear()
 
@@ -26,7 +28,9 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
-def hold(path: Path, *, is_held: str, then: str, elsewhere: str, wait: bool = False) -> Iterator[None]:
+def hold(
+    path: Path, *, is_held: str, then: str, elsewhere: str, wait: bool = False
+) -> Iterator[None]:
     """Hold a lock on the file `path`; a second process waits, or gets a UserError.
 
     Its text: `is_held` ("DIR is being converted by"), who holds it, `then` (what to do); where `path` cannot be made,
@@ -69,6 +73,14 @@ def _write(handle: int, who: bytes) -> None:
 @contextmanager
 def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
     """Hold the set NAME under ROOT, by `ROOT/.NAME.lock`, while it is converted."""
-    words = {"is_held": f"{root / name} is being converted by", "then": "Wait for it, then run: make convert"}
-    with hold(root / f".{name}.lock", **words, elsewhere="Run: make convert OUT=/a/writable/directory", wait=wait):
+    words = {
+        "is_held": f"{root / name} is being converted by",
+        "then": "Wait for it, then run: make convert",
+    }
+    with hold(
+        root / f".{name}.lock",
+        **words,
+        elsewhere="Run: make convert OUT=/a/writable/directory",
+        wait=wait,
+    ):
         yield

@@ -90,7 +90,11 @@ class Reader:
     """
 
     def __init__(
-        self, dataset: "StoredDataset", handle: int | Callable[[int, int], bytes], *, is_hw: bool = False
+        self,
+        dataset: "StoredDataset",
+        handle: int | Callable[[int, int], bytes],
+        *,
+        is_hw: bool = False,
     ) -> None:
         self.dataset = dataset
         self.pread = handle if callable(handle) else partial(os.pread, handle)  # (bytes, offset)
@@ -99,7 +103,10 @@ class Reader:
         self.dtype = dataset.dtype
         self.n_rows = dataset.shape[0]
         self.row_shape = dataset.shape[1:]  # as stored
-        self.chunk = dataset.chunks or (1, *self.row_shape)  # a contiguous dataset is read as chunks of one row
+        self.chunk = dataset.chunks or (
+            1,
+            *self.row_shape,
+        )  # a contiguous dataset is read as chunks of one row
         self.grid = tuple(-(-s // c) for s, c in zip(dataset.shape, self.chunk, strict=True))
         self.n_tiles = math.prod(self.grid[1:])
         self.tile_bytes = math.prod(self.chunk[1:]) * self.dtype.itemsize  # of one row
@@ -107,14 +114,18 @@ class Reader:
         self.fill = np.full(1, dataset.fill_value, self.dtype).tobytes()
         padded_row = self.n_tiles * self.tile_bytes
         self.needs_scratch = self.chunk[0] * padded_row > MAX_GROUP_BYTES and self.chunk[0] > 1
-        self.group_rows = max(1, MAX_GROUP_BYTES // 2 // padded_row) if self.needs_scratch else self.chunk[0]
+        self.group_rows = (
+            max(1, MAX_GROUP_BYTES // 2 // padded_row) if self.needs_scratch else self.chunk[0]
+        )
         self.index: ChunkIndex | None = None  # None: the bytes come through h5py
         self.scratch: IO[bytes] | None = None
         self.n_decoded = 0
         self.lock = threading.Lock()  # of the count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("dataset", "lock")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("dataset", "lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.Lock())
@@ -153,7 +164,11 @@ class Reader:
                 expected = self._through_hdf5(k)
             except Unreadable:
                 continue
-            bases = [base for base, chunk in found.items() if chunk is not None and self._are_same(k, chunk, expected)]
+            bases = [
+                base
+                for base, chunk in found.items()
+                if chunk is not None and self._are_same(k, chunk, expected)
+            ]
             n_seen += 1
             if len(bases) < 2:
                 break
@@ -185,7 +200,9 @@ class Reader:
         n_bytes = int(index.n_bytes[k])
         try:
             self._check_claim(n_bytes)
-            unpacked = self._undo(self._pread(n_bytes, int(index.offset[k]) + base), int(index.filter_mask[k]))
+            unpacked = self._undo(
+                self._pread(n_bytes, int(index.offset[k]) + base), int(index.filter_mask[k])
+            )
         except Damaged:
             return None
         return np.frombuffer(unpacked, self.dtype).reshape(self.chunk)
@@ -193,14 +210,19 @@ class Reader:
     def _are_same(self, k: int, chunk: np.ndarray, other: np.ndarray) -> bool:
         """Two readings of chunk `k`, bit for bit, without the padding at the edges of the dataset."""
         ends = (
-            min(n, s - b) for n, s, b in zip(self.chunk, (self.n_rows, *self.row_shape), self._begin(k), strict=True)
+            min(n, s - b)
+            for n, s, b in zip(
+                self.chunk, (self.n_rows, *self.row_shape), self._begin(k), strict=True
+            )
         )
         inside = tuple(slice(0, end) for end in ends)
         return chunk[inside].tobytes() == other[inside].tobytes()
 
     def _begin(self, k: int) -> tuple[int, ...]:
         """The first element of chunk `k`."""
-        return tuple(int(g) * c for g, c in zip(np.unravel_index(k, self.grid), self.chunk, strict=True))
+        return tuple(
+            int(g) * c for g, c in zip(np.unravel_index(k, self.grid), self.chunk, strict=True)
+        )
 
     def _unpack(self, first: int, places: Sequence[np.ndarray] | np.ndarray) -> None:
         """Chunks first, first + 1, ... into these places."""
@@ -215,8 +237,14 @@ class Reader:
         for lo in range(0, len(places), step):
             part = slice(first + lo, first + min(lo + step, len(places)))
             stored = self._stored(index.offset[part], index.n_bytes[part])
-            for t, (data, mask) in enumerate(zip(stored, index.filter_mask[part].tolist(), strict=True), lo):
-                unpacked = self.fill * (self.chunk_bytes // len(self.fill)) if data is None else self._undo(data, mask)
+            for t, (data, mask) in enumerate(
+                zip(stored, index.filter_mask[part].tolist(), strict=True), lo
+            ):
+                unpacked = (
+                    self.fill * (self.chunk_bytes // len(self.fill))
+                    if data is None
+                    else self._undo(data, mask)
+                )
                 places[t][...] = np.frombuffer(unpacked, self.dtype).reshape(self.chunk)
 
     def _stored(self, offsets: np.ndarray, sizes: np.ndarray) -> Iterator[memoryview | None]:
@@ -265,7 +293,11 @@ class Reader:
         """Rows [group * group_rows, ...) as an array (rows, ..., W, H) in native byte order."""
         start, stop = group * self.group_rows, min((group + 1) * self.group_rows, self.n_rows)
         if self.scratch:
-            cuts = [start, *range((start // self.chunk[0] + 1) * self.chunk[0], stop, self.chunk[0]), stop]
+            cuts = [
+                start,
+                *range((start // self.chunk[0] + 1) * self.chunk[0], stop, self.chunk[0]),
+                stop,
+            ]
             return np.concatenate([self._band(lo, hi) for lo, hi in pairwise(cuts)])
         rows, tiles = self._empty_rows(self.chunk[0])
         self._unpack(group * self.n_tiles, tiles)
@@ -274,9 +306,14 @@ class Reader:
     def _empty_rows(self, n_rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Rows with the padding of edge tiles, and the views of them that tiles go into."""
         tile = self.chunk[1:]
-        rows = np.empty((n_rows, *(g * c for g, c in zip(self.grid[1:], tile, strict=True))), self.dtype)
+        rows = np.empty(
+            (n_rows, *(g * c for g, c in zip(self.grid[1:], tile, strict=True))), self.dtype
+        )
         corners = product(*(range(0, g * c, c) for g, c in zip(self.grid[1:], tile, strict=True)))
-        return rows, [rows[:, *(slice(b, b + c) for b, c in zip(corner, tile, strict=True))] for corner in corners]
+        return rows, [
+            rows[:, *(slice(b, b + c) for b, c in zip(corner, tile, strict=True))]
+            for corner in corners
+        ]
 
     def _cropped(self, rows: np.ndarray) -> np.ndarray:
         inside = rows[:, *(slice(0, s) for s in self.row_shape)]

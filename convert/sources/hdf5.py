@@ -28,7 +28,14 @@ T = TypeVar("T")
 
 VERSIONS = f"h5py {h5py.__version__} with HDF5 {h5py.version.hdf5_version}"
 FARTHEST = 2**62  # no file has a byte there
-OUR_FAULTS = (AssertionError, AttributeError, ImportError, MemoryError, NameError, NotImplementedError)
+OUR_FAULTS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    MemoryError,
+    NameError,
+    NotImplementedError,
+)
 NOT_THE_FILES = (*OUR_FAULTS, ConnectionError)  # errors that say nothing of the file
 
 
@@ -41,7 +48,9 @@ class Hdf5Thread:
 
     def __init__(self) -> None:
         self._start()
-        os.register_at_fork(before=self._wait_for_call, after_in_parent=self._go_on, after_in_child=self._start)
+        os.register_at_fork(
+            before=self._wait_for_call, after_in_parent=self._go_on, after_in_child=self._start
+        )
 
     def _start(self) -> None:
         self._in_call = threading.RLock()
@@ -159,7 +168,9 @@ class StoredDataset:
         def put_down() -> None:
             if not infos:
                 return
-            facts = np.array([(info.byte_offset, info.size, info.filter_mask) for info in infos], np.uint64)
+            facts = np.array(
+                [(info.byte_offset, info.size, info.filter_mask) for info in infos], np.uint64
+            )
             if facts.max() >= FARTHEST:
                 raise Damaged("a chunk lies beyond the end of any file")
             place = np.array([info.chunk_offset for info in infos]) // self.chunks

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +18,9 @@ import numpy as np
 
 from convert.sources.chunks import Reader
 from convert.sources.hdf5 import HDF5, NOT_THE_FILES, VERSIONS, StoredDataset, in_hdf5_thread
-from shards.format import Settings, UserError, log, one_line
+from shards.errors import UserError, one_line
+from shards.files import log
+from shards.spec import SourceIdentity
 
 ORIGINAL_BYTES = 2_972_037_809
 ORIGINAL_MD5 = "520609c519fba3ba5ac58c8fefcc3530"
@@ -27,7 +28,13 @@ ORIGINAL_MD5 = "520609c519fba3ba5ac58c8fefcc3530"
 LOOK_FIRST = f"Before you fetch it again compare its md5 with the original's, {ORIGINAL_MD5}; then run: make convert"
 CLOSE_S = 3.0
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-KEYS = {"rgb": "images", "depth": "depths", "raw_depth": "rawDepths", "label": "labels", "instance": "instances"}
+KEYS = {
+    "rgb": "images",
+    "depth": "depths",
+    "raw_depth": "rawDepths",
+    "label": "labels",
+    "instance": "instances",
+}
 KINDS = {"rgb": "u1", "depth": "f4", "raw_depth": "f4", "label": "u2", "instance": "u1"}
 CELLS = ("names", "scenes", "sceneTypes", "rawRgbFilenames", "rawDepthFilenames")
 MAX_CHUNK_BYTES = 64 << 20
@@ -51,7 +58,7 @@ class Elsewhere(Protocol):
 Source = Path | Elsewhere
 
 
-def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> dict[str, Any]:
+def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> SourceIdentity:
     """The source's identity in milliseconds: its size and a SHA-256 over head, tail and fixed positions."""
     n_bytes = path.stat().st_size
     digest = hashlib.sha256(str(n_bytes).encode())
@@ -59,7 +66,7 @@ def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> di
         for k in range(n_blocks):
             file.seek(max(0, n_bytes - block) * k // (n_blocks - 1))
             digest.update(file.read(block))
-    return {"name": path.name, "bytes": n_bytes, "sampled_sha256": digest.hexdigest()}
+    return SourceIdentity(kind="mat", name=path.name, n_bytes=n_bytes, sha256=digest.hexdigest())
 
 
 def _open(path: Source) -> h5py.File:
@@ -89,7 +96,9 @@ def _instead(path: Source, head: bytes | None, error: Exception) -> str:
         what = "a web page, not a .mat" if head else "empty"
         return f"is {what}: the download failed. Delete it, then run: make convert"
     if head.startswith(b"MATLAB 5.0"):
-        return "is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert"
+        return (
+            "is MATLAB v5; the labelled set is v7.3. In MATLAB: save -v7.3, then run: make convert"
+        )
     if "truncated file" in str(error):
         size = f"{path.stat().st_size} bytes and its end is missing (the original has {ORIGINAL_BYTES})"
         return f"is {size}: the download was cut. Fetch the rest with curl -C -, then run: make convert"
@@ -140,7 +149,9 @@ class Mat:
         if first == second:
             if wanted == "auto":
                 what = f"its pictures are square ({first}x{second}): which axis comes first cannot be seen"
-                raise UserError(f"{self.path}: {what}. Add --axes wh (as MATLAB writes pictures), or --axes hw")
+                raise UserError(
+                    f"{self.path}: {what}. Add --axes wh (as MATLAB writes pictures), or --axes hw"
+                )
             return wanted
         found = "wh" if first > second else "hw"
         if wanted not in ("auto", found):
@@ -149,17 +160,6 @@ class Mat:
         if found == "hw":
             log(f"{self.path}: pictures lie as {first}x{second}: taken as height x width")
         return found
-
-    def check_crop(self, crop: str) -> None:
-        """Raise UserError where the named box is not one of these pictures."""
-        height, width = sorted(self.sides)
-        if crop != "none" and (width, height) != (640, 480):
-            what = f"--crop {crop} is a box of 640x480 pictures, these are {width}x{height}"
-            raise UserError(f"{self.path}: {what}. Leave --crop out")
-
-    def plain(self, settings: Settings) -> Settings:
-        """The settings without `axes` where the file says it by itself: the same set whether it was given or not."""
-        return settings if self.sides[0] == self.sides[1] else replace(settings, axes="auto")
 
     def refuse(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what}. {LOOK_FIRST}")
@@ -179,10 +179,14 @@ class Mat:
         link = self.file.get(key, getlink=True)
         if link is None:
             what = f"has no {key}: it is another file (NYU Depth v1?), not nyu_depth_v2_labeled.mat"
-            raise UserError(f"{self.path} {what}. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat")
+            raise UserError(
+                f"{self.path} {what}. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
+            )
         dset = self.file[key] if isinstance(link, h5py.HardLink) else None
         if not isinstance(dset, h5py.Dataset):
-            raise self.refuse(f"{key} is {'a link' if dset is None else 'a group'}, expected a dataset")
+            raise self.refuse(
+                f"{key} is {'a link' if dset is None else 'a group'}, expected a dataset"
+            )
         _check_stored_here(dset.id)
         return dset
 
@@ -201,12 +205,21 @@ class Mat:
 
     def _problem(self, name: str, dset: h5py.Dataset) -> str | None:
         """Type, shape or chunks beyond what the labelled set can be, or larger than so small a file can hold."""
-        kind, planes, n_bytes = np.dtype(KINDS[name]), (3,) if name == "rgb" else (), self.path.stat().st_size
+        kind, planes, n_bytes = (
+            np.dtype(KINDS[name]),
+            (3,) if name == "rgb" else (),
+            self.path.stat().st_size,
+        )
         shape: tuple[int, ...] = dset.shape or ()
         if dset.dtype.newbyteorder("=") != kind:
             return f"is {dset.dtype}, expected {kind}"
         sides_fit = all(8 <= side <= MAX_SIDE for side in shape[-2:])
-        if len(shape) < 3 or shape[1:-2] != planes or not sides_fit or not 1 <= shape[0] <= MAX_ROWS:
+        if (
+            len(shape) < 3
+            or shape[1:-2] != planes
+            or not sides_fit
+            or not 1 <= shape[0] <= MAX_ROWS
+        ):
             return f"has shape {shape}, expected (rows, {'3, ' if planes else ''}640, 480)"
         if math.prod(shape) * kind.itemsize > n_bytes * MAX_DEFLATE:
             return f"claims shape {shape}, more than {n_bytes} bytes can hold"
@@ -223,7 +236,9 @@ class Mat:
         """A cell array of (`n`) strings: an array of references to uint16 character codes."""
         with self._refusing(f"the text in {key}"):
             cell = self._dataset(key)
-            if h5py.check_ref_dtype(cell.dtype) is not h5py.Reference or cell.size > max(self.n_rows, 65535):
+            if h5py.check_ref_dtype(cell.dtype) is not h5py.Reference or cell.size > max(
+                self.n_rows, 65535
+            ):
                 raise ValueError(f"{cell.dtype}{cell.shape} is not a cell array")
             if n not in (None, cell.size):
                 raise self.refuse(f"{key} has {cell.size} entries for {n} rows")
@@ -262,7 +277,9 @@ class Mat:
     def reader(self, name: str) -> Reader:
         """A reader of `name`'s rows, whose `read_index` is yet to be called."""
         with self._refusing(KEYS[name]):
-            return Reader(StoredDataset(self.file[KEYS[name]]), self.handle, is_hw=self.axes == "hw")
+            return Reader(
+                StoredDataset(self.file[KEYS[name]]), self.handle, is_hw=self.axes == "hw"
+            )
 
 
 def _check_stored_here(dset: h5py.h5d.DatasetID) -> None:
