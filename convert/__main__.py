@@ -19,6 +19,7 @@ from shards.errors import (
     Busy,
     DamagedSet,
     IncompleteCopy,
+    IncompleteDownload,
     MissingField,
     MissingSet,
     OldSet,
@@ -30,7 +31,7 @@ from shards.errors import (
     WrongSetting,
     WrongSource,
 )
-from shards.manifest import PROVENANCE
+from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers or (READERS if isinstance(args.source, RemoteFile) else None)
     if args.source and not args.drive:
         how: Any = {"workers": workers, "codecs": codecs, "repair": args.repair}
-        made = convert(args.source, args.out, settings, **how)
+        made = Path(convert(args.source, args.out, settings, **how))
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
     if isinstance(args.source, RemoteFile):
@@ -71,17 +72,15 @@ def run(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     from convert.verify import against_mat, verify_all
 
-    found = open_to_verify(args.directory)
+    found = read_set(args.directory)
     print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
         n_rows = against_mat(found, args.against, args.rows)
         print(f"{n_rows} random rows are what {args.against} gives")
 
 
-def open_to_verify(path: Path) -> ShardSet:
-    """Only its manifest is looked at: whatever else is wrong, `verify` lists all of it."""
-    from shards.manifest import read_manifest
-
+def read_set(path: Path) -> ShardSet:
+    """A finished set of which only the manifest is looked at: its files are checked on their way."""
     directory = resolve_set(path)
     return ShardSet(directory, read_manifest(directory))
 
@@ -99,13 +98,13 @@ def inspect(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     from convert.transfer import push
 
-    print(push(resolve_set(args.directory), args.drive))
+    print(push(open_to_verify(args.directory), args.drive).path)
 
 
 def pull(args: argparse.Namespace) -> None:
-    from convert.transfer import pull
+    from convert.transfer import pull, set_on_mount
 
-    print(pull(resolve_set(args.drive), args.root))
+    print(pull(set_on_mount(resolve_set(args.drive)), args.root).path)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -252,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "out of memory: what is finished is kept. Run the same command with fewer --workers",
         )
     except UserError as error:
-        status, message = 2, with_next_command(error)
+        status, message = 2, with_next_command(error, _as_typed(args))
     except BrokenPipeError:  # such as | head: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -270,8 +269,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 NEXT: tuple[tuple[type[UserError], str], ...] = (
     (OldSet, "Run: make convert"),
     (MissingSet, "Run: make convert"),
-    (IncompleteCopy, "Run: make push there"),
-    (StoreFailed, "Then run the same command again"),
     (Busy, "Wait for it, then run: make convert"),
     (OtherSet, "Then run: make convert"),
     (DamagedSet, "Run: make convert ARGS=--repair, or make pull"),
@@ -280,8 +277,16 @@ NEXT: tuple[tuple[type[UserError], str], ...] = (
 )
 
 
-def with_next_command(error: UserError) -> str:
-    """The error in one line, and the command that goes on from there."""
+def _as_typed(args: argparse.Namespace) -> str:
+    """The command that was run, as it is typed with make."""
+    verb = args.function.__name__
+    if verb != "run":
+        return f"make {verb}"
+    return "make convert" + (f" DRIVE={shlex.quote(str(args.drive))}" if args.drive else "")
+
+
+def with_next_command(error: UserError, command: str) -> str:
+    """The error in one line, and the command that goes on from there; `command` is the one that was run."""
     from convert.verify import WrongFiles
 
     if isinstance(error, WrongSetting):
@@ -293,6 +298,13 @@ def with_next_command(error: UserError) -> str:
         return f"{error}. Run: make convert ARGS='--fields {fields}'"
     if isinstance(error, SeveralSets):
         return f"{error} (with make: DATA={error.found[0]})"
+    if isinstance(error, IncompleteCopy):
+        then = "make push there" if error.missing else f"make verify, {command}"
+        return f"{error}. Run: {then}"
+    if isinstance(error, IncompleteDownload):
+        return f"{error}. Run: make convert (it resumes)"
+    if isinstance(error, StoreFailed):
+        return f"{error}, then: {command}"
     if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:
         return f"{error}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
     advice = next((text for kind, text in NEXT if isinstance(error, kind)), "")

@@ -13,9 +13,11 @@
       WrongSource             source                    not what it should be, or not readable
         DamagedSource         source
       WrongPlace              path                      no room, no permission, no such folder
+        RemoteSet             path, kind                on a mount, where training would read it row by row
       Busy                    path, who                 another process works there
-      StoreFailed             place                     a mount or server that fails
-        IncompleteCopy        place                     a copy that is not whole
+      StoreFailed             full, gone                a mount or server that fails
+        IncompleteCopy        missing                   a copy that is not whole
+        IncompleteDownload                              a download that ended before its file
 
 Errors say what is wrong and which value or act would be right. Which command to run next is the command line's to add:
 whoever calls from Python has none to run.
@@ -162,6 +164,16 @@ class WrongPlace(PathError):
     """No room, no permission, or no such folder."""
 
 
+class RemoteSet(WrongPlace):
+    """A set on a mounted Drive. `kind`: of its file system, such as "fuse.drivefs"."""
+
+    def __init__(self, path: Any, kind: str) -> None:
+        what = f"is on a mounted Drive ({kind})"
+        super().__init__(path, f"{what}: training would read it over the network, row by row")
+        self.kind = kind
+        self._arguments = (path, kind)
+
+
 class Busy(PathError):
     """Another process works there."""
 
@@ -172,12 +184,29 @@ class Busy(PathError):
 
 
 class StoreFailed(UserError):
-    """A mount or a server that fails. `full`: it has no room, or a quota is used up."""
+    """A mount or a server that fails.
 
-    def __init__(self, problem: str, right: str = "", *, full: bool = False) -> None:
+    full: it has no room, or a quota is used up. gone: it is not there, or not any more.
+    """
+
+    def __init__(
+        self, problem: str, right: str = "", *, full: bool = False, gone: bool = False
+    ) -> None:
         super().__init__(problem, right)
         self.full = full
+        self.gone = gone
 
 
 class IncompleteCopy(StoreFailed):
-    """A copy that is not whole: not to be used, but copying again mends it."""
+    """A copy that is not whole: not to be used, but copying again mends it.
+
+    missing: the names of files that are not there, or short; empty where a file has other content.
+    """
+
+    def __init__(self, problem: str, right: str = "", *, missing: Sequence[str] = ()) -> None:
+        super().__init__(problem, right)
+        self.missing = tuple(missing)
+
+
+class IncompleteDownload(StoreFailed):
+    """A download that ended before its file: what came is kept, and the next one goes on from there."""

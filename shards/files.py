@@ -169,6 +169,20 @@ def drop_from_cache(handle: int) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def _read_bytes(file: IO[bytes], n_bytes: int) -> bytes:
+    """So many bytes, or up to the end. A mount may give fewer at once, and none where it is busy: EAGAIN."""
+    parts = []
+    while n_bytes > 0:
+        part = file.read(n_bytes)
+        if part is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not part:
+            break
+        parts.append(part)
+        n_bytes -= len(part)
+    return b"".join(parts)
+
+
 # ----------------------------------------------------------------------------------------- folders
 
 
@@ -210,8 +224,9 @@ class LocalFolder:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with open_plain(self.path / name) as file:
+            end = file.seek(0, os.SEEK_END) if stop is None else stop
             file.seek(start)
-            return file.read() if stop is None else file.read(stop - start)
+            return _read_bytes(file, end - start)
 
     def names(self) -> Iterator[str]:
         for path in self.path.rglob("*"):

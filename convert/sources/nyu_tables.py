@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shards.files import FileEntry
 from shards.spec import SPLITS, Box, Camera, DatasetSpec, LabelTable, SceneProtocol
 
 TRAIN_SHARE = 795 / 1449
@@ -104,3 +105,33 @@ def splits_of(scenes: Sequence[str], announce: Callable[[str], None]) -> np.ndar
         what = f"{len(unknown)} scenes are not official (such as {unknown[0]})"
         announce(f"{what}: split by a hash of their name")
     return np.array([found[scene][0] for scene in scenes], "|u1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """A file as its authors published it, and where it is to be had.
+
+    by_hand: what to do where `url` does not give it, for people to read.
+    """
+
+    name: str
+    url: str
+    content: FileEntry
+    md5: str
+    by_hand: str
+
+
+NYU_DOWNLOAD = PublishedFile(
+    name="nyu_depth_v2_labeled.mat",
+    url="https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat",
+    content=FileEntry(
+        2_972_037_809, "2d724b0c0ab358aa1ce5df855e5bd14a2279ab7202efe22f32a30d612dcb86aa"
+    ),
+    md5="520609c519fba3ba5ac58c8fefcc3530",
+    by_hand="""by hand, any one of:
+  the data set's page    https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html
+  a mirror               academictorrents.com 47a9a46bb784b394e398228d4c85a8d61d01dfa8
+                         kaggle.com rmzhang0526/nyu-depth-v2-labeled
+  somebody's copy        2972037809 bytes, md5 520609c519fba3ba5ac58c8fefcc3530
+then put it into your Drive folder as nyu_depth_v2_labeled.mat, or say where it is with MAT=""",
+)
