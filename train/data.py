@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from loader.buffers import Layout, arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
-from loader.loader import Loader, Maker, Transform, worker_count
+from loader.loader import BatchMaker, Loader, Transform, worker_count
 from shards.format import FIELDS, SPLITS, VOID, UserError, open_set, resolve_set
 from stores.mounted import refuse_remote
 from train.arguments import (
@@ -330,7 +330,7 @@ def create_dataloaders(
             raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
         if split == "train" and len(dataset) < world:
             raise UserError(f"{dataset.path} has {len(dataset)} train rows for world {world}: choose a smaller world")
-        maker = Maker(dataset, change, 0)
+        maker = BatchMaker(dataset=dataset, transform=change, seed=0)
         count = 0 if place is not None else worker_count(workers, maker, batch_size, len(dataset), split)
         batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
         ahead = prefetch and place is None
