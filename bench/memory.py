@@ -72,8 +72,14 @@ def measure(loader: Any) -> dict[str, float]:
             n_rows += len(batch[-1])
     seconds = time.perf_counter() - started
     private = sum(sizes_in(PROC / str(pid) / "smaps_rollup").get("Private_Dirty", 0) for pid in tree_of(os.getpid()))
-    pss, cached = tree_memory()
-    return {"rate": n_rows / seconds, "seconds": seconds, "private": private, "pss": pss, "page_cache": cached}
+    held = tree_memory()
+    return {
+        "rate": n_rows / seconds,
+        "seconds": seconds,
+        "private": private,
+        "pss": held.pss_anon,
+        "page_cache": held.page_cache,
+    }
 
 
 def one(what: str, source: str, method: str, workers: int) -> dict[str, float]:
