@@ -16,8 +16,8 @@ from shards.format import UserError
 
 ROWS = 12
 KEYS = {
-    "#refs#", "#subsystem#", "accelData", "depths", "images", "instances", "labels", "names", "namesToIds",
-    "rawDepthFilenames", "rawDepths", "rawRgbFilenames", "sceneTypes", "scenes",
+    "#refs#", "#subsystem#", "accelData", "depths", "images", "instances", "labels", "names",
+    "namesToIds", "rawDepthFilenames", "rawDepths", "rawRgbFilenames", "sceneTypes", "scenes",
 }  # fmt: skip
 LAYOUT = {
     "images": ((ROWS, 3, 640, 480), "|u1", (1, 3, 42, 480)),
