@@ -23,7 +23,8 @@ from shards.format import UserError, open_set
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
-from train.loop import Job, evaluate, new_run, start, train_step
+from train.job import TrainingJob, make_job, new_run
+from train.loop import evaluate, train_step
 from train.model import start_from
 from train.order import Batches
 from train.settings import Settings, add_flags
@@ -37,7 +38,7 @@ def fold_of_rows(dataset: ShardDataset, n_folds: int) -> np.ndarray:
     return deal[np.searchsorted(names, scene)]
 
 
-def part(job: Job, keep: np.ndarray, batch_size: int, seed: int | None) -> Loader:
+def part(job: TrainingJob, keep: np.ndarray, batch_size: int, seed: int | None) -> Loader:
     """A loader over some of the train rows."""
     s = job.settings
     chosen: Any = {"fields": job.train_set.fields, "target": s.task, "num_classes": s.num_classes}
@@ -46,7 +47,7 @@ def part(job: Job, keep: np.ndarray, batch_size: int, seed: int | None) -> Loade
     return Loader(dataset, Batches(len(dataset), batch_size, seed))
 
 
-def learn(job: Job, n_epochs: int, weights: str | None = None) -> tuple[Run, dict[str, float]]:
+def learn(job: TrainingJob, n_epochs: int, weights: str | None = None) -> tuple[Run, dict[str, float]]:
     """The run, and the scores of the fold left out, after n_epochs."""
     run = new_run(job)
     start_from(run.model, weights)
@@ -61,9 +62,9 @@ def learn(job: Job, n_epochs: int, weights: str | None = None) -> tuple[Run, dic
     return run, evaluate(run, job)
 
 
-def fold_job(settings: Settings, fold: int, n_folds: int) -> Job:
+def fold_job(settings: Settings, fold: int, n_folds: int) -> TrainingJob:
     """Trains without this fold of the train scenes, and is judged by it."""
-    job = start(settings, ranks.join())
+    job = make_job(settings, ranks.join())
     folds = fold_of_rows(job.train_set, n_folds)
     job.train_loader = part(job, folds != fold, settings.batch_size, settings.seed)
     job.test_loader = part(job, folds == fold, 64, None)

@@ -22,18 +22,19 @@ from bench.loader import interval
 from loader.memory import NoRoom
 from shards.format import UserError
 from train import ranks
-from train.loop import Job, new_run, open_loaders, start, train_step
+from train.job import TrainingJob, make_job, new_run, open_loaders
+from train.loop import train_step
 from train.settings import Settings, add_flags
 
 BEFORE = 4  # untimed steps, more than the loader holds ready
 
 
-def endless(job: Job) -> Iterator[Any]:
+def endless(job: TrainingJob) -> Iterator[Any]:
     while True:
         yield from job.train_loader
 
 
-def timed(batches: Iterator[Any], run: Any, job: Job, n_steps: int) -> float:
+def timed(batches: Iterator[Any], run: Any, job: TrainingJob, n_steps: int) -> float:
     """Seconds a step."""
     for k, batch in enumerate(itertools.islice(batches, BEFORE + n_steps)):
         if k == BEFORE:
@@ -44,7 +45,7 @@ def timed(batches: Iterator[Any], run: Any, job: Job, n_steps: int) -> float:
     return (time.perf_counter() - started) / n_steps
 
 
-def synchronize(job: Job) -> None:
+def synchronize(job: TrainingJob) -> None:
     if job.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     values = vars(parser.parse_args(argv))
     n_pairs, n_steps = values.pop("pairs"), values.pop("steps")
     try:
-        job = start(Settings(**values), ranks.join())
+        job = make_job(Settings(**values), ranks.join())
         run = new_run(job)
         job.net = run.model.train()
         open_loaders(job)
