@@ -16,17 +16,17 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
-from convert.repack import repack
 from flaky import serving
-from helpers.sets import convert
+from helpers.sets import FIELDS, convert, repack
 
 from convert.resize import nearest
 from convert.sample import write_sample
 from convert.session import prepare
 from convert.sources.hdf5 import HDF5
-from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
-from convert.sources.nyu_tables import row_columns
-from shards.errors import DamagedSource
+from convert.sources.nyu import NyuSource
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, sampled_identity
+from shards.errors import DamagedSource, UserError
+from shards.spec import ConversionSettings
 from stores import http as remote
 
 # As a conversion does, only more often: text, chunks that only HDF5 can unpack, and indexes.
@@ -34,15 +34,15 @@ HAMMER = """
 import sys, threading
 from pathlib import Path
 import numpy as np
+from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import Mat
-from helpers.sets import FIELDS
-from shards.errors import UserError
 from shards.spec import ConversionSettings
-from convert.sources.nyu_tables import row_columns
+from convert.sources.nyu import NyuSource
 
 fields = "rgb", "depth", "raw_depth", "label", "instance"
 mat = Mat(Path(sys.argv[1]), fields)
-columns = row_columns(mat, print)[0]
+source = NyuSource(Path(sys.argv[1]), ConversionSettings())
+columns = source.row_facts().columns
 packed = mat.reader("instance")
 packed.read_index()
 instances = packed.read_group(0)
@@ -57,7 +57,7 @@ def again(n, work):
         wrong.append(repr(error))
 
 def read_text():
-    found = row_columns(mat, print)[0]
+    found = source.row_facts().columns
     if any(not np.array_equal(found[name], columns[name]) for name in columns):
         wrong.append("a column changed")
 
@@ -145,12 +145,12 @@ def test_a_fork_waits_for_the_call_under_way() -> None:
 
 @pytest.mark.races
 def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(mat: Path, small_set: Path, tmp_path: Path) -> None:
-    reading = Mat(mat, tuple(FIELDS))
+    reading = NyuSource(mat, ConversionSettings())
     stop = threading.Event()
 
     def read_on() -> None:
         while not stop.is_set():
-            row_columns(reading, lambda _: None)
+            reading.row_facts()
 
     thread = threading.Thread(target=read_on)
     thread.start()
@@ -373,7 +373,7 @@ def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(mat: Path, tm
     (tmp_path / "drive").mkdir()
     made = prepare(path, tmp_path / "here", said, tmp_path / "drive", None)
     assert list((tmp_path / "drive").glob("*.zarr/manifest.json"))
-    assert repack(made, tmp_path / "zarr", said, "zarr", "none").suffix == ".zarr"
+    assert repack(made, tmp_path / "zarr", "zarr", "none").suffix == ".zarr"
     path.unlink()
     assert convert(path, tmp_path / "here", said) == made
     assert prepare(None, tmp_path / "there", said, tmp_path / "drive", None).name == made.name

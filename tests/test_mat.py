@@ -24,7 +24,7 @@ from convert.sources.chunk_layout import ChunkGrid, ChunkIndex, block_at
 from convert.sources.chunks import Reader
 from convert.sources.hdf5 import StoredDataset
 from convert.sources.nyu_mat import HDF5_SIGNATURE, KEYS, check_opens
-from shards.errors import DamagedSource, WrongSource
+from shards.errors import DamagedSource, UserError, WrongSource
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [
@@ -257,9 +257,8 @@ def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
 def test_converting_needs_no_torch(mat: Path, small_set: Path, tmp_path: Path) -> None:
     code = f"""import sys; sys.modules["torch"] = None
 from pathlib import Path
-from shards.errors import UserError
+from convert.pipeline import convert
 from shards.spec import ConversionSettings
-from helpers.sets import convert
 convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), ConversionSettings(size=32, rows_per_shard=10))"""
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
     assert shards(tmp_path / small_set.name) == shards(small_set)
