@@ -70,9 +70,11 @@ def read_indexes():
         if not np.array_equal(offsets.setdefault(name, reader.index.offset), reader.index.offset):
             wrong.append(f"the index of {name} changed")
 
-work = (12, read_text), (400, read_chunks), (400, read_chunks), (120, read_indexes), (120,
-read_indexes) threads = [threading.Thread(target=again, args=each) for each in work] for thread in
-threads:
+work = [(12, read_text)]
+work += [(400, read_chunks), (400, read_chunks)]
+work += [(120, read_indexes), (120, read_indexes)]
+threads = [threading.Thread(target=again, args=each) for each in work]
+for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
