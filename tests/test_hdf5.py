@@ -15,19 +15,18 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import REPO, SMALL
-from convert.repack import repack
+from conftest import REPO
 from flaky import serving
+from helpers.sets import FIELDS, SMALL, convert, repack
 
-from convert.pipeline import convert
 from convert.resize import nearest
 from convert.sample import write_sample
 from convert.session import prepare
 from convert.sources.hdf5 import HDF5
-from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
-from convert.sources.nyu_tables import row_columns
-from shards.errors import DamagedSource
-from shards.format import FIELDS, Settings, UserError
+from convert.sources.nyu import NyuSource
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, sampled_identity
+from shards.errors import DamagedSource, UserError, WrongSetting
+from shards.spec import ConversionSettings
 from stores import http as remote
 
 # As a conversion does, only more often: text, chunks that only HDF5 can unpack, and indexes.
@@ -35,12 +34,11 @@ HAMMER = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from convert.sources.nyu_mat import Mat
-from convert.sources.nyu_tables import row_columns
+from convert.sources.nyu import NyuSource
+from shards.spec import ConversionSettings
 
-fields = "rgb", "depth", "raw_depth", "label", "instance"
-mat = Mat(Path(sys.argv[1]), fields)
-columns = row_columns(mat, print)[0]
+mat = NyuSource(Path(sys.argv[1]), ConversionSettings())
+columns = mat.row_facts().columns
 packed = mat.reader("instance")
 packed.read_index()
 instances = packed.read_group(0)
@@ -55,7 +53,7 @@ def again(n, work):
         wrong.append(repr(error))
 
 def read_text():
-    found = row_columns(mat, print)[0]
+    found = mat.row_facts().columns
     if any(not np.array_equal(found[name], columns[name]) for name in columns):
         wrong.append("a column changed")
 
@@ -64,7 +62,7 @@ def read_chunks():
         wrong.append("a chunk changed")
 
 def read_indexes():
-    for name in fields[:4]:
+    for name in ("rgb", "depth", "raw_depth", "label"):
         reader = mat.reader(name)
         reader.read_index()
         if not np.array_equal(offsets.setdefault(name, reader.index.offset), reader.index.offset):
@@ -149,12 +147,12 @@ def test_a_fork_waits_for_the_call_under_way() -> None:
 def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(
     mat: Path, small_set: Path, tmp_path: Path
 ) -> None:
-    reading = Mat(mat, tuple(FIELDS))
+    reading = NyuSource(mat, ConversionSettings())
     stop = threading.Event()
 
     def read_on() -> None:
         while not stop.is_set():
-            row_columns(reading, lambda _: None)
+            reading.row_facts()
 
     thread = threading.Thread(target=read_on)
     thread.start()
@@ -280,9 +278,9 @@ def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: 
 
 def test_a_crop_that_does_not_fit_blames_the_crop(mat: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"--crop eigen: .* box of 640x480 pictures, those of .* 64x48"
+        WrongSetting, match=r"crop eigen: .* box of 640x480 pictures, those of .* 64x48"
     ) as error:
-        convert(mat, tmp_path, Settings(crop="eigen"))
+        convert(mat, tmp_path, ConversionSettings(crop="eigen"))
     assert "md5" not in str(error.value)
 
 
@@ -314,7 +312,7 @@ def test_a_server_that_drops_everything_blames_the_network(
 ) -> None:
     monkeypatch.setattr(remote, "PAUSES", (0.001, 0.002))
     with serving(x_mat=mat.read_bytes()) as server:
-        source = remote.Remote(server.url("x.mat"))
+        source = remote.RemoteFile(server.url("x.mat"))
         server.drop_after = 0
         with pytest.raises((ConnectionError, UserError)) as error:
             convert(source, tmp_path, SMALL)
@@ -355,7 +353,7 @@ def test_ctrl_c_ends_a_conversion_whose_server_says_nothing_any_more(
 )
 def test_what_is_no_address_is_said_at_once(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no address of a file"):
-        remote.Remote(url)
+        remote.RemoteFile(url)
 
 
 # ---------------------------------------------------------------- axes
@@ -383,7 +381,9 @@ def test_pictures_stored_in_the_other_order_give_the_same_bytes(
     mat: Path, small_set: Path, tmp_path: Path, axes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = other_order(tmp_path / "hw.mat", mat, lambda values: values.swapaxes(-1, -2))
-    made = convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes=axes))
+    made = convert(
+        path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=axes)
+    )
     for file in small_set.glob("*.npy"):
         assert (made / file.name).read_bytes() == file.read_bytes()
     assert "taken as height x width" in capsys.readouterr().err
@@ -395,30 +395,30 @@ def test_pictures_stored_in_the_other_order_give_the_same_bytes(
 def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(
     mat: Path, tmp_path: Path
 ) -> None:
-    said = Settings(size=32, rows_per_shard=10, axes="wh")
+    said = ConversionSettings(size=32, rows_per_shard=10, axes="wh")
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     (tmp_path / "drive").mkdir()
     made = prepare(path, tmp_path / "here", said, tmp_path / "drive", None)
     assert list((tmp_path / "drive").glob("*.zarr/manifest.json"))
-    assert repack(made, tmp_path / "zarr", said, "zarr", "none").suffix == ".zarr"
+    assert repack(made, tmp_path / "zarr", "zarr", "none").suffix == ".zarr"
     path.unlink()
     assert convert(path, tmp_path / "here", said) == made
     assert prepare(None, tmp_path / "there", said, tmp_path / "drive", None).name == made.name
 
 
 def test_axes_that_the_pictures_contradict_are_refused(mat: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wider than tall: that is --axes wh"):
-        convert(mat, tmp_path, Settings(size=32, axes="hw"))
+    with pytest.raises(WrongSetting, match="wider than tall: that is --axes wh"):
+        convert(mat, tmp_path, ConversionSettings(size=32, axes="hw"))
 
 
 def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose(
     mat: Path, tmp_path: Path
 ) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
-    with pytest.raises(UserError, match=r"--axes wh .*or --axes hw"):
+    with pytest.raises(WrongSetting, match=r"--axes wh .*or --axes hw"):
         convert(path, tmp_path / "out", SMALL)
     made = [
-        convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes=a))
+        convert(path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=a))
         for a in ("wh", "hw")
     ]
     assert made[0] != made[1]
@@ -436,7 +436,9 @@ def test_a_verify_against_the_source_knows_the_axes(
     mat: Path, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
-    made = convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes="hw"))
+    made = convert(
+        path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes="hw")
+    )
     done = command("convert", "verify", made, "--against", path)
     assert done.returncode == 0, done.stderr
     (made / "depth-00000.npy").write_bytes(b"")

@@ -12,20 +12,19 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.sets import convert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert.sources.chunk_codec as codec_module
 import convert.sources.chunk_index as index_module
 import convert.sources.chunks as chunks_module
-from convert.pipeline import convert
 from convert.sources.chunk_index import ChunkAccess, claimed_index
 from convert.sources.chunk_layout import ChunkGrid, ChunkIndex, block_at
 from convert.sources.chunks import Reader
 from convert.sources.hdf5 import StoredDataset
 from convert.sources.nyu_mat import HDF5_SIGNATURE, KEYS, check_opens
-from shards.errors import DamagedSource, WrongSource
-from shards.format import UserError
+from shards.errors import DamagedSource, UserError, WrongSource
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [
@@ -266,9 +265,10 @@ def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
 def test_converting_needs_no_torch(mat: Path, small_set: Path, tmp_path: Path) -> None:
     code = f"""import sys; sys.modules["torch"] = None
 from pathlib import Path
-from shards.format import Settings
+from shards.spec import ConversionSettings
 from convert.pipeline import convert
-convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), Settings(size=32, rows_per_shard=10))"""
+settings = ConversionSettings(size=32, rows_per_shard=10)
+convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), settings)"""
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
     assert shards(tmp_path / small_set.name) == shards(small_set)
 
