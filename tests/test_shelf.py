@@ -110,7 +110,7 @@ def test_a_changed_byte_on_drive_is_never_accepted(small_set: Path, tmp_path: Pa
 def test_a_damaged_set_is_never_pushed(small_set: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     flip(copy / "rgb-00001.npy")
-    with pytest.raises(IncompleteCopy, match="writing rgb-00001.npy gave other content"):
+    with pytest.raises(IncompleteCopy, match=r"writing rgb-00001\.npy gave other content"):
         push(ShardSet(copy, read_manifest(copy)), tmp_path / "drive")
     assert not finished_sets(tmp_path / "drive")
 
