@@ -88,8 +88,8 @@ def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(partial(_read_and_unpack, mat.handle), runs))
     for reader in through_hdf5:
-        for k in range(int(np.prod(reader.grid))):
-            reader._through_hdf5(k)
+        for k in range(reader.grid.n_chunks):
+            reader.read_through_hdf5(k)
     return time.perf_counter() - started
 
 
@@ -124,7 +124,7 @@ def _read_and_unpack(handle: int, run: list[StoredChunk]) -> None:
     block = memoryview(os.pread(handle, run[-1].end - low, low))
     for chunk in run:
         stored = block[chunk.offset - low : chunk.end - low]
-        chunk.reader._undo(stored, chunk.filter_mask)
+        chunk.reader.codec.undo_filters(stored, chunk.filter_mask)
 
 
 def whole_load(source: Path, fields: tuple[str, ...], out: Path) -> float:
@@ -321,13 +321,13 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     A stage's CPU time is that of the thread that ran it, so `rest` is what no clock was around.
     """
     from convert import decode, pipeline
-    from convert.sources import chunks
+    from convert.sources import chunk_codec
 
     clocks = Clocks()
     clocks.put_around("index", Reader, "read_index")
     clocks.put_around("names and per-row facts", pipeline, "row_columns")
-    clocks.put_around("read", Reader, "_pread")
-    clocks.put_around("inflate", chunks, "inflate")
+    clocks.put_around("read", chunk_codec.FileBytes, "read")
+    clocks.put_around("inflate", chunk_codec, "inflate")
     clocks.put_around_resize(decode, fields)
     clocks.put_around("statistics", pipeline, "train_sums")
     clocks.put_around("hash, write, fsync", pipeline, "write_shard")
