@@ -9,7 +9,9 @@ def _check_machine() -> None:
     problem = ""
     if sys.version_info < (3, 11):  # noqa: UP036 (these lines are read by any Python 3)
         found = ".".join(map(str, sys.version_info[:2]))
-        problem = "Python 3.11 or newer is needed, this is " + found + ". Run: make PYTHON=python3.12"
+        problem = (
+            "Python 3.11 or newer is needed, this is " + found + ". Run: make PYTHON=python3.12"
+        )
     if os.name == "nt":
         problem = "Windows itself will not do. Run the same in WSL: https://learn.microsoft.com/windows/wsl/install"
     if problem and sys.argv[0] == "-m":  # the command line, not an import

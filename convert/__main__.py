@@ -2,72 +2,109 @@
 
 import argparse
 import io
+import json
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from shards import format as fmt
-from shards.format import FIELDS, Settings, UserError
+from shards.copy import codecs_of, copy_set
+from shards.dataset import ShardSet, open_set, resolve_set
+from shards.errors import (
+    Busy,
+    DamagedSet,
+    IncompleteCopy,
+    IncompleteDownload,
+    MissingField,
+    MissingSet,
+    OldSet,
+    OtherSet,
+    SeveralSets,
+    StoreFailed,
+    UserError,
+    WrongPlace,
+    WrongSetting,
+    WrongSource,
+)
+from shards.manifest import PROVENANCE, read_manifest
+from shards.spec import KNOWN_FIELDS, ConversionSettings
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
+SOURCES = (".mat", ".h5", ".hdf5")
 
 
 def run(args: argparse.Namespace) -> None:
     from convert.pipeline import convert
-    from convert.repack import codecs_of, repack
     from convert.session import prepare
-    from stores.http import READERS, Remote
+    from convert.upgrade import is_old, upgrade
+    from stores.http import READERS, RemoteFile
 
     fields = tuple(args.fields.split(","))
-    settings = Settings(fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes)
+    settings = ConversionSettings(
+        fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes
+    )
     if isinstance(args.source, Path) and args.source.is_dir() and args.source.suffix != ".mat":
-        print(repack(fmt.resolve_set(args.source), args.out, settings, args.format, args.codec))
+        path = resolve_set(args.source)
+        found = upgrade(path) if is_old(path) else open_set(path)
+        if not settings.fits(found.settings) and settings != ConversionSettings():
+            what = f"has other settings ({found.settings})"
+            raise WrongSource(path, what, "Convert its source by itself")
+        codecs = codecs_of(args.format, args.codec, found.manifest.fields)
+        print(copy_set(found, args.out, codecs).path)
         return
     codecs = codecs_of(args.format, args.codec, settings.fields)
-    workers = args.workers or (READERS if isinstance(args.source, Remote) else None)
+    workers = args.workers or (READERS if isinstance(args.source, RemoteFile) else None)
     if args.source and not args.drive:
-        made = convert(args.source, args.out, settings, workers, codecs, repair=args.repair)
+        how: Any = {"workers": workers, "codecs": codecs, "repair": args.repair}
+        made = Path(convert(args.source, args.out, settings, **how))
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
-    if isinstance(args.source, Remote):
+    if isinstance(args.source, RemoteFile):
         print(args.source.report(), file=sys.stderr)
     print(made)
 
 
 def verify(args: argparse.Namespace) -> None:
-    from convert.verify import against_source, verify_all
+    from convert.verify import against_mat, verify_all
 
-    directory = fmt.resolve_set(args.directory)
-    print(f"{directory}: {verify_all(directory)} files, every byte as the manifest says")
+    found = read_set(args.directory)
+    print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
-        print(f"{against_source(directory, args.against, args.rows)} random rows are what {args.against} gives")
+        n_rows = against_mat(found, args.against, args.rows)
+        print(f"{n_rows} random rows are what {args.against} gives")
+
+
+def read_set(path: Path) -> ShardSet:
+    """A finished set of which only the manifest is looked at: its files are checked on their way."""
+    directory = resolve_set(path)
+    return ShardSet(directory, read_manifest(directory))
 
 
 def inspect(args: argparse.Namespace) -> None:
     from convert.inspect import describe, picture
 
-    directory = fmt.resolve_set(args.directory)
-    print(describe(directory))
+    found = open_set(resolve_set(args.directory))
+    print(describe(found))
     if args.picture:
-        picture(directory, args.picture, args.rows)
+        picture(found, args.picture, args.rows)
         print(f"picture: {args.picture}")
 
 
 def push(args: argparse.Namespace) -> None:
     from convert.transfer import push
 
-    print(push(fmt.resolve_set(args.directory), args.drive))
+    print(push(read_set(args.directory), args.drive).path)
 
 
 def pull(args: argparse.Namespace) -> None:
-    from convert.transfer import pull
+    from convert.transfer import pull, set_on_mount
 
-    print(pull(fmt.resolve_set(args.drive), args.root))
+    print(pull(set_on_mount(resolve_set(args.drive)), args.root).path)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -78,9 +115,9 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _source(text: str) -> object:
-    from stores.http import Remote
+    from stores.http import RemoteFile
 
-    return Remote(text) if text.startswith(("http://", "https://")) else path(text)
+    return RemoteFile(text) if text.startswith(("http://", "https://")) else path(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,38 +150,74 @@ def number(most: int) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser("python -m convert", description=__doc__, epilog="example: python -m convert run X.mat --out data")
+    top = _Parser(
+        "python -m convert",
+        description=__doc__,
+        epilog="example: python -m convert run X.mat --out data",
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function: Callable[[argparse.Namespace], None], text: str, example: str, *paths: str) -> _Parser:
+    def command(
+        function: Callable[[argparse.Namespace], None], text: str, example: str, *paths: str
+    ) -> _Parser:
         verb = function.__name__
-        p = commands.add_parser(verb, help=text, epilog=f"example: python -m convert {verb} {example}")
+        p = commands.add_parser(
+            verb, help=text, epilog=f"example: python -m convert {verb} {example}"
+        )
         p.set_defaults(function=function)
         for name in paths:
             p.add_argument(name, type=path, metavar=name.upper())
         return p
 
-    p = command(run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data")
-    p.add_argument("source", type=_source, nargs="?", help=".mat, URL or finished set (default: found, else fetched)")
-    p.add_argument("--drive", type=path, metavar="DIR", help="take a finished set from there, or leave one there")
+    p = command(
+        run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data"
+    )
+    p.add_argument(
+        "source",
+        type=_source,
+        nargs="?",
+        help=".mat, URL or finished set (default: found, else fetched)",
+    )
+    p.add_argument(
+        "--drive",
+        type=path,
+        metavar="DIR",
+        help="take a finished set from there, or leave one there",
+    )
     p.add_argument("--url", help="where to fetch the .mat (default: its home at NYU)")
     p.add_argument("--out", type=path, required=True, metavar="ROOT")
     p.add_argument("--format", choices=("npy", "zarr"), default="npy")
-    p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help="with zarr; or depth=blosc,label=zstd")
+    p.add_argument(
+        "--codec",
+        default="none",
+        metavar="none|zstd|blosc",
+        help="with zarr; or depth=blosc,label=zstd",
+    )
     p.add_argument("--size", type=int, default=224)
-    p.add_argument("--fields", default=",".join(FIELDS), help="default: %(default)s")
+    p.add_argument("--fields", default=",".join(KNOWN_FIELDS), help="default: %(default)s")
     p.add_argument("--crop", default="none", metavar="none|border|eigen")
     p.add_argument("--depth-resize", default="nearest", metavar="nearest|area")
     p.add_argument("--rows-per-shard", type=int, default=128)
     p.add_argument(
-        "--axes", default="auto", metavar="wh|hw", help="how square pictures lie; others are wider than tall"
+        "--axes",
+        default="auto",
+        metavar="wh|hw",
+        help="how square pictures lie; others are wider than tall",
     )
-    p.add_argument("--workers", type=number(256), metavar="N", help="processes (default: one a core)")
-    p.add_argument("--repair", action="store_true", help="redo the shards of a finished set that are wrong")
+    p.add_argument(
+        "--workers", type=number(256), metavar="N", help="processes (default: one a core)"
+    )
+    p.add_argument(
+        "--repair", action="store_true", help="redo the shards of a finished set that are wrong"
+    )
 
     p = command(verify, "check every byte of a set", "data", "directory")
-    p.add_argument("--against", type=path, metavar="SOURCE", help="also compare random rows with the .mat")
-    p.add_argument("--rows", type=number(1_000_000), default=16, help="how many (default: %(default)s)")
+    p.add_argument(
+        "--against", type=path, metavar="SOURCE", help="also compare random rows with the .mat"
+    )
+    p.add_argument(
+        "--rows", type=number(1_000_000), default=16, help="how many (default: %(default)s)"
+    )
 
     p = command(inspect, "what is in a set", "data --picture a.png", "directory")
     p.add_argument("--picture", type=path, metavar="FILE.png", help="also draw a contact sheet")
@@ -168,19 +241,102 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.function(args)
         return 0
     except KeyboardInterrupt:
-        status, message = INTERRUPTED, "interrupted: what is finished is kept. Run the same command again to go on"
+        status, message = (
+            INTERRUPTED,
+            "interrupted: what is finished is kept. Run the same command again to go on",
+        )
     except MemoryError:
-        status, message = 2, "out of memory: what is finished is kept. Run the same command with fewer --workers"
+        status, message = (
+            2,
+            "out of memory: what is finished is kept. Run the same command with fewer --workers",
+        )
     except UserError as error:
-        status, message = 2, str(error)
+        status, message = 2, with_next_command(error, _as_typed(args))
     except BrokenPipeError:  # such as | head: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        status, message = 2, f"{error}. What is finished is kept: mend that, then run the same command again"
+        status, message = (
+            2,
+            f"{error}. What is finished is kept: mend that, then run the same command again",
+        )
     if sys.stderr:  # else it would go to standard output, where the set's path is read
         print(message.replace("\n", " "), file=sys.stderr)
     return status
+
+
+# What to type next, by what went wrong; the first that fits counts.
+NEXT: tuple[tuple[type[UserError], str], ...] = (
+    (OldSet, "Run: make convert"),
+    (MissingSet, "Run: make convert"),
+    (Busy, "Wait for it, then run: make convert"),
+    (OtherSet, "Then run: make convert"),
+    (DamagedSet, "Run: make convert ARGS=--repair, or make pull"),
+    (WrongPlace, "Run: make convert OUT=/another/disk"),
+    (WrongSource, "Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"),
+)
+
+
+def _as_typed(args: argparse.Namespace) -> str:
+    """The command that was run, as it is typed with make."""
+    verb = args.function.__name__
+    if verb != "run":
+        return f"make {verb}"
+    return "make convert" + (f" DRIVE={shlex.quote(str(args.drive))}" if args.drive else "")
+
+
+def with_next_command(error: UserError, command: str) -> str:
+    """The error in one line, and the command that goes on from there; `command` is the one that was run."""
+    from convert.verify import WrongFiles
+
+    if isinstance(error, WrongSetting):
+        return f"--{error.name.replace('_', '-')} {error.given}: {error.choices}"
+    if isinstance(error, WrongFiles):
+        return f"{error}. Run: {repair_commands(error)}"
+    if isinstance(error, MissingField):
+        fields = ",".join((*error.fields, error.field))
+        return f"{error}. Run: make convert ARGS='--fields {fields}'"
+    if isinstance(error, SeveralSets):
+        return f"{error} (with make: DATA={error.found[0]})"
+    if isinstance(error, IncompleteCopy):
+        then = "make push there" if error.missing else f"make verify, {command}"
+        return f"{error}. Run: {then}"
+    if isinstance(error, IncompleteDownload):
+        return f"{error}. Run: make convert (it resumes)"
+    if isinstance(error, StoreFailed):
+        return f"{error}, then: {command}"
+    if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:
+        return f"{error}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
+    advice = next((text for kind, text in NEXT if isinstance(error, kind)), "")
+    return f"{error}. {advice}" if advice else str(error)
+
+
+def repair_commands(error: Any) -> str:
+    """What makes the wrong shards of a set again, after what is no part of it is removed."""
+    found: ShardSet = error.found
+    commands = []
+    if error.foreign:
+        commands.append(["rm", "-r", *(str(found.path / name) for name in error.foreign)])
+    commands.append(repair_command(found))
+    return " && ".join(map(shlex.join, commands))
+
+
+def repair_command(found: ShardSet) -> list[str]:
+    try:
+        source = json.loads((found.path / PROVENANCE).read_text())["source_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        source = found.manifest.source.name
+    out = str(found.path.parent)
+    command = ["python", "-m", "convert", "run", source, "--out", out, "--repair"]
+    if found.codecs:
+        codecs = ",".join(f"{field}={codec}" for field, codec in found.codecs.items())
+        command += ["--format", "zarr", "--codec", codecs]
+    defaults = ConversionSettings().to_json()
+    for name, value in found.settings.to_json().items():
+        if value != defaults.get(name) and name != "kinds":
+            text = ",".join(value) if name == "fields" else str(value)
+            command += [f"--{name.replace('_', '-')}", text]
+    return command
 
 
 def _end_as_by_ctrl_c() -> None:

@@ -1,8 +1,9 @@
 """Decode and resize some rows of one field into their shards' buffers: in a thread, or in a helper process.
 
 The labelled set has 103,000 chunks of 60 KB, and threads of one process hand Python's lock to each other around each of
-them. Helper processes do not (figures: docs/converting.md). They get the chunk index through a pipe, read the .mat
-by themselves and write into shared memory; a helper ends when its pipe does, so that none outlives a killed parent.
+them. Helper processes do not (figures: docs/measurements/converting.md). They get the chunk index through a pipe, read
+the source by themselves and write into shared memory; a helper ends when its pipe does, so that none outlives a killed
+parent.
 """
 
 import math
@@ -12,7 +13,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -22,18 +23,26 @@ from typing import Any
 import numpy as np
 
 from convert.machine import shared_memory
-from convert.resize import ValueRangeError, resize
-from convert.sources.chunks import Damaged, Reader, Unreadable
-from shards.format import FIELDS, Settings, UserError, one_line, row_shape
+from convert.resize import Resizer, ValueRangeError
+from convert.sources.base import RowReader
+from convert.sources.errors import Damaged, Unreadable
+from shards.errors import DamagedSource, UserError, WrongSource, one_line
+from shards.spec import Field
 
-MALLOC = {f"MALLOC_{name}_": str(1 << 28) for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")}
+# glibc keeps what a helper frees, instead of handing it back to the kernel for every row.
+KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
+}
+CACHE_LINE = 64
 
 
 class Buffers:
     """Shards being filled, in memory without a name that helpers map too: `arrays[slot][field]`."""
 
-    def __init__(self, settings: Settings, n_slots: int, n_rows: int) -> None:
-        self.settings = settings
+    def __init__(self, fields: Sequence[Field], size: int, n_slots: int, n_rows: int) -> None:
+        self.fields = tuple(fields)
+        self.size = size
         self.n_slots = n_slots
         self.n_rows = n_rows
         self.fd = shared_memory(n_slots * sum(self._field_bytes().values()))
@@ -46,23 +55,23 @@ class Buffers:
         self.__dict__.update(state)
         self.arrays = self._map()
 
-    def _shape(self, field: str) -> tuple[int, ...]:
-        return (self.n_rows, *row_shape(field, self.settings.size))
-
     def _field_bytes(self) -> dict[str, int]:
         """Of each field in one slot, in whole cache lines."""
-        sizes = {f: math.prod(self._shape(f)) * np.dtype(FIELDS[f]["dtype"]).itemsize for f in self.settings.fields}
-        return {field: -(-size // 64) * 64 for field, size in sizes.items()}
+        sizes = {field.name: self.n_rows * field.row_bytes(self.size) for field in self.fields}
+        return {name: -(-size // CACHE_LINE) * CACHE_LINE for name, size in sizes.items()}
 
     def _map(self) -> list[dict[str, np.ndarray]]:
         sizes = self._field_bytes()
         memory = mmap.mmap(self.fd, self.n_slots * sum(sizes.values()))
-        arrays: list[dict[str, np.ndarray]] = [{} for _ in range(self.n_slots)]
+        arrays: list[dict[str, np.ndarray]] = []
         offset = 0
-        for slot in arrays:
-            for field, n_bytes in sizes.items():
-                slot[field] = np.ndarray(self._shape(field), FIELDS[field]["dtype"], memory, offset)
-                offset += n_bytes
+        for _ in range(self.n_slots):
+            slot = {}
+            for field in self.fields:
+                shape = (self.n_rows, *field.row_shape(self.size))
+                slot[field.name] = np.ndarray(shape, field.dtype, memory, offset)
+                offset += sizes[field.name]
+            arrays.append(slot)
         return arrays
 
     def close(self) -> None:
@@ -74,62 +83,76 @@ class Decoder:
     """What decoding needs; all of it can travel to a helper."""
 
     source: str
-    keys: dict[str, str]  # what the fields are called there
+    names: Mapping[str, str]  # what the fields are called there
     advice: str  # for whose source is damaged
-    settings: Settings
-    readers: dict[str, Reader]
+    rows_per_shard: int
+    readers: Mapping[str, RowReader]
+    resizers: Mapping[str, Resizer]
     buffers: Buffers
 
-    def decode(self, field: str, groups: range, slots: dict[int, int]) -> dict[int, int]:
+    def decode(self, field: str, groups: range, slots: Mapping[int, int]) -> dict[int, int]:
         """Put the rows of some groups into the open shards (number -> slot); how many rows each of them got."""
-        reader, s, placed = self.readers[field], self.settings, dict.fromkeys(slots, 0)
+        reader = self.readers[field]
+        n_placed = dict.fromkeys(slots, 0)
         for group in groups:
             first = group * reader.group_rows
             with self.blaming(field, first):
                 rows = reader.read_group(group)
-            for i, row in enumerate(rows, first):
-                shard, place = divmod(i, s.rows_per_shard)
+            for number, row in enumerate(rows, first):
+                shard, place = divmod(number, self.rows_per_shard)
                 if shard in slots:  # else it was finished in an earlier run
-                    with self.blaming(field, i):
-                        small = resize(field, row, s.size, s.crop, s.depth_resize)
+                    with self.blaming(field, number):
+                        small = self.resizers[field](row)
                     self.buffers.arrays[slots[shard]][field][place] = small
-                    placed[shard] += 1
-        return placed
+                    n_placed[shard] += 1
+        return n_placed
 
     def blaming(self, field: str, row: int | None = None) -> AbstractContextManager[None]:
-        return blaming(self.source, self.keys[field], row, self.advice)
+        return blaming(self.source, self.names[field], row, self.advice)
 
 
 @contextmanager
-def blaming(source: str, key: str, row: int | None, advice: str) -> Iterator[None]:
+def blaming(source: str, name: str, row: int | None, advice: str) -> Iterator[None]:
     """One line that names the field, and the row where one is known, for what is wrong with them.
 
     Errors of other kinds are this program's: they go on as they are, and blame no file.
     """
-    where = f"{source}: {key}" + ("" if row is None else f" row {row}")
+    where = f": {name}" if row is None else f": {name} row {row}"
     try:
         yield
     except (Damaged, ValueRangeError, Unreadable) as error:
-        raise UserError(f"{where}: {one_line(error)}. {advice}") from None
+        raise DamagedSource(source, f"{where}: {one_line(error)}", advice) from None
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
             raise
         what = f"{where} could not be read ({one_line(error)})"
-        raise UserError(f"{what}. When the disk or network answers again, run: make convert") from None
+        raise WrongSource(source, what, "Wait until the disk or network answers again") from None
+
+
+class HelperLost(UserError):
+    """A helper process ended before it was told to."""
 
 
 class Helper:
     """A process of its own that decodes for the thread that asks it, once it was sent its Decoder."""
 
     def __init__(self, fds: tuple[int, ...]) -> None:
-        paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(Path(__file__).resolve().parents[1])]
+        if os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])
+        environment = {
+            **os.environ,
+            **KEEP_MEMORY,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from convert.decode import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=fds,
             process_group=0,  # Ctrl-C is the parent's to handle
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", **MALLOC},
+            env=environment,
         )
 
     def send(self, message: Any) -> None:
@@ -138,22 +161,25 @@ class Helper:
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
 
-    def decode(self, *what: Any) -> dict[int, int]:
-        """Decoder.decode over there; raises what it raises."""
+    def decode(self, field: str, groups: range, slots: Mapping[int, int]) -> dict[int, int]:
+        """Decoder.decode over there; raises what it raises, and HelperLost."""
         assert self.process.stdout
-        self.send(what)
+        self.send((field, groups, slots))
         try:
             answer: dict[int, int] | Exception = pickle.load(self.process.stdout)
         except (EOFError, pickle.UnpicklingError):  # nothing, or half an answer
-            status = self.process.wait()
-            hint = " (out of memory?)" if status == -signal.SIGKILL else ""
-            how = f"was killed by signal {-status}{hint}" if status < 0 else f"ended with status {status}"
-            raise UserError(
-                f"a helper process {how}. What is finished is kept. Run the command with --workers 1"
-            ) from None
+            raise self._lost() from None
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _lost(self) -> HelperLost:
+        status = self.process.wait()
+        how = f"ended with status {status}"
+        if status < 0:
+            hint = " (out of memory?)" if status == -signal.SIGKILL else ""
+            how = f"was killed by signal {-status}{hint}"
+        return HelperLost(f"a helper process {how}", "What is finished is kept. Use fewer workers")
 
     def close(self) -> None:
         self.process.communicate()
@@ -161,15 +187,21 @@ class Helper:
 
 def serve() -> None:
     """A helper's life: the decoder, then what to decode, until the pipe ends."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    requests = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever is printed here goes to standard error
     with suppress(EOFError, BrokenPipeError):
         decoder: Decoder = pickle.load(requests)
         while True:
-            what = pickle.load(requests)
+            request = pickle.load(requests)
             try:
-                answer: Any = decoder.decode(*what)
+                answer: Any = decoder.decode(*request)
             except Exception as error:
                 answer = error
             pickle.dump(answer, answers)
             answers.flush()
+
+
+def unpacked_bytes(reader: RowReader) -> int:
+    """Of one decoded row."""
+    return math.prod(reader.row_shape) * reader.dtype.itemsize

@@ -7,56 +7,79 @@ from typing import Any
 
 import numpy as np
 
-from shards.format import (
-    FIELDS,
-    PROVENANCE,
-    SPLITS,
-    ShardSet,
-    UserError,
-    all_files,
-    mebibytes,
-    open_set,
-    row_shape,
-    write_atomically,
-)
+from shards.dataset import ShardSet
+from shards.errors import UserError, WrongPlace
+from shards.files import mebibytes, write_atomically
+from shards.manifest import PROVENANCE
+from shards.spec import NO_SCENE_TYPE, SPLITS, DatasetSpec, Field, class_colours
 
-INK, VOID_GREY = "#1c1f24", 0.13
+INK = "#1c1f24"
 
 
-def describe(directory: Path) -> str:
+def describe(found: ShardSet) -> str:
     """Rows, splits, class counts, depth range, void share, provenance, as text."""
-    found = open_set(directory)
-    manifest, files = found.manifest, all_files(found.manifest)
-    split, scene, types = (found.column(name) for name in ("split", "scene", "scene_type"))
-    shared = len(np.intersect1d(scene[split == 0], scene[split == 1]))
+    manifest = found.manifest
+    n_bytes = sum(entry.n_bytes for entry in manifest.files.values())
     lines = [
-        str(directory),
-        f"  rows      {found.n_rows}: {np.sum(split == 0)} train, {np.sum(split == 1)} test, "
-        f"{len(manifest['names']['scenes'])} scenes ({shared} in both splits)",
-        f"  settings  {json.dumps(manifest['settings'])}",
-        f"  source    {manifest['source']['name']}, {manifest['source']['bytes']} bytes",
-        f"  files     {len(files)}, {sum(f['bytes'] for f in files.values()) / 1e6:.0f} MB",
-        *(_field_line(found, name) for name in manifest["fields"]),
-        "  scene type            train   test",
+        str(found.path),
+        f"  rows      {found.n_rows}: {_splits_text(found)}",
+        f"  settings  {json.dumps(found.settings.to_json())}",
+        f"  source    {manifest.source.name}, {manifest.source.n_bytes} bytes",
+        f"  files     {len(manifest.files)}, {n_bytes / 1e6:.0f} MB",
+        *(_field_line(found, field) for field in manifest.fields.values()),
+        *_scene_type_lines(found),
+        _provenance_line(found.path),
     ]
-    for k, name in enumerate(manifest["names"]["scene_types"]):
-        counts = [int(np.sum((types == k) & (split == s))) for s in (0, 1)]
+    return "\n".join([*lines, *(f"  note      {warning}" for warning in found.dataset.warnings)])
+
+
+def _splits_there(found: ShardSet) -> list[str]:
+    """train and test, and val where it has rows."""
+    split = found.column("split")
+    has_val = bool(np.any(split == SPLITS.index("val")))
+    return ["train", "val", "test"] if has_val else ["train", "test"]
+
+
+def _splits_text(found: ShardSet) -> str:
+    split = found.column("split")
+    scene = found.column("scene")
+    counts = [f"{np.sum(split == SPLITS.index(name))} {name}" for name in _splits_there(found)]
+    of_split = [np.unique(scene[split == k]) for k in range(len(SPLITS))]
+    n_splits_of_scene = np.bincount(np.concatenate(of_split).astype(np.int64))
+    n_shared = int(np.sum(n_splits_of_scene > 1))
+    several = "both splits" if len(counts) == 2 else "several splits"
+    n_scenes = len(found.manifest.scenes)
+    return f"{', '.join(counts)}, {n_scenes} scenes ({n_shared} in {several})"
+
+
+def _scene_type_lines(found: ShardSet) -> list[str]:
+    """How many rows of each type are in each split."""
+    split = found.column("split")
+    types = found.column("scene_type")
+    names = _splits_there(found)
+    lines = [f"  {'scene type':<20}" + "".join(f"{name:>7}" for name in names)]
+    every = [*enumerate(found.dataset.scene_types), (NO_SCENE_TYPE, "(none)")]
+    for k, name in every:
+        counts = [int(np.sum((types == k) & (split == SPLITS.index(of)))) for of in names]
         if any(counts):
-            lines.append(f"    {name:<18} {counts[0]:>6} {counts[1]:>6}")
-    return "\n".join([*lines, _provenance_line(directory)])
+            lines.append(f"    {name:<18}" + "".join(f"{count:>7}" for count in counts))
+    return lines
 
 
-def _field_line(found: ShardSet, name: str) -> str:
-    facts = found.manifest["fields"][name]
-    text = f"  {name:<9} {facts['dtype']} {tuple(facts['shape'])}, {facts['unit']}"
-    if FIELDS[name]["dtype"] != "<u2":
+def _field_line(found: ShardSet, field: Field) -> str:
+    shape = field.row_shape(found.settings.size)
+    text = f"  {field.name:<9} {field.dtype} {shape}, {field.unit}"
+    if field.dtype != "<u2" or field.kind == "grey16":
         return text
-    counts = np.sum([np.bincount(s.ravel(), minlength=1 << 16) for s in found.shards(name)], axis=0)
-    present, none = np.flatnonzero(counts[1:]) + 1, counts[0] / counts.sum()
-    if name == "label":
-        return f"{text}: {len(present)} classes present, {none:.1%} void"
-    low, high = present[[0, -1]] if len(present) else (0, 0)
-    return f"{text}: {low} .. {high}, {none:.1%} without a measurement"
+    counts = np.zeros(1 << 16, np.int64)
+    for shard in found.shards(field.name):
+        counts += np.bincount(shard.ravel(), minlength=1 << 16)
+    present = np.flatnonzero(counts[1:]) + 1
+    share_of_none = counts[0] / counts.sum()
+    if field.kind == "id":
+        return f"{text}: {len(present)} classes present, {share_of_none:.1%} void"
+    low, high = (present[0], present[-1]) if len(present) else (0, 0)
+    return f"{text}: {low} .. {high}, {share_of_none:.1%} without a measurement"
 
 
 def _provenance_line(directory: Path) -> str:
@@ -68,25 +91,37 @@ def _provenance_line(directory: Path) -> str:
         return "  made: unknown (no provenance.json)"
 
 
-def picture(directory: Path, out: Path, n_rows: int) -> None:
-    """A contact sheet of rows spread over the set."""
-    found = open_set(directory)
+def picture(found: ShardSet, out: Path, n_rows: int) -> None:
+    """Write a contact sheet of rows spread over the set, as PNG. Raises WrongPlace."""
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
-    rgb, depth, label = (_stored(found, field, rows) for field in ("rgb", "depth", "label"))
-    names = found.manifest["names"]
-    scene, types, split = (found.column(c) for c in ("scene", "scene_type", "split"))
-    captions = [
-        f"row {r}: {names['scenes'][scene[r]]} ({names['scene_types'][types[r]]}, {SPLITS[split[r]]})" for r in rows
-    ]
-    contact_sheet(rgb, depth, label, names["classes"], captions, out)
+    rgb = _stored(found, "rgb", rows, planes=(3,))
+    depth = _stored(found, "depth", rows)
+    label = _stored(found, "label", rows)
+    scene = found.column("scene")
+    types = found.column("scene_type")
+    split = found.column("split")
+    captions = []
+    for row in rows:
+        place = found.manifest.scenes[scene[row]]
+        kind = _type_name(found.dataset, types[row])
+        captions.append(f"row {row}: {place} ({kind}, {SPLITS[split[row]]})")
+    contact_sheet(rgb, depth, label, list(found.dataset.label_names), captions, out)
 
 
-def _stored(found: ShardSet, field: str, rows: np.ndarray) -> np.ndarray:
+def _type_name(dataset: DatasetSpec, number: int) -> str:
+    return "no type" if number == NO_SCENE_TYPE else dataset.scene_types[number]
+
+
+def _stored(
+    found: ShardSet, field: str, rows: np.ndarray, planes: tuple[int, ...] = ()
+) -> np.ndarray:
     """These rows of a field; of one that the set does not have, nothing but zeros."""
-    if field not in found.settings.fields:
-        return np.zeros((len(rows), *row_shape(field, found.settings.size)), np.uint8)
-    shards, step = found.shards(field), found.settings.rows_per_shard
-    return np.stack([shards[r // step][r % step] for r in rows])
+    size = found.settings.size
+    if field not in found.manifest.fields:
+        return np.zeros((len(rows), *planes, size, size), np.uint8)
+    shards = found.shards(field)
+    step = found.settings.rows_per_shard
+    return np.stack([shards[row // step][row % step] for row in rows])
 
 
 def contact_sheet(
@@ -97,13 +132,19 @@ def contact_sheet(
     inch = 1 / (3.3 * len(rgb_nchw_u8) + 1.2)
     figure, cells = _new_sheet(len(rgb_nchw_u8), inch, out)
     measured = depth_nhw_mm[depth_nhw_mm > 0]
-    low, high = np.percentile(measured, (1, 99)) / 1000 if measured.size else (0, 10)  # one scale for the sheet
-    for line, rgb, depth, label, caption in zip(cells, rgb_nchw_u8, depth_nhw_mm, label_nhw, captions, strict=True):
+    low, high = (
+        np.percentile(measured, (1, 99)) / 1000 if measured.size else (0, 10)
+    )  # one scale for the sheet
+    for line, rgb, depth, label, caption in zip(
+        cells, rgb_nchw_u8, depth_nhw_mm, label_nhw, captions, strict=True
+    ):
         line[0].imshow(rgb.transpose(1, 2, 0), interpolation="lanczos")
         line[0].set_title(caption, loc="left", fontsize=10, color=INK, pad=5)
         line[1].set_facecolor("black")
         metres = np.ma.masked_equal(depth, 0) / 1000
-        shown = line[1].imshow(metres, cmap="turbo_r", vmin=low, vmax=max(high, low + 0.1), interpolation="nearest")
+        shown = line[1].imshow(
+            metres, cmap="turbo_r", vmin=low, vmax=max(high, low + 0.1), interpolation="nearest"
+        )
         _draw_labels(line[2], label, class_names)
         for axes in line:
             axes.set(xticks=[], yticks=[])
@@ -118,20 +159,12 @@ def _new_sheet(n: int, inch: float, out: Path) -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"{out.name}: drawing needs matplotlib. Run: pip install -e .[show]") from None
+        what = f"{out.name}: drawing needs matplotlib"
+        raise UserError(what, "Install the extra show: pip install 'nyuv2-shards[show]'") from None
     figure = FigureCanvasAgg(Figure(figsize=(9.6, 1 / inch), dpi=110)).figure
     cells = figure.subplots(n, 3, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.13})
     figure.subplots_adjust(left=0.015, right=0.985, top=1 - 0.58 * inch, bottom=0.62 * inch)
     return figure, cells
-
-
-def class_colours(n: int) -> np.ndarray:
-    """(n + 1, 3) RGB 0..1: void dark grey, then hues a golden angle apart so that close ids differ."""
-    from matplotlib.colors import hsv_to_rgb
-
-    k = np.arange(n + 1)
-    hsv = np.stack([k * 0.618034 % 1, 0.42 + 0.3 * (k * 0.7548777 % 1), 0.62 + 0.33 * (k * 0.5698403 % 1)], -1)
-    return np.where(k[:, None] > 0, hsv_to_rgb(hsv), VOID_GREY)
 
 
 def _draw_labels(axes: Any, label: np.ndarray, class_names: list[str], most: int = 6) -> None:
@@ -146,9 +179,24 @@ def _draw_labels(axes: Any, label: np.ndarray, class_names: list[str], most: int
     for i in (i for i in largest if (label == i).mean() > 0.01):
         y, x = _inside(label == i, taken)
         taken.append((y, x))
-        side = "left" if x < label.shape[1] * 0.18 else "right" if x > label.shape[1] * 0.82 else "center"
+        side = (
+            "left"
+            if x < label.shape[1] * 0.18
+            else "right"
+            if x > label.shape[1] * 0.82
+            else "center"
+        )
         outline = [withStroke(linewidth=2.2, foreground=INK)]
-        axes.text(x, y, class_names[i - 1], color="white", fontsize=8.5, ha=side, va="center", path_effects=outline)
+        axes.text(
+            x,
+            y,
+            class_names[i - 1],
+            color="white",
+            fontsize=8.5,
+            ha=side,
+            va="center",
+            path_effects=outline,
+        )
 
 
 def _inside(mask: np.ndarray, taken: list[tuple[float, float]]) -> tuple[float, float]:
@@ -168,9 +216,13 @@ def _inside(mask: np.ndarray, taken: list[tuple[float, float]]) -> tuple[float, 
 def _legend(figure: Any, cells: Any, shown: Any, inch: float) -> None:
     """The names of the columns above the first line's caption, the scale of the depths below the last line."""
     figure.canvas.draw()
-    for axes, name in zip(cells[0], ("rgb", "depth (black: no measurement)", "label (dark: unlabelled)"), strict=True):
+    for axes, name in zip(
+        cells[0], ("rgb", "depth (black: no measurement)", "label (dark: unlabelled)"), strict=True
+    ):
         box = axes.get_position()
-        figure.text(box.x0, box.y1 + 0.34 * inch, name, fontsize=10.5, weight="bold", color=INK, va="bottom")
+        figure.text(
+            box.x0, box.y1 + 0.34 * inch, name, fontsize=10.5, weight="bold", color=INK, va="bottom"
+        )
     box = cells[-1][1].get_position()
     bar = figure.add_axes((box.x0, box.y0 - 0.2 * inch, box.width, 0.1 * inch))
     scale = figure.colorbar(shown, cax=bar, orientation="horizontal", format="%g m")
@@ -185,5 +237,5 @@ def _save(figure: Any, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda file: file.write(buffer.getvalue()))
     except OSError as error:
-        hint = "Choose another place: python -m convert inspect DIR --picture FILE.png"
-        raise UserError(f"{out} cannot be written ({error.strerror or error}). {hint}") from error
+        what = f"cannot be written ({error.strerror or error})"
+        raise WrongPlace(out, what, "Choose another place for it") from error

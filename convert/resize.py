@@ -1,39 +1,28 @@
-"""One pure function per kind of field: the plane as the .mat stores it (W, H) -> the picture at SIZE x SIZE.
+"""One pure function per kind of field: the plane as stored (W, H) -> the picture at SIZE x SIZE.
 
-Every function takes the stored, transposed planes, works on them as they lie, and transposes only the small result.
+Every function takes the stored, transposed planes, works on them as they lie, and transposes only
+the small result.
 
-rgb        antialiased bilinear (a triangle filter as wide as the scale): without it thin edges alias; at most one grey
-           level from the exact result, and the same bytes on every machine.
-depth      nearest by default: source index floor((i + 0.5) * in / out). Every value is one that was measured, and an
-           edge stays an edge; averaging across an edge invents points in mid-air. `area` averages over valid pixels.
+rgb        antialiased bilinear (a triangle filter as wide as the scale): without it thin edges
+           alias; at most one grey level from the exact result, and the same bytes on every machine.
+depth      nearest by default: source index floor((i + 0.5) * in / out). Every value is one that was
+           measured, and an edge stays an edge; averaging across an edge invents points in mid-air.
+           `area` averages over valid pixels.
 raw_depth  as depth; holes (0) are never averaged in.
 label      nearest: an average of class ids is another class.
 instance   nearest, with the same indices as label, so that (label, instance) stays a pair.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from shards.format import CROP_BOXES, MAX_DEPTH_MM
-
-MAX_LABEL = 894
+from shards.spec import MAX_DEPTH_MM, Box, Field
 
 
 class ValueRangeError(ValueError):
     """A value that the stored dtype cannot hold, or that the field cannot have."""
-
-
-def crop_wh(planes: np.ndarray, crop: str) -> np.ndarray:
-    """Crop planes (..., W, H) to the named box of the 640x480 picture; a view."""
-    if crop == "none":
-        return planes
-    if planes.shape[-2:] != (640, 480):
-        raise ValueRangeError(
-            f"--crop {crop} is defined for 640x480 pictures, this one is {planes.shape[-2]}x{planes.shape[-1]}"
-        )
-    top, bottom, left, right = CROP_BOXES[crop]
-    return planes[..., left:right, top:bottom]
 
 
 @lru_cache(maxsize=32)
@@ -59,25 +48,33 @@ def _area_weights(n_in: int, n_out: int) -> np.ndarray:
 
 
 def area(metres_wh: np.ndarray, size: int) -> np.ndarray:
-    """(W, H) metres -> (size, size) metres: the mean of the valid (> 0) pixels inside, 0 where there is none."""
+    """(W, H) metres -> (size, size) metres: the mean of the valid (> 0) pixels inside.
+
+    0 where there is none.
+    """
     width, height = metres_wh.shape
-    across, down = _area_weights(width, size), _area_weights(height, size)
+    across = _area_weights(width, size)
+    down = _area_weights(height, size)
     valid = across @ (metres_wh > 0).astype(np.float64) @ down.T
     total = across @ metres_wh.astype(np.float64) @ down.T
     return np.divide(total, valid, out=np.zeros_like(total), where=valid > 1e-9).T
 
 
 @lru_cache(maxsize=32)
-def _triangle_bands(n_in: int, n_out: int, bits: int, gain: float) -> list[tuple[slice, slice, np.ndarray]]:
-    """The antialiased bilinear weights as narrow blocks: (outputs, the inputs they need, float32 weights x gain).
+def _triangle_bands(
+    n_in: int, n_out: int, bits: int, gain: float
+) -> list[tuple[slice, slice, np.ndarray]]:
+    """The antialiased bilinear weights as narrow blocks.
 
-    Weights are whole multiples of 2**-bits that add up to 1: rounded running sums, so that errors do not add up.
+    Each is (outputs, the inputs they need, float32 weights x gain). Weights are whole multiples of
+    2**-bits that add up to 1: rounded running sums, so that errors do not add up.
     """
     scale = n_in / n_out
     centres = (np.arange(n_out)[:, None] + 0.5) * scale
     exact = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(scale, 1.0), 0, None)
     running = np.cumsum(exact / exact.sum(1, keepdims=True), axis=1)
     weights = np.diff(np.rint(running * 2**bits), axis=1, prepend=0) * 2.0**-bits * gain
+
     bands = []
     for start in range(0, n_out, 8):  # small products, which BLAS does in the calling thread
         rows = weights[start : start + 8]
@@ -90,44 +87,69 @@ def _triangle_bands(n_in: int, n_out: int, bits: int, gain: float) -> list[tuple
 def rgb(planes_cwh: np.ndarray, size: int) -> np.ndarray:
     """(3, W, H) uint8 -> (3, size, size) uint8, antialiased bilinear, across and then down.
 
-    Every product and sum is a whole number below 2**24 (times a power of two), which float32 holds exactly: the result
-    is the same on every processor, whatever the order of summation. Between the passes 1/16 of a grey level is kept.
+    Every product and sum is a whole number below 2**24 (times a power of two), which float32 holds
+    exactly: the result is the same on every processor, whatever the order of summation. Between the
+    passes 1/16 of a grey level is kept. Any number of planes will do; of uint16 the same holds in
+    float64, below 2**53.
     """
+    working = np.float32 if planes_cwh.dtype == np.uint8 else np.float64
     channels, width, height = planes_cwh.shape
-    across = np.empty((channels, size, height), np.float32)
+
+    across = np.empty((channels, size, height), working)
     for outputs, inputs, weights in _triangle_bands(width, size, 16, 16.0):
-        np.matmul(weights, planes_cwh[:, inputs].astype(np.float32), out=across[:, outputs])
+        np.matmul(weights, planes_cwh[:, inputs].astype(working), out=across[:, outputs])
+
     columns = np.rint(across, out=across).transpose(0, 2, 1)
-    small = np.empty((channels, size, size), np.float32)
+    small = np.empty((channels, size, size), working)
     for outputs, inputs, weights in _triangle_bands(height, size, 12, 1 / 16):
         np.matmul(weights, columns[:, inputs], out=small[:, outputs])
-    return np.rint(small, out=small).astype(np.uint8)
+    return np.rint(small, out=small).astype(planes_cwh.dtype)
 
 
 def depth_mm(metres_wh: np.ndarray, size: int, method: str) -> np.ndarray:
     """(W, H) float metres -> (size, size) uint16 millimetres; 0 = no measurement.
 
-    Raises ValueRangeError for NaN, infinite, negative or beyond 32.767 m anywhere in the source plane.
+    Raises ValueRangeError for NaN, infinite, negative or beyond 32.767 m anywhere in the source
+    plane.
     """
-    low, high = metres_wh.min(), metres_wh.max()  # NaN goes through both
+    low = metres_wh.min()  # NaN goes through both
+    high = metres_wh.max()
     if not (low >= 0 and high * 1000 < MAX_DEPTH_MM + 0.5):
         raise ValueRangeError(f"depth outside 0 .. {MAX_DEPTH_MM / 1000} m (found {low} .. {high})")
     small = area(metres_wh, size) if method == "area" else nearest(metres_wh, size)
     return np.rint(small.astype(np.float64) * 1000).astype("<u2")
 
 
-def label(plane_wh: np.ndarray, size: int) -> np.ndarray:
-    """(W, H) uint16 class ids -> (size, size) uint16. Raises ValueRangeError above 894."""
-    if plane_wh.max() > MAX_LABEL:
-        raise ValueRangeError(f"label {plane_wh.max()} is beyond the {MAX_LABEL} classes")
+def ids(plane_wh: np.ndarray, size: int, highest: int | None) -> np.ndarray:
+    """(W, H) ids -> (size, size), unchanged. Raises ValueRangeError above `highest`."""
+    if highest is not None and plane_wh.max() > highest:
+        raise ValueRangeError(f"label {plane_wh.max()} is beyond the {highest} classes")
     return nearest(plane_wh, size)
 
 
-def resize(field: str, row: np.ndarray, size: int, crop: str, depth_resize: str) -> np.ndarray:
-    """One stored row of `field`, cropped and resized: (3, S, S) or (S, S)."""
-    row = crop_wh(row, crop)
-    if field == "rgb":
-        return rgb(row, size)
-    if field in ("depth", "raw_depth"):
-        return depth_mm(row, size, depth_resize)
-    return label(row, size) if field == "label" else nearest(row, size)
+def grey(plane_wh: np.ndarray, size: int) -> np.ndarray:
+    """(W, H) uint8 or uint16 -> (size, size) of the same, as one plane of rgb."""
+    return rgb(plane_wh[None], size)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resizer:
+    """Rows of one field as they are decoded -> as they are stored."""
+
+    field: Field
+    size: int
+    box: Box | None = None  # of the decoded picture; None: all of it
+    depth_resize: str = "nearest"
+    highest_id: int | None = None
+
+    def __call__(self, row: np.ndarray) -> np.ndarray:
+        """([3,] W, H) -> ([3,] size, size). Raises ValueRangeError."""
+        if self.box is not None:
+            row = row[..., self.box.left : self.box.right, self.box.top : self.box.bottom]
+        if self.field.kind == "colour":
+            return rgb(row, self.size)
+        if self.field.kind in ("grey", "grey16"):
+            return grey(row, self.size)
+        if self.field.kind == "depth":
+            return depth_mm(row, self.size, self.depth_resize)
+        return ids(row, self.size, self.highest_id)

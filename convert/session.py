@@ -6,148 +6,258 @@ the .mat: given, on Drive, or fetched     -> what is not right on this disk, els
 """
 
 import json
-import shlex
 import shutil
 import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from convert.commit import find_set
-from convert.pipeline import convert
-from convert.repack import repack
+from convert.pipeline import SourceFilter, convert, find_set
 from convert.sources.nyu_mat import Source, check_opens, sampled_identity
-from convert.transfer import Incomplete, check_mounted, exists, not_whole, patiently, pull, push
-from shards import format as fmt
-from shards.format import Codecs, Settings, UserError, log
-from stores.http import MAT_NAME, OFFICIAL, fetch
+from convert.sources.nyu_tables import NYU_DOWNLOAD
+from convert.transfer import fetch, missing_files, pull, pull_right_files, push
+from shards.copy import codecs_of, copy_set
+from shards.dataset import ShardSet, finished_sets, open_set, verify
+from shards.errors import IncompleteCopy, UserError
+from shards.files import log
+from shards.manifest import MANIFEST, PROVENANCE
+from shards.spec import Codecs, ConversionSettings
+from stores.local import exists
+from stores.mounted import MountedStore, check_mounted, patiently
 
-PACKED, CODEC = ".zarr", "blosc-zstd"  # the form on Drive
+PLAIN = ""
+PACKED = ".zarr"  # the form on Drive
+CODEC = "blosc-zstd"
 SHELF = ".shelf"  # under ROOT: that form on its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is wanted, and from where it may be had."""
+
+    source: Source | None  # the .mat; None: found, else fetched
+    root: Path  # where the set is to be, on this disk
+    settings: ConversionSettings
+    drive: Path | None  # a folder of finished sets on a mount
+    url: str | None  # of the .mat; None: its home
+    workers: int | None
+    codecs: Codecs  # of the set, where it has to be converted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What is there already of the wanted settings and source; of each only the manifest was read."""
+
+    here: ShardSet | None  # under ROOT
+    there: ShardSet | None  # on Drive
+    is_shelved: (
+        bool  # Drive has a copy that needs no mending, as far as the sizes of its files tell
+    )
 
 
 def prepare(
     source: Source | None,
     root: Path,
-    settings: Settings,
+    settings: ConversionSettings,
     drive: Path | None,
     url: str | None,
     workers: int | None = None,
     codecs: Codecs = None,
 ) -> Path:
-    """A finished set of `settings` under `root`. Says what it chose and what that saved."""
-    command = "make convert" + (f" DRIVE={shlex.quote(str(drive))}" if drive else "")
+    """A finished set of `settings` under `root`. Says what it chose and what that saved.
+
+    Arguments: see Wish. Raises UserError for anything a user can mend; what was done until then
+    is kept, and the same call goes on.
+    """
+    wish = Wish(
+        source=source,
+        root=root,
+        settings=settings,
+        drive=drive,
+        url=url,
+        workers=workers,
+        codecs=codecs,
+    )
     if drive:
-        check_mounted(drive, command)
-    wanted = _wanted(source, command)
+        check_mounted(drive)
+    found = _look(wish)
 
-    def find(where: Path) -> Path | None:
-        return find_set(where, settings, wanted, "", PACKED) if exists(where) else None
+    directory = _from_this_disk(found.here)
+    if directory is None and found.there is not None:
+        directory = _from_drive(wish, found.there)
+        found = replace(found, is_shelved=directory is not None)
+    if directory is None:
+        directory = _converted(wish, found)
 
-    here = find(root)
-    there = patiently(lambda: find(drive), f"looking through {drive}", command) if drive else None
-    shelved = bool(there and not not_whole(there, _files_of(there, command), command))
-    directory = here and _checked(here)
-    if not directory and there:
-        directory = _pulled(there, root, settings, command)
-        shelved = directory is not None
-    if not directory:
-        mat = source or _find_mat(root, drive, command) or fetch(url or OFFICIAL, root / MAT_NAME)
-        log(f"no whole set of these settings on {f'this disk or {drive}' if drive else 'this disk'}: converting {mat}")
-        where, codecs = _begun(here, there, root, codecs, command)
-        directory = convert(mat, where, settings, workers, codecs, repair=True)
-        settings = fmt.open_set(directory).settings  # without axes that the pictures told by themselves
-        if where != root:
-            directory = repack(directory, root, settings, "npy", "none")
-        if here and here != directory:  # of another source
-            (here / fmt.MANIFEST).unlink()
-    if drive and not shelved:
-        _shelve(directory, drive, there.suffix if there else PACKED, settings, command)
+    if drive and not found.is_shelved:
+        _shelve(directory, wish, found.there.path.suffix if found.there else PACKED)
     shutil.rmtree(root / SHELF, ignore_errors=True)
-    if len(fmt.finished_sets(root)) > 1:
-        log(f"{root} has other sets too, which are kept. Train on this one with: make train DATA={directory}")
+    if len(finished_sets(root)) > 1:
+        log(
+            f"{root} has other sets too, which are kept. "
+            f"Train on this one with: make train DATA={directory}"
+        )
     return directory
 
 
-def _files_of(there: Path, command: str) -> dict[str, dict[str, Any]]:
-    return fmt.all_files(patiently(lambda: fmt.read_manifest(there), f"reading {there}", command))
+# ------------------------------------------------------------------------------- what is there
 
 
-def _wanted(source: Source | None, command: str) -> dict[str, object]:
+def _look(wish: Wish) -> Found:
+    """Both places are looked through for the same: those of version 1 that fit are upgraded where they lie."""
+    wanted = _wanted(wish.source)
+    here = _set_in(wish.root, wish.settings, wanted)
+    there = None
+    is_shelved = False
+    if wish.drive:
+        find = partial(_set_in, wish.drive, wish.settings, wanted)
+        there = patiently(find, f"looking through {wish.drive}")
+    if there:
+        is_shelved = not missing_files(MountedStore(there.path), there.manifest.files)
+    return Found(here=here, there=there, is_shelved=is_shelved)
+
+
+def _set_in(where: Path, settings: ConversionSettings, wanted: SourceFilter) -> ShardSet | None:
+    if not exists(where):
+        return None
+    return find_set(where, settings, wanted, (PLAIN, PACKED))
+
+
+def _wanted(source: Source | None) -> SourceFilter:
     """What a set's source must be: the given .mat, or, where that is gone, one of its name."""
     if source is None:
-        return {}
-    if not patiently(lambda: not isinstance(source, Path) or exists(source), f"looking for {source}", command):
-        return {"name": source.name}
-    return patiently(lambda: sampled_identity(source), f"reading {source}", command)
+        return SourceFilter()
+    if isinstance(source, Path):
+        is_there = patiently(partial(exists, source), f"looking for {source}")
+        if not is_there:
+            return SourceFilter(name=source.name)
+    identity = patiently(lambda: sampled_identity(source), f"reading {source}")
+    return SourceFilter(identity=identity)
 
 
-def _find_mat(root: Path, drive: Path | None, command: str) -> Path | None:
-    for where in dict.fromkeys([root, Path(), *([drive, drive.parent] if drive else [])]):
-        path = where / MAT_NAME
-        if patiently(partial(exists, path), f"looking for {path}", command):
-            try:
-                check_opens(path)
-                return path
-            except UserError as error:
-                log(f"passed over: {error}")
+# ------------------------------------------------------------------------- one way each to a set
+
+
+def _from_this_disk(here: ShardSet | None) -> Path | None:
+    """The set on this disk if every byte of it is right."""
+    if here is None:
+        return None
+    started = time.perf_counter()
+    files = here.manifest.files
+    checked = [(name, problem) for name, problem in verify(here) if name in files]
+    wrong = [f"{name} {problem}" for name, problem in checked if problem]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        log(f"{here.path} is damaged: {'; '.join(wrong[:3])}{more}")
+        return None
+
+    seconds = time.perf_counter() - started
+    log(
+        f"{here.path} is on this disk and whole: {len(files)} files checked in {seconds:.1f} s. "
+        f"Not needed: Drive, {_cost(here)}"
+    )
+    return here.path
+
+
+def _from_drive(wish: Wish, there: ShardSet) -> Path | None:
+    """A copy of the set on Drive, unpacked; None where it is not whole."""
+    started = time.perf_counter()
+    is_packed = there.path.suffix == PACKED
+    log(f"{there.path} is on Drive: copying it here instead of making it again")
+    try:
+        pulled = pull(there, wish.root / SHELF if is_packed else wish.root)
+    except IncompleteCopy as error:
+        log(f"{error}: what is right of it is used, the rest is made again")
+        return None
+
+    if is_packed:
+        damaged = (
+            wish.root / there.path.stem / MANIFEST
+        )  # if there: a whole set would not be pulled
+        damaged.unlink(missing_ok=True)
+        pulled = copy_set(pulled, wish.root, None)
+    seconds = time.perf_counter() - started
+    log(f"pulled and verified in {seconds:.1f} s. Not needed: {_cost(pulled)}")
+    return pulled.path
+
+
+def _converted(wish: Wish, found: Found) -> Path:
+    """The set made from the .mat, but for what is right of a damaged one here or on Drive."""
+    source = wish.source or _find_mat(wish.root, wish.drive)
+    if source is None:
+        source = fetch(wish.url or NYU_DOWNLOAD.url, wish.root / NYU_DOWNLOAD.name)
+    places = f"this disk or {wish.drive}" if wish.drive else "this disk"
+    log(f"no whole set of these settings on {places}: converting {source}")
+
+    where, codecs = _begin(wish, found)
+    path = convert(source, where, wish.settings, workers=wish.workers, codecs=codecs, repair=True)
+    made = open_set(path)
+    if where != wish.root:
+        made = copy_set(made, wish.root, None)
+    if found.here and found.here.path != made.path:  # damaged, and of another source
+        (found.here.path / MANIFEST).unlink()
+    return made.path
+
+
+def _find_mat(root: Path, drive: Path | None) -> Path | None:
+    """The .mat under its published name: under ROOT, in this folder, on Drive, or beside the folder there."""
+    folders = [root, Path()]
+    if drive:
+        folders += [drive, drive.parent]
+    for folder in dict.fromkeys(folders):
+        path = folder / NYU_DOWNLOAD.name
+        if not patiently(partial(exists, path), f"looking for {path}"):
+            continue
+        try:
+            check_opens(path)
+            return path
+        except UserError as error:
+            log(f"passed over: {error}")
     return None
 
 
-def _cost(directory: Path) -> str:
+def _begin(wish: Wish, found: Found) -> tuple[Path, Codecs]:
+    """(where to convert, into which codecs) so that what is right of a damaged set is kept."""
+    if found.here:
+        return wish.root, found.here.codecs
+    if found.there:
+        codecs = found.there.codecs
+        where = wish.root / SHELF if codecs else wish.root
+        pull_right_files(found.there, where)
+        return where, codecs
+    return wish.root, wish.codecs
+
+
+def _cost(found: ShardSet) -> str:
+    """What it took to make the set, in words."""
     try:
-        seconds = json.loads((directory / fmt.PROVENANCE).read_text())["seconds"]
+        seconds = json.loads((found.path / PROVENANCE).read_text())["seconds"]
     except (OSError, ValueError, KeyError, TypeError):
         seconds = "some"
-    return f"the .mat ({fmt.read_manifest(directory)['source']['bytes'] / 1e6:.0f} MB) and {seconds} s of converting it"
+    size_mb = found.manifest.source.n_bytes / 1e6
+    return f"the .mat ({size_mb:.0f} MB) and {seconds} s of converting it"
 
 
-def _checked(here: Path) -> Path | None:
-    """The set on this disk if every byte of it is right."""
-    started, files = time.perf_counter(), fmt.all_files(fmt.read_manifest(here))
-    wrong = [f"{name} {problem}" for name, problem in fmt.verify(here) if problem and name in files]
-    if wrong:
-        log(f"{here} is damaged: {'; '.join(wrong[:3])}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-        return None
-    log(
-        f"{here} is on this disk and whole: {len(files)} files checked in {time.perf_counter() - started:.1f} s. "
-        f"Not needed: Drive, {_cost(here)}"
-    )
-    return here
+# ------------------------------------------------------------------------------ a copy on Drive
 
 
-def _pulled(there: Path, root: Path, settings: Settings, command: str) -> Path | None:
-    started, packed = time.perf_counter(), there.suffix == PACKED
-    try:
-        log(f"{there} is on Drive: copying it here instead of making it again")
-        directory = pull(there, root / SHELF if packed else root, command)
-    except Incomplete as error:
-        log(f"{str(error).partition('. Run:')[0]}: what is right of it is used, the rest is made again")
-        return None
-    if packed:
-        (root / there.stem / fmt.MANIFEST).unlink(missing_ok=True)  # of a damaged set
-        directory = repack(directory, root, settings, "npy", "none")
-    log(f"pulled and verified in {time.perf_counter() - started:.1f} s. Not needed: {_cost(directory)}")
-    return directory
+def _shelve(directory: Path, wish: Wish, form: str) -> None:
+    """Push the set in this form (a suffix), PACKED unless Drive has its plain form.
 
-
-def _begun(here: Path | None, there: Path | None, root: Path, codecs: Codecs, command: str) -> tuple[Path, Codecs]:
-    """(where to convert, into which codecs) so that what is right of a damaged set here or on Drive is kept."""
-    if here:
-        return root, fmt.read_manifest(here).get("codecs")
-    if there:
-        codecs = patiently(lambda: fmt.read_manifest(there), f"reading {there}", command).get("codecs")
-        where = root / SHELF if codecs else root
-        pull(there, where, command, in_part=True)
-        return where, codecs
-    return root, codecs
-
-
-def _shelve(directory: Path, drive: Path, form: str, settings: Settings, command: str) -> None:
-    """Push the set, compressed unless Drive has its plain form: 295 MB to copy instead of 727, unpacked in 5 s."""
-    log(f"{drive} gets a copy of {directory.name} for the next session")
+    Packed it is 295 MB to copy instead of 727, unpacked in 5 s.
+    """
+    assert wish.drive is not None
+    log(f"{wish.drive} gets a copy of {directory.name} for the next session")
+    made = open_set(directory)
     if form != directory.suffix:
-        packed = directory.parent / SHELF / f"{directory.name}{PACKED}"
-        finished = exists(packed / fmt.MANIFEST)
-        directory = packed if finished else repack(directory, packed.parent, settings, "zarr", CODEC)
-    push(directory, drive, command)
+        made = _packed(made, wish.root / SHELF)
+    push(made, wish.drive)
+
+
+def _packed(made: ShardSet, shelf: Path) -> ShardSet:
+    """The set in the form of Drive, in the folder `shelf`: what was pulled or converted there, else a copy."""
+    packed = shelf / f"{made.path.stem}{PACKED}"
+    if exists(packed / MANIFEST):
+        return open_set(packed)
+    codecs = codecs_of("zarr", CODEC, made.manifest.fields)
+    return copy_set(made, shelf, codecs)

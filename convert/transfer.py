@@ -1,217 +1,213 @@
 """push and pull: verified copies of a finished set to a mounted Google Drive, or back. The manifest goes last.
 
-A mounted Drive drops out (ENOTCONN), answers EIO or EAGAIN under load, refuses over quota, and shows files that never
-arrived whole. So every call on it is tried again a few times, every byte is hashed on its way, and what was written is
-read back: that proves the mount, not what Google has of it. Plain buffered copies; nothing on a mount is mapped.
+Also `fetch`: the .mat from its home, or from any web server.
 """
 
-import errno
-import hashlib
-import os
-import shutil
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from convert.commit import write_receipts
-from convert.machine import drop_from_cache
-from shards import format as fmt
-from shards.format import UserError, log
+from convert.sources.nyu_tables import NYU_DOWNLOAD
+from shards.dataset import ShardSet
+from shards.errors import DamagedSet, IncompleteCopy, IncompleteDownload, UserError, WrongPlace
+from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
+from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest, write_receipts
+from stores.base import Store
+from stores.http import Download, RemoteFile, check_url
+from stores.local import LocalStore
+from stores.mounted import MountedStore, check_mounted
 
-T = TypeVar("T")
-Files = dict[str, dict[str, Any]]
-
-BLOCK = 4 << 20
-PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
-MOUNT = Path("/content/drive")  # where Colab mounts Drive
-GONE = {errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ECONNABORTED, errno.ECONNRESET}
-FULL = {errno.EDQUOT, errno.ENOSPC}
-PASSING = GONE | FULL | {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR, errno.EBADMSG}
-
-
-class Incomplete(UserError):
-    """A copy on Drive that is not whole: not to be used, but the next push mends it."""
+Files = Mapping[str, FileEntry]
 
 
 class Progress(tqdm):
     """Bytes on their way: a bar on a terminal, else a line each eighth of it."""
 
-    def __init__(self, doing: str, total: int, initial: int = 0) -> None:
-        self.doing, self.size, self.done = doing, total, initial
-        super().__init__(total=total, initial=initial, desc=doing, unit="B", unit_scale=True, disable=None, miniters=1)
+    def __init__(self, doing: str, n_bytes: int, n_bytes_done: int = 0) -> None:
+        """doing: the first word of each line, such as "reading"."""
+        self.doing = doing
+        self.n_bytes = n_bytes
+        self.n_bytes_done = n_bytes_done
+        super().__init__(
+            total=n_bytes,
+            initial=n_bytes_done,
+            desc=doing,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            miniters=1,
+        )
 
     def add(self, n_bytes: int, what: str = "") -> None:
+        """n_bytes more are done; `what` of them ("3 of 80 files, ") is said in the line."""
         self.update(n_bytes)
-        before, self.done = self.done, self.done + n_bytes
-        if self.disable and 8 * self.done // self.size > 8 * before // self.size:
-            log(f"{self.doing}: {what}{self.done / 1e6:.0f} of {self.size / 1e6:.0f} MB")
+        before = self.n_bytes_done
+        self.n_bytes_done += n_bytes
+        has_new_eighth = 8 * self.n_bytes_done // self.n_bytes > 8 * before // self.n_bytes
+        if self.disable and has_new_eighth:
+            done_mb = self.n_bytes_done / 1e6
+            log(f"{self.doing}: {what}{done_mb:.0f} of {self.n_bytes / 1e6:.0f} MB")
 
 
-def patiently(action: Callable[[], T], doing: str, command: str) -> T:
-    """Call `action`, again after a pause where a mount answers with an error that passes, then give up with advice."""
-    for pause in (*PAUSES, None):
-        try:
-            return action()
-        except (OSError, UserError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError) or cause.errno not in PASSING:
-                raise
-            if pause is None:
-                raise _advice(cause.errno, doing, command) from None
-            time.sleep(pause)
-    raise AssertionError
+# ---------------------------------------------------------------------------------- whole sets
 
 
-def _advice(number: int, doing: str, command: str) -> UserError:
-    times = len(PAUSES) + 1
-    if number == errno.EBADMSG:
-        return Incomplete(
-            f"{doing} gave other content than the manifest has, {times} times. Run: make verify, {command}"
-        )
-    what = f"Drive answered {errno.errorcode[number]} {times} times while {doing}"
-    if number in FULL:
-        return UserError(f"{what}: it is full or over its quota. Free space there (also its bin), then: {command}")
-    often = "" if number in GONE else " or wait (it may have been asked too much today)"
-    return UserError(f"{what}. Remount it (drive.mount('{MOUNT}', force_remount=True)){often}, then: {command}")
+def set_on_mount(path: Path) -> ShardSet:
+    """The finished set at `path` on a mount, of which only the manifest is read.
 
-
-def check_mounted(drive: Path, command: str) -> None:
-    """Refuse a folder that is not on a mounted Drive: what is written there would be lost with the machine."""
-    unmounted = drive.is_relative_to(MOUNT) and not os.path.ismount(MOUNT)
-    if unmounted or not patiently(lambda: exists(drive.parent), f"looking for {drive.parent}", command):
-        raise UserError(
-            f"{drive.parent} is not there: run drive.mount('{MOUNT}') in a cell of its own, then: {command}"
-        )
-
-
-def size_of(path: Path) -> int:
-    """Bytes; -1 where there is nothing. (Path.exists() hides what a mount answers.)"""
-    try:
-        return os.stat(path).st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
-
-
-def exists(path: Path) -> bool:
-    return size_of(path) >= 0
-
-
-def not_whole(directory: Path, files: Files, command: str) -> list[str]:
-    """The files that are not there or have another size: no byte of them is read."""
-
-    def size(name: str) -> int:  # each file has its own tries
-        return patiently(lambda: size_of(directory / name), f"looking for {directory / name}", command)
-
-    return [name for name, facts in files.items() if size(name) != facts["bytes"]]
-
-
-def push(source: Path, drive: Path, command: str = "make push") -> Path:
-    """Copy a finished set to `drive`: only what is missing or wrong there. Every file is read back."""
-    check_mounted(drive, command)
-    patiently(lambda: drive.mkdir(exist_ok=True), f"making {drive}", command)
-    files = fmt.all_files(fmt.read_manifest(source))
-    _copy_files(source, drive / source.name, files, "writing", command)
-    _commit(source, drive / source.name, "writing", command)
-    log("read back from the mount. It reaches Google later: run drive.flush_and_unmount() in a cell before you close")
-    return drive / source.name
-
-
-def pull(source: Path, root: Path, command: str = "make pull", *, in_part: bool = False) -> Path:
-    """Copy a finished set from Drive under `root`: only what is missing or wrong there. Raises Incomplete.
-
-    With `in_part` what is right there is copied, as an unfinished set that a conversion goes on with.
+    Raises MissingSet, OldSet, NewerSet or DamagedSet, and StoreFailed where the mount fails.
     """
-    manifest = patiently(lambda: fmt.read_manifest(source), f"reading {fmt.MANIFEST}", command)
-    files, target = fmt.all_files(manifest), root / source.name
-    missing = not_whole(source, files, command)
-    if missing and not in_part:
-        raise Incomplete(f"{len(missing)} of {len(files)} files in {source} are missing or short. Run: make push there")
+    return ShardSet(path, read_manifest(MountedStore(path)))
+
+
+def missing_files(folder: Folder, files: Files) -> list[str]:
+    """The files that are not there or have another size: no byte of them is read."""
+    return [name for name, entry in files.items() if folder.size(name) != entry.n_bytes]
+
+
+def push(found: ShardSet, drive: Path) -> ShardSet:
+    """Copy a finished set to the folder `drive`: only what is missing or wrong there; the copy.
+
+    Every file is read back. Raises StoreFailed (IncompleteCopy where a file of the set itself is
+    damaged) and WrongPlace where the copy would not fit.
+    """
+    check_mounted(drive)
+    MountedStore(drive).create()
+    source = LocalStore(found.path)
+    target = MountedStore(drive / found.path.name)
+    target.create()
+
+    def copy(name: str, entry: FileEntry | None) -> None:
+        target.upload(found.path / name, name, entry)
+
+    files = found.manifest.files
+    _prepare(source, target, files)
+    _copy_files(files, "writing", copy)
+    for name in (PROVENANCE, MANIFEST):
+        if source.size(name) >= 0:
+            copy(name, None)
+    flush = "run drive.flush_and_unmount() in a cell before you close"
+    log(f"read back from the mount. It reaches Google later: {flush}")
+    return ShardSet(target.path, found.manifest)
+
+
+def pull(found: ShardSet, root: Path) -> ShardSet:
+    """Copy a finished set from Drive under `root`: only what is missing or wrong here; the copy.
+
+    Raises IncompleteCopy where a file on Drive is missing, short or has other content, StoreFailed,
+    WrongPlace where the copy would not fit, and Busy.
+    """
+    source = MountedStore(found.path)
+    files = found.manifest.files
+    missing = missing_files(source, files)
+    if missing:
+        what = f"{len(missing)} of {len(files)} files in {source} are missing or short"
+        raise IncompleteCopy(what, missing=missing)
+
     root.mkdir(parents=True, exist_ok=True)
     with only_one(root, source.name):
-        there = {name: facts for name, facts in files.items() if name not in missing}
-        wrong = _copy_files(source, target, there, "reading", command, go_on=in_part)
-        if in_part:
-            write_receipts(target, manifest, wrong.union(missing))
-        else:
-            _commit(source, target, "reading", command)
-    return target
+        target = LocalStore(root / source.name)
+        target.path.mkdir(exist_ok=True)
+
+        def copy(name: str, entry: FileEntry | None) -> None:
+            source.download(name, target.path / name, entry)
+
+        _prepare(source, target, files)
+        _copy_files(files, "reading", copy)
+        if source.size(PROVENANCE) >= 0:
+            copy(PROVENANCE, None)
+        write_manifest(target.path, found.manifest)  # as it was checked, not as it comes once more
+    return ShardSet(target.path, found.manifest)
 
 
-def _copy_files(source: Path, target: Path, files: Files, verb: str, command: str, *, go_on: bool = False) -> set[str]:
-    """Copy all but the manifest; with `go_on` past what is wrong in `source`, which is returned."""
-    _prepare(source, target, files, command)
-    wrong = set()
-    with Progress(verb, sum(f["bytes"] for f in files.values())) as progress:
-        for k, (name, facts) in enumerate(sorted(files.items()), 1):
+def pull_right_files(found: ShardSet, root: Path) -> Path:
+    """Copy what is right of a damaged set on Drive, as an unfinished set that a conversion goes on with.
+
+    Returns its directory under `root`. Raises as `pull` does, but for IncompleteCopy.
+    """
+    source = MountedStore(found.path)
+    files = found.manifest.files
+    wrong = set(missing_files(source, files))
+    there = {name: entry for name, entry in files.items() if name not in wrong}
+
+    root.mkdir(parents=True, exist_ok=True)
+    with only_one(root, source.name):
+        target = LocalStore(root / source.name)
+        target.path.mkdir(exist_ok=True)
+
+        def copy(name: str, entry: FileEntry | None) -> None:
             try:
-                patiently(partial(_copy, source / name, target / name, facts, verb), f"{verb} {name}", command)
-            except Incomplete:
-                if not go_on:
-                    raise
+                source.download(name, target.path / name, entry)
+            except IncompleteCopy:
                 wrong.add(name)
-            progress.add(facts["bytes"], f"{k} of {len(files)} files, ")
-    return wrong
+
+        _prepare(source, target, there)
+        _copy_files(there, "reading", copy)
+        write_receipts(target.path, found.manifest, wrong)
+    return target.path
 
 
-def _commit(source: Path, target: Path, verb: str, command: str) -> None:
-    for name in (fmt.PROVENANCE, fmt.MANIFEST):
-        if patiently(partial(exists, source / name), f"{verb} {name}", command):
-            patiently(partial(_copy, source / name, target / name, {}, verb), f"{verb} {name}", command)
-
-
-def _prepare(source: Path, target: Path, files: Files, command: str) -> None:
+def _prepare(source: Folder, target: Store, files: Files) -> None:
     """Room for what is missing; no manifest of other content, and nothing that a killed copy left behind."""
+    if target.size(MANIFEST) >= 0 and not _have_same_manifest(source, target):
+        target.delete(MANIFEST)
+    for folder in sorted({str(Path(name).parent) for name in files}):
+        target.remove_unfinished(folder)
 
-    def take_back() -> None:
-        target.mkdir(exist_ok=True)
-        theirs = target / fmt.MANIFEST
-        if exists(theirs) and theirs.read_bytes() != (source / fmt.MANIFEST).read_bytes():
-            theirs.unlink()
-
-    def clean(directory: Path) -> None:
-        for path in directory.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-
-    patiently(take_back, f"preparing {target}", command)
-    for directory in sorted({(target / name).parent for name in files}):
-        patiently(partial(clean, directory), f"preparing {directory}", command)
-    need = sum(files[name]["bytes"] for name in not_whole(target, files, command))
-    free = patiently(lambda: shutil.disk_usage(target).free, f"preparing {target}", command)
+    need = sum(files[name].n_bytes for name in missing_files(target, files))
+    free = target.free_bytes()
     if need > free:
-        raise UserError(f"{target} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some and run it again")
+        problem = f"needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise WrongPlace(Path(str(target)), problem, "Free some and run it again")
 
 
-def _copy(source: Path, target: Path, facts: dict[str, Any], verb: str) -> None:
-    """Copy one file unless it is right already. Other bytes than the manifest's are EBADMSG: try again."""
-
-    def write(file: fmt.HashingFile) -> None:
-        try:
-            with open(source, "rb") as reading:
-                while block := reading.read(BLOCK):
-                    file.write(block)
-        except FileNotFoundError:  # a mount may list what it cannot open
-            raise OSError(errno.EBADMSG, "gone", str(source)) from None
-        if facts and file.sha256.hexdigest() != facts["sha256"]:
-            raise OSError(errno.EBADMSG, "other content", str(source))
-
-    if not (facts and _is_right(target, facts)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        written = fmt.write_atomically(target, write)
-        if verb == "writing" and not _is_right(target, written):
-            raise OSError(errno.EBADMSG, "other content", str(target))
-
-
-def _is_right(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether the file is what the manifest says, read from where it lies and not from the page cache."""
+def _have_same_manifest(source: Folder, target: Folder) -> bool:
     try:
-        with open(path, "rb") as file:
-            drop_from_cache(file.fileno())
-            right_size = os.fstat(file.fileno()).st_size == facts["bytes"]
-            return right_size and hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
-    except FileNotFoundError:
+        return target.read(MANIFEST) == source.read(MANIFEST)
+    except DamagedSet:  # no plain file
         return False
+
+
+def _copy_files(files: Files, doing: str, copy: Callable[[str, FileEntry | None], object]) -> None:
+    """Copy all but the manifest, and say how far it is."""
+    n_bytes = sum(entry.n_bytes for entry in files.values())
+    with Progress(doing, n_bytes) as progress:
+        for k, (name, entry) in enumerate(_in_order(files), 1):
+            copy(name, entry)
+            progress.add(entry.n_bytes, f"{k} of {len(files)} files, ")
+
+
+def _in_order(files: Files) -> Iterable[tuple[str, FileEntry]]:
+    return sorted(files.items(), key=lambda item: item[0])
+
+
+# ------------------------------------------------------------------------------------- the .mat
+
+
+def fetch(url: str, path: Path) -> Path:
+    """Download the .mat at `url` to `path`. What an earlier run got of the same file goes on.
+
+    Raises WrongSource for what is no address, or where NYU's file has other bytes than it should,
+    else IncompleteDownload.
+    """
+    check_url(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        download = Download(RemoteFile(url), path)
+        _fetch_rest(download)
+    except (OSError, UserError) as error:
+        log(NYU_DOWNLOAD.by_hand)
+        raise IncompleteDownload(f"{error}. What was fetched is kept") from None
+    return download.finish(NYU_DOWNLOAD.content if url == NYU_DOWNLOAD.url else None)
+
+
+def _fetch_rest(download: Download) -> None:
+    download.check_room()
+    n_bytes = download.remote.n_bytes
+    n_bytes_here = download.n_bytes_here
+    here = f", {n_bytes_here / 1e6:.0f} are here" if n_bytes_here else ""
+    log(f"fetching {download.remote}: {n_bytes / 1e6:.0f} MB{here}")
+    with Progress("fetching", n_bytes, n_bytes_here) as progress:
+        download.fetch_rest(progress.add)

@@ -1,84 +1,110 @@
-"""verify: is every byte right, and is it what the source gives."""
+"""Is every byte of a set right, and is it what the source gives."""
 
-import json
-import shlex
 import tempfile
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from shards import format as fmt
-from shards.format import Settings, UserError
+from convert.decode import blaming
+from convert.resize import Resizer
+from convert.sources.base import Source
+from convert.sources.nyu import NyuSource
+from convert.sources.nyu_mat import check_opens, sampled_identity
+from shards.dataset import ShardSet, verify
+from shards.errors import DamagedSet, WrongSource
+from shards.manifest import shard_file
 
-if TYPE_CHECKING:
-    from convert.sources.chunks import Reader
-
-
-def verify_all(directory: Path) -> int:
-    """Check every file; raises UserError naming the wrong ones and the command. Returns how many are right."""
-    manifest = fmt.read_manifest(directory)
-    files = fmt.all_files(manifest)
-    checking = tqdm(fmt.verify(directory), total=len(files), desc="verify", unit="file", disable=None)
-    if wrong := {name: problem for name, problem in checking if problem}:
-        said = [f"{directory / name} {problem}" for name, problem in wrong.items()]
-        more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
-        foreign = [str(directory / name) for name in wrong if name not in files]
-        commands = [["rm", "-r", *foreign]] if foreign else []
-        commands.append(repair_command(directory, manifest))
-        raise UserError(f"{'; '.join(said[:3])}{more}. Run: {' && '.join(shlex.join(c) for c in commands)}")
-    return len(files)
+SHOWN = 3  # of the wrong files
 
 
-def repair_command(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """What makes the wrong shards of this set again."""
-    try:
-        source = json.loads((directory / fmt.PROVENANCE).read_text())["source_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        source = manifest["source"]["name"]
-    command = ["python", "-m", "convert", "run", source, "--out", str(directory.parent), "--repair"]
-    if codecs := manifest.get("codecs"):
-        command += ["--format", "zarr", "--codec", ",".join(f"{k}={v}" for k, v in codecs.items())]
-    for key, value in manifest["settings"].items():
-        if value != Settings().to_dict().get(key):
-            command += [f"--{key.replace('_', '-')}", ",".join(value) if key == "fields" else str(value)]
-    return command
+class WrongFiles(DamagedSet):
+    """Files of a set that are not as its manifest says, and those that are no part of it.
+
+    wrong: file -> what is wrong. foreign: those of them that are not part of the set.
+    """
+
+    def __init__(self, found: ShardSet, wrong: Mapping[str, str]) -> None:
+        said = [f"{found.path / name} {problem}" for name, problem in wrong.items()]
+        more = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
+        first_name, first_problem = next(iter(wrong.items()))
+        problems = "; ".join([first_problem, *said[1:SHOWN]])
+        super().__init__(found.path, f"{problems}{more}", subject=str(found.path / first_name))
+        self.found = found
+        self.wrong = dict(wrong)
+        self.foreign = [name for name in wrong if name not in found.manifest.files]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.found, self.wrong)
 
 
-def against_source(directory: Path, source: Path, n_rows: int) -> int:
-    """Re-read random rows from the source and compare them with the stored ones, byte for byte."""
-    from convert.sources.nyu_mat import Mat, check_opens, sampled_identity
+def verify_all(found: ShardSet) -> int:
+    """Check every file; how many are right. Raises WrongFiles."""
+    checking = tqdm(
+        verify(found),
+        total=len(found.manifest.files),
+        desc="verify",
+        unit="file",
+        disable=None,
+    )
+    wrong = {name: problem for name, problem in checking if problem}
+    if wrong:
+        raise WrongFiles(found, wrong)
+    return len(found.manifest.files)
 
-    found = fmt.open_set(directory)
-    check_opens(source)
-    if sampled_identity(source)["sampled_sha256"] != found.manifest["source"]["sampled_sha256"]:
-        raise UserError(f"{source} is not what {directory} was made from. Run: make convert MAT={source}")
-    with closing(Mat(source, found.settings.fields, found.settings.axes)) as mat:
-        rows = np.random.default_rng().choice(found.n_rows, min(n_rows, found.n_rows), replace=False)
-        for name in found.settings.fields:
-            with closing(mat.reader(name)) as reader:
-                _compare(found, name, reader, source, sorted(rows.tolist()))
-    return len(rows)
+
+def against_mat(found: ShardSet, path: Path, n_rows: int) -> int:
+    """`against_source` for the .mat at `path`. Raises WrongSource where the set was made from another."""
+    check_opens(path)
+    if sampled_identity(path).content() != found.manifest.source.content():
+        raise WrongSource(path, f"is not what {found.path} was made from", "Convert it by itself")
+    with closing(NyuSource(path, found.settings)) as source:
+        return against_source(found, source, n_rows)
 
 
-def _compare(found: fmt.ShardSet, name: str, reader: "Reader", source: Path, rows: list[int]) -> None:
-    from convert.decode import blaming
-    from convert.resize import resize
-    from convert.sources.nyu_mat import KEYS, LOOK_FIRST
+def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
+    """Re-read random rows from the source and compare them with the stored ones, byte for byte.
 
-    settings, shards = found.settings, found.shards(name)
-    with blaming(str(source), KEYS[name], None, LOOK_FIRST):
-        reader.read_index()
-        if reader.needs_scratch:
-            reader.fill_scratch(Path(tempfile.gettempdir()))
-    for row in rows:
-        with blaming(str(source), KEYS[name], row, LOOK_FIRST):
-            large = reader.read_group(row // reader.group_rows)[row % reader.group_rows]
-            small = resize(name, large, settings.size, settings.crop, settings.depth_resize)
-        shard, offset = divmod(row, settings.rows_per_shard)
-        if not np.array_equal(small, shards[shard][offset]):
-            file = found.path / fmt.shard_name(name, shard, found.codecs is not None)
-            what = f"row {row} is not what {source} gives. Delete {found.path}, then run: make convert"
-            raise UserError(f"{file}: {what}")
+    Returns how many rows were compared; raises DamagedSet for the first one that differs.
+    """
+    n_compared = min(n_rows, found.n_rows)
+    rows = np.random.default_rng().choice(found.n_rows, n_compared, replace=False)
+    for field in found.manifest.fields:
+        _compare(found, field, source, sorted(rows.tolist()))
+    return n_compared
+
+
+def _compare(found: ShardSet, field: str, source: Source, rows: list[int]) -> None:
+    called = source.name_of(field)
+    resizer = _resizer(found, field, source)
+    shards = found.shards(field)
+    with closing(source.reader(field)) as reader:
+        with blaming(str(source), called, None, source.advice):
+            reader.read_index()
+            if reader.scratch_bytes:
+                reader.fill_scratch(Path(tempfile.gettempdir()))
+        for row in rows:
+            with blaming(str(source), called, row, source.advice):
+                group, place_in_group = divmod(row, reader.group_rows)
+                large = reader.read_group(group)[place_in_group]
+                small = resizer(large)
+            shard, place = divmod(row, found.settings.rows_per_shard)
+            if not np.array_equal(small, shards[shard][place]):
+                file = shard_file(found.field(field), shard, found.manifest.is_zarr)
+                what = f"row {row} is not what {source} gives"
+                raise DamagedSet(found.path, what, subject=f"{found.path / file}:")
+
+
+def _resizer(found: ShardSet, field: str, source: Source) -> Resizer:
+    crop = found.settings.crop
+    return Resizer(
+        field=replace(found.field(field), statistics=None),
+        size=found.settings.size,
+        box=None if crop == "none" else found.dataset.crop_box(crop),
+        depth_resize=found.settings.depth_resize,
+        highest_id=source.highest_id(field),
+    )

@@ -28,6 +28,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from shards.errors import UserError, one_line, shown  # noqa: F401
+
 try:
     from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
 except ImportError:  # anything but macOS
@@ -37,7 +39,9 @@ FORMAT_VERSION = 1
 RESIZE_VERSION = 2
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
-NOT_CONTENT = r"manifest\.json|provenance\.json|receipt-\d+\.json"  # receipts: a kill just after the commit
+NOT_CONTENT = (
+    r"manifest\.json|provenance\.json|receipt-\d+\.json"  # receipts: a kill just after the commit
+)
 NPY_HEADER = 128  # bytes
 MAX_DEPTH_MM = 32767
 VOID = -100
@@ -69,22 +73,9 @@ Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None fo
 DIRECTORY_NAME = re.compile(r"nyuv2-\d+-[0-9a-f]{8}(\.zarr)?")
 
 
-class UserError(Exception):
-    """A user's mistake or a broken input: one line that ends in the next command to type (exit status 2)."""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def is_whole(value: Any) -> bool:
     """A whole number of Python's or numpy's, which True is not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """What was given, for a message of one line."""
-    return " ".join(str(value).split())[:80]
 
 
 def mebibytes(n_bytes: int | None) -> str:
@@ -104,22 +95,36 @@ class Settings:
     crop: str = "none"
     depth_resize: str = "nearest"
     rows_per_shard: int = 128
-    axes: str = "auto"  # wh | hw where pictures are square; left out of the fingerprint where they are not
+    axes: str = (
+        "auto"  # wh | hw where pictures are square; left out of the fingerprint where they are not
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.fields, tuple | list) or not self._are_fields(list(self.fields)):
-            given = ",".join(map(str, self.fields)) if isinstance(self.fields, tuple | list) else repr(self.fields)
+            given = (
+                ",".join(map(str, self.fields))
+                if isinstance(self.fields, tuple | list)
+                else repr(self.fields)
+            )
             raise UserError(f"--fields {shown(given)}: choose from {','.join(FIELDS)}, each once")
         object.__setattr__(self, "fields", tuple(f for f in FIELDS if f in self.fields))
         for name, low, high in (("size", 8, 480), ("rows_per_shard", 1, 100_000)):
             value = getattr(self, name)
             if not is_whole(value) or not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {shown(value)}: choose {low} to {high}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {shown(value)}: choose {low} to {high}"
+                )
             object.__setattr__(self, name, int(value))
-        for name, choices in (("crop", tuple(CROP_BOXES)), ("depth_resize", DEPTH_RESIZES), ("axes", AXES)):
+        for name, choices in (
+            ("crop", tuple(CROP_BOXES)),
+            ("depth_resize", DEPTH_RESIZES),
+            ("axes", AXES),
+        ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
-                raise UserError(f"--{name.replace('_', '-')} {shown(value)}: choose one of {', '.join(choices)}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {shown(value)}: choose one of {', '.join(choices)}"
+                )
 
     @staticmethod
     def _are_fields(names: list[Any]) -> bool:
@@ -156,7 +161,12 @@ def row_bytes(names: Iterable[str], size: int) -> int:
 def fingerprint(settings: Settings, source: dict[str, Any]) -> str:
     """SHA-256 over everything that decides the content; the container and the codec do not."""
     identity = {key: source[key] for key in ("bytes", "sampled_sha256")}
-    content = {"format": FORMAT_VERSION, "resize": RESIZE_VERSION, "settings": settings.to_dict(), "source": identity}
+    content = {
+        "format": FORMAT_VERSION,
+        "resize": RESIZE_VERSION,
+        "settings": settings.to_dict(),
+        "source": identity,
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -165,7 +175,11 @@ def directory_name(settings: Settings, digest: str, zarr: bool = False) -> str:
 
 
 def shard_name(field: str, shard: int, zarr: bool = False) -> str:
-    return f"{field}/c/{shard}" + "/0" * len(row_shape(field, 0)) if zarr else f"{field}-{shard:05d}.npy"
+    return (
+        f"{field}/c/{shard}" + "/0" * len(row_shape(field, 0))
+        if zarr
+        else f"{field}-{shard:05d}.npy"
+    )
 
 
 def column_name(name: str, zarr: bool = False) -> str:
@@ -202,7 +216,9 @@ def fsync(handle: int) -> None:
     os.fsync(handle)
 
 
-def write_atomically(path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False) -> dict[str, Any]:
+def write_atomically(
+    path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False
+) -> dict[str, Any]:
     """Write under a temporary name, fsync, rename; `keep_same`: not over a file that holds these very bytes already."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +261,9 @@ def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """The commit."""
-    write_bytes(directory / MANIFEST, _signed(json.dumps(manifest, indent=2, sort_keys=True)[:-2]).encode())
+    write_bytes(
+        directory / MANIFEST, _signed(json.dumps(manifest, indent=2, sort_keys=True)[:-2]).encode()
+    )
 
 
 def _signed(body: str) -> str:
@@ -273,7 +291,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not os.path.lexists(path):
         done = len(list(directory.glob("receipt-*.json")))
-        state = f"the conversion did not finish ({done} shards are done)" if done else "it is not a finished set"
+        state = (
+            f"the conversion did not finish ({done} shards are done)"
+            if done
+            else "it is not a finished set"
+        )
         raise UserError(f"no {MANIFEST} in {directory}: {state}. Run: make convert")
     with open_plain(path) as file:
         data = file.read()
@@ -292,14 +314,36 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise where what readers rely on is not as in a set: whoever signs a manifest may write anything into it."""
     if manifest["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}")
-    source, n_rows, tables, files = manifest["source"], manifest["rows"], manifest["names"], all_files(manifest)
-    typed = [(source["name"], str), (source["sampled_sha256"], str), (source["bytes"], int), (n_rows, int)]
-    typed += [(tables[key], list) for key in TABLES] + [(x, kind) for key, kind in TABLES.items() for x in tables[key]]
-    typed += [(facts[key], kind) for facts in files.values() for key, kind in (("bytes", int), ("sha256", str))]
+        raise ValueError(
+            f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
+        )
+    source, n_rows, tables, files = (
+        manifest["source"],
+        manifest["rows"],
+        manifest["names"],
+        all_files(manifest),
+    )
+    typed = [
+        (source["name"], str),
+        (source["sampled_sha256"], str),
+        (source["bytes"], int),
+        (n_rows, int),
+    ]
+    typed += [(tables[key], list) for key in TABLES] + [
+        (x, kind) for key, kind in TABLES.items() for x in tables[key]
+    ]
+    typed += [
+        (facts[key], kind)
+        for facts in files.values()
+        for key, kind in (("bytes", int), ("sha256", str))
+    ]
     if any(type(value) is not kind for value, kind in typed):
         raise ValueError("a value has the wrong type")
-    settings, shards, zarr = Settings.from_dict(manifest["settings"]), manifest["shards"], "codecs" in manifest
+    settings, shards, zarr = (
+        Settings.from_dict(manifest["settings"]),
+        manifest["shards"],
+        "codecs" in manifest,
+    )
     if manifest["fingerprint"] != fingerprint(settings, source):
         raise ValueError("its fingerprint is not that of its settings and source")
     step = settings.rows_per_shard
@@ -310,15 +354,26 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     names = {shard_name(field, k, zarr) for field in fields for k in range(len(shards))}
     names |= {column_name(name, zarr) for name in COLUMNS}
     if zarr:
-        names |= {"zarr.json", *(f"{array}/zarr.json" for array in (*fields, *(f"rows-{name}" for name in COLUMNS)))}
-    found = files.keys(), manifest["fields"].keys(), manifest.get("codecs", manifest["fields"]).keys()
+        names |= {
+            "zarr.json",
+            *(f"{array}/zarr.json" for array in (*fields, *(f"rows-{name}" for name in COLUMNS))),
+        }
+    found = (
+        files.keys(),
+        manifest["fields"].keys(),
+        manifest.get("codecs", manifest["fields"]).keys(),
+    )
     if found != (names, fields, fields):
         raise ValueError("its fields or files are not those of a set, or outside the set")
 
 
 def all_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every file of the set -> {"bytes", "sha256"}."""
-    parts = [manifest["columns"], manifest.get("metadata", {}), *(shard["files"] for shard in manifest["shards"])]
+    parts = [
+        manifest["columns"],
+        manifest.get("metadata", {}),
+        *(shard["files"] for shard in manifest["shards"]),
+    ]
     return {name: facts for files in parts for name, facts in files.items()}
 
 
@@ -327,7 +382,9 @@ def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
     with open_plain(path) as file:
         found = os.fstat(file.fileno()).st_size
         if found != n_bytes:
-            raise UserError(f"{path} has {found} bytes, the manifest says {n_bytes}: the copy is incomplete. {MEND}")
+            raise UserError(
+                f"{path} has {found} bytes, the manifest says {n_bytes}: the copy is incomplete. {MEND}"
+            )
         if file.read(len(header)) != header:
             raise UserError(f"{path} is damaged (its header is not the manifest's). {MEND}")
 
@@ -367,7 +424,11 @@ def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) ->
         found = file.read()
     if (offset, found) != (n_bytes, expected):
         whole = crc32c(found[:-4]) == found[-4:]
-        problem = "does not hold its rows back to back: it cannot be mapped" if whole else "has a damaged shard index"
+        problem = (
+            "does not hold its rows back to back: it cannot be mapped"
+            if whole
+            else "has a damaged shard index"
+        )
         raise UserError(f"{path} {problem}. {MEND}")
     return np.memmap(path, dtype=dtype, mode="r", shape=tuple(shape))
 
@@ -417,7 +478,11 @@ class ShardSet:
         dtype = np.dtype(f"S{n_bytes}" if COLUMNS[name] == "S" else COLUMNS[name])
         right = hashlib.sha256(data).hexdigest() == all_files(self.manifest)[file]["sha256"]
         right = right and rest == 0 < n_bytes == dtype.itemsize
-        names = {"split": SPLITS, "scene": tables["scenes"], "scene_type": tables["scene_types"]}.get(name)
+        names = {
+            "split": SPLITS,
+            "scene": tables["scenes"],
+            "scene_type": tables["scene_types"],
+        }.get(name)
         if not right or (names is not None and np.frombuffer(body, dtype).max() >= len(names)):
             raise UserError(f"{self.path / file} is damaged. {MEND}")
         return np.frombuffer(body, dtype)
@@ -426,7 +491,13 @@ class ShardSet:
 def open_set(path: str | Path) -> ShardSet:
     """Open a finished set after checking the size of every file and the header of every shard; no data is read."""
     path, manifest = Path(path), read_manifest(Path(path))
-    found = ShardSet(path, manifest, Settings.from_dict(manifest["settings"]), manifest["rows"], manifest.get("codecs"))
+    found = ShardSet(
+        path,
+        manifest,
+        Settings.from_dict(manifest["settings"]),
+        manifest["rows"],
+        manifest.get("codecs"),
+    )
     for name, facts in all_files(manifest).items():
         if "/" in name and (path / name).parent.resolve() != (path.resolve() / name).parent:
             raise UserError(f"{path / name} lies behind a symbolic link. {MEND}")
@@ -449,14 +520,18 @@ def resolve_set(path: str | Path) -> Path:
     if (path / MANIFEST).is_file() or DIRECTORY_NAME.fullmatch(path.name):
         return path
     there = finished_sets(path)
-    found = [p for p in there if p.suffix != ".zarr" or p.with_suffix("") not in there]  # the same rows, unpacked
+    found = [
+        p for p in there if p.suffix != ".zarr" or p.with_suffix("") not in there
+    ]  # the same rows, unpacked
     if not found:
         is_source, quoted = path.suffix in (".mat", ".h5", ".hdf5"), shlex.quote(str(path))
         how = f"python -m convert run {quoted} --out data" if is_source else "make convert"
         raise UserError(f"{path} is not a finished set, nor is one in it. Run: {how}")
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
-        raise UserError(f"{len(found)} sets under {path}: {names}. Use {found[0]} (with make: DATA={found[0]})")
+        raise UserError(
+            f"{len(found)} sets under {path}: {names}. Use {found[0]} (with make: DATA={found[0]})"
+        )
     return found[0]
 
 

@@ -1,1 +1,1 @@
-"""Where the .mat and finished sets come from and go to: this disk, a mounted Google Drive, a web server."""
+"""Bytes to and from places: this machine's disks, a mounted Google Drive, a web server. No store knows a dataset."""

@@ -14,8 +14,10 @@ from conftest import REPO, SMALL
 
 from convert import machine
 from convert.pipeline import convert
-from convert.transfer import pull, push
-from shards import format as fmt
+from convert.transfer import pull, push, set_on_mount
+from shards import files
+from shards.dataset import open_set
+from shards.manifest import PROVENANCE
 
 # memfd_create is absent on macOS and in the Pythons of uv and conda; the others on macOS.
 ABSENT = ["memfd_create", "sched_getaffinity", "posix_fadvise"]
@@ -31,12 +33,12 @@ def test_without_it_helpers_make_the_same_set_and_it_travels(
     name: str, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, name)
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)  # this file is too small to start them
-    made = convert(mat, tmp_path, SMALL)
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)  # this file is too small to start them
+    made = Path(convert(mat, tmp_path, SMALL))
     assert same_shards(made, small_set)
     (tmp_path / "drive").mkdir()
-    there = push(made, tmp_path / "drive")
-    assert same_shards(pull(there, tmp_path / "back"), small_set)
+    there = push(open_set(made), tmp_path / "drive").path
+    assert same_shards(pull(set_on_mount(there), tmp_path / "back").path, small_set)
 
 
 def refuse(*_: object) -> int:
@@ -49,10 +51,10 @@ def test_where_the_system_refuses_it_the_same_is_done(
 ) -> None:
     """As a sandbox does, or an old kernel under a new Python."""
     monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
-    made = convert(mat, tmp_path, SMALL)
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
+    made = Path(convert(mat, tmp_path, SMALL))
     (tmp_path / "drive").mkdir()
-    assert same_shards(push(made, tmp_path / "drive"), small_set)
+    assert same_shards(push(open_set(made), tmp_path / "drive").path, small_set)
 
 
 def test_a_process_that_ends_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,21 +70,21 @@ def test_without_proc_the_memory_is_unknown_and_not_0(
     from convert.inspect import describe
 
     monkeypatch.setattr(machine, "PROC", tmp_path / "no proc here")
-    made = convert(mat, tmp_path / "out", SMALL)
+    made = Path(convert(mat, tmp_path / "out", SMALL))
     assert same_shards(made, small_set)
     assert "peak memory unknown" in capsys.readouterr().err
-    assert json.loads((made / fmt.PROVENANCE).read_text())["peak_memory_bytes"] is None
-    assert "peak memory unknown" in describe(made)
+    assert json.loads((made / PROVENANCE).read_text())["peak_memory_bytes"] is None
+    assert "peak memory unknown" in describe(open_set(made))
 
 
 def test_with_proc_the_memory_is_that_of_the_helpers_too(
     mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
-    made = convert(mat, tmp_path, SMALL, 2)
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
+    made = Path(convert(mat, tmp_path, SMALL, workers=2))
     if not machine.PROC.exists():
         pytest.skip("this system has no /proc")
-    assert json.loads((made / fmt.PROVENANCE).read_text())["peak_memory_bytes"] > 20 << 20
+    assert json.loads((made / PROVENANCE).read_text())["peak_memory_bytes"] > 20 << 20
 
 
 def test_memory_from_a_file_is_shared_between_descriptors_and_takes_its_room_at_once(
@@ -134,15 +136,15 @@ def test_where_the_system_has_a_stronger_fsync_it_is_what_is_called(
     weak = list[int]()
     strong = list[int]()
     monkeypatch.setattr(os, "fsync", weak.append)
-    monkeypatch.setattr(fmt, "F_FULLFSYNC", 51)
-    monkeypatch.setattr(fmt, "fcntl", lambda handle, command: strong.append(command), raising=False)
-    fmt.write_bytes(tmp_path / "a", b"x")
+    monkeypatch.setattr(files, "F_FULLFSYNC", 51)
+    monkeypatch.setattr(files, "fcntl", lambda handle, command: strong.append(command), raising=False)
+    files.write_bytes(tmp_path / "a", b"x")
     assert strong == [51, 51]  # the file and its directory
     assert weak == []
 
     def refuses(*_: object) -> int:
         raise OSError("not here")
 
-    monkeypatch.setattr(fmt, "fcntl", refuses)
-    fmt.write_bytes(tmp_path / "b", b"x")
+    monkeypatch.setattr(files, "fcntl", refuses)
+    files.write_bytes(tmp_path / "b", b"x")
     assert len(weak) == 2

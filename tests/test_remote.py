@@ -3,16 +3,20 @@
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from flaky import serving
 
+from convert import transfer
 from convert.pipeline import convert
 from convert.sample import write_sample
-from shards.format import Settings, UserError
+from convert.transfer import fetch
+from shards.errors import IncompleteDownload, UserError, WrongSource
+from shards.spec import ConversionSettings
 from stores import http as remote
-from stores.http import READERS, Remote, fetch
+from stores.http import READERS, RemoteFile
 
 DATA = os.urandom(3_000_000)
 
@@ -20,7 +24,7 @@ DATA = os.urandom(3_000_000)
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PAUSES", (0.001, 0.002, 0.003))
-    monkeypatch.setattr(remote, "STEP", 100_000)
+    monkeypatch.setattr(remote, "RANGE_BYTES", 100_000)
 
 
 def test_a_server_that_drops_connections_is_asked_again(tmp_path: Path) -> None:
@@ -35,7 +39,7 @@ def test_a_server_that_drops_connections_is_asked_again(tmp_path: Path) -> None:
 def test_a_later_run_goes_on_where_the_first_was_cut(tmp_path: Path) -> None:
     with serving(x_mat=DATA) as server:
         server.refuse_from = 2_000_000
-        with pytest.raises(UserError, match="it resumes"):
+        with pytest.raises(IncompleteDownload, match="What was fetched is kept"):
             fetch(server.url("x.mat"), tmp_path / "x.mat")
         assert not (tmp_path / "x.mat").exists()
         server.refuse_from, server.sent = len(DATA), 0
@@ -70,16 +74,16 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_no_mat(
         with pytest.raises(UserError) as error:
             fetch(url, tmp_path / "x.mat")
     assert "\n" not in str(error.value)
-    assert "make convert" in str(error.value)
     assert "by hand" in capsys.readouterr().err
     assert not (tmp_path / "x.mat").exists()
 
 
 def test_the_original_is_held_against_its_size_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(x_mat=DATA) as server:
-        monkeypatch.setattr(remote, "OFFICIAL", server.url("x.mat"))
-        with pytest.raises(UserError, match="SHA-256"):
-            fetch(remote.OFFICIAL, tmp_path / "x.mat")
+        published = replace(transfer.NYU_DOWNLOAD, url=server.url("x.mat"))
+        monkeypatch.setattr(transfer, "NYU_DOWNLOAD", published)
+        with pytest.raises(WrongSource, match="SHA-256"):
+            fetch(published.url, tmp_path / "x.mat")
     assert os.listdir(tmp_path) == []
 
 
@@ -90,30 +94,31 @@ def test_converting_from_a_url_gives_the_same_set_and_reads_only_what_is_asked_f
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_sample(tmp_path / "x.mat", 24)
-    data, settings = (tmp_path / "x.mat").read_bytes(), Settings(fields=("label",), size=64, rows_per_shard=8)
-    expected = convert(tmp_path / "x.mat", tmp_path / "local", settings)
+    data = (tmp_path / "x.mat").read_bytes()
+    settings = ConversionSettings(fields=("label",), size=64, rows_per_shard=8)
+    expected = Path(convert(tmp_path / "x.mat", tmp_path / "local", settings))
     with serving(x_mat=data) as server:
         server.drop_after, server.drop_chance, server.drop_once = 20_000, 0.2, True
         server.fail_next = [503]
-        source = Remote(server.url("x.mat"))
-        made = convert(source, tmp_path / "remote", settings, READERS)
+        source = RemoteFile(server.url("x.mat"))
+        made = Path(convert(source, tmp_path / "remote", settings, workers=READERS))
     assert made.name == expected.name  # the same fingerprint: the same identity
     for path in expected.glob("*.npy"):
         assert (made / path.name).read_bytes() == path.read_bytes()
-    assert source.n_read < 0.7 * len(data)  # a small file: mostly its index, in blocks of 64 KB
+    assert source.n_bytes_read < 0.7 * len(data)  # a small file: mostly its index, in blocks of 64 KB
     assert "MB" in source.report()
 
 
 def test_a_server_without_ranges_is_one_line(tmp_path: Path) -> None:
     with serving(x_mat=DATA) as server:
         server.ranges = False
-        with pytest.raises(UserError, match=r"gives no ranges\. Run: curl -O"):
-            Remote(server.url("x.mat"))
+        with pytest.raises(WrongSource, match=r"gives no ranges\. Fetch it whole, as with curl -O"):
+            RemoteFile(server.url("x.mat"))
 
 
 def test_a_server_that_is_down_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"cannot be read .*refused.*make convert MAT="):
-        Remote("http://127.0.0.1:9/x.mat")
+    with pytest.raises(WrongSource, match=r"cannot be read .*refused"):
+        RemoteFile("http://127.0.0.1:9/x.mat")
 
 
 def test_the_command_converts_from_a_url_and_says_what_it_read(

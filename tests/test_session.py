@@ -15,15 +15,20 @@ import pytest
 from conftest import REPO, SMALL
 from flaky import serving
 
-from convert import transfer as shelf
 from convert.__main__ import main
-from convert.commit import find_set
-from convert.pipeline import convert
+from convert.pipeline import SourceFilter, convert, find_set
 from convert.sample import write_sample
-from convert.session import MAT_NAME, prepare
+from convert.session import prepare
+from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import push
-from shards import format as fmt
-from shards.format import Settings, UserError
+from shards.dataset import finished_sets, open_set, verify
+from shards.errors import SeveralSets, StoreFailed
+from shards.manifest import MANIFEST, read_manifest, shard_file
+from shards.spec import KNOWN_FIELDS, ConversionSettings
+from stores import mounted
+
+MAT_NAME = NYU_DOWNLOAD.name
+RGB = KNOWN_FIELDS["rgb"]
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
 
@@ -104,7 +109,7 @@ def flip(path: Path) -> None:
 
 def written(directory: Path) -> dict[str, int]:
     """Which file of a set is which, and when it was written."""
-    return {name: (directory / name).stat().st_mtime_ns for name in fmt.all_files(fmt.read_manifest(directory))}
+    return {name: (directory / name).stat().st_mtime_ns for name in read_manifest(directory).files}
 
 
 @pytest.mark.parametrize("form", [".zarr", ""])
@@ -120,19 +125,19 @@ def test_of_a_half_synced_drive_only_what_is_wrong_is_made_and_copied_again(
     spoil: Callable[[Path], None],
     form: str,
 ) -> None:
-    monkeypatch.setattr(shelf, "PAUSES", (0.001,))
+    monkeypatch.setattr(mounted, "PAUSES", (0.001,))
     if not form:
-        push(small_set, tmp_path / "drive")
+        push(open_set(small_set), tmp_path / "drive")
     run(mat)
     there = tmp_path / "drive" / f"{small_set.name}{form}"
-    before, wrong = written(there), fmt.shard_name("rgb", 1, bool(form))
+    before, wrong = written(there), shard_file(RGB, 1, bool(form))
     spoil(there / wrong)
     shutil.rmtree(tmp_path / "root")
     done = run(mat)
     assert re.search(r"1 of \d+ files .* missing or short|gave other content", done.stderr)
     assert "3 of 4 shards are done already" in done.stderr
     assert same(tmp_path / "root" / small_set.name, small_set)
-    assert not [problem for _, problem in fmt.verify(there) if problem]
+    assert not [problem for _, problem in verify(open_set(there)) if problem]
     assert {name for name, when in written(there).items() if when != before[name]} == {wrong}
     assert sorted(p.name for p in (tmp_path / "root").iterdir() if p.name[0] != ".") == [small_set.name]
     assert not (tmp_path / "root" / ".shelf").exists()
@@ -141,20 +146,20 @@ def test_of_a_half_synced_drive_only_what_is_wrong_is_made_and_copied_again(
 def test_of_a_half_synced_drive_with_another_mat_at_hand_nothing_is_taken(
     mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
 ) -> None:
-    there = push(small_set, tmp_path / "drive")
+    there = push(open_set(small_set), tmp_path / "drive").path
     (there / "rgb-00001.npy").unlink()
     (tmp_path / "drive" / MAT_NAME).write_bytes(mat.read_bytes() + b"\0")
     done = run()
     assert done.returncode == 0, done.stderr
     made = Path(done.stdout.strip())
     assert made.name != small_set.name
-    assert [p.name for p in fmt.finished_sets(tmp_path / "root")] == [made.name]
+    assert [p.name for p in finished_sets(tmp_path / "root")] == [made.name]
 
 
 def test_a_plain_set_that_somebody_pushed_is_used_and_mended(
     mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
 ) -> None:
-    there = push(small_set, tmp_path / "drive")
+    there = push(open_set(small_set), tmp_path / "drive").path
     assert run(mat).returncode == 0
     os.truncate(there / "rgb-00001.npy", 0)
     assert run(mat).returncode == 0
@@ -179,19 +184,19 @@ def test_of_a_damaged_set_here_only_what_is_wrong_is_made_again(
     mat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], codecs: dict[str, str] | None
 ) -> None:
     root = tmp_path / "root"
-    made = convert(mat, root, SMALL, codecs=codecs)
-    before, wrong = written(made), fmt.shard_name("rgb", 1, codecs is not None)
+    made = Path(convert(mat, root, SMALL, codecs=codecs))
+    before, wrong = written(made), shard_file(RGB, 1, codecs is not None)
     flip(made / wrong)
     assert prepare(mat, root, SMALL, None, None) == made
     assert "3 of 4 shards are done already" in capsys.readouterr().err
-    assert not [problem for _, problem in fmt.verify(made) if problem]
+    assert not [problem for _, problem in verify(open_set(made)) if problem]
     assert {name for name, when in written(made).items() if when != before[name]} == {wrong}
 
 
 def test_a_damaged_manifest_here_is_mended_and_no_right_file_is_written_again(mat: Path, tmp_path: Path) -> None:
-    made = convert(mat, tmp_path / "root", SMALL)
+    made = Path(convert(mat, tmp_path / "root", SMALL))
     before = written(made)
-    flip(made / fmt.MANIFEST)
+    flip(made / MANIFEST)
     assert prepare(mat, tmp_path / "root", SMALL, None, None) == made
     assert written(made) == before
 
@@ -202,7 +207,7 @@ def test_other_settings_keep_the_old_set(mat: Path, small_set: Path, tmp_path: P
     other = Path(done.stdout.strip())
     assert done.stderr.splitlines()[-1].endswith(f"make train DATA={other}")
     for root, form in (("root", ""), ("drive", ".zarr")):
-        names = {p.name for p in fmt.finished_sets(tmp_path / root)}
+        names = {p.name for p in finished_sets(tmp_path / root)}
         assert names == {small_set.name + form, other.name + form}
 
 
@@ -221,15 +226,18 @@ def test_sets_of_two_sources_are_an_error_that_names_them(mat: Path, small_set: 
     root = Path(shutil.copytree(small_set.parent, tmp_path / "root"))
     other = tmp_path / "other.mat"
     other.write_bytes(mat.read_bytes() + b"\0")
-    second = convert(other, root, SMALL)
-    with pytest.raises(UserError, match=f"{min(small_set.name, second.name)}.*MAT="):
-        find_set(root, SMALL, {}, "")
-    assert find_set(root, SMALL, {"name": "other.mat"}, "") == second
-    assert find_set(root, Settings(), {}, "") is None
+    second = Path(convert(other, root, SMALL))
+    forms = ("",)
+    with pytest.raises(SeveralSets, match=min(small_set.name, second.name)):
+        find_set(root, SMALL, SourceFilter(), forms)
+    found = find_set(root, SMALL, SourceFilter(name="other.mat"), forms)
+    assert found is not None
+    assert found.path == second
+    assert find_set(root, ConversionSettings(), SourceFilter(), forms) is None
 
 
 def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "PAUSES", (0.001,))
+    monkeypatch.setattr(mounted, "PAUSES", (0.001,))
     (tmp_path / "drive").mkdir()
     real = os.stat
 
@@ -239,7 +247,7 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
         return real(path, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "stat", dead)
-    with pytest.raises(UserError, match=r"ENOTCONN 2 times while looking for .*force_remount=True"):
+    with pytest.raises(StoreFailed, match=r"ENOTCONN 2 times while looking for .*force_remount=True"):
         prepare(None, tmp_path / "root", SMALL, tmp_path / "drive", "http://127.0.0.1:9/")
 
 

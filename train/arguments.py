@@ -6,22 +6,24 @@ Each mistake is one line that names the argument, what was given, and what is ri
 import multiprocessing as mp
 import operator
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.format import UserError
+from shards.errors import UserError, WrongSetting
 
 if TYPE_CHECKING:  # the order of rows does without it
     import torch
 
 MOST_WORKERS = 64
+TARGET = re.compile(r"scene|semantic([1-9]\d{0,4})?|depth|instance")
 
 
-def refuse(name: str, given: Any, choices: str) -> UserError:
-    return UserError(f"{name} {' '.join(repr(given).split())[:80]}: {choices}")
+def refuse(name: str, given: Any, choices: str) -> WrongSetting:
+    return WrongSetting(name, repr(given), choices)
 
 
 def is_whole(value: Any) -> bool:
@@ -41,6 +43,18 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise refuse(name, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
+def check_target(target: Any) -> None:
+    """The classes of semanticN are the dataset's to know."""
+    is_known = isinstance(target, str) and TARGET.fullmatch(target)
+    if not is_known:
+        raise refuse("target", target, "choose scene, semantic, semanticN, depth or instance")
+
+
+def check_num_classes(num_classes: Any) -> None:
+    if num_classes is not None:
+        check_whole("num_classes", num_classes, 1, 10_000)
+
+
 def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
@@ -54,7 +68,9 @@ def check_function(name: str, value: Any) -> None:
 
 def check_path(path: Any) -> None:
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise refuse("dataset_path", path, "the path of a finished set, or of a folder that holds one")
+        raise refuse(
+            "dataset_path", path, "the path of a finished set, or of a folder that holds one"
+        )
     try:
         if os.path.isdir(path):
             os.scandir(path).close()
@@ -63,7 +79,9 @@ def check_path(path: Any) -> None:
     except FileNotFoundError:
         pass  # what to do about it is said where sets are looked for
     except OSError as error:
-        raise UserError(f"dataset_path {str(path)[:80]} cannot be read ({error.strerror}): choose another") from None
+        raise UserError(
+            f"dataset_path {str(path)[:80]} cannot be read ({error.strerror}): choose another"
+        ) from None
 
 
 def check_fields(fields: Any, known: Sequence[str]) -> tuple[str, ...]:
@@ -71,8 +89,16 @@ def check_fields(fields: Any, known: Sequence[str]) -> tuple[str, ...]:
     if fields is None:
         return ()
     names = list(fields) if isinstance(fields, tuple | list) else []
-    if not names or not all(isinstance(name, str) and name in known for name in names) or len(set(names)) < len(names):
-        raise refuse("fields", fields, f"a tuple such as ('rgb', 'depth'), from {', '.join(known)}, each once")
+    if (
+        not names
+        or not all(isinstance(name, str) and name in known for name in names)
+        or len(set(names)) < len(names)
+    ):
+        raise refuse(
+            "fields",
+            fields,
+            f"a tuple such as ('rgb', 'depth'), from {', '.join(known)}, each once",
+        )
     return tuple(names)
 
 
@@ -80,11 +106,18 @@ def check_workers(num_workers: Any) -> int | str:
     """A number, or "auto"; the command line's numbers are text."""
     if isinstance(num_workers, str) and num_workers == "auto":
         return "auto"
-    if isinstance(num_workers, str) and num_workers.isascii() and num_workers.isdecimal() and len(num_workers) < 5:
+    if (
+        isinstance(num_workers, str)
+        and num_workers.isascii()
+        and num_workers.isdecimal()
+        and len(num_workers) < 5
+    ):
         num_workers = int(num_workers)
     if not (is_whole(num_workers) and 0 <= num_workers <= MOST_WORKERS):
         hint = "Run: python -m train --num-workers auto"
-        raise refuse("num_workers", num_workers, f"'auto' or a whole number, 0 to {MOST_WORKERS}. {hint}")
+        raise refuse(
+            "num_workers", num_workers, f"'auto' or a whole number, 0 to {MOST_WORKERS}. {hint}"
+        )
     return int(num_workers)
 
 
@@ -95,9 +128,15 @@ def check_start_method(start_method: Any) -> None:
 
 def check_target_size(target_size: Any) -> None:
     """None, a number, or two."""
-    sizes = target_size if isinstance(target_size, tuple | list) and len(target_size) == 2 else [target_size]
+    sizes = (
+        target_size
+        if isinstance(target_size, tuple | list) and len(target_size) == 2
+        else [target_size]
+    )
     if target_size is not None and not all(is_whole(size) and 0 < size < 2**31 for size in sizes):
-        raise refuse("target_size", target_size, "a whole number, two of them, or None for the set's own")
+        raise refuse(
+            "target_size", target_size, "a whole number, two of them, or None for the set's own"
+        )
 
 
 def check_cache(cache: Any, device: Any) -> None:
@@ -120,7 +159,9 @@ def check_device(device: Any) -> "torch.device | None":
         torch.zeros(1, device=found).cpu()
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise refuse("device", device, f"no tensor can be kept there ({reason}). Use 'cuda' or 'cpu'") from None
+        raise refuse(
+            "device", device, f"no tensor can be kept there ({reason}). Use 'cuda' or 'cpu'"
+        ) from None
     return found
 
 
@@ -134,7 +175,9 @@ def one_whole_number(index: Any) -> int:
         return operator.index(index)
     except TypeError:
         what = " ".join(repr(index).split())[:80]
-        raise TypeError(f"ds[{what}]: one whole number; for several rows ds.batch([0, 1, 2])") from None
+        raise TypeError(
+            f"ds[{what}]: one whole number; for several rows ds.batch([0, 1, 2])"
+        ) from None
 
 
 def whole_numbers(indices: Any) -> np.ndarray:
@@ -143,14 +186,31 @@ def whole_numbers(indices: Any) -> np.ndarray:
         positions = np.asarray(indices)
     except (ValueError, TypeError, RuntimeError):  # rows of different lengths; a tensor on a GPU
         positions = np.empty(0, object)
-    if isinstance(indices, list | tuple) and any(isinstance(index, bool | np.bool_) for index in indices):
+    if isinstance(indices, list | tuple) and any(
+        isinstance(index, bool | np.bool_) for index in indices
+    ):
         positions = positions.astype(bool)  # among numbers numpy makes 0 and 1 of them
-    if positions.dtype.kind == "f" and positions.shape == (0,) and isinstance(indices, list | tuple | range):
+    if (
+        positions.dtype.kind == "f"
+        and positions.shape == (0,)
+        and isinstance(indices, list | tuple | range)
+    ):
         positions = positions.astype(np.int64)  # of []
-    if positions.dtype.kind == "O" and positions.ndim == 1 and len(positions) and all(map(is_whole, positions)):
+    if (
+        positions.dtype.kind == "O"
+        and positions.ndim == 1
+        and len(positions)
+        and all(map(is_whole, positions))
+    ):
         raise IndexError(f"positions {min(positions)}..{max(positions)}: no set has so many rows")
     if positions.dtype.kind not in "iu" or positions.ndim != 1:
-        given = "a mask" if positions.dtype.kind == "b" else f"{positions.dtype} of shape {positions.shape}"
+        given = (
+            "a mask"
+            if positions.dtype.kind == "b"
+            else f"{positions.dtype} of shape {positions.shape}"
+        )
         hint = "batch(np.flatnonzero(mask))" if positions.dtype.kind == "b" else "batch([0, 1, 2])"
-        raise TypeError(f"batch() takes the positions of rows, whole numbers in one row, not {given}: {hint}")
+        raise TypeError(
+            f"batch() takes the positions of rows, whole numbers in one row, not {given}: {hint}"
+        )
     return positions

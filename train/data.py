@@ -4,7 +4,6 @@ A batch is the fields asked for, then the target; by default (rgb, depth, label)
 stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the device.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from loader.buffers import Layout, arrays_in, n_bytes_of, private_memory, tensors_in
+from loader.buffers import arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
 from loader.loader import BatchMaker, Loader, Transform, worker_count
-from shards.format import FIELDS, SPLITS, VOID, UserError, open_set, resolve_set
+from loader.messages import Layout
+from shards.dataset import ShardSet, open_set, resolve_set
+from shards.errors import MissingSet, UserError, WrongSetting
+from shards.files import log
+from shards.gather import RowGather
+from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
 from stores.mounted import refuse_remote
 from train.arguments import (
     check_cache,
@@ -27,8 +31,10 @@ from train.arguments import (
     check_fields,
     check_flags,
     check_function,
+    check_num_classes,
     check_path,
     check_start_method,
+    check_target,
     check_target_size,
     check_whole,
     check_workers,
@@ -39,153 +45,189 @@ from train.augment import normalize_depth, normalize_rgb
 from train.order import Batches
 from train.unpack import unpacked
 
-SCENE_10 = [
-    "bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office", "home_office", "classroom", "bookstore",
-]  # fmt: skip
-SCENE_13 = [*SCENE_10, "playroom", "study", "reception_room"]
-TARGETS = {  # and the field each is read from
-    "scene": "", "semantic13": "label", "semantic40": "label", "semantic894": "label", "depth": "depth",
-    "instance": "instance",
-}  # fmt: skip
-INPUTS = ("rgb", "depth", "raw_depth")
-OPENED = {"_set", "_mapped", "_parts", "_rows", "_scene_ids", "_lut"}  # again, wherever a dataset is unpickled
+MM_A_METRE = np.float32(1000)
+SMALLEST_STD_M = 1e-6
+# How a stored field is handed over, by its kind. Depth is at most 32767 mm: as int16 it has the
+# bits of the uint16 on disk, and torch computes with it.
+INPUT_DTYPES = {"colour": "u1", "grey": "u1", "grey16": "u2", "depth": "i2"}
+OPENED = {"_set", "_gather", "_parts", "_rows", "_scene_ids", "_label_classes"}
 
 
-def scene_classes(num_classes: int, scene_types: list[str]) -> list[str]:
-    """The scene class names in id order: 27 as stored, 10 and 13 with `others` last."""
-    every = len(scene_types)
-    classes = {every: list(scene_types), 10: [*SCENE_10, "others"], 13: [*SCENE_13, "others"]}
-    if num_classes not in classes:
-        raise UserError(f"num_classes {num_classes}: choose 10, 13 or {every}. Run: python -m train --num-classes 13")
-    return classes[num_classes]
+def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False) -> ShardSet:
+    """Find, check and open a set; of a compressed one the unpacked copy, which is made first if need be.
 
-
-@dataclass(frozen=True)
-class Mapped:
-    """The shards of some fields as one table of row pieces; made as a whole, then never changed.
-
-    Seen as pieces of rows at any address between the first map and the end of the last, all shards and fields are one
-    table, and a batch is one index_select, which lets other threads run meanwhile. Below 32768 elements torch divides
-    the pieces among its threads, above that every single piece. `pieces` is over raw addresses: it lives no longer
-    than `maps`, and never reaches anybody without them.
+    Raises UserError where there is none, where it is damaged, or where it lies on a mounted Drive
+    and that is not allowed.
     """
+    if isinstance(path, ShardSet):
+        return path
+    check_path(path)
+    found = resolve_set(path)
+    if not allow_remote:
+        refuse_remote(found)
+    # Maps are opened later, perhaps from another working directory.
+    return open_set(unpacked(found).absolute())
 
-    maps: dict[str, list[np.ndarray]]
-    starts: dict[str, np.ndarray]  # of each shard, from the first address
-    pieces: Tensor
 
-    @classmethod
-    def of(cls, maps: dict[str, list[np.ndarray]], size: int) -> "Mapped":
-        ends = [(shard.ctypes.data, shard.nbytes) for shards in maps.values() for shard in shards]
-        low, high = min(start for start, _ in ends), max(map(sum, ends))
-        starts = {f: np.array([shard.ctypes.data for shard in shards]) - low for f, shards in maps.items()}
-        piece = size * max(d for d in range(1, size + 1) if size % d == 0 and size * d < 32768)
-        memory = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low)))
-        return cls(maps, starts, memory.as_strided((high - low - piece + 1, piece), (1, 1)))
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is learnt from a row. `field`: where it is stored; None: in a column."""
 
-    def gather(self, fields: tuple[str, ...], rows: np.ndarray, buffer: memoryview | None = None) -> np.ndarray:
-        """The bytes of rows that exist, field after field, the widest first, in `buffer` or in new memory.
+    name: str
+    field: str | None
+    n_classes: int | None = None  # of semanticN
 
-        Python's lock is let go only for the copy (as numpy does above 500 numbers, and torch for every operation): to
-        get it back beside a training step that holds it takes 5 ms.
-        """
-        piece, at = self.pieces.shape[1], 0
-        sizes = {field: self.maps[field][0][0].nbytes // piece for field in fields}
-        index = np.empty(len(rows) * sum(sizes.values()), np.int64)
-        for field in sorted(fields, key=lambda field: -self.maps[field][0].itemsize):
-            n_rows, n_pieces = len(self.maps[field][0]), sizes[field]
-            starts = self.starts[field][rows // n_rows] + rows % n_rows * (n_pieces * piece)
-            for k in range(n_pieces):
-                index[at + k : at + len(rows) * n_pieces : n_pieces] = starts + k * piece
-            at += len(rows) * n_pieces
-        size = len(index) * piece
-        out = np.empty(size, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8, size)
-        into = torch.from_numpy(out.reshape(len(index), piece))
-        torch.index_select(self.pieces, 0, torch.from_numpy(index), out=into)
-        return out
+
+def target_of(name: str) -> Target:
+    """ "scene", "semantic", "semanticN", "depth" or "instance"."""
+    if name == "scene":
+        return Target(name=name, field=None)
+    if name.startswith("semantic"):
+        n = name.removeprefix("semantic")
+        return Target(name=name, field="label", n_classes=int(n) if n else None)
+    return Target(name=name, field=name)
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
     """Rows of one split of a converted set.
 
     `ds[i]` is (rgb [3,H,W], depth [1,H,W], target); `batch(indices)` the same with a leading batch axis.
-    `device`: all rows are kept there as tensors (250 KB a row at 224), and so are batches.
-    Pickles its path and settings only; everything else is reopened where it lands. Raises UserError for a set that
-    is damaged, lacks a field, or has no row in the split.
+
+    path: a finished set, a folder that holds exactly one, or an opened one. split: train, val, test
+    or all. fields: names of colour, grey or depth fields. num_classes: which scene classes; None:
+    the dataset's default. device: all rows are kept there as tensors (250 KB a row at 224), and so
+    are batches. Pickles its path and settings only; everything else is reopened where it lands.
+    Raises UserError for a set that is damaged, lacks a field, or has no row in the split.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | ShardSet,
         *,
         split: str = "train",
         fields: tuple[str, ...] | None = None,
         target: str = "scene",
-        num_classes: int = 13,
+        num_classes: int | None = None,
         normalize: bool = False,
         device: str | torch.device | None = None,
         allow_remote: bool = False,
     ) -> None:
-        check_path(path)
         check_choice("split", split, (*SPLITS, "all"))
-        check_choice("target", target, tuple(TARGETS))
+        check_target(target)
         check_flags(normalize=normalize, allow_remote=allow_remote)
-        self.num_classes = check_whole("num_classes", num_classes, 1, 10_000)
-        self.fields = check_fields(fields, INPUTS) or (("rgb",) if target == "depth" else ("rgb", "depth"))
+        check_num_classes(num_classes)
+        self.num_classes = num_classes
         self.device = check_device(device)
-        self.path = resolve_set(path)
-        if not allow_remote:
-            refuse_remote(self.path)
-        self.path = unpacked(self.path)
-        self.split, self.target, self.normalize = split, target, normalize
-        self._open()
+        self.split = split
+        self.target = target
+        self.normalize = normalize
+        self._set = open_for_training(path, allow_remote=allow_remote)
+        self.path = self._set.path
+        inputs = [name for name, each in self._set.manifest.fields.items() if each.kind != "id"]
+        default = ("rgb",) if target == "depth" else ("rgb", "depth")
+        self.fields = check_fields(fields, inputs) or default
+        self._kept: np.ndarray | None = None  # positions in the split, of a subset
+        self._gather: RowGather | None = None
+        self._parts: tuple[Tensor, ...] | None = None
+        self._read_facts()
         if device is not None:
             self._all_parts()
 
+    # ------------------------------------------------------------------ opened where it is used
+
     def __getstate__(self) -> dict[str, Any]:
-        """Path and settings; a relative path as seen from here, as the pickle may be opened elsewhere."""
-        state = {key: value for key, value in self.__dict__.items() if key not in OPENED}
-        return {**state, "path": self._set.path}
+        """Path and settings; the path is absolute, as the pickle may be opened elsewhere."""
+        return {key: value for key, value in self.__dict__.items() if key not in OPENED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
-        if self.fingerprint != state["fingerprint"]:
-            raise UserError(f"{self.path} was replaced by another set since this dataset was made. Make it again")
+        self._set = open_set(self.path)
+        if self._set.manifest.fingerprint != self.fingerprint:
+            what = "was replaced by another set since this dataset was made"
+            raise MissingSet(self.path, what, "Make it again")
+        self._gather = None
+        self._parts = None
+        self._read_facts()
 
-    def _open(self) -> None:
-        """Read the manifest and the per-row columns; maps wait for the first row that is asked for."""
-        self._set = open_set(self.path.absolute())  # maps are opened later, perhaps from another working directory
-        self._mapped: Mapped | None = None
-        self._parts: tuple[Tensor, ...] | None = None
-        for field in filter(None, (*self.fields, TARGETS[self.target])):
-            self._set.check_has(field)
-        manifest, split = self._set.manifest, self._set.column("split")
-        self.size, self.fingerprint = self._set.settings.size, str(manifest["fingerprint"])
-        self.crop = self._set.settings.crop
-        self._rows = np.arange(len(split)) if self.split == "all" else np.flatnonzero(split == SPLITS.index(self.split))
-        if not len(self._rows):
-            raise UserError(f"{self.path} has no {self.split} rows. Run: make convert with a .mat that has some")
-        scene_classes(self.num_classes, manifest["names"]["scene_types"])  # refused with any target
-        self._read_names(manifest["names"])
-        statistics = manifest["fields"].get("depth", {}).get("statistics") or {"mean": [math.nan], "std": [math.nan]}
-        self.depth_mean, self.depth_std = statistics["mean"][0] / 1000, max(statistics["std"][0] / 1000, 1e-6)
-        if self.normalize and set(self.fields) != {"rgb"} and not self.depth_mean >= 0:
-            raise UserError(f"{self.path} has no train rows with depth to take statistics from. Run: make convert")
+    def _read_facts(self) -> None:
+        """The per-row columns; maps wait for the first row that is asked for."""
+        manifest = self._set.manifest
+        self.size = manifest.settings.size
+        self.crop = manifest.settings.crop
+        self.fingerprint = manifest.fingerprint
+        target = target_of(self.target)
+        for name in (*self.fields, *([target.field] if target.field else [])):
+            self._set.field(name)
+        self._input_fields = [self._set.field(name) for name in self.fields]
+        self._rows = self._rows_of_split()
+        self._read_classes(target)
+        if self._kept is not None:
+            self._rows = self._rows[self._kept]
+        self.depth_mean, self.depth_std = self._depth_statistics()
+        sees_depth = any(field.kind == "depth" for field in self._input_fields)
+        if self.normalize and sees_depth and not self.depth_mean >= 0:
+            what = "has no train rows with depth to take statistics from"
+            raise MissingSet(self.path, what, "Convert a source that has some")
 
-    def _read_names(self, names: dict[str, Any]) -> None:
+    def _rows_of_split(self) -> np.ndarray:
+        """Row numbers of the split."""
+        split = self._set.column("split")
+        if self.split == "all":
+            return np.arange(len(split))
+        rows = np.flatnonzero(split == SPLITS.index(self.split))
+        if not len(rows):
+            what = f"has no {self.split} rows"
+            raise MissingSet(self.path, what, "Convert a source that has some")
+        return rows
+
+    def _depth_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation in metres; nan where the set has none."""
+        depth = self._set.manifest.fields.get("depth")
+        if depth is None or depth.statistics is None:
+            return math.nan, math.nan
+        mean_m = depth.statistics.mean[0] / 1000
+        std_m = depth.statistics.std[0] / 1000
+        return mean_m, max(std_m, SMALLEST_STD_M)
+
+    def _read_classes(self, target: Target) -> None:
         """The classes, and what turns a stored scene type or label into one: void is -100, torch's ignore_index."""
+        dataset = self._set.dataset
         self.classes: list[str] = []
+        self._scene_ids = np.empty(0, np.int64)
+        self._label_classes = np.empty(0, np.int64)
+        protocol = dataset.protocol(self.num_classes)  # refused with any target
         if self.target == "scene":
-            self.classes = scene_classes(self.num_classes, names["scene_types"])
-            ids = {name: i for i, name in enumerate(self.classes)}
-            table = np.array([ids.get(name, len(ids) - 1) for name in names["scene_types"]], np.int64)
-            self._scene_ids = table[self._set.column("scene_type")]
-        elif self.target.startswith("semantic"):
-            k = self.target.removeprefix("semantic").replace("894", "")
-            self.classes = list(names[f"classes{k}"])
-            ids_k = np.array(names[f"to{k}"] if k else range(len(names["classes"]) + 1), np.int64)
-            self._lut = np.where(ids_k > 0, ids_k - 1, VOID)
+            self.classes = list(protocol.names)
+            self._scene_ids = self._ids_of_scenes(protocol.ids_of(dataset.scene_types))
+            self._leave_out_rows_without_a_class()
+        elif target.field == "label":
+            table = dataset.label_table(target.n_classes)
+            self.classes = list(table.names)
+            ids = np.array(table.ids, np.int64)
+            self._label_classes = np.where(ids > 0, ids - 1, VOID)
+
+    def _ids_of_scenes(self, id_of_type: np.ndarray) -> np.ndarray:
+        """[N] int64 of every row of the set; -1 = no class."""
+        types = self._set.column("scene_type")
+        has_type = types != NO_SCENE_TYPE
+        ids = np.full(len(types), -1, np.int64)
+        ids[has_type] = id_of_type[types[has_type]]
+        return ids
+
+    def _leave_out_rows_without_a_class(self) -> None:
+        is_known = self._scene_ids[self._rows] >= 0
+        n_unknown = int(np.sum(~is_known))
+        if not n_unknown:
+            return
+        if n_unknown == len(self._rows):
+            what = f"has no {self.split} rows with a scene type"
+            raise MissingSet(self.path, what, "Choose another target")
+        log(
+            f"{self.path}: {n_unknown} of {len(self._rows)} {self.split} rows have no class: left out"
+        )
+        self._rows = self._rows[is_known]
+
+    # ---------------------------------------------------------------------------- facts of rows
 
     def __repr__(self) -> str:
         return f"ShardDataset({str(self.path)!r}, split={self.split!r})"
@@ -193,13 +235,29 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
-        position = range(len(self))[one_whole_number(index)]  # from the end too, and an IndexError beyond
-        return tuple(part[0] for part in self.batch(np.array([position])))
+    @property
+    def shard_set(self) -> ShardSet:
+        """The opened set."""
+        return self._set
 
-    def __getitems__(self, indices: Any) -> list[tuple[Tensor, ...]]:
-        """One gather for the whole batch, handed over as rows (views), as torch's default collate wants them."""
-        return list(zip(*self.batch(indices), strict=True))
+    @property
+    def rows(self) -> np.ndarray:
+        """[N] the numbers of these rows in the set."""
+        return self._rows
+
+    @property
+    def camera(self) -> Camera | None:
+        """Where it is one for all rows; in pixels of the whole picture."""
+        return self._set.dataset.camera
+
+    @property
+    def crop_box(self) -> Box:
+        """What is stored of each picture, in pixels of the whole one."""
+        return self._set.dataset.crop_box(self.crop)
+
+    def row_facts(self, column: str) -> np.ndarray:
+        """[N, ...] one value a row of the split, such as its "scene"."""
+        return self._set.column(column)[self._rows]
 
     def labels(self) -> np.ndarray:
         """[N] int64: the scene class of every row of the split."""
@@ -207,49 +265,53 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise UserError("labels() is for target='scene'")
         return self._scene_ids[self._rows]
 
+    def subset(self, positions: np.ndarray) -> "ShardDataset":
+        """A dataset of some of these rows, by their positions [M] or by a mask [N]."""
+        chosen = np.arange(len(self))[positions]
+        before = np.arange(len(self)) if self._kept is None else self._kept
+        made = ShardDataset.__new__(ShardDataset)
+        made.__setstate__({**self.__getstate__(), "_kept": before[chosen]})
+        return made
+
     def rows_of(self, indices: Any) -> np.ndarray:
-        """Positions in the split [B] -> row numbers of the set. Raises TypeError for a mask or other numbers that are
-        not whole, IndexError for positions that do not exist (those from the end are for `ds[-1]` alone)."""
+        """Positions in the split [B] -> row numbers of the set.
+
+        Raises TypeError for a mask or numbers that are not whole, IndexError for positions that do
+        not exist (those from the end are for `ds[-1]` alone).
+        """
         positions = whole_numbers(indices)
         if len(positions) and not (positions.min() >= 0 and positions.max() < len(self)):
             found = f"positions {positions.min()}..{positions.max()}"
             raise IndexError(f"{found} of {len(self)} rows: choose from 0 to {len(self) - 1}")
         return self._rows[positions.astype(np.int64)]
 
-    def _map(self) -> Mapped:
-        """The memory maps, opened on first use. Threads that come at once may each open them; each has all of its own,
-        and one assignment, of a finished object, decides which are kept. So there is no lock that a fork could hold."""
-        mapped = self._mapped
-        if mapped is None:
-            names = {*self.fields, TARGETS[self.target]} - {""}
-            self._mapped = mapped = Mapped.of({field: self._set.shards(field) for field in names}, self.size)
-        return mapped
+    # ---------------------------------------------------------------------------------- batches
 
-    def _layout(self, n: int) -> Layout:
-        """Of a stored batch of n rows. Depth is at most 32767 mm: as int16 it has the bits of the uint16 on disk."""
-        plane = self.size, self.size
-        inputs = [("u1", (n, 3, *plane)) if field == "rgb" else ("i2", (n, 1, *plane)) for field in self.fields]
-        target = {"scene": ("i8", (n,)), "depth": ("f4", (n, 1, *plane))}.get(self.target, ("i8", (n, *plane)))
-        return [(np.dtype(kind), shape) for kind, shape in (*inputs, target)]
+    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        position = range(len(self))[
+            one_whole_number(index)
+        ]  # from the end too, and an IndexError beyond
+        return tuple(part[0] for part in self.batch(np.array([position])))
 
-    def fill(self, buffer: memoryview, indices: Any) -> Layout | None:
-        """Gather a batch in `buffer`: its layout there; or None, where there is something to compute."""
-        if self.normalize or self.device is not None:
-            return None
-        return self._fill(buffer, self.rows_of(indices))
+    def __getitems__(self, indices: Any) -> list[tuple[Tensor, ...]]:
+        """One gather for the whole batch, handed over as rows (views), as torch's default collate wants them."""
+        return list(zip(*self.batch(indices), strict=True))
 
-    def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
+    def batch(self, indices: Any) -> tuple[Tensor, ...]:
+        """The fields asked for, as float32 inputs where `normalize`, then the target, of these positions [B]."""
         use_one_thread_in_a_fork()
-        mapped, layout = self._map(), self._layout(len(rows))
-        target = arrays_in(buffer, layout)[-1]  # no part is wider: it lies first
-        if field := TARGETS[self.target]:
-            stored = mapped.gather((field,), rows).view(FIELDS[field]["dtype"]).reshape(target.shape)
-            stored = self._lut[stored] if field == "label" else stored
-            target[:] = stored / np.float32(1000) if field == "depth" else stored
-        else:
-            target[:] = self._scene_ids[rows]
-        mapped.gather(self.fields, rows, buffer[target.nbytes :])
-        return layout
+        *inputs, target = self.stored(indices)
+        if self.normalize:
+            pairs = zip(self._input_fields, inputs, strict=True)
+            inputs = [self._normalized(field, part) for field, part in pairs]
+        return (*inputs, target)
+
+    def _normalized(self, field: Field, part: Tensor) -> Tensor:
+        if field.kind == "depth":
+            return normalize_depth(part, self.depth_mean, self.depth_std)
+        if field.name == "rgb":
+            return normalize_rgb(part)
+        return normalize_levels(part, field)
 
     def stored(self, indices: Any) -> tuple[Tensor, ...]:
         """`batch` before normalising."""
@@ -259,6 +321,63 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         parts = self._all_parts()
         index = torch.from_numpy(whole_numbers(indices).astype(np.int64)).to(parts[0].device)
         return tuple(part.index_select(0, index) for part in parts)
+
+    def fill(self, buffer: memoryview, indices: Any) -> Layout | None:
+        """Gather a batch in `buffer`: its layout there; or None, where there is something to compute."""
+        if self.normalize or self.device is not None:
+            return None
+        return self._fill(buffer, self.rows_of(indices))
+
+    def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
+        use_one_thread_in_a_fork()
+        gather = self._opened_gather()
+        layout = self._layout(len(rows))
+        target = arrays_in(buffer, layout)[-1]  # no part is wider: it lies first
+        self._fill_target(target, rows, gather)
+        gather.into(self.fields, rows, buffer[target.nbytes :])
+        return layout
+
+    def _fill_target(self, target: np.ndarray, rows: np.ndarray, gather: RowGather) -> None:
+        name = target_of(self.target).field
+        if name is None:
+            target[:] = self._scene_ids[rows]
+            return
+        stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(target.shape)
+        if name == "label":
+            target[:] = self._label_classes[stored]
+        elif name == "depth":
+            target[:] = stored / MM_A_METRE
+        else:
+            target[:] = stored
+
+    def _layout(self, n: int) -> Layout:
+        """Of a stored batch of n rows."""
+        plane = (self.size, self.size)
+        parts: list[tuple[str, tuple[int, ...]]] = []
+        for field in self._input_fields:
+            planes = field.planes or (1,)
+            parts.append((INPUT_DTYPES[field.kind], (n, *planes, *plane)))
+        if self.target == "scene":
+            parts.append(("i8", (n,)))
+        elif self.target == "depth":
+            parts.append(("f4", (n, 1, *plane)))
+        else:
+            parts.append(("i8", (n, *plane)))
+        return [(np.dtype(dtype), shape) for dtype, shape in parts]
+
+    def _opened_gather(self) -> RowGather:
+        """The memory maps, opened on first use.
+
+        Threads that come at once may each open them; each has all of its own, and one assignment,
+        of a finished object, decides which are kept. So there is no lock that a fork could hold.
+        """
+        gather = self._gather
+        if gather is None:
+            target = target_of(self.target).field
+            names = {*self.fields, *([target] if target else [])}
+            shards = {name: self._set.shards(name) for name in names}
+            self._gather = gather = RowGather(shards, self.size)
+        return gather
 
     def _gathered(self, rows: np.ndarray) -> tuple[Tensor, ...]:
         buffer = private_memory(n_bytes_of(self._layout(len(rows))))
@@ -271,25 +390,46 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             self._parts = parts = tuple(part.to(self.device) for part in self._gathered(self._rows))
         return parts
 
-    def batch(self, indices: Any) -> tuple[Tensor, ...]:
-        """The fields asked for, as float32 inputs where `normalize`, then the target, of these positions [B]."""
-        use_one_thread_in_a_fork()
-        *inputs, target = self.stored(indices)
-        if self.normalize:
-            stats, pairs = (self.depth_mean, self.depth_std), zip(self.fields, inputs, strict=True)
-            inputs = [normalize_rgb(part) if field == "rgb" else normalize_depth(part, *stats) for field, part in pairs]
-        return (*inputs, target)
+
+def normalize_levels(levels_bchw: Tensor, field: Field) -> Tensor:
+    """Grey levels or colours [B,C,H,W] -> float32, by the mean and deviation of the set's train rows."""
+    if field.statistics is None:
+        raise UserError(
+            f"{field.name} has no statistics to normalise by: the set has no train rows"
+        )
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(field.statistics.mean, device=levels_bchw.device).view(shape)
+    std = torch.tensor(field.statistics.std, device=levels_bchw.device).view(shape)
+    return (levels_bchw.float() - mean) / std.clamp(min=1e-6)
+
+
+def evaluation_split(found: ShardSet, eval_split: str) -> str:
+    """The split to score on: the one named, or for "auto" val where the set has val rows, else test.
+
+    Raises MissingSet where it has neither.
+    """
+    if eval_split != "auto":
+        return eval_split
+    split = found.column("split")
+    for name in ("val", "test"):
+        if np.any(split == SPLITS.index(name)):
+            log(f"evaluation: on the {name} rows")
+            return name
+    raise MissingSet(
+        found.path, "has neither val nor test rows", "Give its rows a split (--split-by)"
+    )
 
 
 def create_dataloaders(
-    dataset_path: str | Path,
+    dataset_path: str | Path | ShardSet,
     *,
     batch_size: int = 128,
     num_workers: int | str = "auto",
-    num_classes: int = 13,
+    num_classes: int | None = None,
     target: str = "scene",
     normalize: bool = True,
     target_size: int | tuple[int, int] | None = None,
+    eval_split: str = "auto",
     seed: int = 0,
     fields: tuple[str, ...] | None = None,
     start_method: str | None = None,
@@ -302,39 +442,71 @@ def create_dataloaders(
     device: str | torch.device | None = None,
     allow_remote: bool = False,
 ) -> tuple[Loader, Loader]:
-    """(train_loader, val_loader) over the official split of a converted set.
+    """(train_loader, val_loader) over the splits of a converted set.
 
-    dataset_path: a finished set or a ROOT that holds exactly one. num_workers: 0 gathers in one thread (in the caller
-    with prefetch=False), "auto" measures how long a batch takes to make. target_size: None, or the set's own size.
-    transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows stay on `device`.
-    allow_remote: read a set on a FUSE mount all the same. Raises UserError for a wrong setting.
+    dataset_path: a finished set, a ROOT that holds exactly one, or an opened set.
+    num_workers: 0 gathers in one thread (in the caller with prefetch=False), "auto" measures how
+    long a batch takes to make. num_classes: which scene classes; None: the dataset's default.
+    target_size: None, or the set's own size. eval_split: train, val or test, for the second loader;
+    "auto": val where the set has val rows, else test.
+    transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows
+    stay on `device`. allow_remote: read a set on a FUSE mount all the same.
+
+    Raises UserError for a wrong setting, and for a set that cannot be read.
     """
     batch_size = check_whole("batch_size", batch_size, 1, 2**31)
     workers = check_workers(num_workers)
     seed = check_whole("seed", seed, 0, 2**64 - 1)
     world = check_whole("world", world, 1, 2**31)
     rank = check_whole("rank", rank, 0, world - 1)
+    check_choice("eval_split", eval_split, ("auto", *SPLITS))
     check_target_size(target_size)
     check_flags(normalize=normalize, prefetch=prefetch, allow_remote=allow_remote)
     check_function("transform", transform)
     check_function("val_transform", val_transform)
     check_start_method(start_method)
     check_cache(cache, device)
-    chosen: dict[str, Any] = {"target": target, "num_classes": num_classes, "normalize": normalize, "fields": fields}
 
-    def loader(split: str, change: Transform | None, place: Any = None) -> Loader:
-        dataset = ShardDataset(dataset_path, split=split, device=place, allow_remote=allow_remote, **chosen)
-        have = dataset.size
-        if target_size is not None and not set(np.ravel(target_size).tolist()) <= {have}:
-            hint = f"Run: make convert ARGS='--size {np.min(target_size)}'"
-            raise UserError(f"{dataset.path} is {have}x{have}, not {target_size}. {hint}")
-        if split == "train" and len(dataset) < world:
-            raise UserError(f"{dataset.path} has {len(dataset)} train rows for world {world}: choose a smaller world")
-        maker = BatchMaker(dataset=dataset, transform=change, seed=0)
-        count = 0 if place is not None else worker_count(workers, maker, batch_size, len(dataset), split)
-        batches = Batches(len(dataset), batch_size, seed if split == "train" else None, rank, world)
-        ahead = prefetch and place is None
-        return Loader(dataset, batches, count, start_method, prefetch=ahead, transform=change, seed=seed)
+    found = open_for_training(dataset_path, allow_remote=allow_remote)
+    _check_size(found, target_size)
+    place = device
+    if cache is not None and device is None:
+        place = "cuda" if torch.cuda.is_available() else "cpu"
 
-    place = device if device is not None or cache is None else "cuda" if torch.cuda.is_available() else "cpu"
-    return loader("train", transform, place), loader("test", val_transform)
+    def dataset_of(split: str, on: str | torch.device | None) -> ShardDataset:
+        return ShardDataset(
+            found,
+            split=split,
+            fields=fields,
+            target=target,
+            num_classes=num_classes,
+            normalize=normalize,
+            device=on,
+        )
+
+    def loader_of(
+        dataset: ShardDataset, order: int | None, change: Transform | None, ahead: bool
+    ) -> Loader:
+        n_workers = 0
+        if dataset.device is None:
+            maker = BatchMaker(dataset, change, 0)
+            n_workers = worker_count(workers, maker, batch_size, len(dataset), dataset.split)
+        batches = Batches(len(dataset), batch_size, order, rank, world)
+        return Loader(
+            dataset, batches, n_workers, start_method, prefetch=ahead, transform=change, seed=seed
+        )
+
+    train_set = dataset_of("train", place)
+    if len(train_set) < world:
+        what = f"has {len(train_set)} train rows for world {world}"
+        raise WrongSetting("world", world, f"{found.path} {what}: choose a smaller one")
+    val_set = dataset_of(evaluation_split(found, eval_split), None)
+    train_loader = loader_of(train_set, seed, transform, prefetch and place is None)
+    return train_loader, loader_of(val_set, None, val_transform, prefetch)
+
+
+def _check_size(found: ShardSet, target_size: Any) -> None:
+    have = found.settings.size
+    if target_size is not None and not set(np.ravel(target_size).tolist()) <= {have}:
+        what = f"{found.path} is {have}x{have}"
+        raise WrongSetting("target_size", target_size, f"{what}: convert it with that size")

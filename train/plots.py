@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from convert.inspect import class_colours
+from shards.spec import class_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shards.format import MANIFEST, UserError, log, open_set, read_manifest
+from shards.dataset import open_set
+from shards.errors import UserError, WrongPlace
+from shards.files import log
+from shards.manifest import MANIFEST, read_manifest
 
 CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
 
 
 def unpacked(path: Path) -> Path:
-    """The set; of a compressed one the .npy copy, made by `convert` in its own process: zarr is never loaded here.
+    """The set; of a compressed one the .npy copy, made by `shards.copy` in its own process: zarr is never loaded here.
 
     A copy is taken where its manifest has the same fingerprint, every file the size and every shard the header that it
     names; the manifest is written last, so half a copy has none. Raises UserError where none can be made.
@@ -19,9 +22,10 @@ def unpacked(path: Path) -> Path:
     if path.suffix != ".zarr":
         return path
     manifest = read_manifest(path)
-    if set(manifest["codecs"].values()) == {"none"}:
+    if set((manifest.codecs or {}).values()) <= {"none"}:
         return path
-    digest, name = str(manifest["fingerprint"]), path.with_suffix("").name
+    digest = manifest.fingerprint
+    name = path.with_suffix("").name
     cache = cache_folder()
     # The last one is for a set whose name, eight digits of its fingerprint, is another's too.
     roots = [path.parent.absolute(), *((cache, cache / digest) if cache else ())]
@@ -33,17 +37,17 @@ def unpacked(path: Path) -> Path:
             _unpack(path, root, digest)
             return path.with_suffix("") if root == roots[0] else root / name
     where = cache or "a home"
-    raise UserError(
-        f"{path} is compressed, and neither {path.parent} nor {where} can be written to. "
-        "Run again with XDG_CACHE_HOME=/a/writable/folder"
-    )
+    what = f"is compressed, and neither {path.parent} nor {where} can be written to"
+    raise WrongPlace(path, what, "Set XDG_CACHE_HOME=/a/writable/folder and try again")
 
 
 def cache_folder() -> Path | None:
     """$XDG_CACHE_HOME/nyuv2-shards, by default under ~/.cache; None for a user without a home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        above = Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # relative ones are invalid by XDG
+        above = (
+            Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+        )  # relative ones are invalid by XDG
     except RuntimeError:
         return None
     return above / CACHE
@@ -52,7 +56,7 @@ def cache_folder() -> Path | None:
 def is_copy(path: Path, digest: str) -> bool:
     """A whole one of the set with this fingerprint."""
     try:
-        return str(open_set(path).manifest["fingerprint"]) == digest
+        return open_set(path).manifest.fingerprint == digest
     except (UserError, OSError):
         return False
 
@@ -60,7 +64,7 @@ def is_copy(path: Path, digest: str) -> bool:
 def is_other(path: Path, digest: str) -> bool:
     """A finished set with another fingerprint."""
     try:
-        return str(read_manifest(path)["fingerprint"]) != digest
+        return read_manifest(path).fingerprint != digest
     except (UserError, OSError):
         return False
 
@@ -78,14 +82,20 @@ def is_writable(root: Path) -> bool:
 
 
 def _unpack(path: Path, root: Path, digest: str) -> None:
-    """A second process waits for the first, inside `convert`, and takes what it made.
+    """A second process waits for the first, inside `shards.copy`, and takes what it made.
 
-    A damaged copy loses its manifest: it is half a copy then, which `convert` goes on with, file by file.
+    A damaged copy loses its manifest: it is half a copy then, which `shards.copy` goes on with, file by file.
     """
     copy = root / path.with_suffix("").name
     log(f"{path} is compressed: unpacking it once, into {copy}")
-    if (copy / MANIFEST).exists() and not is_copy(copy, digest):  # in this order: it is not being made right now
+    if (copy / MANIFEST).exists() and not is_copy(
+        copy, digest
+    ):  # in this order: it is not being made right now
         (copy / MANIFEST).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "convert", "run", str(path.absolute()), "--out", str(root)]
-    if subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f"{path} could not be unpacked. Run: {' '.join(['python', *command[1:]])}")
+    command = ["-m", "shards.copy", str(path.absolute()), str(root)]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL
+    )
+    if done.returncode:
+        right = f"To see why: {' '.join(['python', *command])}"
+        raise WrongPlace(path, "could not be unpacked", right)

@@ -1,67 +1,137 @@
-"""The published tables: 894 class names and their 40 and 13 groups, the 464 official scenes, the 27 scene types."""
+"""What is published about NYU Depth v2: class names and their groups, official scenes, scene types, camera, crops."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.sources.nyu_mat import Mat
+from shards.files import FileEntry
+from shards.spec import SPLITS, Box, Camera, DatasetSpec, LabelTable, SceneProtocol
 
 TRAIN_SHARE = 795 / 1449
+SCENE_TYPES_OF_10 = (
+    *("bedroom", "kitchen", "living_room", "bathroom", "dining_room", "office"),
+    *("home_office", "classroom", "bookstore"),
+)
+SCENE_TYPES_OF_13 = (*SCENE_TYPES_OF_10, "playroom", "study", "reception_room")
+TRAIN, TEST = SPLITS.index("train"), SPLITS.index("test")
 
 
 @cache
 def tables() -> dict[str, Any]:
     """`nyu_tables.json` beside this file."""
-    return json.loads((Path(__file__).parent / "nyu_tables.json").read_text())  # type: ignore[no-any-return]
+    path = Path(__file__).parent / "nyu_tables.json"
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+@cache
+def nyu() -> DatasetSpec:
+    """The dataset as published."""
+    official = tables()
+    return DatasetSpec(
+        name="nyuv2",
+        scene_types=tuple(official["scene_types"]),
+        protocols=(
+            SceneProtocol(classes=SCENE_TYPES_OF_10, others="others"),
+            SceneProtocol(classes=SCENE_TYPES_OF_13, others="others"),
+        ),
+        default_n_classes=13,
+        label_names=tuple(official["classes"]),
+        label_tables=_label_tables(official["classes"]),
+        width=640,
+        height=480,
+        crops={
+            "border": Box(top=6, bottom=473, left=7, right=632),  # without the white frame
+            "eigen": Box(top=45, bottom=471, left=41, right=601),  # that depth is scored in
+        },
+        camera=Camera(fx=518.86, fy=519.47, cx=325.58, cy=253.74),  # from the set's toolbox
+    )
+
+
+def _label_tables(label_names: Sequence[str]) -> tuple[LabelTable, ...]:
+    """The 40 and the 13 classes, of these names; what is not an official name is void."""
+    official = tables()
+    found = []
+    for n in (40, 13):
+        of_name = dict(zip(official["classes"], official[f"to{n}"], strict=True))
+        ids = (0, *(of_name.get(name, 0) for name in label_names))
+        found.append(LabelTable(names=tuple(official[f"classes{n}"]), ids=ids))
+    return tuple(found)
+
+
+def with_names(
+    label_names: Sequence[str], scene_types: Sequence[str], announce: Callable[[str], None]
+) -> DatasetSpec:
+    """The dataset with the names that a file has, some of which may not be official."""
+    official = nyu()
+    strange = [name for name in label_names if name not in official.label_names]
+    if strange:
+        what = f"{len(strange)} class names are not official (such as {strange[0]})"
+        announce(f"{what}: void among the 40 and the 13")
+    more_types = sorted(set(scene_types) - set(official.scene_types))
+    return replace(
+        official,
+        scene_types=(*official.scene_types, *more_types),
+        label_names=tuple(label_names),
+        label_tables=_label_tables(label_names),
+    )
 
 
 def split_of(scene: str) -> tuple[int, bool]:
-    """(0 train | 1 test, whether the scene is official). Others: by the SHA-256 of their name."""
+    """(the number of its split, whether the scene is official). Others: by the SHA-256 of their name."""
     if scene in _official_splits():
         return _official_splits()[scene], True
     share = int.from_bytes(hashlib.sha256(scene.encode()).digest()[:8], "big") / 2**64
-    return int(share >= TRAIN_SHARE), False
+    return TRAIN if share < TRAIN_SHARE else TEST, False
 
 
 @cache
 def _official_splits() -> dict[str, int]:
-    return {scene: k for k, key in enumerate(("train_scenes", "test_scenes")) for scene in tables()[key]}
+    train = dict.fromkeys(tables()["train_scenes"], TRAIN)
+    test = dict.fromkeys(tables()["test_scenes"], TEST)
+    return train | test
 
 
-def row_columns(mat: Mat, announce: Callable[[str], None]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(one array a per-row fact, the tables of names that their numbers point into)."""
-    scenes, types = mat.strings("scenes", mat.n_rows), mat.strings("sceneTypes", mat.n_rows)
-    scene_names, scene_index = np.unique(np.array(scenes), return_inverse=True)
-    type_names = tables()["scene_types"] + sorted(set(types) - set(tables()["scene_types"]))
-    by_scene = {str(name): split_of(str(name)) for name in scene_names}
-    if unknown := [name for name, (_, official) in by_scene.items() if not official]:
-        announce(f"{len(unknown)} scenes are not official (such as {unknown[0]}): split by a hash of their name")
-    columns = {
-        "split": np.array([by_scene[s][0] for s in scenes], "|u1"),
-        "scene": scene_index.astype("<u4"),
-        "scene_type": np.array([type_names.index(t) for t in types], "<u2"),
-        "accel": mat.accel(),
-        "raw_rgb": np.char.encode(np.array(mat.strings("rawRgbFilenames", mat.n_rows)), "utf-8"),
-        "raw_depth": np.char.encode(np.array(mat.strings("rawDepthFilenames", mat.n_rows)), "utf-8"),
-    }
-    return columns, {"scenes": [str(s) for s in scene_names], "scene_types": type_names, **_label_names(mat, announce)}
+def splits_of(scenes: Sequence[str], announce: Callable[[str], None]) -> np.ndarray:
+    """[N] the split of each row, by its scene."""
+    found = {scene: split_of(scene) for scene in dict.fromkeys(scenes)}
+    unknown = sorted(scene for scene, (_, is_official) in found.items() if not is_official)
+    if unknown:
+        what = f"{len(unknown)} scenes are not official (such as {unknown[0]})"
+        announce(f"{what}: split by a hash of their name")
+    return np.array([found[scene][0] for scene in scenes], "|u1")
 
 
-def _label_names(mat: Mat, announce: Callable[[str], None]) -> dict[str, Any]:
-    """The file's class names and, for each id from 0, its id among the 40 and the 13 (0 = void)."""
-    official, names = tables(), mat.strings("names")
-    if len(names) < len(official["classes"]):  # labels go up to 894: each needs its name
-        raise mat.refuse(f"names has {len(names)} entries, expected {len(official['classes'])}")
-    if strange := [name for name in names if name not in official["classes"]]:
-        announce(f"{len(strange)} class names are not official (such as {strange[0]}): void among the 40 and the 13")
-    same = {key: official[key] for key in ("classes40", "classes13")}
-    groups = {}
-    for key in ("to40", "to13"):
-        ids = dict(zip(official["classes"], official[key], strict=True))
-        groups[key] = [0, *(ids.get(name, 0) for name in names)]
-    return {"classes": names, **same, **groups}
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """A file as its authors published it, and where it is to be had.
+
+    by_hand: what to do where `url` does not give it, for people to read.
+    """
+
+    name: str
+    url: str
+    content: FileEntry
+    md5: str
+    by_hand: str
+
+
+NYU_DOWNLOAD = PublishedFile(
+    name="nyu_depth_v2_labeled.mat",
+    url="https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat",
+    content=FileEntry(
+        2_972_037_809, "2d724b0c0ab358aa1ce5df855e5bd14a2279ab7202efe22f32a30d612dcb86aa"
+    ),
+    md5="520609c519fba3ba5ac58c8fefcc3530",
+    by_hand="""by hand, any one of:
+  the data set's page    https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html
+  a mirror               academictorrents.com 47a9a46bb784b394e398228d4c85a8d61d01dfa8
+                         kaggle.com rmzhang0526/nyu-depth-v2-labeled
+  somebody's copy        2972037809 bytes, md5 520609c519fba3ba5ac58c8fefcc3530
+then put it into your Drive folder as nyu_depth_v2_labeled.mat, or say where it is with MAT=""",
+)

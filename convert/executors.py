@@ -1,0 +1,244 @@
+"""The tasks of a plan done on this machine: receipts of durable shards come out, in the order in which they are ready.
+
+Threads decode, or helper processes for them; one writer thread makes full shards durable. Two shards are held, or as
+many as one task touches: memory does not depend on the number of rows.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.decode import Buffers, Decoder, Helper, unpacked_bytes
+from convert.machine import memory_of
+from convert.plan import Plan, Task
+from convert.resize import Resizer
+from convert.sources.base import RowReader, Source
+from shards.files import log
+from shards.manifest import Receipt
+
+HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
+MIN_SLOTS = 2  # one shard is filled while another is written
+WriteShard = Callable[[int, Mapping[str, np.ndarray]], Receipt]
+Receipts = list[tuple[int, Receipt]]
+
+
+@dataclass
+class OpenShard:
+    """A shard being filled: which buffers it has, and how many rows of all fields are still to come."""
+
+    number: int
+    slot: int
+    n_rows: int
+    n_missing: int
+
+
+class LocalExecutor:
+    """Does the tasks of one plan. Used once: `with LocalExecutor(...) as executor: executor.run(...)`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        readers: Mapping[str, RowReader],
+        tasks: Sequence[Task],
+        workers: int,
+    ) -> None:
+        """readers: of every field; closed at the end. tasks: those that are still to do.
+
+        workers: threads, and as many helper processes where there is enough to do for them.
+        """
+        self.peak_memory: int | None = 0  # bytes; None where the system does not tell
+        self._plan = plan
+        self._source = source
+        self._tasks = list(tasks)
+        self._n_workers = workers
+        self._readers = readers
+        self._open: dict[int, OpenShard] = {}
+        self._lock = (
+            threading.Lock()
+        )  # of what is missing of the open shards, and of the count below
+        self._n_running = 0
+        self._ended = SimpleQueue[Future[Receipts]]()
+        self._helpers = SimpleQueue[Helper]()
+        self._fields_of_helpers: set[str] = set()
+        self._processes = [os.getpid()]
+
+        n_slots = max(MIN_SLOTS, *(len(task.shards) for task in tasks), 0)
+        self._free_slots = list(range(n_slots))
+        n_rows = min(plan.settings.rows_per_shard, plan.n_rows)
+        self._buffers = Buffers(plan.fields, plan.settings.size, n_slots, n_rows)
+        self._decoder = self._new_decoder()
+        self._pool = ThreadPoolExecutor(workers)
+        self._writer = ThreadPoolExecutor(1)
+        self._n_todo = sum(plan.n_rows_of(k) for k in {k for task in tasks for k in task.shards})
+        self._bar = tqdm(
+            total=self._n_todo, unit="row", desc="convert", disable=None, smoothing=0.05
+        )
+
+    def _new_decoder(self) -> Decoder:
+        settings = self._plan.settings
+        resizers = {
+            field.name: Resizer(
+                field=field,
+                size=settings.size,
+                box=self._plan.box,
+                depth_resize=settings.depth_resize,
+                highest_id=self._source.highest_id(field.name),
+            )
+            for field in self._plan.fields
+        }
+        return Decoder(
+            source=str(self._source),
+            names={name: self._source.name_of(name) for name in resizers},
+            advice=self._source.advice,
+            rows_per_shard=settings.rows_per_shard,
+            readers=self._readers,
+            resizers=resizers,
+            buffers=self._buffers,
+        )
+
+    def __enter__(self) -> "LocalExecutor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After Ctrl-C threads may be waiting for a server that says nothing.
+        may_hang = kind is KeyboardInterrupt and self._source.may_hang
+        self._pool.shutdown(wait=not may_hang, cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
+        self._bar.close()
+        while not self._helpers.empty():
+            self._helpers.get().close()
+        for reader in self._readers.values():
+            reader.close()
+        self._buffers.close()
+
+    def run(
+        self, scratch: Path, write: WriteShard, facts: "Future[Any]"
+    ) -> Iterator[tuple[int, Receipt]]:
+        """Yields (shard, receipt) as soon as a shard is durable; raises what any of its threads raised.
+
+        scratch: a directory for what has to be unpacked first. write: called in one thread, a full
+        shard at a time. facts: what `write` waits for; where it fails, everything ends.
+        """
+        facts.add_done_callback(self._note_failure)
+        self._prepare(scratch)
+        for task in self._tasks:
+            for k in task.shards:
+                while k not in self._open and not self._free_slots:
+                    yield from self._wait()
+                if k not in self._open:
+                    self._begin(k)
+            slots = {k: self._open[k].slot for k in task.shards}
+            self._submit(self._pool, self._decode, task, slots, write)
+        while self._n_running:
+            yield from self._wait()
+
+    def _note_failure(self, facts: "Future[Any]") -> None:
+        if not facts.cancelled() and facts.exception():
+            self._submit(self._writer, facts.result)
+
+    def _prepare(self, scratch: Path) -> None:
+        """Helpers load while the indexes are read; then they get them."""
+        if not self._tasks:
+            return
+        self._start_helpers()
+        for name, reader in self._readers.items():
+            with self._decoder.blaming(name):
+                reader.read_index()
+        self._send_decoder()
+        for name, reader in self._readers.items():
+            if reader.scratch_bytes:
+                called = self._source.name_of(name)
+                log(f"{called} is chunked across rows: unpacking it into a scratch file first")
+                with self._decoder.blaming(name):
+                    reader.fill_scratch(scratch, self._pool.map)
+
+    def _start_helpers(self) -> None:
+        """One a thread, where there is enough to do for them and the source can be read by several processes."""
+        n_bytes = self._n_todo * sum(map(unpacked_bytes, self._readers.values()))
+        if self._source.handle is None or self._n_workers < 2 or n_bytes < HELPERS_FROM:
+            return
+        for _ in range(self._n_workers):
+            helper = Helper((self._source.handle, self._buffers.fd))
+            self._helpers.put(helper)
+            self._processes.append(helper.process.pid)
+
+    def _send_decoder(self) -> None:
+        n_helpers = self._helpers.qsize()
+        if not n_helpers:
+            return
+        travelling = {name: each for name, each in self._readers.items() if each.can_travel}
+        self._fields_of_helpers = set(travelling)
+        for _ in range(n_helpers):
+            helper = self._helpers.get()
+            self._helpers.put(helper)
+            helper.send(replace(self._decoder, readers=travelling))
+
+    def _begin(self, k: int) -> None:
+        n_rows = self._plan.n_rows_of(k)
+        self._open[k] = OpenShard(
+            number=k,
+            slot=self._free_slots.pop(),
+            n_rows=n_rows,
+            n_missing=n_rows * len(self._readers),
+        )
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., Receipts], *args: Any) -> None:
+        with self._lock:
+            self._n_running += 1
+        pool.submit(work, *args).add_done_callback(self._ended.put)
+
+    def _wait(self) -> Iterator[tuple[int, Receipt]]:
+        """Until something ends: the receipts that it gave."""
+        receipts = self._ended.get().result()
+        with self._lock:
+            self._n_running -= 1
+        for k, receipt in receipts:
+            self._end(k)
+            yield k, receipt
+
+    def _decode(self, task: Task, slots: dict[int, int], write: WriteShard) -> Receipts:
+        """Some groups of one field into their shards; those that are full now are written."""
+        if task.field in self._fields_of_helpers:
+            helper = self._helpers.get()
+            try:
+                n_placed = helper.decode(task.field, task.groups, slots)
+            finally:
+                self._helpers.put(helper)
+        else:
+            n_placed = self._decoder.decode(task.field, task.groups, slots)
+
+        for k, n_rows in n_placed.items():
+            with self._lock:
+                self._open[k].n_missing -= n_rows
+                is_full = self._open[k].n_missing == 0
+            if is_full:
+                self._submit(self._writer, self._write, self._open[k], write)
+        return []
+
+    def _write(self, shard: OpenShard, write: WriteShard) -> Receipts:
+        arrays = self._buffers.arrays[shard.slot]
+        receipt = write(shard.number, {name: rows[: shard.n_rows] for name, rows in arrays.items()})
+        now = memory_of(self._processes)
+        if now is None or self.peak_memory is None:
+            self.peak_memory = None
+        else:
+            self.peak_memory = max(self.peak_memory, now)
+        return [(shard.number, receipt)]
+
+    def _end(self, k: int) -> None:
+        """Its buffers can be used again."""
+        shard = self._open.pop(k)
+        self._free_slots.append(shard.slot)
+        self._bar.update(shard.n_rows)
+        if self._bar.disable:
+            start, stop = self._plan.bounds[k]
+            log(f"shard {k + 1} of {len(self._plan.bounds)}: rows {start}..{stop - 1}")

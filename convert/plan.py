@@ -1,0 +1,99 @@
+"""What a conversion will do, as plain data: nothing here opens, reads or writes anything.
+
+Plan           which rows, in which shards, as which fields: the bytes of shard k follow from (plan, k)
+plan_tasks     Plan + how the rows lie in the source + the shards that are done  ->  list[Task]
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from shards.manifest import bounds_of
+from shards.spec import Box, Codecs, ConversionSettings, Field, SourceIdentity, fingerprint
+from shards.writing import set_name
+
+ROWS_PER_TASK = 8  # or one group of rows that are decoded together, where it is larger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A set that is to be made. `box`: what is stored of each picture; None: all of it."""
+
+    dataset: str
+    settings: ConversionSettings
+    source: SourceIdentity
+    fields: Sequence[Field]
+    n_rows: int
+    box: Box | None = None
+    codecs: Codecs = None
+    decoder: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.settings, self.source)
+
+    @property
+    def directory_name(self) -> str:
+        return set_name(self.dataset, self.settings.size, self.fingerprint, self.codecs)
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """(first row, row after the last) of each shard."""
+        return bounds_of(self.n_rows, self.settings.rows_per_shard)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one stored row of all fields."""
+        return sum(each.row_bytes(self.settings.size) for each in self.fields)
+
+    def n_rows_of(self, shard: int) -> int:
+        first = shard * self.settings.rows_per_shard
+        return min(self.settings.rows_per_shard, self.n_rows - first)
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """Some groups of rows of one field; in the order in which tasks are done.
+
+    Shard by shard, and in a shard field by field: few shards are open at once.
+    """
+
+    shard: int  # that its first row falls in
+    field_place: int
+    first_row: int
+    field: str = dataclasses.field(compare=False)
+    groups: range = dataclasses.field(compare=False)
+    shards: tuple[int, ...] = dataclasses.field(
+        compare=False
+    )  # that its rows fall in and that are not done
+
+
+def plan_tasks(plan: Plan, group_rows: Mapping[str, int], done: Collection[int]) -> list[Task]:
+    """All that is needed for the shards that are not `done`, in order.
+
+    group_rows: of each field, how many rows of the source are decoded together.
+    """
+    tasks = []
+    for place, each in enumerate(plan.fields):
+        rows_per_group = group_rows[each.name]
+        groups_per_task = max(1, ROWS_PER_TASK // rows_per_group)
+        n_groups = -(-plan.n_rows // rows_per_group)
+        for first_group in range(0, n_groups, groups_per_task):
+            groups = range(first_group, min(first_group + groups_per_task, n_groups))
+            first_row = groups.start * rows_per_group
+            last_row = min(groups.stop * rows_per_group, plan.n_rows) - 1
+            shards = _shards_between(plan, first_row, last_row)
+            todo = tuple(k for k in shards if k not in done)
+            if todo:
+                tasks.append(
+                    Task(
+                        shards.start, place, first_row, field=each.name, groups=groups, shards=todo
+                    )
+                )
+    return sorted(tasks)
+
+
+def _shards_between(plan: Plan, first_row: int, last_row: int) -> range:
+    """The shards that these rows fall in."""
+    step = plan.settings.rows_per_shard
+    return range(first_row // step, last_row // step + 1)

@@ -1,0 +1,104 @@
+"""The labelled set of NYU Depth v2 as a source: rows of its .mat, with the published facts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.sources.base import RowFacts
+from convert.sources.chunks import Reader
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Elsewhere, Mat, sampled_identity
+from convert.sources.nyu_tables import nyu, splits_of, with_names
+from shards.errors import WrongSetting
+from shards.files import log
+from shards.spec import KNOWN_FIELDS, ConversionSettings, Field, SourceIdentity
+
+HIGHEST_LABEL = 894
+
+
+class NyuSource:
+    """An open nyu_depth_v2_labeled.mat, or a file of its layout. See convert.sources.base.Source.
+
+    Raises WrongSource for any other file, and WrongSetting where `axes` or `crop` do not fit it.
+    """
+
+    def __init__(self, path: Path | Elsewhere, settings: ConversionSettings) -> None:
+        self.path = path
+        self.dataset = nyu()
+        self.fields: Mapping[str, Field] = KNOWN_FIELDS
+        wanted = settings.of_source(list(KNOWN_FIELDS.values()))
+        self._mat = Mat(path, wanted.fields, settings.axes)
+        self._settings = wanted
+        self.n_rows = self._mat.n_rows
+        self.handle = self._mat.handle if isinstance(self._mat.handle, int) else None
+        self.may_hang = self.handle is None
+        self.advice = LOOK_FIRST
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def close(self) -> None:
+        self._mat.close()
+
+    def identity(self) -> SourceIdentity:
+        return sampled_identity(self.path)
+
+    def stamp(self) -> tuple[int, ...]:
+        facts = self.path.stat()
+        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+    def settings(self) -> ConversionSettings:
+        """Those given, without `axes` where the pictures tell them by themselves."""
+        is_square = self._mat.sides[0] == self._mat.sides[1]
+        return self._settings if is_square else replace(self._settings, axes="auto")
+
+    def reader(self, field: str) -> Reader:
+        return self._mat.reader(field)
+
+    def name_of(self, field: str) -> str:
+        return KEYS[field]
+
+    def highest_id(self, field: str) -> int | None:
+        return HIGHEST_LABEL if field == "label" else None
+
+    def check_crop(self, crop: str) -> None:
+        self.dataset.crop_box(crop)
+        height, width = sorted(self._mat.sides)
+        if crop != "none" and (width, height) != (self.dataset.width, self.dataset.height):
+            of = f"{self.dataset.width}x{self.dataset.height}"
+            what = f"it is a box of {of} pictures, those of {self.path} are {width}x{height}"
+            raise WrongSetting("crop", crop, f"{what}. Leave it out")
+
+    def row_facts(self) -> RowFacts:
+        scenes = self._mat.strings("scenes", self.n_rows)
+        scene_types = self._mat.strings("sceneTypes", self.n_rows)
+        label_names = self._mat.strings("names")
+        if len(label_names) < HIGHEST_LABEL:  # each label needs its name
+            what = f"names has {len(label_names)} entries, expected {HIGHEST_LABEL}"
+            raise self._mat.refuse(what)
+
+        dataset = with_names(label_names, scene_types, log)
+        scene_names, scene_numbers = np.unique(np.array(scenes), return_inverse=True)
+        type_numbers = {name: k for k, name in enumerate(dataset.scene_types)}
+        columns: dict[str, Any] = {
+            "split": splits_of(scenes, log),
+            "scene": scene_numbers.reshape(-1).astype("<u4"),
+            "scene_type": np.array([type_numbers[name] for name in scene_types], "<u2"),
+            "camera": camera_column(self._settings.crop, self.n_rows),
+            "accel": self._mat.accel(),
+            "rgb_file": self._mat.strings("rawRgbFilenames", self.n_rows),
+            "depth_file": self._mat.strings("rawDepthFilenames", self.n_rows),
+        }
+        return RowFacts(
+            columns=columns, scenes=[str(name) for name in scene_names], dataset=dataset
+        )
+
+
+def camera_column(crop: str, n_rows: int) -> np.ndarray:
+    """[N, 4] float32: the one camera of the set, as shares of what `crop` leaves of its pictures."""
+    dataset = nyu()
+    assert dataset.camera is not None
+    shares = dataset.camera.as_shares(dataset.width, dataset.height, dataset.crop_box(crop))
+    return np.tile(np.array(shares, "<f4"), (n_rows, 1))

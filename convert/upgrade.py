@@ -1,0 +1,247 @@
+"""A set of version 1 of the format becomes one of version 2: columns and a manifest are written, no row is decoded.
+
+Version 1 held the labelled set of NYU Depth v2 alone. Its shards, and the columns split, scene, scene_type and accel,
+are what version 2 has, to the byte; so are its fingerprint, its name, and checkpoints of it. Files that both have are
+not touched and the manifest is replaced last, so that a run which is killed leaves a whole set of version 1.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from convert.sources.base import SourceFilter, filled_columns
+from convert.sources.nyu import camera_column
+from convert.sources.nyu_tables import nyu
+from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
+from shards.dataset import ShardSet, open_set
+from shards.errors import DamagedSet, WrongSetting
+from shards.files import FileEntry, check_file, log, open_plain, write_bytes
+from shards.manifest import (
+    COLUMNS,
+    Manifest,
+    ShardEntry,
+    column_file,
+    files_from_json,
+    read_signed,
+    write_manifest,
+)
+from shards.spec import (
+    KNOWN_FIELDS,
+    Codecs,
+    ConversionSettings,
+    DatasetSpec,
+    Field,
+    LabelTable,
+    SourceIdentity,
+    Statistics,
+    fingerprint,
+)
+from shards.strict_json import JsonObject
+
+VERSION_1 = 1
+KEPT_COLUMNS = {"split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "<f4"}
+RENAMED_COLUMNS = {"raw_rgb": "rgb_file", "raw_depth": "depth_file"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version1:
+    """What a manifest of version 1 says."""
+
+    settings: ConversionSettings
+    source: SourceIdentity
+    n_rows: int
+    fields: Mapping[str, Field]
+    shards: list[ShardEntry]
+    scenes: tuple[str, ...]
+    dataset: DatasetSpec
+    column_files: Mapping[str, FileEntry]
+    metadata_files: Mapping[str, FileEntry]
+    codecs: Codecs
+
+
+def is_old(directory: Path) -> bool:
+    """Whether a set of version 1 lies there. Raises MissingSet or DamagedSet."""
+    try:
+        return read_signed(directory).whole("format_version") == VERSION_1
+    except ValueError:
+        return False  # reading it as one of this version says what is wrong
+
+
+def upgraded_if_it_fits(
+    directory: Path, settings: ConversionSettings, wanted: SourceFilter
+) -> ShardSet | None:
+    """The upgraded set; None where it is one of other settings or of another source, and stays as it is."""
+    old = read_version_1(directory)
+    if not settings.fits(old.settings) or not wanted.accepts(old.source):
+        return None
+    return upgrade(directory)
+
+
+def upgrade(directory: Path) -> ShardSet:
+    """Bring a set of version 1 to this version; one of this version is opened.
+
+    May be called again after a failure, and works on a mount: few small files are written. Raises
+    DamagedSet where a file of it is not as its manifest says, and OSError.
+    """
+    if not is_old(directory):
+        return open_set(directory)
+    old = read_version_1(directory)
+    manifest = _with_columns(directory, old)
+    for name, entry in manifest.files.items():
+        check_file(directory / name, entry.n_bytes)
+    write_manifest(directory, manifest)
+    _remove_renamed(directory, old)
+    log(f"{directory} is brought to version 2 of the format: nothing was decoded")
+    return open_set(directory)
+
+
+def read_version_1(directory: Path) -> Version1:
+    """Every value of its manifest checked. Raises DamagedSet."""
+    value = read_signed(directory)
+    try:
+        return _parsed(value)
+    except (ValueError, WrongSetting) as error:
+        raise DamagedSet(directory / "manifest.json", f"is damaged: {error}") from None
+
+
+def _parsed(value: JsonObject) -> Version1:
+    if value.whole("format_version") != VERSION_1:
+        raise ValueError("it is not of version 1")
+    settings = ConversionSettings.from_json(value.object("settings"))
+    source = _source(value.object("source"))
+    if value.text("fingerprint") != fingerprint(settings, source):
+        raise ValueError("its fingerprint is not that of its settings and source")
+    names = value.object("names")
+    codecs = value.object("codecs") if "codecs" in value else None
+    has_metadata = "metadata" in value
+    return Version1(
+        settings=settings,
+        source=source,
+        n_rows=value.whole("rows"),
+        fields=_fields(value.object("fields"), settings),
+        shards=[ShardEntry.from_json(shard) for shard in value.objects("shards")],
+        scenes=names.texts("scenes"),
+        dataset=_dataset(names),
+        column_files=files_from_json(value.object("columns")),
+        metadata_files=files_from_json(value.object("metadata")) if has_metadata else {},
+        codecs={name: codecs.text(name) for name in codecs.keys()} if codecs else None,  # noqa: SIM118
+    )
+
+
+def _source(value: JsonObject) -> SourceIdentity:
+    return SourceIdentity(
+        kind="mat",
+        name=value.text("name"),
+        n_bytes=value.whole("bytes"),
+        sha256=value.text("sampled_sha256"),
+    )
+
+
+def _fields(value: JsonObject, settings: ConversionSettings) -> dict[str, Field]:
+    fields = {}
+    for name, each in value.items():
+        if name not in settings.fields:
+            raise ValueError("its fields are not those of its settings")
+        known = KNOWN_FIELDS[name]
+        if known.kind == "depth":
+            known = replace(known, resampling=settings.depth_resize)
+        stored = each.object_or_none("statistics")
+        fields[name] = replace(known, statistics=Statistics.from_json(stored) if stored else None)
+    return fields
+
+
+def _dataset(names: JsonObject) -> DatasetSpec:
+    """NYU's, with the names that the set has."""
+    tables = tuple(
+        LabelTable(names=names.texts(f"classes{n}"), ids=names.wholes(f"to{n}")) for n in (40, 13)
+    )
+    return replace(
+        nyu(),
+        scene_types=names.texts("scene_types"),
+        label_names=names.texts("classes"),
+        label_tables=tables,
+    )
+
+
+def _with_columns(directory: Path, old: Version1) -> Manifest:
+    """Write the columns that version 1 does not have; the manifest of all files."""
+    manifest = Manifest(
+        dataset=old.dataset,
+        source=old.source,
+        settings=old.settings,
+        n_rows=old.n_rows,
+        fields={name: old.fields[name] for name in old.settings.fields},
+        shards=old.shards,
+        scenes=old.scenes,
+        codecs=old.codecs,
+    )
+    arrays = arrays_of_columns(COLUMNS, _columns(directory, old))
+    added = {
+        array: column
+        for column in COLUMNS.values()
+        for array in column.arrays
+        if column.name not in KEPT_COLUMNS
+    }
+    kept_files = {
+        _kept_file(name, old): old.column_files[_kept_file(name, old)] for name in KEPT_COLUMNS
+    }
+    if not manifest.is_zarr:
+        written = write_npy_columns(directory, added, arrays)
+        return _checked(replace(manifest, column_files={**kept_files, **written}))
+
+    files = zarr_columns(added, arrays)
+    written = {name: write_bytes(directory / name, data) for name, data in files.items()}
+    gone = {f"rows-{name}/zarr.json" for name in RENAMED_COLUMNS}
+    metadata = {name: entry for name, entry in old.metadata_files.items() if name not in gone}
+    metadata |= {name: written.pop(name) for name in files if name.endswith("zarr.json")}
+    column_files = {**kept_files, **written}
+    return _checked(replace(manifest, column_files=column_files, metadata_files=metadata))
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    manifest.check()
+    return manifest
+
+
+def _kept_file(name: str, old: Version1) -> str:
+    return column_file(f"rows-{name}", COLUMNS[name], old.codecs is not None)
+
+
+def _columns(directory: Path, old: Version1) -> dict[str, np.ndarray]:
+    """Every column of version 2."""
+    values: dict[str, np.ndarray] = {"camera": camera_column(old.settings.crop, old.n_rows)}
+    for name, dtype in KEPT_COLUMNS.items():
+        data = _content(directory, _kept_file(name, old), old)
+        values[name] = np.frombuffer(data, dtype).reshape(old.n_rows, *COLUMNS[name].shape)
+    for old_name, name in RENAMED_COLUMNS.items():
+        is_zarr = old.codecs is not None
+        file = f"rows-{old_name}/c/0/0" if is_zarr else f"rows-{old_name}.npy"
+        data = _content(directory, file, old)
+        width = len(data) // old.n_rows
+        texts = np.frombuffer(data, f"S{width}").reshape(old.n_rows)
+        values[name] = np.char.decode(texts, "utf-8")
+    return filled_columns(values, old.n_rows)
+
+
+def _content(directory: Path, file: str, old: Version1) -> bytes:
+    """The values in a column's file, after its hash was checked."""
+    entry = old.column_files.get(file)
+    if entry is None:
+        raise DamagedSet(directory / "manifest.json", f"is damaged: it has no {file}")
+    with open_plain(directory / file) as opened:
+        data = opened.read()
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise DamagedSet(directory / file, "is damaged")
+    return data if old.codecs is not None else data[NPY_HEADER:]
+
+
+def _remove_renamed(directory: Path, old: Version1) -> None:
+    for name in RENAMED_COLUMNS:
+        if old.codecs is None:
+            (directory / f"rows-{name}.npy").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(directory / f"rows-{name}", ignore_errors=True)

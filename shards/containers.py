@@ -1,0 +1,306 @@
+"""Where a field's shard lies, and how it is written and opened: one .npy a shard, or one Zarr v3 group.
+
+Both hold the rows of an uncompressed shard back to back, so both are memory-mapped without reading them:
+
+    rgb-00000.npy     [128 bytes of header][row 0][row 1] ...
+    rgb/c/0/0/0/0     [row 0][row 1] ... [index: (offset, bytes) a row, CRC32C]      one row an inner chunk
+
+An uncompressed Zarr shard is written as it lies in memory, with its index behind it: what zarr-python writes, to the
+byte, at several times its speed. Compressed shards, the metadata and the columns are zarr-python's own output.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import DamagedSet, WrongSetting
+from shards.files import FileEntry, check_file, fsync_dir, open_plain, write_bytes
+from shards.manifest import Column, Manifest, column_file, shard_file
+from shards.spec import Codecs, Field
+
+NPY_HEADER = 128  # bytes
+CODECS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "zstd": {"name": "zstd", "configuration": {"level": 3}},
+    "blosc": {
+        "name": "blosc",
+        "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"},
+    },
+    "blosc-zstd": {
+        "name": "blosc",
+        "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle"},
+    },
+}
+
+
+def is_mapped(codecs: Codecs, field: str) -> bool:
+    """Whether the field's shards are read by mapping their files, and not decoded."""
+    return codecs is None or codecs[field] == "none"
+
+
+def check_codecs(codecs: Codecs, fields: Sequence[str]) -> None:
+    """Raise WrongSetting for what is no codec of each field."""
+    if codecs is None:
+        return
+    if not isinstance(codecs, dict) or codecs.keys() != set(fields):
+        raise WrongSetting("codecs", repr(codecs), f"give one for each of {','.join(fields)}")
+    for codec in codecs.values():
+        if codec not in CODECS:
+            raise WrongSetting("codec", codec, f"choose one of {', '.join(CODECS)}")
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def write_field(
+    directory: Path, field: Field, shard: int, rows: np.ndarray, n_slots: int, codecs: Codecs
+) -> dict[str, FileEntry]:
+    """Write rows [n, ...] as a shard that has room for `n_slots` of them; its file, and what it holds."""
+    name = shard_file(field, shard, codecs is not None)
+    if codecs is None:
+        parts = npy_parts(rows)
+    elif codecs[field.name] == "none":
+        parts = raw(rows), shard_index(len(rows), rows[0].nbytes, n_slots)
+    else:
+        files: dict[str, Any] = {}
+        _create_field(files, field, rows.shape, n_slots, codecs[field.name])[:] = rows
+        parts = (files[shard_file(field, 0, True)].to_bytes(),)
+    return {name: write_bytes(directory / name, *parts)}
+
+
+def write_columns(
+    directory: Path, manifest: Manifest, values: Mapping[str, np.ndarray]
+) -> tuple[dict[str, FileEntry], dict[str, FileEntry]]:
+    """Write the columns, and the metadata of a Zarr set: the entries of both.
+
+    `values`: the content of every array, by its name (`rows-scene`; see `arrays_of_columns`).
+    """
+    arrays = {array: column for column in manifest.columns.values() for array in column.arrays}
+    if not manifest.is_zarr:
+        return write_npy_columns(directory, arrays, values), {}
+    files = zarr_columns(arrays, values) | _zarr_group(manifest)
+    written = {name: write_bytes(directory / name, data) for name, data in files.items()}
+    metadata = {name: written.pop(name) for name in files if name.endswith("zarr.json")}
+    for path in {parent for name in manifest.files for parent in Path(name).parents}:
+        fsync_dir(directory / path)
+    return written, metadata
+
+
+def write_npy_columns(
+    directory: Path, arrays: Mapping[str, Column], values: Mapping[str, np.ndarray]
+) -> dict[str, FileEntry]:
+    written = {}
+    for array, column in arrays.items():
+        name = column_file(array, column, False)
+        written[name] = write_bytes(directory / name, *npy_parts(values[array]))
+    return written
+
+
+def arrays_of_columns(
+    columns: Mapping[str, Column], values: Mapping[str, np.ndarray | Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """One value a row -> the arrays that are stored. Texts become UTF-8: offsets [N + 1] and bytes."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, column in columns.items():
+        if column.dtype != "text":
+            arrays[f"rows-{name}"] = np.ascontiguousarray(values[name], column.dtype)
+            continue
+        encoded = [str(text).encode() for text in values[name]]
+        ends = np.cumsum([0, *map(len, encoded)])
+        arrays[f"rows-{name}-offsets"] = ends.astype("<u8")
+        arrays[f"rows-{name}-bytes"] = np.frombuffer(b"".join(encoded), "|u1")
+    return arrays
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The first NPY_HEADER bytes of every .npy here, as numpy writes them."""
+    lengths = tuple(map(int, shape))
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {lengths}, }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(NPY_HEADER - 11).encode() + b"\n"
+
+
+def npy_parts(array: np.ndarray) -> tuple[Any, ...]:
+    return npy_header(array.dtype.str, array.shape), raw(array)
+
+
+def raw(array: np.ndarray) -> Any:
+    """Its bytes, not copied where it is C-contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+
+
+@cache
+def shard_index(n_rows: int, row_bytes: int, n_slots: int) -> bytes:
+    """The end of an uncompressed Zarr shard: (offset, bytes) a row, ones where there is no row, their CRC32C."""
+    index = np.full((n_slots, 2), 2**64 - 1, "<u8")
+    index[:n_rows, 0] = np.arange(n_rows) * row_bytes
+    index[:n_rows, 1] = row_bytes
+    return index.tobytes() + crc32c(index.tobytes())
+
+
+def crc32c(data: bytes) -> bytes:
+    """The Castagnoli CRC, little-endian, as Zarr puts it behind a shard's index."""
+    table = np.arange(256)
+    for _ in range(8):
+        table = table >> 1 ^ (table & 1) * 0x82F63B78
+    steps: list[int] = table.tolist()
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = steps[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory-map a .npy read-only after checking that its header and size are what the manifest says."""
+    header = npy_header(dtype, shape)
+    check_file(path, len(header) + math.prod(shape) * np.dtype(dtype).itemsize, header)
+    return np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=shape)
+
+
+def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) -> np.ndarray:
+    """Memory-map an uncompressed Zarr shard after checking that its index has the rows back to back from byte 0."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    expected = shard_index(shape[0], n_bytes // shape[0], n_slots)
+    with open_plain(path) as file:
+        size = file.seek(0, 2)
+        offset = file.seek(max(0, size - len(expected)))
+        found = file.read()
+    if (offset, found) != (n_bytes, expected):
+        is_whole = crc32c(found[:-4]) == found[-4:]
+        problem = "does not hold its rows back to back: it cannot be mapped"
+        raise DamagedSet(path, problem if is_whole else "has a damaged shard index")
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+def decode_zarr(path: Path, start: int, stop: int) -> np.ndarray:
+    """Rows start .. stop of a compressed field's array, decoded into memory by zarr-python."""
+    from zarr import open_array
+
+    try:
+        return np.asarray(open_array(path, mode="r")[start:stop])
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise DamagedSet(path, f"is damaged ({error})") from None
+
+
+def open_field(path: Path, manifest: Manifest, field: Field, shard: int) -> np.ndarray:
+    """One shard [n, ...] of a field: a read-only memory map, or decoded where it is compressed.
+
+    Raises DamagedSet where its file is not as the manifest says.
+    """
+    entry = manifest.shards[shard]
+    shape = (entry.n_rows, *field.row_shape(manifest.settings.size))
+    file = path / shard_file(field, shard, manifest.is_zarr)
+    if not manifest.is_zarr:
+        return map_npy(file, dtype=field.dtype, shape=shape)
+    if is_mapped(manifest.codecs, field.name):
+        n_slots = manifest.settings.rows_per_shard
+        return map_zarr(file, dtype=field.dtype, shape=shape, n_slots=n_slots)
+    return decode_zarr(path / field.name, entry.start, entry.stop)
+
+
+# -------------------------------------------------------------------------------- zarr-python's part
+
+
+def zarr_columns(
+    arrays: Mapping[str, Column], values: Mapping[str, np.ndarray]
+) -> dict[str, bytes]:
+    """The files of the columns' arrays: data and metadata."""
+    files: dict[str, Any] = {}
+    for name, column in arrays.items():
+        value = values[name]
+        attributes = {"encoding": "utf-8"} if name.endswith("-bytes") else {}
+        axes = ["row", f"{column.name}_axis"] if value.ndim == 2 else [_axis_of(name)]
+        chunks = tuple(max(1, n) for n in value.shape)
+        _create(files, name, axes, attributes, data=value, chunks=chunks, compressors=None)
+        if not value.size:  # Zarr stores no chunk of an array without elements
+            files[column_file(name, column, True)] = b""
+    return {
+        name: data if isinstance(data, bytes) else data.to_bytes() for name, data in files.items()
+    }
+
+
+def _axis_of(array: str) -> str:
+    """Only columns with one value a row have rows as their axis: xarray wants equal lengths."""
+    if array.endswith("-offsets"):
+        return f"{array.removeprefix('rows-')}_axis"
+    if array.endswith("-bytes"):
+        return f"{array.removeprefix('rows-')}_axis"
+    return "row"
+
+
+def _zarr_group(manifest: Manifest) -> dict[str, bytes]:
+    """The metadata of the group and of its fields. The group's attributes are those of version 1."""
+    from zarr import create_group
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    facts = {
+        "fingerprint": manifest.fingerprint,
+        "settings": manifest.settings.to_json(),
+        "names": names_of(manifest),
+    }
+    create_group(MemoryStore(files), attributes=json.loads(json.dumps(facts, sort_keys=True)))
+    assert manifest.codecs is not None
+    for name, field in manifest.fields.items():
+        shape = (manifest.n_rows, *field.row_shape(manifest.settings.size))
+        n_slots = manifest.settings.rows_per_shard
+        _create_field(files, field, shape, n_slots, manifest.codecs[name])
+    return {name: data.to_bytes() for name, data in files.items()}
+
+
+def names_of(manifest: Manifest) -> dict[str, Any]:
+    """What the numbers in columns and labels stand for, for readers of the Zarr group."""
+    dataset = manifest.dataset
+    names: dict[str, Any] = {
+        "scenes": list(manifest.scenes),
+        "scene_types": list(dataset.scene_types),
+        "classes": list(dataset.label_names),
+    }
+    for table in dataset.label_tables:
+        names[f"classes{len(table.names)}"] = list(table.names)
+        names[f"to{len(table.names)}"] = list(table.ids)
+    return names
+
+
+def _create_field(
+    files: dict[str, Any], field: Field, shape: tuple[int, ...], n_slots: int, codec: str
+) -> Any:
+    """A field's array over `files` (a dict as the store)."""
+    row = shape[1:]
+    axes = ("row", *("channel", "y", "x")[-len(row) :])
+    return _create(
+        files,
+        field.name,
+        axes,
+        {"units": field.unit, "invalid": field.invalid},
+        shape=shape,
+        dtype=field.dtype,
+        shards=(n_slots, *row),
+        chunks=(1, *row),
+        compressors=CODECS[codec],
+    )
+
+
+def _create(
+    files: dict[str, Any], name: str, axes: Iterable[str], attributes: dict[str, Any], **how: Any
+) -> Any:
+    """An array where no row is left out for being all 0."""
+    from zarr import create_array
+    from zarr.storage import MemoryStore
+
+    return create_array(
+        MemoryStore(files),
+        name=name,
+        fill_value=0,
+        dimension_names=tuple(axes),
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+        **how,
+    )

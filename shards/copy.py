@@ -1,0 +1,130 @@
+"""A finished set in another container or codec: `python -m shards.copy SET ROOT [--format npy|zarr] [--codec ...]`
+
+The rows and the fingerprint stay as they are, every file is checked on its way, and a copy that was cut off goes on
+from its last shard. Training unpacks a compressed set with it, in a process of its own: zarr is never loaded there.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shards.containers import (
+    CODECS,
+    is_mapped,
+    write_field,
+)
+from shards.dataset import ShardSet, open_set
+from shards.errors import DamagedSet, UserError, WrongSetting
+from shards.files import FileEntry, what_is_wrong, write_bytes
+from shards.lock import only_one
+from shards.manifest import (
+    PROVENANCE,
+    Receipt,
+    write_receipt,
+)
+from shards.spec import Codecs
+from shards.writing import check_space, commit, finished_set, resume, set_name
+
+
+def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
+    """`--format` and `--codec` -> a codec a field; None for .npy.
+
+    codec: one for all fields, or "depth=blosc,label=zstd" and none for the rest. Raises WrongSetting.
+    """
+    names = list(fields)
+    if "=" in codec:
+        given = dict(pair.partition("=")[::2] for pair in codec.split(","))
+    else:
+        given = dict.fromkeys(names, codec)
+    if not set(given) <= set(names) or not set(given.values()) <= set(CODECS):
+        choices = f"choose one of {', '.join(CODECS)}, or rgb=none,depth=blosc,..."
+        raise WrongSetting("codec", codec, choices)
+    if container == "npy":
+        if codec != "none":
+            raise WrongSetting("codec", codec, ".npy files are never compressed, use format zarr")
+        return None
+    return {name: given.get(name, "none") for name in names}
+
+
+def copy_set(found: ShardSet, root: Path, codecs: Codecs) -> ShardSet:
+    """Copy a finished set under `root`, into the container and codecs given; returns the copy.
+
+    A second process waits for the first and takes what it made. Raises DamagedSet where a file is
+    not as the manifest says, OtherSet where another set lies in the place of the copy, WrongPlace.
+    """
+    manifest = found.manifest
+    name = set_name(manifest.dataset.name, manifest.settings.size, manifest.fingerprint, codecs)
+    directory = root / name
+    with only_one(root, directory.name, wait=True):
+        existing = finished_set(directory, manifest.fingerprint, codecs)
+        return existing or _copy(found, directory, codecs)
+
+
+def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
+    for name, entry in found.manifest.files.items():
+        if problem := what_is_wrong(found.path / name, entry):
+            raise DamagedSet(found.path / name, problem)
+    fields = found.manifest.fields
+    done = resume(directory, found.manifest.bounds, fields.values(), codecs)
+    todo = [k for k in range(found.n_shards) if k not in done]
+    check_space(directory, _bytes_to_write(found, len(todo), codecs))
+
+    for k in tqdm(todo, desc="copy", unit="shard", disable=None):
+        files: dict[str, FileEntry] = {}
+        for name, field in fields.items():
+            rows = found.shard(name, k)
+            n_slots = found.settings.rows_per_shard
+            files |= write_field(directory, field, k, rows, n_slots, codecs)
+        entry = replace(found.manifest.shards[k], files=files)
+        done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
+        write_receipt(directory, k, done[k])
+
+    if (found.path / PROVENANCE).is_file():
+        write_bytes(directory / PROVENANCE, (found.path / PROVENANCE).read_bytes())
+    manifest = replace(
+        found.manifest.without_files(),
+        codecs=codecs,
+        shards=[done[k].entry for k in range(found.n_shards)],
+    )
+    columns = {name: found.column(name) for name in manifest.columns}
+    return commit(directory, manifest, columns)
+
+
+def _bytes_to_write(found: ShardSet, n_shards: int, codecs: Codecs) -> int:
+    """Of what is not compressed."""
+    fields = [field for name, field in found.manifest.fields.items() if is_mapped(codecs, name)]
+    n_rows = n_shards * min(found.settings.rows_per_shard, found.n_rows)
+    return n_rows * sum(field.row_bytes(found.settings.size) for field in fields)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: prints the copy; a mistake is one line and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="shards.copy",
+        description="Copy a finished set into another container.",
+        epilog="example: python -m shards.copy data/nyuv2-224-1f3a9c20.zarr data",
+    )
+    parser.add_argument("set", type=Path, metavar="SET")
+    parser.add_argument("root", type=Path, metavar="ROOT")
+    parser.add_argument("--format", choices=("npy", "zarr"), default="npy")
+    parser.add_argument("--codec", default="none", metavar="none|zstd|blosc")
+    args = parser.parse_args(argv)
+    try:
+        found = open_set(args.set)
+        codecs = codecs_of(args.format, args.codec, found.manifest.fields)
+        print(copy_set(found, args.root, codecs).path)
+        return 0
+    except (UserError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is copied is kept, and the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""A finished set, opened: found, checked once, then handed on. Maps and facts of rows are given out on request."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shards.containers import NPY_HEADER, is_mapped, npy_header, open_field
+from shards.errors import DamagedSet, MissingField, MissingSet, SeveralSets
+from shards.files import LocalFolder, check_file, open_plain, what_is_wrong
+from shards.manifest import (
+    FAILED,
+    MANIFEST,
+    PROVENANCE,
+    Column,
+    Manifest,
+    column_file,
+    read_manifest,
+)
+from shards.spec import NO_SCENE_TYPE, SPLITS, Codecs, ConversionSettings, DatasetSpec, Field
+
+DIRECTORY_NAME = re.compile(r"[a-z][a-z0-9_]*-\d+-[0-9a-f]{8}(\.zarr)?")
+# Beside a set's files: how it was made; receipts that a kill just after the commit left; what
+# version 1 called two of the columns, left by a kill just after an upgrade.
+NOT_CONTENT = re.compile(
+    rf"{re.escape(MANIFEST)}|{re.escape(PROVENANCE)}|{re.escape(FAILED)}|receipt-\d+\.json"
+    r"|rows-raw_(rgb|depth)(\.npy|(/.*)?)"
+)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished set: where it is and what its manifest says. Arrays are mapped on request."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def settings(self) -> ConversionSettings:
+        return self.manifest.settings
+
+    @property
+    def dataset(self) -> DatasetSpec:
+        return self.manifest.dataset
+
+    @property
+    def codecs(self) -> Codecs:
+        return self.manifest.codecs
+
+    @property
+    def n_rows(self) -> int:
+        return self.manifest.n_rows
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.manifest.shards)
+
+    def field(self, name: str) -> Field:
+        """Raises MissingField."""
+        if name not in self.manifest.fields:
+            raise MissingField(self.path, name, list(self.manifest.fields))
+        return self.manifest.fields[name]
+
+    def shards(self, field: str) -> list[np.ndarray]:
+        """The field's shards in row order, each [n, ...]: see `shard`."""
+        return [self.shard(field, k) for k in range(self.n_shards)]
+
+    def shard(self, field: str, k: int) -> np.ndarray:
+        """Shard k [n, ...]: a read-only memory map, or, where compressed, decoded into memory.
+
+        Raises MissingField, or DamagedSet where its file is not as the manifest says.
+        """
+        return open_field(self.path, self.manifest, self.field(field), k)
+
+    def column(self, name: str) -> np.ndarray:
+        """One value a row [N, ...]: numbers as stored, texts as str. Hashed, and in range.
+
+        Raises DamagedSet, or KeyError for a column that the set does not have.
+        """
+        column = self.manifest.columns[name]
+        if column.dtype == "text":
+            return self._texts(column)
+        values = self._array(f"rows-{name}", column)
+        if len(values) != self.n_rows or not self._is_in_range(name, values):
+            raise DamagedSet(self._column_path(f"rows-{name}", column), "is damaged")
+        return values
+
+    def _texts(self, column: Column) -> np.ndarray:
+        offsets_name, bytes_name = column.arrays
+        offsets = self._array(offsets_name, column).astype(np.int64)
+        data = self._array(bytes_name, column).tobytes()
+        is_right = len(offsets) == self.n_rows + 1 and offsets[0] == 0 and offsets[-1] == len(data)
+        if not is_right or np.any(np.diff(offsets) < 0):
+            raise DamagedSet(self._column_path(offsets_name, column), "is damaged")
+        bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        try:
+            return np.array([data[start:stop].decode() for start, stop in bounds], dtype=str)
+        except UnicodeDecodeError:
+            raise DamagedSet(self._column_path(bytes_name, column), "is damaged") from None
+
+    def _column_path(self, array: str, column: Column) -> Path:
+        return self.path / column_file(array, column, self.manifest.is_zarr)
+
+    def _array(self, array: str, column: Column) -> np.ndarray:
+        """The array [n, ...] of a column, its every byte as the manifest says."""
+        path = self._column_path(array, column)
+        entry = self.manifest.column_files[column_file(array, column, self.manifest.is_zarr)]
+        with open_plain(path) as file:
+            data = file.read()
+        dtype = np.dtype(column.arrays[array])
+        start = 0 if self.manifest.is_zarr else NPY_HEADER
+        n_items, rest = divmod(len(data) - start, dtype.itemsize * int(np.prod(column.shape)))
+        shape = (n_items, *column.shape)
+        is_right = hashlib.sha256(data).hexdigest() == entry.sha256 and not rest
+        if is_right and not self.manifest.is_zarr:
+            is_right = data[:start] == npy_header(dtype.str, shape)
+        if not is_right:
+            raise DamagedSet(path, "is damaged")
+        return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+    def _is_in_range(self, name: str, values: np.ndarray) -> bool:
+        """Whether every number of a column stands for something."""
+        if name == "split":
+            return bool(values.max() < len(SPLITS))
+        if name == "scene":
+            return bool(values.max() < len(self.manifest.scenes))
+        if name == "scene_type":
+            return bool(
+                np.all((values < len(self.dataset.scene_types)) | (values == NO_SCENE_TYPE))
+            )
+        return True
+
+
+def open_set(path: str | Path) -> ShardSet:
+    """Open a finished set after checking the size of every file and the header of every shard; no data is read.
+
+    Raises MissingSet, OldSet, NewerSet or DamagedSet.
+    """
+    path = Path(path)
+    manifest = read_manifest(LocalFolder(path))
+    found = ShardSet(path, manifest)
+    for name, entry in manifest.files.items():
+        if "/" in name and (path / name).parent.resolve() != (path.resolve() / name).parent:
+            raise DamagedSet(path / name, "lies behind a symbolic link")
+        check_file(path / name, entry.n_bytes)
+    for field in manifest.fields:
+        if is_mapped(manifest.codecs, field):
+            found.shards(field)  # checks each header, or each index of a Zarr store
+    return found
+
+
+def finished_sets(root: Path) -> list[Path]:
+    """The finished sets directly under `root`, by name."""
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted(p for p in there if DIRECTORY_NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+
+
+def resolve_set(path: str | Path) -> Path:
+    """A finished set, or the only one under a ROOT. Raises MissingSet or SeveralSets."""
+    path = Path(path)
+    if (path / MANIFEST).is_file() or DIRECTORY_NAME.fullmatch(path.name):
+        return path
+    there = finished_sets(path)
+    unpacked = [p for p in there if p.suffix != ".zarr" or p.with_suffix("") not in there]
+    if not unpacked:
+        raise MissingSet(path, "is not a finished set, nor is one in it")
+    if len(unpacked) > 1:
+        raise SeveralSets(path, unpacked)
+    return unpacked[0]
+
+
+def verify(found: ShardSet) -> Iterator[tuple[str, str | None]]:
+    """Check every byte: yields (file, None) or (file, what is wrong), then foreign files as wrong too."""
+    files = found.manifest.files
+    for name, entry in sorted(files.items()):
+        yield name, what_is_wrong(found.path / name, entry)
+    yield from foreign_files(found.path, found.manifest)
+
+
+def foreign_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What lies in a set's directory and is no part of it."""
+    files = manifest.files
+    directories = {str(parent) for name in files for parent in Path(name).parents}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        is_known = name in files or (name in directories and not path.is_symlink())
+        if not is_known and not NOT_CONTENT.fullmatch(name):
+            yield name, "is not part of the set"

@@ -1,0 +1,212 @@
+"""What a user can mend, as a small tree. Each error is one line, and has the facts of it as attributes.
+
+    UserError                 problem, right
+      WrongSetting            name, given, choices      a value that no set or run can be made from
+      MissingSet              path                      there is no finished set
+        UnfinishedSet         path, n_shards_done       a conversion has begun there
+      SeveralSets             path, found               more than one: which is meant?
+      OldSet                  path, version             made by an earlier version, right as it is
+      NewerSet                path, version             made by a later version
+      DamagedSet              path                      bytes that are not what the manifest says
+      OtherSet                path                      in its place lies another set
+      MissingField            path, field, fields
+      WrongSource             source                    not what it should be, or not readable
+        DamagedSource         source
+      WrongPlace              path                      no room, no permission, no such folder
+        RemoteSet             path, kind                on a mount, where training would read it row by row
+      Busy                    path, who                 another process works there
+      StoreFailed             full, gone                a mount or server that fails
+        IncompleteCopy        missing                   a copy that is not whole
+        IncompleteDownload                              a download that ended before its file
+
+Errors say what is wrong and which value or act would be right. Which command to run next is the command line's to add:
+whoever calls from Python has none to run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def one_line(error: BaseException) -> str:
+    """The text of any error, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """What was given, for a message of one line."""
+    return " ".join(str(value).split())[:80]
+
+
+class UserError(Exception):
+    """A user's mistake or a broken input, in one line.
+
+    problem: what is wrong. right: what would be right, "" where the problem says it.
+    """
+
+    def __init__(self, problem: str, right: str = "") -> None:
+        super().__init__(problem, right)
+        self.problem = problem
+        self.right = right
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.right}" if self.right else self.problem
+
+
+class WrongSetting(UserError):
+    """A value that nothing can be made from. `choices` says which can: "8 to 1024", "choose one of a, b"."""
+
+    def __init__(self, name: str, given: Any, choices: str) -> None:
+        super().__init__(f"{name} {shown(given)}: {choices}")
+        self.name = name
+        self.given = given
+        self.choices = choices
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.given, self.choices)
+
+
+class PathError(UserError):
+    """An error about something that has a path or an address."""
+
+    def __init__(self, path: Any, problem: str, right: str = "", subject: str = "") -> None:
+        """`subject`: what the sentence begins with, the path by itself otherwise."""
+        super().__init__(f"{subject or path} {problem}", right)
+        self.path = path
+        self._arguments: tuple[Any, ...] = (path, problem, right, subject)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+
+class MissingSet(PathError):
+    """There is no finished set."""
+
+
+class UnfinishedSet(MissingSet):
+    """A conversion has begun there, and did not end."""
+
+    def __init__(self, path: Any, n_shards_done: int) -> None:
+        what = f"the conversion did not finish ({n_shards_done} shards are done)"
+        super().__init__(path, what, subject=f"no manifest.json in {path}:")
+        self.n_shards_done = n_shards_done
+        self._arguments = (path, n_shards_done)
+
+
+class SeveralSets(PathError):
+    """More than one set lies there."""
+
+    def __init__(self, path: Any, found: Sequence[Path]) -> None:
+        names = ", ".join(each.name for each in found)
+        UserError.__init__(self, f"{len(found)} sets under {path}: {names}", f"Use {found[0]}")
+        self.path = path
+        self.found = list(found)
+        self._arguments = (path, self.found)
+
+
+class OldSet(PathError):
+    """A set of an earlier version of the format: every byte of it is right."""
+
+    def __init__(self, path: Any, version: int) -> None:
+        what = f"is a set of version {version} of the format, and right as it is"
+        super().__init__(path, what, "It is brought to this version without decoding a row")
+        self.version = version
+        self._arguments = (path, version)
+
+
+class NewerSet(PathError):
+    """A set of a later version of the format."""
+
+    def __init__(self, path: Any, version: Any, newest: int) -> None:
+        what = (
+            f"is a set of version {shown(version)} of the format, this program reads up to {newest}"
+        )
+        super().__init__(path, what, "Use a newer version of this package")
+        self.version = version
+        self._arguments = (path, version, newest)
+
+
+class DamagedSet(PathError):
+    """Bytes that are not what the manifest says, or a manifest that no writer made."""
+
+
+class OtherSet(PathError):
+    """In its place lies another set."""
+
+
+class MissingField(PathError):
+    """The set has no such field."""
+
+    def __init__(self, path: Any, field: str, fields: Sequence[str]) -> None:
+        super().__init__(path, f"has no field {field}", f"It has {', '.join(fields)}")
+        self.field = field
+        self.fields = tuple(fields)
+        self._arguments = (path, field, self.fields)
+
+
+class WrongSource(UserError):
+    """A source that is not what it should be, or that cannot be read."""
+
+    def __init__(self, source: Any, problem: str, right: str = "") -> None:
+        super().__init__(f"{source}{problem if problem.startswith(':') else f' {problem}'}", right)
+        self.source = source
+        self._arguments = (source, problem, right)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+
+class DamagedSource(WrongSource):
+    """Bytes of a source that cannot be what was written there."""
+
+
+class WrongPlace(PathError):
+    """No room, no permission, or no such folder."""
+
+
+class RemoteSet(WrongPlace):
+    """A set on a mounted Drive. `kind`: of its file system, such as "fuse.drivefs"."""
+
+    def __init__(self, path: Any, kind: str) -> None:
+        what = f"is on a mounted Drive ({kind})"
+        super().__init__(path, f"{what}: training would read it over the network, row by row")
+        self.kind = kind
+        self._arguments = (path, kind)
+
+
+class Busy(PathError):
+    """Another process works there."""
+
+    def __init__(self, path: Any, problem: str, who: str, right: str = "") -> None:
+        super().__init__(path, f"{problem} {who}", right)
+        self.who = who
+        self._arguments = (path, problem, who, right)
+
+
+class StoreFailed(UserError):
+    """A mount or a server that fails.
+
+    full: it has no room, or a quota is used up. gone: it is not there, or not any more.
+    """
+
+    def __init__(
+        self, problem: str, right: str = "", *, full: bool = False, gone: bool = False
+    ) -> None:
+        super().__init__(problem, right)
+        self.full = full
+        self.gone = gone
+
+
+class IncompleteCopy(StoreFailed):
+    """A copy that is not whole: not to be used, but copying again mends it.
+
+    missing: the names of files that are not there, or short; empty where a file has other content.
+    """
+
+    def __init__(self, problem: str, right: str = "", *, missing: Sequence[str] = ()) -> None:
+        super().__init__(problem, right)
+        self.missing = tuple(missing)
+
+
+class IncompleteDownload(StoreFailed):
+    """A download that ended before its file: what came is kept, and the next one goes on from there."""

@@ -1,0 +1,234 @@
+"""Files: one atomic write, their size and SHA-256, plain files only; and what a folder is, wherever it lies."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from shards.errors import DamagedSet, UserError
+from shards.strict_json import JsonObject
+
+try:
+    from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
+except ImportError:  # anything but macOS
+    F_FULLFSYNC = None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be."""
+
+    n_bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bytes": self.n_bytes, "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> "FileEntry":
+        value.only("bytes", "sha256")
+        return cls(value.whole("bytes"), value.text("sha256"))
+
+
+def log(message: str) -> None:
+    """A line for whoever watches; standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def mebibytes(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+class HashingFile(io.BufferedWriter):
+    """A new file that hashes what passes through it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return super().write(data)
+
+
+def write_atomically(
+    path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False
+) -> FileEntry:
+    """Write under a temporary name, fsync, rename: whole or not at all. Returns what was written.
+
+    keep_same: a file that holds these very bytes already stays as it is. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with HashingFile(temporary) as file:
+            write(file)
+            file.flush()
+            fsync(file.fileno())
+            entry = FileEntry(file.tell(), file.sha256.hexdigest())
+        if not keep_same or what_is_wrong(path, entry):
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+    return entry
+
+
+def write_bytes(path: Path, *parts: Any) -> FileEntry:
+    """Write buffers, one behind the other."""
+
+    def write(file: HashingFile) -> None:
+        for part in parts:
+            file.write(part)
+
+    return write_atomically(path, write, keep_same=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> FileEntry:
+    return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def fsync(handle: int) -> None:
+    """Have what was written outlive a loss of power; on macOS plain fsync leaves it in the disk's own cache."""
+    if F_FULLFSYNC is not None:
+        with suppress(OSError):  # a file system that has none
+            fcntl(handle, F_FULLFSYNC)
+            return
+    os.fsync(handle)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a rename in `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems cannot
+        fsync(handle)
+    os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a regular file to read: no symbolic link is followed, no pipe is waited for.
+
+    Raises DamagedSet where it is none, or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        known = {errno.ENOENT: "is missing", errno.ELOOP: "is not a plain file"}  # a link
+        problem = known.get(error.errno or 0, f"cannot be read ({error.strerror})")
+        raise DamagedSet(path, problem) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DamagedSet(path, "is not a plain file")
+    return open(handle, "rb", buffering=0)
+
+
+def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
+    """Size and first bytes: 15 us a file, no data read. Raises DamagedSet."""
+    with open_plain(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != n_bytes:
+            said = f"has {found} bytes, the manifest says {n_bytes}: the copy is incomplete"
+            raise DamagedSet(path, said)
+        if file.read(len(header)) != header:
+            raise DamagedSet(path, "is damaged (its header is not the manifest's)")
+
+
+def sha256_file(path: Path) -> str:
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def what_is_wrong(path: Path, entry: FileEntry) -> str | None:
+    """None where the file's every byte is right."""
+    try:
+        check_file(path, entry.n_bytes)
+        same = sha256_file(path) == entry.sha256
+        return None if same else "has other content than the manifest says (SHA-256)"
+    except (UserError, OSError) as error:
+        return str(error).removeprefix(f"{path} ")
+
+
+def drop_from_cache(handle: int) -> None:
+    """So that the next read comes from where the file lies; a hint, which some systems do not take."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_bytes(file: IO[bytes], n_bytes: int) -> bytes:
+    """So many bytes, or up to the end. A mount may give fewer at once, and none where it is busy: EAGAIN."""
+    parts = []
+    while n_bytes > 0:
+        part = file.read(n_bytes)
+        if part is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not part:
+            break
+        parts.append(part)
+        n_bytes -= len(part)
+    return b"".join(parts)
+
+
+# ----------------------------------------------------------------------------------------- folders
+
+
+class Folder(Protocol):
+    """Files by name, wherever they lie; a name may have slashes in it. str() is the address."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+
+    def size(self, name: str) -> int:
+        """Bytes; -1 where there is no such file."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes start .. stop of a file. Raises DamagedSet where there is no plain file."""
+
+    def names(self) -> Iterator[str]:
+        """Every file."""
+
+
+class LocalFolder:
+    """A folder of this machine's file systems."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def size(self, name: str) -> int:
+        try:
+            return os.stat(self.path / name).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        with open_plain(self.path / name) as file:
+            end = file.seek(0, os.SEEK_END) if stop is None else stop
+            file.seek(start)
+            return _read_bytes(file, end - start)
+
+    def names(self) -> Iterator[str]:
+        for path in self.path.rglob("*"):
+            if not path.is_dir():
+                yield str(path.relative_to(self.path))

@@ -1,0 +1,109 @@
+"""JSON read strictly: every value is asked for by its name and type, and anything else is a ValueError that names it.
+
+Whoever signs a manifest may write anything into it, so nothing of one is used before it went through here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+MAX_WHOLE = 2**62  # no file, row or sum of squares is as large
+
+
+class JsonObject:
+    """One object of a JSON text. `where` is its place there, for messages."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        if type(value) is not dict:
+            raise ValueError(f"{where} is not an object")
+        self._value: dict[str, Any] = value
+        self._where = where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._value
+
+    def keys(self) -> list[str]:
+        return list(self._value)
+
+    def only(self, *known: str) -> None:
+        """Refuse keys that a later version may have added: their meaning is not known here."""
+        unknown = sorted(self._value.keys() - set(known))
+        if unknown:
+            raise ValueError(f"{self._where} has {unknown[0]}, which is not known")
+
+    def text(self, key: str) -> str:
+        return self._of_type(key, str)  # type: ignore[no-any-return]
+
+    def text_or_none(self, key: str) -> str | None:
+        return None if self._get(key) is None else self.text(key)
+
+    def whole(self, key: str) -> int:
+        """A whole number from 0."""
+        return _whole(self._get(key), f"{self._where}.{key}")
+
+    def whole_or_none(self, key: str) -> int | None:
+        return None if self._get(key) is None else self.whole(key)
+
+    def number(self, key: str) -> float:
+        value = self._get(key)
+        if type(value) is int:
+            return float(value)
+        return self._of_type(key, float)  # type: ignore[no-any-return]
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self._list(key)
+        if any(type(value) is not str for value in values):
+            raise ValueError(f"{self._where}.{key} holds something that is no text")
+        return tuple(values)
+
+    def wholes(self, key: str) -> tuple[int, ...]:
+        values = self._list(key)
+        return tuple(_whole(value, f"{self._where}.{key}") for value in values)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        values = self._list(key)
+        if any(type(value) not in (int, float) for value in values):
+            raise ValueError(f"{self._where}.{key} holds something that is no number")
+        return tuple(map(float, values))
+
+    def table(self, key: str) -> tuple[tuple[int, ...], ...]:
+        """A list of lists of whole numbers."""
+        rows = self._list(key)
+        if any(type(row) is not list for row in rows):
+            raise ValueError(f"{self._where}.{key} holds something that is no list")
+        return tuple(tuple(_whole(value, f"{self._where}.{key}") for value in row) for row in rows)
+
+    def object(self, key: str) -> "JsonObject":
+        return JsonObject(self._get(key), f"{self._where}.{key}")
+
+    def object_or_none(self, key: str) -> "JsonObject | None":
+        return None if self._get(key) is None else self.object(key)
+
+    def objects(self, key: str) -> "list[JsonObject]":
+        """A list of objects."""
+        values = self._list(key)
+        return [JsonObject(value, f"{self._where}.{key}[{k}]") for k, value in enumerate(values)]
+
+    def items(self) -> "Iterator[tuple[str, JsonObject]]":
+        """Where every value is an object: each of them by its key."""
+        for key in self._value:
+            yield key, self.object(key)
+
+    def _get(self, key: str) -> Any:
+        if key not in self._value:
+            raise ValueError(f"{self._where} has no {key}")
+        return self._value[key]
+
+    def _of_type(self, key: str, kind: type) -> Any:
+        value = self._get(key)
+        if type(value) is not kind:
+            raise ValueError(f"{self._where}.{key} has the wrong type")
+        return value
+
+    def _list(self, key: str) -> list[Any]:
+        return self._of_type(key, list)  # type: ignore[no-any-return]
+
+
+def _whole(value: Any, where: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_WHOLE:
+        raise ValueError(f"{where} has the wrong type")
+    return value

@@ -1,0 +1,53 @@
+"""Copies of a training's files, left in another folder while it goes on."""
+
+import shutil
+import threading
+from pathlib import Path
+
+from shards.errors import one_line
+from shards.files import log, write_atomically
+
+BLOCK_BYTES = 1 << 20
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy one file, whole or not at all. Raises OSError."""
+    with open(source, "rb") as file:  # stays the same file when a newer one takes its name
+        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy, BLOCK_BYTES))
+
+
+class Mirror:
+    """Copies a run to --mirror in a thread of its own: a failing Drive is announced, a hanging one left behind."""
+
+    def __init__(self, source: str, target: str | None) -> None:
+        """source, target: folders. Without a target nothing is ever copied."""
+        self.source = source
+        self.target = target
+        self.thread = threading.Thread()
+        self.thread.start()
+
+    def copy(self, *names: str, wait_s: float = 0.0) -> None:
+        """Start copying, unless the last copy is still under way: then the next checkpoint's will do.
+
+        wait_s: how long the last copy, and then this one, are waited for.
+        """
+        if not self.target:
+            return
+        self.thread.join(wait_s)
+        if not self.thread.is_alive():
+            arguments = (self.target, names)
+            self.thread = threading.Thread(target=self._copy, args=arguments, daemon=True)
+            self.thread.start()
+            self.thread.join(wait_s)
+        if wait_s and self.thread.is_alive():
+            what = f"not done after {wait_s:.0f} s; the run is whole in {self.source}"
+            log(f"--mirror {self.target}: {what}")
+
+    def _copy(self, target: str, names: tuple[str, ...]) -> None:
+        try:
+            Path(target).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                copy_file(Path(self.source, name), Path(target, name))
+        except Exception as error:  # a mounted Drive fails in many ways
+            what = f"{one_line(error)}; training goes on, the run is whole in {self.source}"
+            log(f"--mirror {target}: {what}")
