@@ -35,9 +35,8 @@ __all__ = [
     "worker_count",
 ]
 
-HIDDEN_MS = (
-    10  # a batch made by one thread in less than this is ready before any training step ends
-)
+# A batch made by one thread in less than this is ready before any training step ends.
+HIDDEN_MS = 10
 N_TRIED = 16  # rows of the batches made to see how long one takes
 
 

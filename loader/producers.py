@@ -66,9 +66,8 @@ NUMPY_HAS = {
 DRAWS = ProcessLock()  # whoever draws from the seeds of a batch: they are the whole process's
 N_THREADS = ProcessLock()  # whoever changes torch's number of threads for a moment
 
-BatchOrder = Callable[
-    [int], Sequence[np.ndarray]
-]  # epoch -> the row numbers of each of its batches
+# epoch -> the row numbers of each of its batches
+BatchOrder = Callable[[int], Sequence[np.ndarray]]
 Transform = Callable[[tuple[Tensor, ...]], Any]
 
 

@@ -358,7 +358,8 @@ def test_auto_measures_a_batch_and_says_what_it_chose(
         monkeypatch.setattr(loader_module, "HIDDEN_MS", hidden_ms)
         train, _ = create_dataloaders(small_set, batch_size=4, transform=slow, normalize=False)
         assert train.num_workers == count
-        said = capsys.readouterr().err.splitlines()[0]
+        lines = capsys.readouterr().err.splitlines()
+        said = next(line for line in lines if line.startswith("loader: train"))
         assert said.startswith(f"loader: train: num_workers=auto is {count} (a batch takes ")
         assert said.endswith(" ms to make, 2 cores)")
 
