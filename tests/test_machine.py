@@ -33,7 +33,7 @@ def test_without_it_helpers_make_the_same_set_and_it_travels(
     name: str, mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, name)
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)  # this file is too small to start them
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)  # this file is too small to start them
     made = Path(convert(mat, tmp_path, SMALL))
     assert same_shards(made, small_set)
     (tmp_path / "drive").mkdir()
@@ -51,7 +51,7 @@ def test_where_the_system_refuses_it_the_same_is_done(
 ) -> None:
     """As a sandbox does, or an old kernel under a new Python."""
     monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
     made = Path(convert(mat, tmp_path, SMALL))
     (tmp_path / "drive").mkdir()
     assert same_shards(push(open_set(made), tmp_path / "drive").path, small_set)
@@ -80,7 +80,7 @@ def test_without_proc_the_memory_is_unknown_and_not_0(
 def test_with_proc_the_memory_is_that_of_the_helpers_too(
     mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
+    monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
     made = Path(convert(mat, tmp_path, SMALL, workers=2))
     if not machine.PROC.exists():
         pytest.skip("this system has no /proc")
