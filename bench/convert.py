@@ -61,14 +61,14 @@ def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
         low = run[0][0]
         block = memoryview(os.pread(mat.handle, run[-1][0] + run[-1][1] - low, low))
         for offset, n_bytes, mask, reader in run:
-            reader._undo(block[offset - low : offset - low + n_bytes], mask)
+            reader.codec.undo_filters(block[offset - low : offset - low + n_bytes], mask)
 
     started = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, runs))
     for reader, index in zip(readers, indices, strict=True):
-        for k in range(0 if index else int(np.prod(reader.grid))):
-            reader._through_hdf5(k)
+        for k in range(0 if index else reader.grid.n_chunks):
+            reader.read_through_hdf5(k)
     return time.perf_counter() - started
 
 
@@ -106,13 +106,13 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     """A clock around each stage of one worker in this process: CPU seconds of the thread that runs it, and seconds."""
     from convert import decode
     from convert import pipeline as write
-    from convert.sources import chunks
+    from convert.sources import chunk_codec
 
     stages = [
         ("index", Reader, "read_index"),
         ("names and per-row facts", write, "row_columns"),
-        ("read", Reader, "_pread"),
-        ("inflate", chunks, "inflate"),
+        ("read", chunk_codec.FileBytes, "read"),
+        ("inflate", chunk_codec, "inflate"),
         *((f"resize {name}", None, name) for name in fields),
         ("statistics", write, "train_sums"),
         ("hash, write, fsync", write, "write_shard"),

@@ -31,7 +31,7 @@ from shards.errors import (
     WrongSetting,
     WrongSource,
 )
-from shards.manifest import PROVENANCE
+from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers or (READERS if isinstance(args.source, RemoteFile) else None)
     if args.source and not args.drive:
         how: Any = {"workers": workers, "codecs": codecs, "repair": args.repair}
-        made = convert(args.source, args.out, settings, **how)
+        made = Path(convert(args.source, args.out, settings, **how))
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
     if isinstance(args.source, RemoteFile):
@@ -72,17 +72,15 @@ def run(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     from convert.verify import against_mat, verify_all
 
-    found = open_to_verify(args.directory)
+    found = read_set(args.directory)
     print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
         n_rows = against_mat(found, args.against, args.rows)
         print(f"{n_rows} random rows are what {args.against} gives")
 
 
-def open_to_verify(path: Path) -> ShardSet:
-    """Only its manifest is looked at: whatever else is wrong, `verify` lists all of it."""
-    from shards.manifest import read_manifest
-
+def read_set(path: Path) -> ShardSet:
+    """A finished set of which only the manifest is looked at: its files are checked on their way."""
     directory = resolve_set(path)
     return ShardSet(directory, read_manifest(directory))
 

@@ -25,7 +25,7 @@ import numpy as np
 from convert.machine import shared_memory
 from convert.resize import Resizer, ValueRangeError
 from convert.sources.base import RowReader
-from convert.sources.chunks import Damaged, Unreadable
+from convert.sources.errors import Damaged, Unreadable
 from shards.errors import DamagedSource, UserError, WrongSource, one_line
 from shards.spec import Field
 

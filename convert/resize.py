@@ -1,11 +1,13 @@
-"""One pure function per kind of field: the plane as the .mat stores it (W, H) -> the picture at SIZE x SIZE.
+"""One pure function per kind of field: the plane as stored (W, H) -> the picture at SIZE x SIZE.
 
-Every function takes the stored, transposed planes, works on them as they lie, and transposes only the small result.
+Every function takes the stored, transposed planes, works on them as they lie, and transposes only
+the small result.
 
-rgb        antialiased bilinear (a triangle filter as wide as the scale): without it thin edges alias; at most one grey
-           level from the exact result, and the same bytes on every machine.
-depth      nearest by default: source index floor((i + 0.5) * in / out). Every value is one that was measured, and an
-           edge stays an edge; averaging across an edge invents points in mid-air. `area` averages over valid pixels.
+rgb        antialiased bilinear (a triangle filter as wide as the scale): without it thin edges
+           alias; at most one grey level from the exact result, and the same bytes on every machine.
+depth      nearest by default: source index floor((i + 0.5) * in / out). Every value is one that was
+           measured, and an edge stays an edge; averaging across an edge invents points in mid-air.
+           `area` averages over valid pixels.
 raw_depth  as depth; holes (0) are never averaged in.
 label      nearest: an average of class ids is another class.
 instance   nearest, with the same indices as label, so that (label, instance) stays a pair.
@@ -46,9 +48,13 @@ def _area_weights(n_in: int, n_out: int) -> np.ndarray:
 
 
 def area(metres_wh: np.ndarray, size: int) -> np.ndarray:
-    """(W, H) metres -> (size, size) metres: the mean of the valid (> 0) pixels inside, 0 where there is none."""
+    """(W, H) metres -> (size, size) metres: the mean of the valid (> 0) pixels inside.
+
+    0 where there is none.
+    """
     width, height = metres_wh.shape
-    across, down = _area_weights(width, size), _area_weights(height, size)
+    across = _area_weights(width, size)
+    down = _area_weights(height, size)
     valid = across @ (metres_wh > 0).astype(np.float64) @ down.T
     total = across @ metres_wh.astype(np.float64) @ down.T
     return np.divide(total, valid, out=np.zeros_like(total), where=valid > 1e-9).T
@@ -58,15 +64,17 @@ def area(metres_wh: np.ndarray, size: int) -> np.ndarray:
 def _triangle_bands(
     n_in: int, n_out: int, bits: int, gain: float
 ) -> list[tuple[slice, slice, np.ndarray]]:
-    """The antialiased bilinear weights as narrow blocks: (outputs, the inputs they need, float32 weights x gain).
+    """The antialiased bilinear weights as narrow blocks.
 
-    Weights are whole multiples of 2**-bits that add up to 1: rounded running sums, so that errors do not add up.
+    Each is (outputs, the inputs they need, float32 weights x gain). Weights are whole multiples of
+    2**-bits that add up to 1: rounded running sums, so that errors do not add up.
     """
     scale = n_in / n_out
     centres = (np.arange(n_out)[:, None] + 0.5) * scale
     exact = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(scale, 1.0), 0, None)
     running = np.cumsum(exact / exact.sum(1, keepdims=True), axis=1)
     weights = np.diff(np.rint(running * 2**bits), axis=1, prepend=0) * 2.0**-bits * gain
+
     bands = []
     for start in range(0, n_out, 8):  # small products, which BLAS does in the calling thread
         rows = weights[start : start + 8]
@@ -79,16 +87,18 @@ def _triangle_bands(
 def rgb(planes_cwh: np.ndarray, size: int) -> np.ndarray:
     """(3, W, H) uint8 -> (3, size, size) uint8, antialiased bilinear, across and then down.
 
-    Every product and sum is a whole number below 2**24 (times a power of two), which float32 holds exactly: the result
-    is the same on every processor, whatever the order of summation. Between the passes 1/16 of a grey level is kept.
-    Of uint16, any number of planes, the same holds in float64, below 2**53.
+    Every product and sum is a whole number below 2**24 (times a power of two), which float32 holds
+    exactly: the result is the same on every processor, whatever the order of summation. Between the
+    passes 1/16 of a grey level is kept. Any number of planes will do; of uint16 the same holds in
+    float64, below 2**53.
     """
     working = np.float32 if planes_cwh.dtype == np.uint8 else np.float64
     channels, width, height = planes_cwh.shape
+
     across = np.empty((channels, size, height), working)
     for outputs, inputs, weights in _triangle_bands(width, size, 16, 16.0):
-        part = planes_cwh[:, inputs].astype(working)
-        np.matmul(weights, part, out=across[:, outputs])
+        np.matmul(weights, planes_cwh[:, inputs].astype(working), out=across[:, outputs])
+
     columns = np.rint(across, out=across).transpose(0, 2, 1)
     small = np.empty((channels, size, size), working)
     for outputs, inputs, weights in _triangle_bands(height, size, 12, 1 / 16):
@@ -99,9 +109,11 @@ def rgb(planes_cwh: np.ndarray, size: int) -> np.ndarray:
 def depth_mm(metres_wh: np.ndarray, size: int, method: str) -> np.ndarray:
     """(W, H) float metres -> (size, size) uint16 millimetres; 0 = no measurement.
 
-    Raises ValueRangeError for NaN, infinite, negative or beyond 32.767 m anywhere in the source plane.
+    Raises ValueRangeError for NaN, infinite, negative or beyond 32.767 m anywhere in the source
+    plane.
     """
-    low, high = metres_wh.min(), metres_wh.max()  # NaN goes through both
+    low = metres_wh.min()  # NaN goes through both
+    high = metres_wh.max()
     if not (low >= 0 and high * 1000 < MAX_DEPTH_MM + 0.5):
         raise ValueRangeError(f"depth outside 0 .. {MAX_DEPTH_MM / 1000} m (found {low} .. {high})")
     small = area(metres_wh, size) if method == "area" else nearest(metres_wh, size)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shards.format import UserError
+from shards.errors import UserError, WrongPlace
 
 HELD: set[int] = set()  # descriptors of the locks that this process holds
 
@@ -17,9 +17,8 @@ def _let_go_in_child() -> None:
     """A forked child shares its parent's locks: it would keep them when the parent is killed."""
     for handle in HELD:
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(
-            null, handle, inheritable=False
-        )  # the number stays taken: whoever closes it closes nothing else
+        # The number stays taken: whoever closes it closes nothing else.
+        os.dup2(null, handle, inheritable=False)
         os.close(null)
     HELD.clear()
 
@@ -33,25 +32,16 @@ def hold(
 ) -> Iterator[None]:
     """Hold a lock on the file `path`; a second process waits, or gets a UserError.
 
-    Its text: `is_held` ("DIR is being converted by"), who holds it, `then` (what to do); where `path` cannot be made,
-    `elsewhere` (what to do). On a file system without locks everybody goes on.
+    Its text: `is_held` ("DIR is being converted by"), who holds it, `then` (what to do). Where
+    `path` cannot be made it is a WrongPlace, with `elsewhere` (what to do). On a file system
+    without locks everybody goes on.
     """
+    handle = _open(path, elsewhere)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        what = f"{path.parent} cannot be made or written to ({error.strerror})"
-        raise UserError(f"{what}. {elsewhere}") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            raise UserError(f"{is_held} {who}. {then}") from None
-        except OSError:  # a file system without locks
-            pass
+        _take(handle, is_held, then, wait)
         HELD.add(handle)
-        who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        who = f"pid {os.getpid()} on {socket.gethostname()} since {since}"
         _write(handle, who.encode())
         try:
             yield
@@ -61,6 +51,27 @@ def hold(
     finally:
         HELD.discard(handle)
         os.close(handle)
+
+
+def _open(path: Path, elsewhere: str) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        what = f"cannot be made or written to ({error.strerror})"
+        raise WrongPlace(path.parent, what, elsewhere) from None
+
+
+def _take(handle: int, is_held: str, then: str, wait: bool) -> None:
+    """Lock the open file, or raise UserError with what its holder has written into it."""
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+        raise UserError(f"{is_held} {who}", then) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _write(handle: int, who: bytes) -> None:
@@ -73,14 +84,9 @@ def _write(handle: int, who: bytes) -> None:
 @contextmanager
 def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
     """Hold the set NAME under ROOT, by `ROOT/.NAME.lock`, while it is converted."""
-    words = {
-        "is_held": f"{root / name} is being converted by",
-        "then": "Wait for it, then run: make convert",
-    }
-    with hold(
-        root / f".{name}.lock",
-        **words,
-        elsewhere="Run: make convert OUT=/a/writable/directory",
-        wait=wait,
-    ):
+    is_held = f"{root / name} is being converted by"
+    then = "Wait for it, then run: make convert"
+    elsewhere = "Run: make convert OUT=/a/writable/directory"
+    lock = root / f".{name}.lock"
+    with hold(lock, is_held=is_held, then=then, elsewhere=elsewhere, wait=wait):
         yield

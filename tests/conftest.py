@@ -10,10 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers.sets import SMALL, convert
 
-from convert.pipeline import convert
 from convert.sample import write_sample
-from shards.format import Settings
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
@@ -23,7 +22,6 @@ for name in re.findall(r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M):
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"):
     os.environ.pop(name, None)
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
-SMALL = Settings(size=32, rows_per_shard=10)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shards.errors import UserError
+
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
@@ -15,7 +17,6 @@ from hypothesis import strategies as st
 from test_loader import make
 
 from loader.loader import Loader
-from shards.format import UserError
 from train.data import TARGETS, ShardDataset, create_dataloaders
 from train.order import Batches
 

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.sets import convert, files_of, manifest_json, write_manifest_json
 
-from convert.pipeline import convert
 from convert.verify import against_source, verify_all
-from shards import format as fmt
-from shards.format import UserError
+from shards.containers import npy_header
+from shards.dataset import open_set
+from shards.errors import UserError
+from shards.files import sha256_file
+from shards.manifest import MANIFEST, PROVENANCE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Damage = Callable[[Path, random.Random], Path]
@@ -25,8 +28,8 @@ Damage = Callable[[Path, random.Random], Path]
 
 def a_file(directory: Path, rng: random.Random) -> Path:
     """Any file of the set, the manifest as often as four others together."""
-    files = sorted(p for p in directory.iterdir() if p.name not in (fmt.PROVENANCE, fmt.MANIFEST))
-    return rng.choice([*files, *[directory / fmt.MANIFEST] * 4])
+    files = sorted(p for p in directory.iterdir() if p.name not in (PROVENANCE, MANIFEST))
+    return rng.choice([*files, *[directory / MANIFEST] * 4])
 
 
 def flip(directory: Path, rng: random.Random) -> Path:
@@ -118,7 +121,7 @@ def untouched(directory: Path) -> dict[str, tuple[int, int]]:
 def damage_and_mend(mat: Path, small_set: Path, root: Path, n: int, mend_every: int) -> int:
     """Returns how many of `n` random damages verify named. Some are mended: only what was wrong is written again."""
     rng, n_found = random.Random(n), 0
-    right = {p.name: p.read_bytes() for p in small_set.iterdir() if p.name != fmt.PROVENANCE}
+    right = {p.name: p.read_bytes() for p in small_set.iterdir() if p.name != PROVENANCE}
     for k in range(n):
         directory = Path(shutil.copytree(small_set, root / f"{k}" / small_set.name))
         before = untouched(directory)
@@ -130,12 +133,12 @@ def damage_and_mend(mat: Path, small_set: Path, root: Path, n: int, mend_every: 
         assert "Run: " in message
         n_found += path.name in message
         if k % mend_every == 0:
-            for foreign in {p.name for p in directory.iterdir()} - set(right) - {fmt.PROVENANCE}:
+            for foreign in {p.name for p in directory.iterdir()} - set(right) - {PROVENANCE}:
                 (directory / foreign).unlink()
             wrong = {p for p, data in right.items() if not is_plain_with(directory / p, data)}
             assert convert(mat, directory.parent, SMALL, repair=True) == directory
             assert verify_all(directory) == len(right) - 1
-            assert {p.name: p.read_bytes() for p in directory.iterdir() if p.name != fmt.PROVENANCE} == right
+            assert {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PROVENANCE} == right
             after = untouched(directory)
             assert {name for name in before if after[name] != before[name]} <= wrong
         shutil.rmtree(directory.parent)
@@ -175,10 +178,10 @@ def test_verify_against_finds_what_its_own_hashes_cannot(mat: Path, small_set: P
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     assert against_source(directory, mat, 36) == 36
     path = older(directory, random.Random(0))
-    manifest = fmt.read_manifest(directory)
-    facts = fmt.all_files(manifest)[path.name]
-    facts["sha256"] = fmt.sha256_file(path)
-    fmt.write_manifest(directory, manifest)
+    manifest = manifest_json(directory)
+    facts = files_of(manifest)[path.name]
+    facts["sha256"] = sha256_file(path)
+    write_manifest_json(directory, manifest)
     verify_all(directory)
     with pytest.raises(UserError, match=f"{path.name}: row .* is not what"):
         against_source(directory, mat, 36)
@@ -198,11 +201,11 @@ def test_opening_finds_a_shard_of_another_header_or_size(small_set: Path, tmp_pa
     else:
         path.unlink()
     with pytest.raises(UserError, match=r"npy.*Run: make"):
-        fmt.open_set(directory)
+        open_set(directory)
 
 
 def test_the_header_written_here_is_numpys() -> None:
     for dtype, shape in (("|u1", (128, 3, 224, 224)), ("<u2", (100_000, 480, 480)), ("<f4", (1449, 4)), ("|S70", (9,))):
         file = io.BytesIO()
         np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-        assert fmt.npy_header(dtype, shape) == file.getvalue()
+        assert npy_header(dtype, shape) == file.getvalue()

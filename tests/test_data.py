@@ -12,17 +12,18 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import shared
+from helpers.sets import convert
 from torch.utils.data import DataLoader
 
 from convert.inspect import picture
-from convert.pipeline import convert
-from shards import format as fmt
-from shards.format import UserError
+from shards.dataset import open_set
+from shards.errors import UserError
+from shards.spec import ConversionSettings
 from train.data import SCENE_10, SCENE_13, ShardDataset, create_dataloaders, scene_classes
 
 
 def test_no_scene_is_in_both_splits(small_set: Path) -> None:
-    found = fmt.open_set(small_set)
+    found = open_set(small_set)
     split, scene = found.column("split"), found.column("scene")
     assert not set(scene[split == 0]) & set(scene[split == 1])
     sizes = [len(ShardDataset(small_set, split=s)) for s in ("train", "test", "all")]
@@ -58,7 +59,7 @@ def test_class_lists_are_the_documented_ones() -> None:
 
 def test_a_row_is_what_the_shards_hold(small_set: Path) -> None:
     dataset = ShardDataset(small_set, split="test", num_classes=27)
-    found = fmt.open_set(small_set)
+    found = open_set(small_set)
     rows = np.flatnonzero(found.column("split") == 1)
     stored = {f: np.concatenate(found.shards(f)) for f in ("rgb", "depth")}
     for i in (0, 3, len(rows) - 1):
@@ -89,7 +90,7 @@ def test_an_index_out_of_range_raises(small_set: Path, index: int) -> None:
 @pytest.mark.parametrize(("target", "n"), [("semantic13", 13), ("semantic40", 40), ("semantic894", 894)])
 def test_semantic_targets_go_through_the_table_and_void_is_ignored(small_set: Path, target: str, n: int) -> None:
     dataset = ShardDataset(small_set, split="all", target=target)
-    found = fmt.open_set(small_set)
+    found = open_set(small_set)
     stored = found.shards("label")[0][3]
     mask = dataset[3][-1].numpy()
     names = found.manifest["names"]
@@ -101,7 +102,7 @@ def test_semantic_targets_go_through_the_table_and_void_is_ignored(small_set: Pa
 
 
 def test_depth_and_instance_targets(small_set: Path) -> None:
-    found = fmt.open_set(small_set)
+    found = open_set(small_set)
     rgb, metres = ShardDataset(small_set, split="all", target="depth")[4]
     assert (tuple(rgb.shape), tuple(metres.shape), metres.dtype) == ((3, 32, 32), (1, 32, 32), torch.float32)
     np.testing.assert_allclose(metres[0], found.shards("depth")[0][4] / 1000, atol=1e-6)
@@ -203,7 +204,7 @@ def test_a_damaged_shard_is_refused_at_open(small_set: Path, tmp_path: Path) -> 
 
 
 def test_a_set_of_rgb_alone_trains_on_rgb(mat: Path, tmp_path: Path) -> None:
-    made = convert(mat, tmp_path, fmt.Settings(fields=("rgb",), size=32))
+    made = convert(mat, tmp_path, ConversionSettings(fields=("rgb",), size=32))
     train, _ = create_dataloaders(made, batch_size=4, num_workers=0, fields=("rgb",))
     picture(made, tmp_path / "sheet.png", 2)
     with pytest.raises(UserError, match="--fields rgb,depth"):

@@ -1,4 +1,4 @@
-"""One thread owns HDF5, in every stack; and what HDF5 cannot read is not told as a file to be fetched again."""
+"""One thread owns HDF5, in every stack; what it cannot read is not told as to be fetched again."""
 
 import os
 import shutil
@@ -16,20 +16,21 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from convert.repack import repack
 from flaky import serving
 
 from convert.pipeline import convert
-from convert.repack import repack
 from convert.resize import nearest
 from convert.sample import write_sample
 from convert.session import prepare
 from convert.sources.hdf5 import HDF5
 from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
 from convert.sources.nyu_tables import row_columns
+from shards.errors import DamagedSource
 from shards.format import FIELDS, Settings, UserError
 from stores import http as remote
 
-# As a conversion does: text, chunks that only HDF5 can unpack, and the indexes beside them; only more often.
+# As a conversion does, only more often: text, chunks that only HDF5 can unpack, and indexes.
 HAMMER = """
 import sys, threading
 from pathlib import Path
@@ -69,9 +70,9 @@ def read_indexes():
         if not np.array_equal(offsets.setdefault(name, reader.index.offset), reader.index.offset):
             wrong.append(f"the index of {name} changed")
 
-work = (12, read_text), (400, read_chunks), (400, read_chunks), (120, read_indexes), (120, read_indexes)
-threads = [threading.Thread(target=again, args=each) for each in work]
-for thread in threads:
+work = (12, read_text), (400, read_chunks), (400, read_chunks), (120, read_indexes), (120,
+read_indexes) threads = [threading.Thread(target=again, args=each) for each in work] for thread in
+threads:
     thread.start()
 for thread in threads:
     thread.join()
@@ -95,7 +96,9 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.races
 def test_indexes_beside_text_are_right_however_many_threads_ask(many_rows: Path) -> None:
     """A process of its own: where HDF5 is called by two threads it does not always live to tell."""
-    done = subprocess.run([sys.executable, "-c", HAMMER, many_rows], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HAMMER, many_rows], cwd=REPO, capture_output=True, text=True
+    )
     assert done.returncode == 0, (done.returncode, done.stderr[-500:])
 
 
@@ -141,7 +144,9 @@ def test_a_fork_waits_for_the_call_under_way() -> None:
 
 
 @pytest.mark.races
-def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     reading = Mat(mat, tuple(FIELDS))
     stop = threading.Event()
 
@@ -157,7 +162,9 @@ def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(mat: Path, sm
             if not child:
                 signal.alarm(60)  # one that waits for ever ends as a failure
                 made = convert(mat, tmp_path / str(k), SMALL, 1)
-                same = all((made / p.name).read_bytes() == p.read_bytes() for p in small_set.glob("*.npy"))
+                same = all(
+                    (made / p.name).read_bytes() == p.read_bytes() for p in small_set.glob("*.npy")
+                )
                 os._exit(0 if same else 3)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
@@ -175,15 +182,23 @@ def damage_chunk(path: Path, key: str, row: int) -> None:
 
 
 @pytest.mark.parametrize("row", [0, 7, 35])
-def test_a_damaged_chunk_names_its_row_and_asks_to_compare_the_md5_first(mat: Path, tmp_path: Path, row: int) -> None:
+def test_a_damaged_chunk_names_its_row_and_asks_to_compare_the_md5_first(
+    mat: Path, tmp_path: Path, row: int
+) -> None:
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     damage_chunk(path, "depths", row)
-    with pytest.raises(UserError, match=rf"depths row {row}: a compressed chunk is damaged") as error:
+    with pytest.raises(
+        DamagedSource, match=rf"depths row {row}: a compressed chunk is damaged"
+    ) as error:
         convert(path, tmp_path / "out", SMALL)
+    assert error.value.source == str(path)
+    assert error.value.right == LOOK_FIRST
     assert str(error.value).endswith(LOOK_FIRST)
 
 
-def test_an_error_of_this_program_blames_no_file(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_this_program_blames_no_file(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It arrives as what it is."""
 
     def broken(*_: object) -> np.ndarray:
@@ -212,7 +227,7 @@ def test_a_disk_that_does_not_answer_blames_the_disk(
 
 
 def test_a_chunk_of_absurd_size_is_named_by_its_row(mat: Path, tmp_path: Path) -> None:
-    """Those that pack worst are looked at first when the index is read: they are named in their turn all the same."""
+    """Those that pack worst are looked at first: they are named in their turn all the same."""
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     with h5py.File(path, "r+") as file:
         file["depths"].id.write_direct_chunk((20, 0, 0), b"x" * 200_000)
@@ -220,7 +235,9 @@ def test_a_chunk_of_absurd_size_is_named_by_its_row(mat: Path, tmp_path: Path) -
         convert(path, tmp_path / "out", SMALL)
 
 
-def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(mat: Path, tmp_path: Path) -> None:
+def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(
+    mat: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     with h5py.File(path, "r+") as file:
         bomb = zlib.compress(bytes(16 << 20), 9)
@@ -229,13 +246,18 @@ def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(mat: Path, tmp
         for place in places:
             dset.write_direct_chunk(place, bomb)
     for module in ("nothing", "deflate"):  # with libdeflate, and without
-        code = f"import sys; sys.modules[{module!r}] = None; from convert.__main__ import main; main(); "
-        code += "from convert.machine import memory_of; import os; print(memory_of([os.getpid()]) or 0)"
+        code = f"import sys; sys.modules[{module!r}] = None; "
+        code += "from convert.__main__ import main; main(); "
+        code += (
+            "from convert.machine import memory_of; import os; print(memory_of([os.getpid()]) or 0)"
+        )
         words = [sys.executable, "-c", code, "run", str(path), "--out", str(tmp_path / module)]
         done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
         assert "depths: none of the chunks that were looked at can be unpacked" in done.stderr
         assert "Traceback" not in done.stderr
-        assert int(done.stdout.split()[-1]) < 200 << 20  # not ru_maxrss, which counts the parent that forked
+        assert (
+            int(done.stdout.split()[-1]) < 200 << 20
+        )  # not ru_maxrss, which counts the parent that forked
 
 
 def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: Path) -> None:
@@ -255,7 +277,9 @@ def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: 
 
 
 def test_a_crop_that_does_not_fit_blames_the_crop(mat: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--crop eigen is a box of 640x480 pictures, these are 64x48") as error:
+    with pytest.raises(
+        UserError, match=r"--crop eigen: .* box of 640x480 pictures, those of .* 64x48"
+    ) as error:
         convert(mat, tmp_path, Settings(crop="eigen"))
     assert "md5" not in str(error.value)
 
@@ -302,7 +326,15 @@ def test_ctrl_c_ends_a_conversion_whose_server_says_nothing_any_more(
 ) -> None:
     with serving(x_mat=mat.read_bytes()) as server:
         server.silent_after = silent_after
-        words = [sys.executable, "-m", "convert", "run", server.url("x.mat"), "--out", str(tmp_path / "out")]
+        words = [
+            sys.executable,
+            "-m",
+            "convert",
+            "run",
+            server.url("x.mat"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
         with subprocess.Popen(words, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
             while len(server.requests) <= silent_after:
                 assert process.poll() is None, process.communicate()
@@ -316,7 +348,8 @@ def test_ctrl_c_ends_a_conversion_whose_server_says_nothing_any_more(
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http:///x", "http://x:abc/", "http://[::1", "http://ü..x/", "x", "ftp://x/y"]
+    "url",
+    ["http://", "http:///x", "http://x:abc/", "http://[::1", "http://ü..x/", "x", "ftp://x/y"],
 )
 def test_what_is_no_address_is_said_at_once(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no address of a file"):
@@ -337,7 +370,10 @@ def other_order(path: Path, mat: Path, change: Callable[[np.ndarray], np.ndarray
 
 
 def rows_of(made: Path) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([np.load(p) for p in sorted(made.glob(f"{name}-*.npy"))]) for name in FIELDS}
+    return {
+        name: np.concatenate([np.load(p) for p in sorted(made.glob(f"{name}-*.npy"))])
+        for name in FIELDS
+    }
 
 
 @pytest.mark.parametrize("axes", ["auto", "hw"])
@@ -349,10 +385,14 @@ def test_pictures_stored_in_the_other_order_give_the_same_bytes(
     for file in small_set.glob("*.npy"):
         assert (made / file.name).read_bytes() == file.read_bytes()
     assert "taken as height x width" in capsys.readouterr().err
-    assert made.name == convert(path, tmp_path / "out", SMALL).name  # the same set whether it was said or seen
+    assert (
+        made.name == convert(path, tmp_path / "out", SMALL).name
+    )  # the same set whether it was said or seen
 
 
-def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(mat: Path, tmp_path: Path) -> None:
+def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(
+    mat: Path, tmp_path: Path
+) -> None:
     said = Settings(size=32, rows_per_shard=10, axes="wh")
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     (tmp_path / "drive").mkdir()
@@ -369,11 +409,16 @@ def test_axes_that_the_pictures_contradict_are_refused(mat: Path, tmp_path: Path
         convert(mat, tmp_path, Settings(size=32, axes="hw"))
 
 
-def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose(mat: Path, tmp_path: Path) -> None:
+def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose(
+    mat: Path, tmp_path: Path
+) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
     with pytest.raises(UserError, match=r"--axes wh .*or --axes hw"):
         convert(path, tmp_path / "out", SMALL)
-    made = [convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes=a)) for a in ("wh", "hw")]
+    made = [
+        convert(path, tmp_path / "out", Settings(size=32, rows_per_shard=10, axes=a))
+        for a in ("wh", "hw")
+    ]
     assert made[0] != made[1]
     one, other = (rows_of(directory) for directory in made)
     for name in FIELDS:
@@ -402,9 +447,22 @@ def test_a_verify_against_the_source_knows_the_axes(
 def test_a_hang_up_that_was_ignored_stays_ignored(tmp_path: Path) -> None:
     """As under nohup. It is sent again and again while the conversion goes on to its end."""
     write_sample(tmp_path / "x.mat", 24, size_wh=(640, 480))
-    words = [sys.executable, "-m", "convert", "run", str(tmp_path / "x.mat"), "--out", str(tmp_path / "out")]
+    words = [
+        sys.executable,
+        "-m",
+        "convert",
+        "run",
+        str(tmp_path / "x.mat"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     words += ["--rows-per-shard", "4"]
-    how: dict[str, Any] = {"cwd": REPO, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    how: dict[str, Any] = {
+        "cwd": REPO,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     with subprocess.Popen(["nohup", *words], **how) as process:
         sent = 0
         while process.poll() is None:

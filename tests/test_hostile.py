@@ -20,11 +20,15 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.sets import convert, manifest_json, write_manifest_json
 
-from convert.pipeline import convert
 from convert.sample import write_sample
 from convert.sources.nyu_mat import CELLS, KEYS
-from shards import format as fmt
+from shards.containers import map_npy
+from shards.dataset import open_set
+from shards.errors import UserError
+from shards.files import sha256_file
+from shards.manifest import COLUMNS, MANIFEST
 
 MAX_RESIDENT = 512 << 20
 LIMITS = 'ulimit -v 6000000; ulimit -t 10; exec "$@"'  # KiB of address space (torch alone maps 3 GB); CPU seconds
@@ -323,7 +327,7 @@ def hostile(n: int, layouts: list[Path], small_set: Path, root: Path) -> dict[st
         shutil.copy(layouts[0] if name in ("corrupt chunk", "bomb", "filters") else layouts[k % len(layouts)], path)
         CHANGES[name](path, rng)
         outcome = limited("convert", "run", path, "--out", out, "--size", 32, "--rows-per-shard", 10)
-        made = [p for p in out.glob("*") if (p / fmt.MANIFEST).exists()]
+        made = [p for p in out.glob("*") if (p / MANIFEST).exists()]
         wrong = complaint(outcome) if outcome.status else None
         if outcome.status == 0 and name in MAY_BE_HARMLESS:
             same = {p.name: p.read_bytes() for p in made[0].glob("*.npy")} == right
@@ -366,9 +370,9 @@ def remake(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """A manifest changed by somebody who knows how to sign it."""
 
     def edit(directory: Path) -> None:
-        manifest = fmt.read_manifest(directory)
+        manifest = manifest_json(directory)
         change(manifest)
-        fmt.write_manifest(directory, manifest)
+        write_manifest_json(directory, manifest)
 
     return edit
 
@@ -386,9 +390,9 @@ def pickled(directory: Path) -> None:
 
     path = directory / "rows-split.npy"
     np.save(path, np.array([Evil()], object), allow_pickle=True)
-    manifest = fmt.read_manifest(directory)
-    manifest["columns"]["rows-split.npy"] = {"bytes": path.stat().st_size, "sha256": fmt.sha256_file(path)}
-    fmt.write_manifest(directory, manifest)
+    manifest = manifest_json(directory)
+    manifest["columns"]["rows-split.npy"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_manifest_json(directory, manifest)
 
 
 def replaced_by(make: Callable[[Path], Any], name: str) -> Callable[[Path], None]:
@@ -416,13 +420,13 @@ SETS: dict[str, Callable[[Path], Any]] = {
     "fields": remake(lambda m: m["fields"].pop("rgb")),
     "names": remake(lambda m: m["names"].update(scenes=[])),
     "bytes": remake(lambda m: m["columns"]["rows-split.npy"].update(bytes="x")),
-    "deep": lambda d: (d / fmt.MANIFEST).write_text("[" * 100_000),
-    "not text": lambda d: (d / fmt.MANIFEST).write_bytes(b"\xff\xfe\x00"),
-    "a list": lambda d: (d / fmt.MANIFEST).write_text("[]"),
-    "empty": lambda d: (d / fmt.MANIFEST).write_text(""),
-    "manifest is a directory": replaced_by(Path.mkdir, fmt.MANIFEST),
-    "manifest is a pipe": replaced_by(os.mkfifo, fmt.MANIFEST),
-    "manifest is a link": replaced_by(lambda p: p.symlink_to("/etc/passwd"), fmt.MANIFEST),
+    "deep": lambda d: (d / MANIFEST).write_text("[" * 100_000),
+    "not text": lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe\x00"),
+    "a list": lambda d: (d / MANIFEST).write_text("[]"),
+    "empty": lambda d: (d / MANIFEST).write_text(""),
+    "manifest is a directory": replaced_by(Path.mkdir, MANIFEST),
+    "manifest is a pipe": replaced_by(os.mkfifo, MANIFEST),
+    "manifest is a link": replaced_by(lambda p: p.symlink_to("/etc/passwd"), MANIFEST),
     "shard is a link": replaced_by(lambda p: p.symlink_to("/etc/passwd"), "rgb-00000.npy"),
     "shard is a pipe": replaced_by(os.mkfifo, "depth-00001.npy"),
     "column is a directory": replaced_by(Path.mkdir, "rows-split.npy"),
@@ -441,7 +445,7 @@ def test_a_hostile_set_is_one_line_to_every_reader(kind: str, small_set: Path, t
 
 def test_a_manifest_of_any_values_is_refused_or_read(small_set: Path, tmp_path: Path) -> None:
     """Every value replaced by every strange one, signed: a UserError, or a set whose shards and columns are read."""
-    whole, strange = fmt.read_manifest(small_set), [None, -1, 2**70, 1e300, "", "../x", [], {}, [[]], True]
+    whole, strange = manifest_json(small_set), [None, -1, 2**70, 1e300, "", "../x", [], {}, [[]], True]
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     paths = list(leaves(whole))
     for k in range(400):
@@ -452,12 +456,12 @@ def test_a_manifest_of_any_values_is_refused_or_read(small_set: Path, tmp_path: 
         for key in parents:
             inside = inside[key]
         inside[last] = rng.choice(strange)
-        fmt.write_manifest(directory, manifest)
-        with suppress(fmt.UserError):
-            found = fmt.open_set(directory)
+        write_manifest_json(directory, manifest)
+        with suppress(UserError):
+            found = open_set(directory)
             for field in found.manifest["fields"]:
                 found.shards(field)
-            for name in fmt.COLUMNS:
+            for name in COLUMNS:
                 found.column(name)
 
 
@@ -472,10 +476,10 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_a_shard_of_objects_is_never_loaded(small_set: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     np.save(directory / "label-00000.npy", np.array([{}] * 10, object), allow_pickle=True)
-    with pytest.raises(fmt.UserError):
-        fmt.open_set(directory)
-    with pytest.raises(fmt.UserError):
-        fmt.map_npy(directory / "label-00000.npy", dtype="<u2", shape=(10, 32, 32))
+    with pytest.raises(UserError):
+        open_set(directory)
+    with pytest.raises(UserError):
+        map_npy(directory / "label-00000.npy", dtype="<u2", shape=(10, 32, 32))
 
 
 def test_a_failure_in_the_middle_keeps_what_is_done(mat: Path, small_set: Path, tmp_path: Path) -> None:
@@ -484,7 +488,7 @@ def test_a_failure_in_the_middle_keeps_what_is_done(mat: Path, small_set: Path, 
     shutil.copy(mat, path)
     with h5py.File(path, "r+") as file:
         file["depths"].id.write_direct_chunk((35, 0, 0), b"not zlib")
-    with pytest.raises(fmt.UserError, match="depths row 35"):
+    with pytest.raises(UserError, match="depths row 35"):
         convert(path, tmp_path / "out", SMALL, 1)
     assert list(tmp_path.glob("out/*/receipt-*"))
     assert not list(tmp_path.glob("out/*/.*"))

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from cgroup import drop_from_cache, memory_group
 from conftest import REPO, SMALL
+from helpers.sets import convert, files_of, manifest_json, verify
 
-from convert.pipeline import convert
 from convert.verify import verify_all
-from shards import format as fmt
-from shards.format import Settings, UserError
+from shards.dataset import finished_sets, open_set, resolve_set
+from shards.errors import UserError
+from shards.manifest import MANIFEST, PROVENANCE
+from shards.spec import ConversionSettings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SLOW = ("--rows-per-shard", "1", "--workers", "1")  # 36 shards: time to do something in between
@@ -55,7 +57,7 @@ def ends_in_one_line(process: subprocess.Popen[str], status: int) -> str:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != fmt.PROVENANCE}
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PROVENANCE}
 
 
 def nothing_temporary(root: Path) -> bool:
@@ -86,31 +88,31 @@ def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: obje
     assert convert_once.returncode == 0, convert_once.stderr
     seconds = time.monotonic() - started  # of a whole run, on this machine, now
     while kills < n_kills:
-        repair = directory.exists() and (directory / fmt.MANIFEST).exists()
+        repair = directory.exists() and (directory / MANIFEST).exists()
         with running(mat, root, "--size", 32, "--rows-per-shard", 10, *(["--repair"] if repair else [])) as process:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(rng.uniform(0.2, 1.1) * seconds)
             if process.poll() is None:
                 process.kill()
                 kills += 1
-        if (directory / fmt.MANIFEST).exists() and not repair:  # committed: then it is whole
+        if (directory / MANIFEST).exists() and not repair:  # committed: then it is whole
             assert verify_all_but_leftovers(directory)
             n_finished += 1
             if n_finished % 2:
                 (directory / "rgb-00001.npy").write_bytes(b"damaged")
             else:
                 shutil.rmtree(directory)
-        elif not (directory / fmt.MANIFEST).exists():
+        elif not (directory / MANIFEST).exists():
             with pytest.raises(UserError):
-                fmt.resolve_set(root) and fmt.open_set(directory)
+                resolve_set(root) and open_set(directory)
     done = convert(mat, root, SMALL, repair=True)
     assert content(done) == content(whole)
     return n_finished
 
 
 def verify_all_but_leftovers(directory: Path) -> bool:
-    files = fmt.all_files(fmt.read_manifest(directory))
-    return not [name for name, problem in fmt.verify(directory) if problem and name in files]
+    files = files_of(manifest_json(directory))
+    return not [name for name, problem in verify(directory) if problem and name in files]
 
 
 def test_killed_runs_resume_and_end_byte_identical(mat: Path, small_set: Path, tmp_path: Path) -> None:
@@ -278,17 +280,17 @@ def test_without_its_source_a_set_is_found_by_its_settings(
     convert(other, tmp_path / "out", SMALL)
     done = command("convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out", *small)
     assert done.returncode == 2
-    assert all(p.name in done.stderr for p in fmt.finished_sets(tmp_path / "out"))
+    assert all(p.name in done.stderr for p in finished_sets(tmp_path / "out"))
 
 
 def test_a_set_under_another_sets_name_is_refused(mat: Path, small_set: Path, tmp_path: Path) -> None:
-    other = convert(mat, tmp_path, Settings(size=16))
+    other = convert(mat, tmp_path, ConversionSettings(size=16))
     shutil.copytree(small_set, tmp_path / "kept")
     name = other.name
     shutil.rmtree(other)
     (tmp_path / "kept").rename(tmp_path / name)
     with pytest.raises(UserError, match="holds another set, renamed"):
-        convert(mat, tmp_path, Settings(size=16))
+        convert(mat, tmp_path, ConversionSettings(size=16))
 
 
 # ---------------------------------------------------------------- memory
@@ -329,4 +331,4 @@ def test_the_full_size_converts_in_512_mb(tmp_path: Path) -> None:
     if not source.exists():
         write_sample(source, 1449)
     print(memory_limited(source, tmp_path / "out", 512 << 20))
-    assert verify_all(fmt.resolve_set(tmp_path / "out"))
+    assert verify_all(resolve_set(tmp_path / "out"))

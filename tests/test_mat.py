@@ -1,5 +1,6 @@
-"""Every layout of the same content gives the same rows, each chunk decoded once, with h5py as the reference."""
+"""Every layout of the same content gives the same rows, each chunk decoded once, as h5py does."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,27 @@ from conftest import REPO, SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import convert.sources.chunk_codec as codec_module
+import convert.sources.chunk_index as index_module
 import convert.sources.chunks as chunks_module
 from convert.pipeline import convert
-from convert.sources.chunks import ChunkIndex, Reader
+from convert.sources.chunk_index import ChunkAccess, claimed_index
+from convert.sources.chunk_layout import ChunkGrid, ChunkIndex, block_at
+from convert.sources.chunks import Reader
 from convert.sources.hdf5 import StoredDataset
-from convert.sources.nyu_mat import KEYS
+from convert.sources.nyu_mat import HDF5_SIGNATURE, KEYS, check_opens
+from shards.errors import DamagedSource, WrongSource
 from shards.format import UserError
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
-FILTERS = [{}, GZIP, {**GZIP, "shuffle": True}, {"shuffle": True}, {"compression": "lzf"}, {**GZIP, "fletcher32": True}]
+FILTERS = [
+    {},
+    GZIP,
+    {**GZIP, "shuffle": True},
+    {"shuffle": True},
+    {"compression": "lzf"},
+    {**GZIP, "fletcher32": True},
+]
 
 
 def open_reader(dset: h5py.Dataset, handle: int) -> Reader:
@@ -37,7 +50,9 @@ def all_rows(reader: Reader) -> np.ndarray:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...] | None, str, dict[str, object], int]:
+def layouts(
+    draw: st.DrawFn,
+) -> tuple[tuple[int, ...], tuple[int, ...] | None, str, dict[str, object], int]:
     shape = tuple(draw(st.integers(1, 9)) for _ in range(draw(st.integers(2, 4))))
     chunk = tuple(draw(st.integers(1, s)) for s in shape)
     chunked = draw(st.booleans())
@@ -52,7 +67,9 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...] | None, s
 
 
 @given(layouts(), st.booleans(), st.booleans(), st.integers(1, 9))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
     tmp_path: Path, layout: tuple, written: bool, scratch: bool, band: int
 ) -> None:
@@ -74,7 +91,9 @@ def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
         assert rows.dtype.isnative
         np.testing.assert_array_equal(rows, file["x"][()])
         if chunk:
-            assert reader.n_decoded == np.prod([-(-s // c) for s, c in zip(shape, chunk, strict=True)])
+            assert reader.n_decoded == np.prod(
+                [-(-s // c) for s, c in zip(shape, chunk, strict=True)]
+            )
         reader.close()
     assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
 
@@ -90,17 +109,16 @@ def test_offsets_are_right_whether_hdf5_counts_the_user_block_or_not(
     values[2, 8:16, 8:16] = np.arange(64).reshape(8, 8)
     with h5py.File(path, "w", userblock_size=512) as file:
         file.create_dataset("x", data=values, chunks=chunk, **(GZIP if chunk else {}))
-    claimed = Reader._claimed_index
 
-    def as_another_hdf5(self: Reader) -> ChunkIndex | None:
-        index = claimed(self)
+    def as_another_hdf5(access: ChunkAccess) -> ChunkIndex | None:
+        index = claimed_index(access)
         assert index is not None
-        counts = self.dataset.chunks is None or h5py.version.hdf5_version_tuple >= (1, 14, 4)
+        counts = access.dataset.chunks is None or h5py.version.hdf5_version_tuple >= (1, 14, 4)
         if leaves_out == counts:
-            np.add(index.offset, -512 if leaves_out else 512, out=index.offset, where=index.offset >= 0)
+            return index.counted_from(-512 if leaves_out else 512)
         return index
 
-    monkeypatch.setattr(Reader, "_claimed_index", as_another_hdf5)
+    monkeypatch.setattr(index_module, "claimed_index", as_another_hdf5)
     with h5py.File(path) as file, open(path, "rb") as raw:
         reader = open_reader(file["x"], raw.fileno())
         np.testing.assert_array_equal(all_rows(reader), values)
@@ -122,23 +140,85 @@ def test_both_inflaters_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> 
 
     data = np.random.default_rng(0).integers(0, 9, 50_000).astype(np.uint8).tobytes()
     packed = zlib.compress(data, 3)
-    fast = bytes(chunks_module.inflate(packed, len(data)))
-    monkeypatch.setattr(chunks_module, "_libdeflate", None)
-    assert fast == bytes(chunks_module.inflate(packed, len(data))) == data
+    fast = bytes(codec_module.inflate(packed, len(data)))
+    monkeypatch.setattr(codec_module, "libdeflate", None)
+    assert fast == bytes(codec_module.inflate(packed, len(data))) == data
     with pytest.raises(ValueError, match="damaged"):
-        chunks_module.inflate(packed[:-9] + b"123456789", len(data))
+        codec_module.inflate(packed[:-9] + b"123456789", len(data))
     with pytest.raises(ValueError, match="expected"):
-        chunks_module.inflate(packed, len(data) + 1)
+        codec_module.inflate(packed, len(data) + 1)
 
 
-# ---------------------------------------------------------------- whole sets: the same bytes from every layout
+@given(layouts())
+def test_tiles_cover_each_row_once_and_chunks_begin_where_h5py_says(layout: tuple) -> None:
+    shape, chunk, *_ = layout
+    grid = ChunkGrid(shape, chunk or (1, *shape[1:]))
+    assert len(grid.tiles) == grid.n_tiles
+    n_seen = np.zeros(grid.padded_row_shape, int)
+    for tile in grid.tiles:
+        n_seen[tile] += 1
+    assert np.all(n_seen == 1)
+
+    inside = np.zeros(shape, int)
+    for k in range(grid.n_chunks):
+        first = grid.first_element(k)
+        part = grid.without_padding(k)
+        inside[block_at(first, tuple(side.stop for side in part))] += 1
+    assert np.all(inside == 1)
+
+
+def test_a_reader_that_was_sent_to_another_process_reads_without_hdf5(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    values = np.arange(5 * 7 * 9, dtype="<u2").reshape(5, 7, 9)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=values, chunks=(2, 3, 4), **GZIP)
+    with open(path, "rb") as raw:
+        with h5py.File(path) as file:
+            reader = open_reader(file["x"], raw.fileno())
+        assert reader.can_travel
+        sent = pickle.loads(pickle.dumps(reader))
+        assert sent.access is None
+        np.testing.assert_array_equal(all_rows(sent), values)
+
+
+WRONG_FILES = {
+    "empty": b"",
+    "web page": b"\n<!DOCTYPE html>",
+    "MATLAB v5": b"MATLAB 5.0 MAT-file" + bytes(600),
+    "noise": bytes(range(256)) * 9,
+    "cut": HDF5_SIGNATURE + bytes(600),
+    "absent": None,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILES)
+def test_a_file_that_is_no_source_says_what_is_wrong_and_what_would_be_right(
+    kind: str, tmp_path: Path
+) -> None:
+    """As fields, without a command: whoever calls from Python has none to run."""
+    path = tmp_path / "x.mat"
+    if (content := WRONG_FILES[kind]) is not None:
+        path.write_bytes(content)
+    with pytest.raises(WrongSource) as caught:
+        check_opens(path)
+    error = caught.value
+    assert error.source == path
+    assert str(error) == f"{error.problem}. {error.right}"
+    assert not any(command in str(error) for command in ("make ", "python -m", "Run: "))
+    assert isinstance(error, DamagedSource) == (kind == "cut")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# ---------------------------------------------- whole sets: the same bytes from every layout
 
 
 def shards(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.glob("*.npy"))}
 
 
-def repacked(path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any) -> Path:
+def repacked(
+    path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any
+) -> Path:
     """The same content, every field in chunks of `chunk(shape)`."""
     shutil.copy(mat, path)
     with h5py.File(path, "r+") as file:
@@ -170,7 +250,7 @@ def test_every_layout_gives_the_same_bytes(
     if by == "a scratch file":
         monkeypatch.setattr(chunks_module, "MAX_GROUP_BYTES", 50_000)
     if by == "helpers":
-        monkeypatch.setattr("convert.pipeline.HELPERS_FROM", 0)
+        monkeypatch.setattr("convert.executors.HELPERS_FROM", 0)
     made = convert(path, tmp_path / "out", SMALL, workers=3)
     assert shards(made) == shards(small_set)
     assert not list(made.glob(".*"))
@@ -179,7 +259,7 @@ def test_every_layout_gives_the_same_bytes(
 def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
     mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks_module, "_libdeflate", None)
+    monkeypatch.setattr(codec_module, "libdeflate", None)
     assert shards(convert(mat, tmp_path, SMALL, workers=16)) == shards(small_set)
 
 

@@ -17,11 +17,11 @@ from convert import session
 from convert.transfer import pull, push, set_on_mount
 from shards.copy import copy_set
 from shards.dataset import ShardSet, finished_sets, open_set
-from shards.errors import IncompleteCopy, OldSet, StoreFailed, UserError
+from shards.errors import IncompleteCopy, StoreFailed, UserError
 from shards.files import FileEntry, HashingFile, write_atomically
-from shards.manifest import MANIFEST, read_manifest
+from shards.manifest import read_manifest
 from stores import mounted
-from stores.mounted import MountedStore, patiently
+from stores.mounted import patiently
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,17 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
+from helpers.sets import manifest_json, repack, verify
 
-from convert.repack import repack
-from shards import format as fmt
-from shards.format import Settings, UserError
+from shards.errors import UserError
+from shards.manifest import read_manifest, write_manifest
 from train.data import ShardDataset
 from train.unpack import cache_folder
 
 
 @pytest.fixture(scope="module")
 def packed(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return repack(small_set, tmp_path_factory.mktemp("packed"), Settings(), "zarr", "blosc-zstd")
+    return repack(small_set, tmp_path_factory.mktemp("packed"), "zarr", "blosc-zstd")
 
 
 @pytest.fixture
@@ -110,29 +111,28 @@ def test_a_damaged_copy_is_never_taken(damage: str, read_only: Path, cache: Path
         (copy / "manifest.json").write_text("{}")
     dataset = ShardDataset(read_only)
     assert right(dataset, small_set)
-    assert [problem for _, problem in fmt.verify(dataset.path) if problem] == []
+    assert [problem for _, problem in verify(dataset.path) if problem] == []
 
 
 def other_set(small_set: Path, at: Path) -> None:
     """A finished set of the same name with another fingerprint, and other rows."""
     shutil.copytree(small_set, at)
-    manifest = fmt.read_manifest(at)
-    manifest["source"]["sampled_sha256"] = "0" * 64
-    manifest["fingerprint"] = fmt.fingerprint(Settings.from_dict(manifest["settings"]), manifest["source"])
+    manifest = read_manifest(at)
+    other = replace(manifest, source=replace(manifest.source, sha256="0" * 64))
     data = bytearray((at / "rgb-00000.npy").read_bytes())
     data[128:] = bytes(len(data) - 128)
     (at / "rgb-00000.npy").write_bytes(bytes(data))
-    fmt.write_manifest(at, manifest)
+    write_manifest(at, other)
 
 
 def test_another_set_of_the_same_name_in_the_cache_is_not_confused(
     read_only: Path, cache: Path, small_set: Path
 ) -> None:
     other_set(small_set, cache / small_set.name)
-    before = fmt.read_manifest(cache / small_set.name)
+    before = manifest_json(cache / small_set.name)
     for _ in range(2):
         assert right(ShardDataset(read_only), small_set)
-    assert fmt.read_manifest(cache / small_set.name) == before
+    assert manifest_json(cache / small_set.name) == before
 
 
 def test_another_set_of_the_same_name_beside_it_is_not_confused(

@@ -1,5 +1,6 @@
 """Zarr: the same rows as .npy, mapped by us without zarr, read by everybody else's readers."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,13 +16,16 @@ import numpy as np
 import pytest
 import zarr
 from conftest import REPO, SMALL, needs_torch
+from helpers.sets import FIELDS, convert, flip, manifest_json, repack, verify, write_manifest_json
 
-from convert.pipeline import convert
-from convert.repack import CODECS, repack, write_shard
 from convert.sample import write_sample
 from convert.sources.nyu_mat import KEYS
-from shards import format as fmt
-from shards.format import FIELDS, UserError
+from shards.containers import CODECS, crc32c, map_zarr, write_field
+from shards.dataset import open_set, resolve_set
+from shards.errors import UserError
+from shards.files import FileEntry
+from shards.manifest import COLUMNS
+from shards.spec import Field
 
 # zarr-python warns of files in a group that are not Zarr's: the manifest and the provenance lie there on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:Object at (manifest|provenance).json is not recognized")
@@ -61,7 +65,7 @@ def npy_set(zero_mat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stores(npy_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The set as Zarr with each codec."""
-    return {v: repack(npy_set, tmp_path_factory.mktemp("zarr"), SMALL, "zarr", v) for v in VARIANTS}
+    return {v: repack(npy_set, tmp_path_factory.mktemp("zarr"), "zarr", v) for v in VARIANTS}
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def by_tensorstore(path: Path, field: str) -> np.ndarray:
 
 
 def by_us(path: Path, field: str) -> np.ndarray:
-    return np.concatenate(fmt.open_set(path).shards(field))
+    return np.concatenate(open_set(path).shards(field))
 
 
 @pytest.mark.parametrize("reader", [by_us, by_zarr, by_xarray, by_tensorstore])
@@ -118,14 +122,21 @@ def test_xarray_shows_named_dimensions_units_and_the_tables_of_names(stores: dic
 
 @pytest.mark.parametrize("variant", ["none", "blosc"])
 def test_per_row_columns_are_arrays_of_the_store(variant: str, stores: dict[str, Path], npy_set: Path) -> None:
-    ours, theirs = fmt.open_set(npy_set), zarr.open_group(stores[variant], mode="r")
-    assert set(theirs.array_keys()) == set(FIELDS) | {f"rows-{name}" for name in fmt.COLUMNS}
-    for name in fmt.COLUMNS:
+    ours, theirs = open_set(npy_set), zarr.open_group(stores[variant], mode="r")
+    arrays = {array for column in COLUMNS.values() for array in column.arrays}
+    assert set(theirs.array_keys()) == set(FIELDS) | arrays
+    for name, column in COLUMNS.items():
         expected = ours.column(name)
-        stored = fmt.open_set(stores[variant]).column(name)
+        stored = open_set(stores[variant]).column(name)
         assert stored.dtype == expected.dtype
         np.testing.assert_array_equal(stored, expected)
-        assert np.asarray(theirs[f"rows-{name}"][:]).tobytes() == expected.tobytes()
+        if column.dtype != "text":
+            assert np.asarray(theirs[f"rows-{name}"][:]).tobytes() == expected.tobytes()
+            continue
+        offsets = np.asarray(theirs[f"rows-{name}-offsets"][:]).tolist()
+        data = np.asarray(theirs[f"rows-{name}-bytes"][:]).tobytes()
+        bounds = itertools.pairwise(offsets)
+        assert [data[start:stop].decode() for start, stop in bounds] == expected.tolist()
 
 
 def test_uncompressed_shards_are_what_zarr_python_writes_to_the_byte(stores: dict[str, Path], tmp_path: Path) -> None:
@@ -143,7 +154,7 @@ def test_uncompressed_shards_are_what_zarr_python_writes_to_the_byte(stores: dic
 
 
 def test_the_crc_is_castagnolis() -> None:
-    assert fmt.crc32c(b"123456789") == (0xE3069283).to_bytes(4, "little")
+    assert crc32c(b"123456789") == (0xE3069283).to_bytes(4, "little")
 
 
 # ---------------------------------------------------------------- converting
@@ -153,7 +164,7 @@ def test_the_crc_is_castagnolis() -> None:
 def test_from_the_mat_or_from_a_set_it_is_the_same_store(
     workers: int, variant: str, zero_mat: Path, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    codecs = fmt.open_set(stores[variant]).codecs
+    codecs = open_set(stores[variant]).codecs
     assert content(convert(zero_mat, tmp_path, SMALL, workers, codecs)) == content(stores[variant])
 
 
@@ -167,8 +178,8 @@ def test_there_and_back_is_byte_identical(
 
 
 def test_the_fingerprint_is_that_of_the_content(stores: dict[str, Path], npy_set: Path) -> None:
-    digest = fmt.read_manifest(npy_set)["fingerprint"]
-    assert {fmt.read_manifest(path)["fingerprint"] for path in stores.values()} == {digest}
+    digest = manifest_json(npy_set)["fingerprint"]
+    assert {manifest_json(path)["fingerprint"] for path in stores.values()} == {digest}
     assert {path.name for path in stores.values()} == {f"{npy_set.name}.zarr"}
 
 
@@ -181,7 +192,7 @@ def test_killed_runs_resume_and_end_byte_identical(zero_mat: Path, stores: dict[
             process.kill()
         if not (tmp_path / stores["none"].name / "manifest.json").exists():
             with pytest.raises(UserError):
-                fmt.resolve_set(tmp_path)
+                resolve_set(tmp_path)
     assert content(convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))) == content(stores["none"])
 
 
@@ -192,7 +203,7 @@ def test_shards_of_another_codec_are_not_taken_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("convert.pipeline.write_rest", interrupt)
+        patch.setattr("convert.pipeline.commit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "zstd"))
     assert content(convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))) == content(stores["none"])
@@ -219,7 +230,7 @@ def test_a_mistake_is_one_line(kind: str, stores: dict[str, Path], command: Run)
 def test_a_damaged_set_is_not_repacked(copy: Path, tmp_path: Path) -> None:
     flip(copy / "rgb/c/1/0/0/0", 77)
     with pytest.raises(UserError, match="rgb/c/1/0/0/0 has other content"):
-        repack(copy, tmp_path / "out", SMALL, "npy", "none")
+        repack(copy, tmp_path / "out", "npy", "none")
     assert not list(tmp_path.glob("out/*/manifest.json"))
 
 
@@ -233,15 +244,15 @@ def test_a_repack_that_was_stopped_goes_on_with_the_rest(
     codec: str,
 ) -> None:
     source, end = (npy_set, stores[codec]) if codec else (stores["zstd"], npy_set)
-    again = partial(repack, source, tmp_path, SMALL, "zarr" if codec else "npy", codec or "none")
+    again = partial(repack, source, tmp_path, "zarr" if codec else "npy", codec or "none")
 
-    def interrupt(directory: Path, field: str, k: int, *rest: Any) -> dict[str, Any]:
-        if k == 2 and field == "label":
+    def interrupt(directory: Path, field: Field, k: int, *rest: Any) -> dict[str, FileEntry]:
+        if k == 2 and field.name == "label":
             raise KeyboardInterrupt
-        return write_shard(directory, field, k, *rest)
+        return write_field(directory, field, k, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("convert.repack.write_shard", interrupt)
+        patch.setattr("shards.copy.write_field", interrupt)
         with pytest.raises(KeyboardInterrupt):
             again()
     assert not list(tmp_path.glob("*/manifest.json"))
@@ -253,18 +264,12 @@ def test_a_repack_that_would_not_fit_is_refused_before_it_starts(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 8 << 20))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"8 MB free, the shards need 9 MB.*make convert OUT="):
-        repack(stores["zstd"], tmp_path, SMALL, "npy", "none")
+    with pytest.raises(UserError, match=r"8 MB free, the shards need 9 MB.*another disk"):
+        repack(stores["zstd"], tmp_path, "npy", "none")
     assert not list(tmp_path.glob("nyuv2-*"))
 
 
 # ---------------------------------------------------------------- mapping
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 4
-    path.write_bytes(data)
 
 
 def rows_swapped(path: Path) -> None:
@@ -273,7 +278,7 @@ def rows_swapped(path: Path) -> None:
     n = len(data) - 10 * 16 - 4
     index = np.frombuffer(data[n:-4], "<u8").reshape(10, 2).copy()
     index[[0, 1]] = index[[1, 0]]
-    path.write_bytes(data[:n] + index.tobytes() + fmt.crc32c(index.tobytes()))
+    path.write_bytes(data[:n] + index.tobytes() + crc32c(index.tobytes()))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -290,7 +295,7 @@ def test_a_shard_that_cannot_be_mapped_is_refused(kind: str, copy: Path) -> None
     damage, words = BROKEN[kind]
     damage(copy / "depth/c/2/0/0")
     with pytest.raises(UserError, match=words):
-        fmt.open_set(copy).shards("depth")
+        open_set(copy).shards("depth")
 
 
 def test_a_store_that_leaves_out_rows_of_zeros_is_refused(copy: Path, npy_set: Path) -> None:
@@ -301,7 +306,7 @@ def test_a_store_that_leaves_out_rows_of_zeros_is_refused(copy: Path, npy_set: P
     )  # fmt: skip
     theirs[:] = by_us(npy_set, "label")
     with pytest.raises(UserError, match="back to back"):
-        fmt.map_zarr(copy / "label/c/0/0/0", dtype="<u2", shape=(10, 32, 32), n_slots=10)
+        map_zarr(copy / "label/c/0/0/0", dtype="<u2", shape=(10, 32, 32), n_slots=10)
 
 
 @needs_torch
@@ -328,7 +333,7 @@ def test_a_compressed_set_is_unpacked_once_and_says_so(
     assert "unpacking" not in capsys.readouterr().err
     assert first.path == again.path == tmp_path / npy_set.name
     assert all((a == b).all() for a, b in zip(again[5], expected[5], strict=True))
-    assert fmt.resolve_set(tmp_path) == tmp_path / npy_set.name
+    assert resolve_set(tmp_path) == tmp_path / npy_set.name
 
 
 # ---------------------------------------------------------------- verify, inspect, push, pull
@@ -350,7 +355,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_verify_names_the_damaged_file(kind: str, copy: Path) -> None:
     damage, words = DAMAGES[kind]
     damage(copy)
-    wrong = [f"{name} {problem}" for name, problem in fmt.verify(copy) if problem]
+    wrong = [f"{name} {problem}" for name, problem in verify(copy) if problem]
     assert wrong
     assert all(words in line for line in wrong)
 
@@ -359,11 +364,11 @@ def test_verify_names_the_damaged_file(kind: str, copy: Path) -> None:
     "name", ["rgb/c/../../../x", "/etc/passwd", "rgb/../zarr.json", "rgb/c/0/0/0/0/", "../zarr.json"]
 )
 def test_a_manifest_that_names_files_elsewhere_is_refused(name: str, copy: Path) -> None:
-    manifest = fmt.read_manifest(copy)
+    manifest = manifest_json(copy)
     manifest["shards"][0]["files"][name] = {"bytes": 1, "sha256": ""}
-    fmt.write_manifest(copy, manifest)
+    write_manifest_json(copy, manifest)
     with pytest.raises(UserError, match="outside the set"):
-        fmt.open_set(copy)
+        open_set(copy)
 
 
 @pytest.mark.parametrize("variant", ["none", "blosc-zstd"])

@@ -1,0 +1,1 @@
+"""What several test files need: sets and their damage, manifests as JSON, commands and servers."""
