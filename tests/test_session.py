@@ -236,6 +236,81 @@ def test_sets_of_two_sources_are_an_error_that_names_them(mat: Path, small_set: 
     assert find_set(root, ConversionSettings(), SourceFilter(), forms) is None
 
 
+# ---------------------------------------------------------------- sets of version 1
+
+OLD_NAME = "nyuv2-8-8ec8326e"  # of a .mat that `write_sample` makes
+OLD_ARGS = ("--size", 8, "--rows-per-shard", 5)
+
+
+def old_set(root: Path, form: str) -> Path:
+    name = f"{OLD_NAME}{form}"
+    return Path(shutil.copytree(REPO / "tests" / "fixtures" / "version-1" / name, root / name))
+
+
+def shards_written(directory: Path) -> dict[str, int]:
+    """When each shard's file was written."""
+    shards = read_manifest(directory).shards
+    names = [name for shard in shards for name in shard.files]
+    return {name: (directory / name).stat().st_mtime_ns for name in names}
+
+
+@pytest.mark.parametrize("form", ["", ".zarr"])
+def test_a_set_of_version_1_on_drive_is_upgraded_where_it_lies_then_pulled(
+    tmp_path: Path, run: Callable[..., Done], form: str
+) -> None:
+    there = old_set(tmp_path / "drive", form)
+    copied = max(path.stat().st_mtime_ns for path in there.rglob("*"))
+    done = run(*OLD_ARGS, "--url", "http://127.0.0.1:9/not-asked")
+    assert done.returncode == 0, done.stderr
+    assert f"{there} is brought to version 2" in done.stderr
+    assert "pulled and verified" in done.stderr
+    assert "damaged" not in done.stderr
+    assert "passed over" not in done.stderr
+    assert max(shards_written(there).values()) <= copied
+    assert not [problem for _, problem in verify(open_set(there)) if problem]
+    made = Path(done.stdout.strip())
+    assert made == tmp_path / "root" / OLD_NAME
+    assert not [problem for _, problem in verify(open_set(made)) if problem]
+
+
+def test_a_set_of_version_1_on_drive_is_upgraded_though_this_disk_has_one(
+    tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    there = old_set(tmp_path / "drive", ".zarr")
+    here = old_set(tmp_path / "root", "")
+    done = run(*OLD_ARGS)
+    assert done.returncode == 0, done.stderr
+    assert "on this disk and whole" in done.stderr
+    assert done.stderr.count("brought to version 2") == 2
+    assert "copying it here" not in done.stderr
+    assert "gets a copy" not in done.stderr
+    for path in (here, there):
+        assert not [problem for _, problem in verify(open_set(path)) if problem]
+
+
+def test_a_set_of_version_1_with_other_settings_stays_as_it_is(
+    mat: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    there = old_set(tmp_path / "drive", "")
+    before = {path: path.read_bytes() for path in there.iterdir()}
+    assert run(mat).returncode == 0
+    assert {path: path.read_bytes() for path in there.iterdir()} == before
+
+
+def test_of_a_half_synced_set_of_version_1_what_is_right_is_used(
+    tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    write_sample(tmp_path / "rooms.mat", 12, size_wh=(64, 48))
+    there = old_set(tmp_path / "drive", "")
+    (there / "rgb-00001.npy").unlink()
+    done = run(tmp_path / "rooms.mat", *OLD_ARGS)
+    assert done.returncode == 0, done.stderr
+    assert "are missing or short: what is right of it is used" in done.stderr
+    assert "2 of 3 shards are done already" in done.stderr
+    assert "damaged" not in done.stderr
+    assert not [problem for _, problem in verify(open_set(there)) if problem]
+
+
 def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mounted, "PAUSES", (0.001,))
     (tmp_path / "drive").mkdir()

@@ -10,19 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import REPO, SMALL
 from flaky import ERRORS, Drive, why_no_fuse
 
 from convert import session
+from convert.sample import write_sample
 from convert.transfer import pull, push, set_on_mount
 from shards.copy import copy_set
 from shards.dataset import ShardSet, finished_sets, open_set
-from shards.errors import IncompleteCopy, StoreFailed, UserError
+from shards.errors import IncompleteCopy, OldSet, StoreFailed, UserError
 from shards.files import FileEntry, HashingFile, write_atomically
 from shards.manifest import read_manifest
+from shards.spec import ConversionSettings
 from stores import mounted
 from stores.mounted import patiently
 
+VERSION_1 = REPO / "tests" / "fixtures" / "version-1"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -110,9 +113,28 @@ def test_a_changed_byte_on_drive_is_never_accepted(small_set: Path, tmp_path: Pa
 def test_a_damaged_set_is_never_pushed(small_set: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     flip(copy / "rgb-00001.npy")
-    with pytest.raises(IncompleteCopy, match="writing rgb-00001.npy gave other content"):
+    with pytest.raises(IncompleteCopy, match=r"writing rgb-00001\.npy gave other content"):
         push(ShardSet(copy, read_manifest(copy)), tmp_path / "drive")
     assert not finished_sets(tmp_path / "drive")
+
+
+@pytest.mark.parametrize("form", ["", ".zarr"])
+def test_a_set_of_version_1_is_neither_pushed_nor_pulled_before_it_is_upgraded(
+    tmp_path: Path, command: Run, form: str
+) -> None:
+    name = f"nyuv2-8-8ec8326e{form}"
+    old = Path(shutil.copytree(VERSION_1 / name, tmp_path / name))
+    before = content(old)
+    with pytest.raises(OldSet):
+        set_on_mount(old)
+    for words in (("push", old, tmp_path / "drive"), ("pull", old, tmp_path / "root")):
+        done = command("convert", *words)
+        assert done.returncode == 2
+        assert "is a set of version 1 of the format, and right as it is" in done.stderr
+        assert "Run: make convert" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert content(old) == before
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_too_little_room_is_said_before_copying(
@@ -239,6 +261,30 @@ def test_a_mount_that_fails_at_random_loses_nothing_and_nothing_wrong_is_accepte
 ) -> None:
     for seed in range(10):
         one_round(mat, small_set, drive, tmp_path, seed)
+
+
+def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_path: Path) -> None:
+    mat = tmp_path / "rooms.mat"
+    write_sample(mat, 12, size_wh=(64, 48))
+    settings = ConversionSettings(size=8, rows_per_shard=5)
+    name = "nyuv2-8-8ec8326e"
+    right = {file: data for file, data in shards(VERSION_1 / name).items() if "rows-" not in file}
+    for seed in range(10):
+        form = ("", ".zarr")[seed % 2]
+        shutil.copytree(VERSION_1 / f"{name}{form}", drive.back / "set" / f"{name}{form}")
+        kinds = random.Random(seed).sample([*ERRORS, "short", "forget", "stall"], 4)
+        drive.fail(0.03, *kinds)
+        with suppress(UserError, OSError):
+            session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
+        drive.fail(0)
+        made = session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
+        assert shards(made).items() >= right.items()
+        shutil.rmtree(tmp_path / "root")
+        for there in finished_sets(drive.back / "set"):
+            pulled = pull(set_on_mount(there), tmp_path / "other")
+            assert shards(copy_set(pulled, tmp_path / "other", None).path).items() >= right.items()
+            shutil.rmtree(tmp_path / "other")
+        shutil.rmtree(drive.back / "set")
 
 
 @pytest.mark.stress
