@@ -98,7 +98,7 @@ def inspect(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     from convert.transfer import push
 
-    print(push(open_to_verify(args.directory), args.drive).path)
+    print(push(read_set(args.directory), args.drive).path)
 
 
 def pull(args: argparse.Namespace) -> None:

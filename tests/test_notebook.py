@@ -36,7 +36,7 @@ def test_the_notebook_is_short_and_carries_no_outputs() -> None:
     assert len(cells) <= 12
     code = [c for c in cells if c["cell_type"] == "code"]
     assert not [c for c in code if c["outputs"] or c["execution_count"]]
-    assert "stores.mounted" in "".join(code[0]["source"])
+    assert "drive.mount" in "".join(code[0]["source"])
 
 
 def test_the_readme_opens_the_notebook_in_colab() -> None:
