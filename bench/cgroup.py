@@ -1,4 +1,6 @@
-"""A real memory limit: a command in a cgroup (v1 or v2) of its own; page cache counts, as in a container.
+"""A real memory limit: a command in a cgroup (v1 or v2) of its own.
+
+Page cache counts, as in a container.
 
     with memory_group(512 << 20) as group:
         done = group.run([sys.executable, "-m", "convert", ...])
@@ -18,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+V1 = Path("/sys/fs/cgroup/memory")
+V2 = Path("/sys/fs/cgroup")
+N_TRIES = 100  # of removing a group, RETRY_S apart
+RETRY_S = 0.05
 
 
 class NoGroup(Exception):
@@ -37,33 +42,46 @@ class MemoryGroup:
 
     def command(self, command: Sequence[object]) -> list[str]:
         """The command line that enters the group, then becomes `command`: for Popen."""
-        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *map(str, command)]
+        return [
+            "sh",
+            "-c",
+            'echo $$ > "$0" && exec "$@"',
+            str(self.path / "cgroup.procs"),
+            *map(str, command),
+        ]
 
     def run(self, command: Sequence[object], **how: Any) -> subprocess.CompletedProcess[str]:
-        """subprocess.run inside the group; status -9 (or 137) where the kernel's OOM killer ended it."""
+        """subprocess.run inside the group; status -9 (or 137) where the OOM killer ended it."""
         return subprocess.run(self.command(command), capture_output=True, text=True, **how)
 
     def peak_bytes(self) -> int:
-        """The most the group ever used, page cache included (so it touches the limit wherever files are read)."""
-        return self._number("memory.peak" if self.is_v2 else "memory.max_usage_in_bytes")
+        """The most the group ever used.
+
+        Page cache is included, so it touches the limit wherever files are read.
+        """
+        name = "memory.peak" if self.is_v2 else "memory.max_usage_in_bytes"
+        return int((self.path / name).read_text())
 
     def oom_kills(self) -> int:
-        return self._named("memory.events" if self.is_v2 else "memory.oom_control", "oom_kill")
+        """How many of its processes the kernel ended for want of memory."""
+        name = "memory.events" if self.is_v2 else "memory.oom_control"
+        return self._read_entry(name, "oom_kill")
 
     def anonymous_bytes(self) -> int:
         """What is used now and cannot be dropped: call it while the command runs."""
-        return self._named("memory.stat", "anon" if self.is_v2 else "total_rss")
+        key = "anon" if self.is_v2 else "total_rss"
+        return self._read_entry("memory.stat", key)
 
-    def _number(self, name: str) -> int:
-        return int((self.path / name).read_text())
-
-    def _named(self, name: str, key: str) -> int:
-        return int(dict(line.split() for line in (self.path / name).read_text().splitlines())[key])
+    def _read_entry(self, name: str, key: str) -> int:
+        """Of a file with one `key number` a line."""
+        lines = (self.path / name).read_text().splitlines()
+        entries = dict(line.split() for line in lines)
+        return int(entries[key])
 
 
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    """A new group with a limit; removed at the end (every process in it must have ended)."""
+    """A new group with a limit; removed at the end. Raises NoGroup where none can be made."""
     path = _parent() / f"nyuv2-test-{os.getpid()}-{time.monotonic_ns()}"
     try:
         path.mkdir()
@@ -73,17 +91,8 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
         _limit(path, limit_bytes)
         yield MemoryGroup(path)
     finally:
-        for pid in (path / "cgroup.procs").read_text().split():  # what outlived a process that was killed
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        for attempt in range(100):  # an ended process leaves its group a moment later
-            try:
-                path.rmdir()
-                break
-            except OSError:
-                if attempt == 99:
-                    raise
-                time.sleep(0.05)
+        _kill_what_is_left(path)
+        _remove(path)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -94,19 +103,22 @@ def drop_from_cache(path: Path) -> None:
 
 
 def _parent() -> Path:
+    """The group that new ones are made in: in v1 this process's own, if it is seen from here."""
     if not V1.is_dir():
         return V2
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, name = line.split(":", 2)
-        if controllers == "memory" and (V1 / name.lstrip("/")).is_dir():
-            return V1 / name.lstrip("/")
+        group = V1 / name.lstrip("/")
+        if controllers == "memory" and group.is_dir():
+            return group
     return V1
 
 
 def _limit(path: Path, limit_bytes: int) -> None:
     """The limit on memory, and none of it on swap."""
     if (path / "memory.limit_in_bytes").exists():
-        limits = {"memory.limit_in_bytes": limit_bytes, "memory.memsw.limit_in_bytes": limit_bytes}  # the sum with swap
+        # memsw: the sum of memory and swap.
+        limits = {"memory.limit_in_bytes": limit_bytes, "memory.memsw.limit_in_bytes": limit_bytes}
     elif (path / "memory.max").exists():
         limits = {"memory.max": limit_bytes, "memory.swap.max": 0}
     else:
@@ -114,3 +126,21 @@ def _limit(path: Path, limit_bytes: int) -> None:
     for name, value in limits.items():
         if (path / name).exists():  # a kernel without swap has no limit for it
             (path / name).write_text(str(value))
+
+
+def _kill_what_is_left(path: Path) -> None:
+    """What outlived a process that was killed."""
+    for pid in (path / "cgroup.procs").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def _remove(path: Path) -> None:
+    """An ended process leaves its group a moment later: until then it cannot be removed."""
+    for _ in range(N_TRIES - 1):
+        try:
+            path.rmdir()
+            return
+        except OSError:
+            time.sleep(RETRY_S)
+    path.rmdir()

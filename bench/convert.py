@@ -1,10 +1,15 @@
-"""How far converting is from its floor: python -m bench.convert X.mat [--pairs 9] [--fields rgb,...] [--profile]
+"""How far converting is from its floor.
 
-Every method is a process of its own, run in turn (A B C A B C ...), so that drift of the machine hits all alike.
+    python -m bench.convert X.mat [--pairs 9] [--fields rgb,...] [--profile]
 
-floor       every chunk read and unpacked once in two threads, in file order, the result dropped; the index not counted
-whole load  each field read whole through h5py, then resized row by row with the same rules, saved
-row loop    h5py row by row, resized with the same rules, saved
+The floor is the least that any converter has to do: every chunk read and unpacked once. Every
+method is a process of its own, run in turn (A B C A B C ...), so that drift of the machine hits
+all alike.
+
+floor       every chunk read and unpacked once in two threads, in file order, the result dropped;
+            the index not counted
+whole_load  each field read whole through h5py, then resized row by row with the same rules, saved
+row_loop    h5py row by row, resized with the same rules, saved
 ours        python -m convert run, to a durable, hashed, finished set
 """
 
@@ -17,227 +22,379 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import h5py
 import numpy as np
 
+from bench.command import exit_status, make_parser
+from bench.figures import median_interval
 from convert.resize import resize
 from convert.sources.chunks import Reader
 from convert.sources.nyu_mat import KEYS, Mat
 from shards.format import FIELDS, Settings, row_shape
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
-RUN = 64  # chunks that lie together, in one read
+SIZE = 224
+CHUNKS_A_READ = 64  # that lie together
 SAMPLE_S = 0.5  # the peak memory of the tree is the largest of samples
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one method took, in a process of its own."""
+
+    process_s: float  # from its start to its end
+    work_s: float  # inside it, without the start of Python
+    cpu_s: float
+    peak_mib: float  # of the process and its children
+
+
+# The methods: (source, fields, a place that does not exist yet) -> seconds of the work.
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredChunk:
+    """Where a chunk lies in the file, and who can unpack it."""
+
+    offset: int
+    n_bytes: int
+    filter_mask: int
+    reader: Reader
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.n_bytes
+
+
 def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
-    """Read and unpack every chunk once; the seconds that took, the index not counted."""
+    """Read and unpack every chunk once; the index is not counted."""
     mat = Mat(source, fields)
+    assert isinstance(mat.handle, int)  # a file here, not one that is read over a network
     readers = [mat.reader(name) for name in fields]
     for reader in readers:
         reader.read_index()
-    indices = [reader.index for reader in readers]
-    chunks = [
-        (int(o), int(n), int(m), reader)
-        for reader, index in zip(readers, indices, strict=True)
-        if index is not None
-        for o, n, m in zip(index.offset, index.n_bytes, index.filter_mask, strict=True)
-        if o >= 0
-    ]
-    chunks.sort(key=lambda c: c[0])
-    runs: list[list[tuple[int, int, int, Reader]]] = []
-    for chunk in chunks:
-        last = runs[-1][-1] if runs else None
-        if last and chunk[0] == last[0] + last[1] and len(runs[-1]) < RUN:
-            runs[-1].append(chunk)
-        else:
-            runs.append([chunk])
-
-    def work(run: list[tuple[int, int, int, Reader]]) -> None:
-        low = run[0][0]
-        block = memoryview(os.pread(mat.handle, run[-1][0] + run[-1][1] - low, low))
-        for offset, n_bytes, mask, reader in run:
-            reader.codec.undo_filters(block[offset - low : offset - low + n_bytes], mask)
+    chunks = [chunk for reader in readers for chunk in _stored_chunks(reader)]
+    runs = list(_lying_together(chunks))
+    through_hdf5 = [reader for reader in readers if reader.index is None]
 
     started = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(work, runs))
-    for reader, index in zip(readers, indices, strict=True):
-        for k in range(0 if index else reader.grid.n_chunks):
-            reader.read_through_hdf5(k)
+        list(pool.map(partial(_read_and_unpack, mat.handle), runs))
+    for reader in through_hdf5:
+        for k in range(int(np.prod(reader.grid))):
+            reader._through_hdf5(k)
     return time.perf_counter() - started
 
 
-def _save(source: Path, fields: tuple[str, ...], out: Path, whole: bool) -> None:
-    import h5py
+def _stored_chunks(reader: Reader) -> Iterator[StoredChunk]:
+    """Those that were ever written, of a dataset that can be read without HDF5."""
+    index = reader.index
+    if index is None:
+        return
+    places = zip(
+        index.offset.tolist(), index.n_bytes.tolist(), index.filter_mask.tolist(), strict=True
+    )
+    for offset, n_bytes, mask in places:
+        if offset >= 0:
+            yield StoredChunk(offset=offset, n_bytes=n_bytes, filter_mask=mask, reader=reader)
 
-    out.mkdir()
+
+def _lying_together(chunks: Sequence[StoredChunk]) -> Iterator[list[StoredChunk]]:
+    """In file order, CHUNKS_A_READ at most without a gap: one read each."""
+    run: list[StoredChunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
+        if run and (chunk.offset != run[-1].end or len(run) == CHUNKS_A_READ):
+            yield run
+            run = []
+        run.append(chunk)
+    if run:
+        yield run
+
+
+def _read_and_unpack(handle: int, run: list[StoredChunk]) -> None:
+    """One read, then its chunks one by one, as the converter does."""
+    low = run[0].offset
+    block = memoryview(os.pread(handle, run[-1].end - low, low))
+    for chunk in run:
+        stored = block[chunk.offset - low : chunk.end - low]
+        chunk.reader._undo(stored, chunk.filter_mask)
+
+
+def whole_load(source: Path, fields: tuple[str, ...], out: Path) -> float:
+    """What people write first: the arrays in RAM, then resized."""
+    started = time.perf_counter()
     with h5py.File(source) as file:
-        loaded = {name: file[KEYS[name]][()] if whole else file[KEYS[name]] for name in fields}
-        for name, rows in loaded.items():
-            small = np.empty((len(rows), *row_shape(name, 224)), FIELDS[name]["dtype"])
-            for i in range(len(rows)):
-                small[i] = resize(name, rows[i], 224, "none", "nearest")
-            np.save(out / f"{name}.npy", small)
+        loaded = {name: file[KEYS[name]][()] for name in fields}
+        _save_resized(loaded, out)
+    return time.perf_counter() - started
 
 
-def whole_load(source: Path, fields: tuple[str, ...], out: Path) -> None:
-    """What the note does: the arrays in memory, then resized."""
-    _save(source, fields, out, True)
+def row_loop(source: Path, fields: tuple[str, ...], out: Path) -> float:
+    """What a careful user writes: a row read, resized, forgotten."""
+    started = time.perf_counter()
+    with h5py.File(source) as file:
+        on_disk = {name: file[KEYS[name]] for name in fields}
+        _save_resized(on_disk, out)
+    return time.perf_counter() - started
 
 
-def row_loop(source: Path, fields: tuple[str, ...], out: Path) -> None:
-    """What a careful user writes."""
-    _save(source, fields, out, False)
+def _save_resized(rows_of: dict[str, Any], out: Path) -> None:
+    """One .npy a field."""
+    out.mkdir()
+    for name, rows in rows_of.items():
+        small = np.empty((len(rows), *row_shape(name, SIZE)), FIELDS[name]["dtype"])
+        for i in range(len(rows)):
+            small[i] = resize(name, rows[i], SIZE, "none", "nearest")
+        np.save(out / f"{name}.npy", small)
 
 
-def ours(source: Path, fields: tuple[str, ...], out: Path) -> None:
+def ours(source: Path, fields: tuple[str, ...], out: Path) -> float:
     """The command."""
-    from convert.pipeline import convert
+    started = time.perf_counter()
+    from convert.pipeline import convert  # here, as its imports are part of the command's time
 
     convert(source, out, Settings(fields))
+    return time.perf_counter() - started
 
 
-def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
-    """A clock around each stage of one worker in this process: CPU seconds of the thread that runs it, and seconds."""
-    from convert import decode
-    from convert import pipeline as write
-    from convert.sources import chunk_codec
-
-    stages = [
-        ("index", Reader, "read_index"),
-        ("names and per-row facts", write, "row_columns"),
-        ("read", chunk_codec.FileBytes, "read"),
-        ("inflate", chunk_codec, "inflate"),
-        *((f"resize {name}", None, name) for name in fields),
-        ("statistics", write, "train_sums"),
-        ("hash, write, fsync", write, "write_shard"),
-    ]
-    spent: dict[str, list[float]] = {name: [] for name, _, _ in stages}
-    walls: dict[str, list[float]] = {name: [] for name, _, _ in stages}
-
-    def clocked(function: Callable[..., Any], stage: str | None) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            cpu, wall = time.thread_time(), time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                name = stage or f"resize {args[0]}"
-                spent[name].append(time.thread_time() - cpu)
-                walls[name].append(time.perf_counter() - wall)
-
-        return run
-
-    for name, owner, attribute in stages:
-        if owner is not None:
-            setattr(owner, attribute, clocked(getattr(owner, attribute), name))
-    decode.resize = clocked(decode.resize, None)  # type: ignore[assignment]
-    before, started = time.process_time(), time.perf_counter()
-    write.convert(source, out, Settings(fields), workers=1)
-    total, seconds = time.process_time() - before, time.perf_counter() - started
-    lines = [(name, sum(spent[name]), sum(walls[name]), len(spent[name])) for name in spent]
-    lines.append(("rest: Python, threads, copies", total - sum(cpu for _, cpu, _, _ in lines), 0, 0))
-    print(f"{'stage':<30} {'CPU s':>7} {'share':>6} {'thread s':>9} {'calls':>7}")
-    for name, cpu, wall, calls in [*lines, ("work in all", total, seconds, 1)]:
-        print(f"{name:<30} {cpu:>7.2f} {cpu / total:>6.1%} {wall:>9.2f} {calls:>7}")
+Method = Callable[[Path, tuple[str, ...], Path], float]
+METHODS: dict[str, Method] = {
+    "floor": floor,
+    "whole_load": whole_load,
+    "row_loop": row_loop,
+    "ours": ours,
+}
+EVERY_ROUND = ("floor", "ours")  # the others are slow: --slow-pairs
 
 
-METHODS = {f.__name__: f for f in (floor, whole_load, row_loop, ours)}
+# A method in a process of its own.
 
 
-def run_once(method: str, source: Path, fields: str) -> tuple[float, float, float, float]:
-    """(seconds of the process, seconds of the work inside it, CPU seconds, peak MiB) of one fresh process."""
-    out = Path(tempfile.mkdtemp(prefix="bench-", dir=source.parent))
-    command = [
-        sys.executable,
-        "-m",
-        "bench.convert",
-        str(source),
-        "--fields",
-        fields,
-        "--one",
-        method,
-        "--out",
-        str(out / "o"),
-    ]
+def run_once(method: str, source: Path, fields: str) -> Cost:
+    """The cost of a method in a fresh process; what it makes is removed."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=source.parent))
+    one = ["--fields", fields, "--one", method, "--out", str(folder / "o")]
+    command = [sys.executable, "-m", "bench.convert", str(source), *one]
+
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    peaks = [0.0]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True)
+    assert process.stdout
+    peak_mib = 0.0
     while not select.select([process.stdout], [], [], SAMPLE_S)[0]:
-        peaks.append(tree_mib(process.pid))
-    text = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
+        peak_mib = max(peak_mib, tree_mib(process.pid))
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # not process.wait(): this tells the CPU time too
+    process_s = time.perf_counter() - started
+
     process.returncode = os.waitstatus_to_exitcode(status)
-    shutil.rmtree(out)
+    shutil.rmtree(folder)
     if process.returncode:
         raise SystemExit(f"{method} failed: {' '.join(command)}")
-    return seconds, float(text.split()[-1]), usage.ru_utime + usage.ru_stime, max(peaks)
+    return Cost(
+        process_s=process_s,
+        work_s=float(text.split()[-1]),
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        peak_mib=peak_mib,
+    )
 
 
 def tree_mib(pid: int) -> float:
     """MiB that a process and its children have now, shared pages once; mapped files too."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        texts = [Path(f"/proc/{p}/smaps_rollup").read_text() for p in (pid, *children)]
+        texts = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in (pid, *children)]
     except OSError:  # one has just ended
         return 0
-    lines = [line.split() for text in texts for line in text.splitlines()[1:]]
-    return sum(int(words[1]) for words in lines if words[0] == "Pss:") / 1024
+    kib = 0
+    for text in texts:
+        for line in text.splitlines()[1:]:
+            words = line.split()
+            if words[0] == "Pss:":
+                kib += int(words[1])
+    return kib / 1024
 
 
-def interval(ratios: list[float]) -> str:
-    """The median with its 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
-    return f"{statistics.median(ratios):5.2f} ({np.quantile(medians, 0.025):.2f}-{np.quantile(medians, 0.975):.2f})"
+# The tables.
 
 
-def table(runs: dict[str, list[tuple[float, float, float, float]]]) -> Iterator[str]:
-    yield f"{'method':<12} {'process s':>10} {'work s':>8} {'CPU s':>7} {'peak MiB':>9}   work / floor's, pair by pair"
-    for name, values in runs.items():
-        process, work, cpu, peak = (statistics.median(v[k] for v in values) for k in range(4))
-        ratios = [v[1] / f[1] for v, f in zip(values, runs["floor"], strict=False)]
-        yield f"{name:<12} {process:>10.2f} {work:>8.2f} {cpu:>7.2f} {peak:>9.0f}   {interval(ratios)}"
+def table(runs: dict[str, list[Cost]]) -> Iterator[str]:
+    """A line a method, then how the whole processes compare."""
+    floor_s = [cost.work_s for cost in runs["floor"]]
+    ours_s = [cost.process_s for cost in runs["ours"]]
+
+    columns = f"{'process s':>10} {'work s':>8} {'CPU s':>7} {'peak MiB':>9}"
+    yield f"{'method':<12} {columns}   work / floor's, pair by pair"
+    for name, costs in runs.items():
+        process_s = statistics.median(cost.process_s for cost in costs)
+        work_s = statistics.median(cost.work_s for cost in costs)
+        cpu_s = statistics.median(cost.cpu_s for cost in costs)
+        peak_mib = statistics.median(cost.peak_mib for cost in costs)
+        figures = f"{process_s:>10.2f} {work_s:>8.2f} {cpu_s:>7.2f} {peak_mib:>9.0f}"
+        yield f"{name:<12} {figures}   {_ratio([cost.work_s for cost in costs], floor_s)}"
+
     for name in ("whole_load", "row_loop"):
         if name in runs:
-            ratios = [v[0] / o[0] for v, o in zip(runs[name], runs["ours"], strict=False)]
-            yield f"{name} / ours, whole processes: {interval(ratios)}"
-    ratios = [o[0] / f[1] for o, f in zip(runs["ours"], runs["floor"], strict=True)]
-    yield f"ours with process start / floor's work: {interval(ratios)}"
+            ratio = _ratio([cost.process_s for cost in runs[name]], ours_s)
+            yield f"{name} / ours, whole processes: {ratio}"
+    yield f"ours with process start / floor's work: {_ratio(ours_s, floor_s)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--slow-pairs", type=int, default=3, help="rounds of whole_load and row_loop")
-    parser.add_argument("--profile", action="store_true", help="also say where our time goes, by stage")
-    parser.add_argument("--fields", default=DEFAULT_FIELDS)
-    parser.add_argument("--methods", default=",".join(METHODS), help="floor and ours, and others to compare with")
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def _ratio(of: list[float], to: list[float]) -> str:
+    """The median ratio with its interval, over as many rounds as both took part in."""
+    found = median_interval([one / other for one, other in zip(of, to, strict=False)])
+    return f"{found.median:5.2f} ({found.low:.2f}-{found.high:.2f})"
+
+
+# Where the time of `ours` goes.
+
+
+@dataclass(frozen=True)
+class Call:
+    """The time that one call took."""
+
+    cpu_s: float  # of the thread that ran it
+    wall_s: float
+
+
+class Clock:
+    """The calls of one stage. From any thread: to append is one step, to add to a sum is not."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(call.cpu_s for call in self.calls)
+
+    @property
+    def wall_s(self) -> float:
+        return sum(call.wall_s for call in self.calls)
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            cpu = time.thread_time()
+            wall = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                cpu_s = time.thread_time() - cpu
+                wall_s = time.perf_counter() - wall
+                self.calls.append(Call(cpu_s, wall_s))
+
+        return timed
+
+
+class Clocks:
+    """One a stage, in the order of the table."""
+
+    def __init__(self) -> None:
+        self.by_stage: dict[str, Clock] = {}
+
+    def put_around(self, stage: str, owner: ModuleType | type, name: str) -> None:
+        """Time every call of this function of a module or class."""
+        clock = self.by_stage[stage] = Clock()
+        setattr(owner, name, clock.around(getattr(owner, name)))
+
+    def put_around_resize(self, decode: Any, fields: Sequence[str]) -> None:
+        """`resize`, a stage for each field: its first argument."""
+        resizes = {}
+        for name in fields:
+            clock = self.by_stage[f"resize {name}"] = Clock()
+            resizes[name] = clock.around(decode.resize)
+        decode.resize = lambda name, *args: resizes[name](name, *args)
+
+
+def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
+    """Convert with one worker, in this process, a clock around each stage; print the table.
+
+    A stage's CPU time is that of the thread that ran it, so `rest` is what no clock was around.
+    """
+    from convert import decode, pipeline
+    from convert.sources import chunks
+
+    clocks = Clocks()
+    clocks.put_around("index", Reader, "read_index")
+    clocks.put_around("names and per-row facts", pipeline, "row_columns")
+    clocks.put_around("read", Reader, "_pread")
+    clocks.put_around("inflate", chunks, "inflate")
+    clocks.put_around_resize(decode, fields)
+    clocks.put_around("statistics", pipeline, "train_sums")
+    clocks.put_around("hash, write, fsync", pipeline, "write_shard")
+
+    cpu = time.process_time()
+    wall = time.perf_counter()
+    pipeline.convert(source, out, Settings(fields), workers=1)
+    whole = Call(time.process_time() - cpu, time.perf_counter() - wall)
+
+    print(f"{'stage':<30} {'CPU s':>7} {'share':>6} {'thread s':>9} {'calls':>7}")
+    for stage, clock in clocks.by_stage.items():
+        print(_profile_line(stage, Call(clock.cpu_s, clock.wall_s), len(clock.calls), whole))
+    in_stages_s = sum(clock.cpu_s for clock in clocks.by_stage.values())
+    rest = Call(whole.cpu_s - in_stages_s, 0)
+    print(_profile_line("rest: Python, threads, copies", rest, 0, whole))
+    print(_profile_line("work in all", whole, 1, whole))
+
+
+def _profile_line(stage: str, spent: Call, n_calls: int, whole: Call) -> str:
+    share = spent.cpu_s / whole.cpu_s
+    figures = f"{spent.cpu_s:>7.2f} {share:>6.1%} {spent.wall_s:>9.2f} {n_calls:>7}"
+    return f"{stage:<30} {figures}"
+
+
+# The command.
+
+
+def report(args: argparse.Namespace) -> None:
+    """Every method in turn, then the tables."""
+    fields = tuple(args.fields.split(","))
     if args.one:
-        started = time.perf_counter()
-        seconds = METHODS[args.one](args.source, tuple(args.fields.split(",")), args.out)
-        print(seconds or time.perf_counter() - started)
+        print(METHODS[args.one](args.source, fields, args.out))
         return
+
     methods = args.methods.split(",")
-    runs: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in methods}
+    runs: dict[str, list[Cost]] = {name: [] for name in methods}
     for k in range(args.pairs):
-        for name in methods if k < args.slow_pairs else [m for m in methods if m in ("floor", "ours")]:
-            runs[name].append(run_once(name, args.source, args.fields))
+        for name in methods:
+            if name in EVERY_ROUND or k < args.slow_pairs:
+                runs[name].append(run_once(name, args.source, args.fields))
         print(f"round {k + 1} of {args.pairs}", file=sys.stderr)
     print("\n".join(table(runs)))
+
     if args.profile:
         with tempfile.TemporaryDirectory(prefix="bench-", dir=args.source.parent) as folder:
-            profile(args.source, tuple(args.fields.split(",")), Path(folder) / "o")
+            profile(args.source, fields, Path(folder) / "o")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser("convert", __doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument(
+        "--slow-pairs", type=int, default=3, help="rounds of whole_load and row_loop"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also say where our time goes, by stage"
+    )
+    parser.add_argument("--fields", default=DEFAULT_FIELDS)
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="floor and ours, and others to compare with"
+    )
+    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    return exit_status(lambda: report(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,11 @@
-"""How fast batches arrive, against the limit that copying memory sets: python -m bench.loader DIR [--pairs 15]
+"""How fast batches arrive, against the limit that copying memory sets.
 
-Work: one epoch over every row, shuffled, batches of 128, as stored (uint8 rgb, int16 depth, int64 label), delivered to
-this process as torch tensors, files in the page cache. Each way is run in turn with the limit, so that a slow moment of
-the machine meets both; the figure is the median of the pairs' ratios with a 95 % bootstrap interval.
+    python -m bench.loader DIR [--pairs 15]
+
+Work: one epoch over every row, shuffled, batches of 128, as stored (uint8 rgb, int16 depth, int64
+label), delivered to this process as torch tensors, files in the page cache. Each way is run in
+turn with the limit, so that a slow moment of the machine meets both; the figure is the median of
+the pairs' ratios with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bench.memory import NoteRows, load_whole
+from bench.command import exit_status, make_parser
+from bench.figures import median_interval
+from bench.in_memory import in_memory_loader, save_arrays
 from loader.loader import Loader
 from shards.format import UserError, open_set, resolve_set
 from train.data import ShardDataset
@@ -31,54 +38,200 @@ from train.order import Batches
 
 BATCH = 128
 STEP_S = 0.01
-Epoch = Callable[[], int]
+N_FIRST_BATCHES = 7  # processes that each way of getting a first batch is tried in
+
+Epoch = Callable[[], int]  # runs one, and returns the number of rows in it
+
+
+# The limit.
+
+
+def memcpy_limit(
+    dataset: ShardDataset,
+    batches: list[np.ndarray],
+    library: Any = ctypes.PyDLL,
+    to_one_place: bool = False,
+) -> Epoch:
+    """The rows of an epoch copied one by one by C's memcpy into one reused buffer.
+
+    Addresses are worked out before. `library`: PyDLL keeps Python's lock meanwhile, CDLL lets it
+    go a row. `to_one_place`: over each other.
+    """
+    shards = {field: _mapped_shards(dataset, field) for field in dataset.fields}
+    copies, buffer = _plan_copies(dataset, batches, shards, to_one_place)
+    n_rows = sum(map(len, batches))
+
+    memmove = library(None).memmove
+    memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    memmove.restype = None
+
+    def epoch() -> int:
+        for copy in copies:
+            memmove(*copy)
+        return n_rows if buffer.size and shards else 0  # the addresses live as long as these do
+
+    return epoch
+
+
+def _mapped_shards(dataset: ShardDataset, field: str) -> list[np.ndarray]:
+    return [np.asarray(shard) for shard in open_set(dataset.path).shards(field)]
+
+
+def _plan_copies(
+    dataset: ShardDataset,
+    batches: list[np.ndarray],
+    shards: dict[str, list[np.ndarray]],
+    to_one_place: bool,
+) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+    """(memcpy's arguments in the order of the epoch: destination, source, bytes; the buffer).
+
+    A batch lies in the buffer field after field, and the next one in the same place.
+    """
+    starts: list[tuple[int, int, int]] = []
+    batch_bytes = 0
+    for indices in batches:
+        rows = dataset.rows_of(indices).tolist()
+        offset = 0
+        for of_field in shards.values():
+            rows_per_shard = len(of_field[0])
+            row_bytes = of_field[0][0].nbytes
+            for row in rows:
+                shard, place = divmod(row, rows_per_shard)
+                source = of_field[shard].ctypes.data + place * row_bytes
+                starts.append((0 if to_one_place else offset, source, row_bytes))
+                offset += row_bytes
+        batch_bytes = max(batch_bytes, offset)
+
+    buffer = np.zeros(batch_bytes, np.uint8)
+    base = buffer.ctypes.data
+    return [(base + offset, source, n_bytes) for offset, source, n_bytes in starts], buffer
+
+
+# The ways.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way of getting batches, a line of the table."""
+
+    name: str
+    make_loader: Callable[[], Any]
+    most_pairs: int | None = None  # the slow ones are run less often
 
 
 class PerSample(Dataset[Any]):
-    """What people write: a memory map a field, one row an item, torch's default collate."""
+    """What people write next: a memory map a field, one row an item, torch's default collate."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.maps = path, None
-        self.n_rows = open_set(path).n_rows
+        found = open_set(path)
+        self.path = path
+        self.n_rows = found.n_rows
+        self.rows_per_shard = found.settings.rows_per_shard
+        self.maps: list[list[np.ndarray]] | None = None  # opened in each worker
+        self.labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.n_rows
 
     def __getitem__(self, i: int) -> Any:
-        if self.maps is None:
+        """(rgb [3, S, S], depth [1, S, S], the scene's type)."""
+        if self.maps is None or self.labels is None:
             found = open_set(self.path)
-            self.step = found.manifest["settings"]["rows_per_shard"]
             self.maps = [found.shards("rgb"), found.shards("depth")]
             self.labels = found.column("scene_type").astype(np.int64)
-        rgb, depth = (shards[i // self.step][i % self.step] for shards in self.maps)
-        return torch.from_numpy(rgb.copy()), torch.from_numpy(depth.copy().view(np.int16))[None], self.labels[i]
+        shard, place = divmod(i, self.rows_per_shard)
+        rgb, depth = (shards[shard][place] for shards in self.maps)
+        depth_mm = torch.from_numpy(depth.copy().view(np.int16))[None]
+        return torch.from_numpy(rgb.copy()), depth_mm, self.labels[i]
 
 
-def memcpy_limit(
-    dataset: ShardDataset, batches: list[np.ndarray], library: Any = ctypes.PyDLL, one_row: bool = False
-) -> Epoch:
-    """The rows of an epoch copied one by one by C's memcpy into one reused buffer; addresses are worked out before."""
-    found = open_set(dataset.path)
-    fields = [[np.asarray(shard) for shard in found.shards(field)] for field in dataset.fields]
-    step, jobs = len(fields[0][0]), []
-    for indices in batches:
-        offset = 0
-        for shards in fields:
-            n_bytes = shards[0][0].nbytes
-            for row in dataset.rows_of(indices).tolist():
-                jobs.append((offset, shards[row // step].ctypes.data + (row % step) * n_bytes, n_bytes))
-                offset += n_bytes
-    buffer = np.zeros(max(offset + n for offset, _, n in jobs), np.uint8)
-    copies = [(buffer.ctypes.data + (0 if one_row else offset), source, n) for offset, source, n in jobs]
-    memmove, n_rows = library(None).memmove, sum(map(len, batches))
-    memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
+def our_loader(
+    path: str, n_workers: int = 0, method: str | None = None, prefetch: bool = True
+) -> Loader:
+    dataset = ShardDataset(path, split="all")
+    return Loader(dataset, Batches(len(dataset), BATCH, 0), n_workers, method, prefetch=prefetch)
 
-    def epoch() -> int:
-        for copy in copies:
-            memmove(*copy)
-        return n_rows if buffer.size and fields else 0  # the addresses above live as long as these do
 
-    return epoch
+def per_sample_loader(path: str, n_workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        PerSample(path),
+        BATCH,
+        shuffle=True,
+        num_workers=n_workers,
+        persistent_workers=n_workers > 0,
+        drop_last=True,
+    )
+
+
+def our_ways(path: str, spawn_too: bool) -> Iterator[Way]:
+    """The loader of this project: in the caller, in a thread ahead, in processes.
+
+    Of a mapped Zarr store too, if there is one beside the set.
+    """
+    name = "ours, no worker, gathered when asked for"
+    yield Way(name=name, make_loader=partial(our_loader, path, prefetch=False))
+    yield Way(name="ours, no worker, one thread ahead", make_loader=partial(our_loader, path))
+
+    store = Path(f"{path}.zarr")  # python -m convert run DIR --out ROOT --format zarr
+    if store.is_dir() and set((open_set(store).codecs or {}).values()) == {"none"}:
+        name = "... of the mapped Zarr store, when asked for"
+        yield Way(name=name, make_loader=partial(our_loader, str(store), prefetch=False))
+        name = "... of the mapped Zarr store, a thread ahead"
+        yield Way(name=name, make_loader=partial(our_loader, str(store)))
+
+    for n_workers in (1, 2, 4, 8):
+        make_loader = partial(our_loader, path, n_workers, "fork")
+        yield Way(name=f"ours, {n_workers} workers (fork)", make_loader=make_loader)
+    if spawn_too:
+        make_loader = partial(our_loader, path, 2, "spawn")
+        yield Way(name="ours, 2 workers (spawn)", make_loader=make_loader)
+
+
+def torch_ways(path: str) -> Iterator[Way]:
+    """torch's DataLoader, a row an item, and over this project's dataset, which gathers batches."""
+    for n_workers in (0, 1, 2, 4, 8):
+        name = f"DataLoader, a row an item, {n_workers} workers"
+        make_loader = partial(per_sample_loader, path, n_workers)
+        yield Way(name=name, make_loader=make_loader, most_pairs=5)
+    yield Way(
+        name="DataLoader(ShardDataset), 0 workers",
+        make_loader=lambda: DataLoader(ShardDataset(path, split="all"), BATCH),
+        most_pairs=5,
+    )
+
+
+def in_memory_ways(arrays: Path) -> Iterator[Way]:
+    """Arrays in RAM at 640x480, each row resized when it is asked for."""
+    for n_workers in (0, 2):
+        make_loader = partial(in_memory_loader, arrays, BATCH, n_workers)
+        name = f"arrays in RAM, {n_workers} workers"
+        yield Way(name=name, make_loader=make_loader, most_pairs=1)
+
+
+# Measuring.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of one epoch."""
+
+    rows_per_s: float
+    cpu_ms: float  # of this process, workers not included
+
+
+def speed_of(epoch: Epoch) -> Speed:
+    """Of the second of two epochs without a pause.
+
+    Batches made before the clock starts must not count: after a pause a loader that runs ahead has
+    3 of 11 ready.
+    """
+    epoch()
+    cpu = time.process_time()
+    started = time.perf_counter()
+    n_rows = epoch()
+    wall_s = time.perf_counter() - started
+    cpu_s = time.process_time() - cpu
+    return Speed(rows_per_s=n_rows / wall_s, cpu_ms=cpu_s * 1e3)
 
 
 def epochs_of(loader: Any) -> Epoch:
@@ -93,111 +246,79 @@ def epochs_of(loader: Any) -> Epoch:
     return epoch
 
 
-def per_sample(path: str, workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        PerSample(path), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0, drop_last=True
-    )
-
-
-def note(arrays: Path | None, workers: int) -> DataLoader[Any]:
-    """Arrays in RAM at 640x480, each row resized when it is asked for."""
-    assert arrays
-    rows = NoteRows(arrays)
-    return DataLoader(rows, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-
-
-def ways(path: str, arrays: Path | None, spawn_too: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, how to make its loader), in the order of the table."""
-
-    def ours(workers: int = 0, method: str | None = None, prefetch: bool = True, path: str = path) -> Loader:
-        dataset = ShardDataset(path, split="all")
-        return Loader(dataset, Batches(len(dataset), BATCH, 0), workers, method, prefetch=prefetch)
-
-    yield "ours, no worker, gathered when asked for", lambda: ours(prefetch=False)
-    yield "ours, no worker, one thread ahead", ours
-    store = Path(f"{path}.zarr")  # python -m convert run DIR --out ROOT --format zarr
-    if store.is_dir() and set((open_set(store).codecs or {}).values()) == {"none"}:
-        yield "... of the mapped Zarr store, when asked for", lambda: ours(prefetch=False, path=str(store))
-        yield "... of the mapped Zarr store, a thread ahead", lambda: ours(path=str(store))
-    for workers in (1, 2, 4, 8):
-        yield f"ours, {workers} workers (fork)", lambda workers=workers: ours(workers, "fork")
-    if spawn_too:
-        yield "ours, 2 workers (spawn)", lambda: ours(2, "spawn")
-    for workers in (0, 1, 2, 4, 8):
-        yield f"DataLoader, a row an item, {workers} workers", lambda workers=workers: per_sample(path, workers)
-    yield (
-        "DataLoader(ShardDataset), 0 workers",
-        lambda: DataLoader(ShardDataset(path, split="all"), BATCH),
-    )
-    for workers in (0, 2) if arrays else ():
-        yield f"the note's method, {workers} workers", lambda workers=workers: note(arrays, workers)
-
-
-def rate(epoch: Epoch) -> tuple[float, float]:
-    """Samples a second, and CPU milliseconds of this process, over the second of two epochs without a pause.
-
-    Batches made before the clock starts must not count: after a pause a loader that runs ahead has 3 of 11 ready.
-    """
-    epoch()
-    cpu, started = time.process_time(), time.perf_counter()
-    n_rows = epoch()
-    return n_rows / (time.perf_counter() - started), (time.process_time() - cpu) * 1e3
-
-
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Median and its 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return float(np.median(values)), float(low), float(high)
-
-
-def sleeping() -> None:
+def sleep_a_step() -> None:
     time.sleep(STEP_S)
 
 
-def holding_the_gil() -> None:
+def hold_the_lock_a_step() -> None:
+    """Python's, as a training step does between its kernels."""
     end = time.perf_counter() + STEP_S
     while time.perf_counter() < end:
         pass
 
 
-def wait_ms(loader: Any, step: Callable[[], None], n_steps: int) -> float:
-    """Median wait for the next batch, the first two of an iteration apart."""
-    waits: list[float] = []
-    while len(waits) < n_steps:
-        batches, mine = iter(loader), []
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                break
-            mine.append(time.perf_counter() - started)
-            step()
-        waits += mine[2:] or mine
-    return float(np.median(waits)) * 1e3
+def median_wait_ms(loader: Any, step: Callable[[], None], n_steps: int) -> float:
+    """For the next batch, beside that step; the first two of an iteration apart."""
+    waits_s: list[float] = []
+    while len(waits_s) < n_steps:
+        of_epoch = _waits_of_epoch(loader, step)
+        waits_s += of_epoch[2:] or of_epoch
+    return float(np.median(waits_s)) * 1e3
 
 
-def report_speed(path: str, arrays: Path | None, n_pairs: int, limit: Epoch) -> None:
+def _waits_of_epoch(loader: Any, step: Callable[[], None]) -> list[float]:
+    batches = iter(loader)
+    waits_s: list[float] = []
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return waits_s
+        waits_s.append(time.perf_counter() - started)
+        step()
+
+
+# The tables.
+
+
+def report_speed(ways: Sequence[Way], n_pairs: int, limit: Epoch) -> None:
+    """Each way's speed, and its share of the limit, measured right after it."""
     print(f"{'':44}{'samples/s':>10} {'of the limit':>13} {'(95 %)':>12} {'CPU ms':>7}")
-    for name, make in ways(path, arrays):
-        epoch = epochs_of(make())
-        epoch(), limit()
-        count = n_pairs if name.startswith(("ours", "...")) else min(n_pairs, 1 if "note" in name else 5)
-        pairs = [(*rate(epoch), rate(limit)[0]) for _ in range(count)]
+    for way in ways:
+        epoch = epochs_of(way.make_loader())
+        epoch()
+        limit()
+        n_here = n_pairs if way.most_pairs is None else min(n_pairs, way.most_pairs)
+        speeds = []
+        shares = []
+        for _ in range(n_here):
+            speeds.append(speed_of(epoch))
+            shares.append(speeds[-1].rows_per_s / speed_of(limit).rows_per_s)
         del epoch  # and its workers
-        middle, low, high = interval([ours / most for ours, _, most in pairs])
-        speed, cpu, _ = np.median(pairs, axis=0)
-        print(f"{name:44}{speed:10,.0f} {middle:13.2f} {f'{low:.2f}-{high:.2f}':>12} {cpu:7.0f}", flush=True)
-    print(f"{'the limit: C memcpy of the rows, one thread':44}{np.median([rate(limit)[0] for _ in range(9)]):10,.0f}")
+
+        share = median_interval(shares)
+        bounds = f"{share.low:.2f}-{share.high:.2f}"
+        rows_per_s = np.median([speed.rows_per_s for speed in speeds])
+        cpu_ms = np.median([speed.cpu_ms for speed in speeds])
+        figures = f"{rows_per_s:10,.0f} {share.median:13.2f} {bounds:>12} {cpu_ms:7.0f}"
+        print(f"{way.name:44}{figures}", flush=True)
+    print_speed("the limit: C memcpy of the rows, one thread", limit, n_epochs=9)
 
 
-def report_waits(path: str, n_steps: int) -> None:
-    print(f"\n{'ms waited for a batch beside a step of 10 ms':44}{'sleeping':>10} {'holding the GIL':>16}")
-    for name, make in ways(path, None, spawn_too=False):
-        loader = make()
-        sleep, gil = (wait_ms(loader, step, n_steps) for step in (sleeping, holding_the_gil))
-        print(f"{name:44}{sleep:10.2f} {gil:16.2f}", flush=True)
+def print_speed(name: str, epoch: Epoch, n_epochs: int) -> None:
+    rows_per_s = np.median([speed_of(epoch).rows_per_s for _ in range(n_epochs)])
+    print(f"{name:44}{rows_per_s:10,.0f}", flush=True)
+
+
+def report_waits(ways: Sequence[Way], n_steps: int) -> None:
+    """How long a training step of 10 ms would wait for its batch."""
+    title = "ms waited for a batch beside a step of 10 ms"
+    print(f"\n{title:44}{'sleeping':>10} {'holding the GIL':>16}")
+    for way in ways:
+        loader = way.make_loader()
+        sleeping = median_wait_ms(loader, sleep_a_step, n_steps)
+        holding = median_wait_ms(loader, hold_the_lock_a_step, n_steps)
+        print(f"{way.name:44}{sleeping:10.2f} {holding:16.2f}", flush=True)
         del loader
 
 
@@ -213,63 +334,89 @@ print(time.perf_counter() - started)
 """
 
 
-def report_first_batch(path: str, n_runs: int) -> None:
-    """Each time in a fresh process, from opening the set to the first batch; imports are not counted."""
+def report_first_batch(path: str) -> None:
+    """Each time in a fresh process, from opening the set on; imports are not counted."""
     print(f"\n{'seconds from opening the set to the first batch':44}")
-    for workers, name in ((0, "ours, no worker, one thread ahead"), (2, "ours, 2 workers (fork)")):
-        command = [sys.executable, "-c", FIRST, path, str(workers)]
-        seconds = [float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(n_runs)]
-        print("{:44}{:10.3f} ({:.3f}-{:.3f})".format(name, *interval(seconds)), flush=True)
-
-
-def control_variants(dataset: ShardDataset, batches: list[np.ndarray]) -> None:
-    """Why the limit is copied as it is: what else a C copy of the same rows could be measured as."""
-    print(f"\n{'C memcpy of the same rows, one thread':44}{'rows/s':>10}")
-    for name, how in (
-        ("into one batch buffer, GIL kept (the limit)", {}),
-        ("the same, GIL released a row (ctypes.CDLL)", {"library": ctypes.CDLL}),
-        ("into one row's place: nothing is delivered", {"one_row": True}),
+    for n_workers, name in (
+        (0, "ours, no worker, one thread ahead"),
+        (2, "ours, 2 workers (fork)"),
     ):
-        epoch = memcpy_limit(dataset, batches, **how)  # type: ignore[arg-type]
+        command = [sys.executable, "-c", FIRST, path, str(n_workers)]
+        seconds = []
+        for _ in range(N_FIRST_BATCHES):
+            done = subprocess.run(command, capture_output=True, text=True)
+            seconds.append(float(done.stdout))
+        first_s = median_interval(seconds)
+        bounds = f"({first_s.low:.3f}-{first_s.high:.3f})"
+        print(f"{name:44}{first_s.median:10.3f} {bounds}", flush=True)
+
+
+def report_other_limits(dataset: ShardDataset, batches: list[np.ndarray]) -> None:
+    """Why the limit is copied as it is: what else a copy of the same rows could be measured as."""
+    print(f"\n{'C memcpy of the same rows, one thread':44}{'rows/s':>10}")
+    limit_of = partial(memcpy_limit, dataset, batches)
+    for name, make_limit in (
+        ("into one batch buffer, GIL kept (the limit)", limit_of),
+        ("the same, GIL released a row (ctypes.CDLL)", partial(limit_of, library=ctypes.CDLL)),
+        ("into one row's place: nothing is delivered", partial(limit_of, to_one_place=True)),
+    ):
+        epoch = make_limit()
         epoch()
-        print(f"{name:44}{np.median([rate(epoch)[0] for _ in range(7)]):10,.0f}", flush=True)
+        print_speed(name, epoch, n_epochs=7)
+
+
+def report_two_threads(dataset: ShardDataset, n_pairs: int, limit: Epoch) -> None:
+    """The gather alone, with a second thread of torch's beside it."""
+    torch.set_num_threads(2)
+    epoch = epochs_of(Loader(dataset, Batches(len(dataset), BATCH, 0), prefetch=False))
+    pairs = [(speed_of(epoch), speed_of(limit)) for _ in range(n_pairs)]
+    share = median_interval([ours.rows_per_s / most.rows_per_s for ours, most in pairs])
+    figures = f"{share.median:.2f} ({share.low:.2f}-{share.high:.2f}) of the limit"
+    print(f"ours, gathered when asked for, 2 torch threads: {figures}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """All tables, one after the other."""
+    path = str(resolve_set(args.data))
+    dataset = ShardDataset(path, split="all")
+    if len(dataset) < BATCH:  # a way that drops the last batch would never deliver one
+        raise UserError(f"{path} has {len(dataset)} rows. Use a set with {BATCH} rows or more")
+
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    torch.set_num_threads(
+        1
+    )  # with more, torch.stack in the DataLoader can be 100 times slower here
+    batches = Batches(len(dataset), BATCH, 0)(0)
+    limit = memcpy_limit(dataset, batches)
+    limit()
+    what = f"{len(dataset)} rows of {dataset.size}x{dataset.size}, batches of {BATCH}"
+    print(f"{path}: {what}, {args.pairs} pairs\n")
+
+    with tempfile.TemporaryDirectory(dir=args.mat and args.mat.parent) as folder:
+        ways = [*our_ways(path, spawn_too=True), *torch_ways(path)]
+        if args.mat:
+            save_arrays(args.mat, Path(folder))
+            ways += in_memory_ways(Path(folder))
+        report_speed(ways, args.pairs, limit)
+    report_waits([*our_ways(path, spawn_too=False), *torch_ways(path)], args.steps)
+    report_first_batch(path)
+    report_other_limits(dataset, batches)
+    report_two_threads(dataset, args.pairs, limit)
+
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\npeak memory of this process: {peak_mib:.0f} MiB (RSS)")
+    print("CPU ms: of this process an epoch, workers not included.")
+    print("A wait is the median over steps, the first two apart.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.loader", description=(__doc__ or "").split("\n", 1)[0])
+    parser = make_parser("loader", __doc__)
     parser.add_argument("data", metavar="DIR|ROOT")
-    parser.add_argument("--mat", type=Path, help="the original file, for the note's method (3.1 GB in memory)")
+    parser.add_argument("--mat", type=Path, help="the original file, for arrays in RAM (3.1 GB)")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=60, help="steps of 10 ms for each wait")
     args = parser.parse_args(argv)
-    try:
-        path = str(resolve_set(args.data))
-        dataset = ShardDataset(path, split="all")
-    except UserError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    warnings.filterwarnings("ignore", "This DataLoader will create")
-    torch.set_num_threads(1)  # with more, torch.stack in the DataLoader without workers can be 100 times slower here
-    limit = memcpy_limit(dataset, Batches(len(dataset), BATCH, 0)(0))
-    limit()
-    print(f"{path}: {len(dataset)} rows of {dataset.size}x{dataset.size}, batches of {BATCH}, {args.pairs} pairs\n")
-    with tempfile.TemporaryDirectory(dir=args.mat and args.mat.parent) as folder:
-        if args.mat:
-            load_whole(args.mat, Path(folder))
-        report_speed(path, Path(folder) if args.mat else None, args.pairs, limit)
-    report_waits(path, args.steps)
-    report_first_batch(path, 7)
-    control_variants(dataset, Batches(len(dataset), BATCH, 0)(0))
-    torch.set_num_threads(2)
-    epoch = epochs_of(Loader(dataset, Batches(len(dataset), BATCH, 0), prefetch=False))
-    pairs = [(rate(epoch)[0], rate(limit)[0]) for _ in range(args.pairs)]
-    middle, low, high = interval([ours / most for ours, most in pairs])
-    print(f"ours, gathered when asked for, 2 torch threads: {middle:.2f} ({low:.2f}-{high:.2f}) of the limit")
-    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB (RSS)")
-    print(
-        "CPU ms: of this process an epoch, workers not included. A wait is the median over steps, the first two apart."
-    )
-    return 0
+    return exit_status(lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -1,52 +1,90 @@
-"""How good a recipe is, without the test rows: python -m bench.recipe --data DIR --minutes 5 [flags of python -m train]
+"""How good a recipe is, without the test rows.
 
-The train split's scenes are dealt into folds; one is left out and judged, so no scene is on both sides. --minutes is
-what each training may take: a first epoch is timed and the number of epochs follows from it, so recipes are compared at
-equal time; without it at equal --epochs. --semantic-epochs come first, on the 40 classes of the same rows' pixels.
+    python -m bench.recipe --data DIR --minutes 5 [flags of python -m train]
+
+The train split's scenes are dealt into folds; one is left out and judged, so no scene is on both
+sides. --minutes is what each training may take: a first epoch is timed and the number of epochs
+follows from it, so recipes are compared at equal time; without it at equal --epochs. Those of
+--semantic-epochs come first, on the 40 classes of the same rows' pixels.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.command import exit_status, make_parser
+from bench.train_flags import parse_with_settings
 from loader.loader import Loader
-from loader.memory import NoRoom
-from shards.format import UserError, open_set
+from shards.format import open_set
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
 from train.loop import Job, evaluate, new_run, start, train_step
 from train.model import start_from
 from train.order import Batches
-from train.settings import Settings, add_flags
+from train.settings import Settings
+
+Scores = dict[str, float]
+BATCH_OF_SCORING = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How each recipe is judged."""
+
+    n_folds: int
+    minutes: float  # of each training; 0: as many epochs as the settings say
+    n_semantic_epochs: int
 
 
 def fold_of_rows(dataset: ShardDataset, n_folds: int) -> np.ndarray:
     """The fold of every train row; rows of one scene stay together."""
-    scene = open_set(dataset.path).column("scene")[dataset._rows]
-    names = np.unique(scene)
-    deal = np.random.default_rng(0).permutation(len(names)) % n_folds
-    return deal[np.searchsorted(names, scene)]
+    rows = dataset.rows_of(np.arange(len(dataset)))
+    scene = open_set(dataset.path).column("scene")[rows]
+    scenes = np.unique(scene)
+    fold_of_scene = np.random.default_rng(0).permutation(len(scenes)) % n_folds
+    return fold_of_scene[np.searchsorted(scenes, scene)]
 
 
-def part(job: Job, keep: np.ndarray, batch_size: int, seed: int | None) -> Loader:
-    """A loader over some of the train rows."""
-    s = job.settings
-    chosen: Any = {"fields": job.train_set.fields, "target": s.task, "num_classes": s.num_classes}
-    dataset = ShardDataset(job.train_set.path, split="train", **chosen)
-    dataset._rows = dataset._rows[keep]
+def some_rows(job: Job, is_kept: np.ndarray) -> ShardDataset:
+    """The train rows where `is_kept`, as a dataset.
+
+    Only for this process: where it is unpickled it is the whole split again.
+    """
+    settings = job.settings
+    chosen: dict[str, Any] = {"target": settings.task, "num_classes": settings.num_classes}
+    dataset = ShardDataset(job.train_set.path, split="train", fields=job.train_set.fields, **chosen)
+    dataset._rows = dataset._rows[is_kept]
+    return dataset
+
+
+def loader_over(dataset: ShardDataset, batch_size: int, seed: int | None) -> Loader:
+    """Without workers. No seed: in order."""
     return Loader(dataset, Batches(len(dataset), batch_size, seed))
 
 
-def learn(job: Job, n_epochs: int, weights: str | None = None) -> tuple[Run, dict[str, float]]:
+def fold_job(settings: Settings, fold: int, n_folds: int) -> Job:
+    """Trains without this fold of the train scenes, and is judged by it."""
+    job = start(settings, ranks.join())
+    folds = fold_of_rows(job.train_set, n_folds)
+    left_in = some_rows(job, folds != fold)
+    left_out = some_rows(job, folds == fold)
+    job.train_loader = loader_over(left_in, settings.batch_size, settings.seed)
+    job.test_loader = loader_over(left_out, BATCH_OF_SCORING, None)
+    job.train_set = left_in
+    return job
+
+
+def learn(job: Job, n_epochs: int, weights: str | None = None) -> tuple[Run, Scores]:
     """The run, and the scores of the fold left out, after n_epochs."""
     run = new_run(job)
     start_from(run.model, weights)
@@ -56,68 +94,75 @@ def learn(job: Job, n_epochs: int, weights: str | None = None) -> tuple[Run, dic
         run.model.train()
         for batch in job.train_loader:
             train_step(run, job, batch, slice(None))
-        run.history.append({})
+        run.history.append({})  # a run counts its epochs by these
         run.step = 0
     return run, evaluate(run, job)
 
 
-def fold_job(settings: Settings, fold: int, n_folds: int) -> Job:
-    """Trains without this fold of the train scenes, and is judged by it."""
-    job = start(settings, ranks.join())
-    folds = fold_of_rows(job.train_set, n_folds)
-    job.train_loader = part(job, folds != fold, settings.batch_size, settings.seed)
-    job.test_loader = part(job, folds == fold, 64, None)
-    job.train_set = job.train_loader.dataset
-    return job
+def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> None:
+    """Train on the pixels' classes of the same rows first; the weights go to `path`."""
+    n_epochs = plan.n_semantic_epochs
+    semantic = replace(settings, task="semantic40", epochs=n_epochs)
+    run, scores = learn(fold_job(semantic, fold, plan.n_folds), n_epochs, settings.weights)
+    torch.save(run.model.state_dict(), path)
+    print(f"fold {fold}: semantic classes:", as_text(scores), flush=True)
 
 
-def judge(settings: Settings, fold: int, n_folds: int, minutes: float, n_semantic: int) -> dict[str, float]:
-    started, weights, n_epochs = time.perf_counter(), settings.weights, settings.epochs
+def epochs_within(minutes: float, job: Job, settings: Settings) -> int:
+    """How many fit, by the time that one takes."""
+    job.settings = replace(settings, epochs=1)
+    learn(job, 1)  # warm: files, caches of the convolutions
+    started = time.perf_counter()
+    learn(job, 1)
+    epoch_s = time.perf_counter() - started
+    return max(1, int(60 * minutes / epoch_s))
+
+
+def judge(settings: Settings, fold: int, plan: Plan) -> Scores:
+    """The scores on a fold of training without it, and how many epochs and seconds that took."""
+    started = time.perf_counter()
+    n_epochs = settings.epochs
+    weights = settings.weights
     with tempfile.TemporaryDirectory() as directory:
-        if n_semantic:
-            semantic = replace(settings, task="semantic40", epochs=n_semantic)
-            run, scores = learn(fold_job(semantic, fold, n_folds), n_semantic, weights)
-            torch.save(run.model.state_dict(), weights := f"{directory}/semantic.pt")
-            print(f"fold {fold}: semantic classes:", _text(scores), flush=True)
-        job = fold_job(settings, fold, n_folds)
-        if minutes:
-            job.settings = replace(settings, epochs=1)
-            learn(job, 1)  # warm: files, caches of the convolutions
-            started = time.perf_counter()
-            learn(job, 1)
-            n_epochs = max(1, int(60 * minutes / (time.perf_counter() - started)))
+        if plan.n_semantic_epochs:
+            path = Path(directory, "semantic.pt")
+            learn_semantic(settings, fold, plan, path)
+            weights = str(path)
+
+        job = fold_job(settings, fold, plan.n_folds)
+        if plan.minutes:
+            n_epochs = epochs_within(plan.minutes, job, settings)
             job.settings = replace(settings, epochs=n_epochs)
             started = time.perf_counter()
-        scores = learn(job, n_epochs, weights)[1]
+        _, scores = learn(job, n_epochs, weights)
     return {"epochs": n_epochs, "seconds": time.perf_counter() - started, **scores}
 
 
-def _text(scores: dict[str, float]) -> str:
+def as_text(scores: Scores) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
+def report(argv: Sequence[str] | None) -> None:
+    """The scores of each fold, then their mean."""
+    parser = make_parser("recipe", __doc__)
+    add = parser.add_argument
+    add("--minutes", type=float, default=0.0, help="of each training, instead of --epochs")
+    add("--semantic-epochs", type=int, default=0, help="before, on the pixels' classes")
+    add("--folds", type=int, default=4)
+    add("--only", type=int, metavar="FOLD", help="leave out this fold only")
+    settings, args = parse_with_settings(parser, argv)
+    plan = Plan(n_folds=args.folds, minutes=args.minutes, n_semantic_epochs=args.semantic_epochs)
+
+    found = []
+    for fold in range(plan.n_folds) if args.only is None else [args.only]:
+        found.append(judge(settings, fold, plan))
+        print(f"fold {fold}:", as_text(found[-1]), flush=True)
+    means = {name: float(np.mean([scores[name] for scores in found])) for name in found[0]}
+    print("mean:  ", as_text(means))
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.recipe", description=(__doc__ or "").split("\n", 1)[0])
-    add_flags(parser)
-    parser.add_argument("--minutes", type=float, default=0.0, help="of each training, instead of --epochs")
-    parser.add_argument("--semantic-epochs", type=int, default=0, help="before, on the pixels' classes")
-    parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--only", type=int, metavar="FOLD", help="leave out this fold only")
-    parser.set_defaults(out=tempfile.gettempdir())
-    next(a for a in parser._actions if a.dest == "out").required = False
-    values = vars(parser.parse_args(argv))
-    n_folds, only = values.pop("folds"), values.pop("only")
-    how = values.pop("minutes"), values.pop("semantic_epochs")
-    try:
-        found = []
-        for fold in range(n_folds) if only is None else [only]:
-            found.append(judge(Settings(**values), fold, n_folds, *how))
-            print(f"fold {fold}:", _text(found[-1]), flush=True)
-    except (UserError, NoRoom) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    print("mean:  ", _text({k: float(np.mean([each[k] for each in found])) for k in found[0]}))
-    return 0
+    return exit_status(lambda: report(argv))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,62 @@
-"""What the loader costs a training step: python -m bench.step --data DIR [--pairs 15] [flags of python -m train]
+"""What the loader costs a training step.
 
-Each pair times the same number of steps twice, with the real loader's batches and with one batch over and over, in an
-order that alternates. The figure is the median of the pairs' ratios with a 95 % bootstrap interval; 1 is a loader that
-does not show. Before each timed part a few steps run untimed, so that batches made during a pause do not count.
+    python -m bench.step --data DIR [--pairs 15] [flags of python -m train]
+
+Each pair times the same number of steps twice, with the real loader's batches and with one batch
+over and over, in an order that alternates. The figure is the median of the pairs' ratios with a
+95 % bootstrap interval; 1 is a loader that does not show. Before each timed part a few steps run
+untimed, so that batches made during a pause do not count.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.loader import interval
-from loader.memory import NoRoom
-from shards.format import UserError
+from bench.command import exit_status, make_parser
+from bench.figures import median_interval
+from bench.train_flags import parse_with_settings
 from train import ranks
+from train.checkpoint import Run
 from train.loop import Job, new_run, open_loaders, start, train_step
-from train.settings import Settings, add_flags
 
-BEFORE = 4  # untimed steps, more than the loader holds ready
+N_UNTIMED = 4  # steps, more than the loader holds ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Seconds a step, of the two halves."""
+
+    with_loader_s: float
+    one_batch_s: float
 
 
 def endless(job: Job) -> Iterator[Any]:
+    """Epoch after epoch of the real loader."""
     while True:
         yield from job.train_loader
 
 
-def timed(batches: Iterator[Any], run: Any, job: Job, n_steps: int) -> float:
+def repeated(job: Job) -> Iterator[Any]:
+    """One batch, over and over."""
+    first = next(iter(job.train_loader))
+    return itertools.repeat(
+        tuple(part.clone() for part in first)
+    )  # the loader's memory is used again
+
+
+def time_steps(batches: Iterator[Any], run: Run, job: Job, n_steps: int) -> float:
     """Seconds a step."""
-    for k, batch in enumerate(itertools.islice(batches, BEFORE + n_steps)):
-        if k == BEFORE:
+    started = 0.0
+    for k, batch in enumerate(itertools.islice(batches, N_UNTIMED + n_steps)):
+        if k == N_UNTIMED:  # with the batch of the first timed step at hand
             synchronize(job)
             started = time.perf_counter()
         train_step(run, job, batch, slice(None))
@@ -45,43 +65,57 @@ def timed(batches: Iterator[Any], run: Any, job: Job, n_steps: int) -> float:
 
 
 def synchronize(job: Job) -> None:
+    """Wait for what a GPU still has to do."""
     if job.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.step", description=(__doc__ or "").split("\n", 1)[0])
-    add_flags(parser)
+def time_pairs(job: Job, n_pairs: int, n_steps: int) -> Iterator[Pair]:
+    """The halves in an order that alternates, beginning with the one batch."""
+    run = new_run(job)
+    job.net = run.model.train()
+    open_loaders(job)
+    real = endless(job)
+    one = repeated(job)
+
+    for k in range(n_pairs):
+        if k % 2:
+            with_loader_s = time_steps(real, run, job, n_steps)
+            one_batch_s = time_steps(one, run, job, n_steps)
+        else:
+            one_batch_s = time_steps(one, run, job, n_steps)
+            with_loader_s = time_steps(real, run, job, n_steps)
+        yield Pair(with_loader_s=with_loader_s, one_batch_s=one_batch_s)
+
+
+def print_table(pairs: Sequence[Pair]) -> None:
+    """The medians of both, in milliseconds."""
+    with_loader_ms = 1e3 * statistics.median(pair.with_loader_s for pair in pairs)
+    one_batch_ms = 1e3 * statistics.median(pair.one_batch_s for pair in pairs)
+    print(f"{'with the loader':20} {with_loader_ms:7.1f} ms a step")
+    print(f"{'one batch repeated':20} {one_batch_ms:7.1f} ms a step")
+
+
+def report(argv: Sequence[str] | None) -> None:
+    parser = make_parser("step", __doc__)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each half of a pair")
-    parser.set_defaults(batch_size=32, size=96, width=16, out=tempfile.gettempdir(), **{"num_classes": 10})
-    next(a for a in parser._actions if a.dest == "out").required = False
-    values = vars(parser.parse_args(argv))
-    n_pairs, n_steps = values.pop("pairs"), values.pop("steps")
-    try:
-        job = start(Settings(**values), ranks.join())
-        run = new_run(job)
-        job.net = run.model.train()
-        open_loaders(job)
-        real, one = endless(job), itertools.repeat(tuple(part.clone() for part in next(iter(job.train_loader))))
-    except (UserError, NoRoom) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    pairs = []
-    for k in range(n_pairs):
-        order = (real, one) if k % 2 else (one, real)
-        first, second = (timed(batches, run, job, n_steps) for batches in order)
-        pairs.append((second, first) if order[0] is one else (first, second))
-    middle, low, high = interval([with_loader / alone for with_loader, alone in pairs])
-    names = ("with the loader", "one batch repeated")
-    for name, values_s in zip(names, zip(*pairs, strict=True), strict=True):
-        print(f"{name:20} {1e3 * statistics.median(values_s):7.1f} ms a step")
-    s = job.settings
-    where = (
-        f"batches of {s.batch_size}, size {s.size}, width {s.channels}, {torch.get_num_threads()} threads, {job.device}"
-    )
-    print(f"ratio {middle:.3f} ({low:.3f}-{high:.3f}, 95 %), {n_pairs} pairs of {n_steps} steps, {where}")
-    return 0
+    defaults = {"batch_size": 32, "size": 96, "width": 16, "num_classes": 10}
+    settings, args = parse_with_settings(parser, argv, **defaults)
+
+    job = start(settings, ranks.join())
+    pairs = list(time_pairs(job, args.pairs, args.steps))
+    print_table(pairs)
+    ratio = median_interval([pair.with_loader_s / pair.one_batch_s for pair in pairs])
+    network = f"size {settings.size}, width {settings.channels}"
+    machine = f"{torch.get_num_threads()} threads, {job.device}"
+    where = f"batches of {settings.batch_size}, {network}, {machine}"
+    bounds = f"({ratio.low:.3f}-{ratio.high:.3f}, 95 %)"
+    print(f"ratio {ratio.median:.3f} {bounds}, {args.pairs} pairs of {args.steps} steps, {where}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: report(argv))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,18 @@
-"""A loader of batches for any dataset whose rows can be copied: buffers used again and again, order from a function.
+"""A loader of batches for any dataset whose rows can be copied.
 
-A dataset makes the batch of some rows in new memory (`batch`), or in a buffer that it is given (`fill`, which returns
-how they lie there, or None where it cannot); what a batch consists of is a function from the epoch to arrays of row
-numbers. Everything else (a thread or processes that run ahead, buffers that
-are refilled only after the last tensor on them is gone, resuming, ends that are clean) is `loader.loader.Loader`.
+It needs numpy and torch, knows nothing of this project, and can be copied as it is. For a dataset
+of your own write two methods:
+
+    batch(indices)          the rows [B] in new memory, as a tuple of tensors
+    fill(buffer, indices)   the same, written into the buffer (a memoryview of bytes): returns how
+                            it lies there, a list of (dtype, shape) in the order of the tuple; or
+                            None where that cannot be done, and `batch` is asked
+
+and one function that says what a batch consists of: epoch -> arrays of row numbers. `arrays_in`
+finds the places of a batch's parts in a buffer. Everything else is `loader.loader.Loader`: a thread
+or processes that run ahead, buffers that are filled again only after the last tensor on them is
+gone, resuming at any step (`set_epoch`), ends that are clean. With `num_workers=2` two processes
+fill the buffers.
 
 >>> import numpy as np, torch
 >>> from loader.loader import Loader
@@ -16,9 +25,18 @@ are refilled only after the last tensor on them is gone, resuming, ends that are
 ...         layout = [(self.table.dtype, (len(indices),))]
 ...         np.take(self.table, indices, out=arrays_in(buffer, layout)[0])
 ...         return layout
->>> loader = Loader(Squares(), lambda epoch: [np.array([0, 1, 2]), np.array([3, 4, 5]) - epoch])  # num_workers=2
+>>> loader = Loader(Squares(), lambda epoch: [np.array([0, 1, 2]), np.array([3, 4, 5]) - epoch])
 >>> for epoch in range(2):
 ...     print([squares.tolist() for squares, in loader])
 [[0.0, 1.0, 4.0], [9.0, 16.0, 25.0]]
 [[0.0, 1.0, 4.0], [4.0, 9.0, 16.0]]
+
+The files, from what you hold to what carries it:
+
+    loader.py     Loader, an iteration over it, how many workers a loader needs
+    producers.py  who makes a batch: the caller, a thread, worker processes
+    buffers.py    four buffers that are used again and again
+    messages.py   what a worker says of a batch
+    forks.py      what a fork must not share
+    memory.py     the memory that is held, and what is left (NoRoom where it is too small)
 """

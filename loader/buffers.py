@@ -1,7 +1,30 @@
 """Four buffers that are used again and again: a fresh page of memory costs more than copying one.
 
-A slot goes out under tensors and is refilled only after the last of them is gone; if too many are kept, a batch is
-delivered as a copy. The memory is shared with workers, which hand over slot numbers, never rows.
+A buffer's life, with the method of `BufferPool` that takes it on:
+
+             take                the batch is written            deliver
+    free ------------> filling ------------------------> ready ---------> lent
+     ^                    |                                |                |
+     |  put_back, deliver |        put_back, or deliver    |                |  the last tensor
+     +--------------------+--------------------------------+----------------+  on it is gone
+       (nothing lies in it)  (delivered as a copy, or not wanted)
+
+Lent buffers have tensors of the user on them. They come back by themselves: all tensors of a batch
+are views of one numpy array, its `lease`, and a finalizer of that array puts the buffer back. Where
+too many batches are kept, a further one is delivered as a copy and its buffer is free at once. The
+memory is shared with workers, which are told a buffer's number; rows are never sent.
+
+Invariant: each buffer is in one place: in `free`, with whoever fills it, or in `lent`; nobody
+writes to one that is lent.
+
+Never do this:
+- keep a reference to a delivered batch (a local variable of a thread's loop is enough): its buffer
+  does not come back while the next batch is being made;
+- build tensors on `buffers[k]` itself instead of on the lease: nobody would know when they are
+  gone;
+- put a buffer back while a worker may still write to it: take the worker's answer first;
+- take a lock, or do anything long, where the lease is finalized: that runs wherever the last tensor
+  is dropped, inside a garbage collection too.
 """
 
 import math
@@ -15,41 +38,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loader.forks import BUFFERS, HOLDERS
+from loader.forks import HOLDERS, SHARED
 from loader.messages import Layout, Message, Raised, Returned, Written
 
-N_SLOTS = 4  # batches held in all: one at the user, one being delivered, two ahead
+N_BUFFERS = 4  # batches held in all: one at the user, one being delivered, two ahead
 COPY_BELOW = 4096  # bytes: a kept list of labels must not keep the whole batch's buffer
+CACHE_LINE = 64  # bytes
 
 
 def n_bytes_of(layout: Layout) -> int:
+    """How much of a buffer a batch of this layout takes."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout)
 
 
 def arrays_in(buffer: Any, layout: Layout) -> list[np.ndarray]:
-    """The parts of a batch, back to back in `buffer`; the widest type lies first, so that all are aligned."""
-    found, offset = dict[int, np.ndarray](), 0
-    for k in sorted(range(len(layout)), key=lambda k: -layout[k][0].itemsize):
-        found[k] = np.ndarray(layout[k][1], layout[k][0], buffer, offset)
-        offset += found[k].nbytes
-    return [found[k] for k in range(len(layout))]
+    """The parts of a batch as arrays on `buffer`, back to back.
+
+    buffer: writable memory, aligned for the widest type; at least `n_bytes_of(layout)` bytes.
+    layout: (dtype, shape) of each part.
+
+    Returns an array a part, in the layout's order; in memory the widest type lies first, so that
+    all are aligned. Raises TypeError where the buffer is too small.
+    """
+    widest_first = sorted(range(len(layout)), key=lambda k: -layout[k][0].itemsize)
+    arrays: dict[int, np.ndarray] = {}
+    offset = 0
+    for k in widest_first:
+        dtype, shape = layout[k]
+        arrays[k] = np.ndarray(shape, dtype, buffer, offset)
+        offset += arrays[k].nbytes
+    return [arrays[k] for k in range(len(layout))]
 
 
 def tensors_in(buffer: Any, layout: Layout, is_copied: bool = False) -> tuple[Tensor, ...]:
-    """The same parts as tensors on the buffer; small ones, or all, as copies."""
-    arrays = (a.copy() if is_copied or a.nbytes <= COPY_BELOW else a for a in arrays_in(buffer, layout))
-    return tuple(torch.from_numpy(array) for array in arrays)
+    """The same parts as tensors on the buffer; small ones, or all where `is_copied`, as copies."""
+    tensors = []
+    for array in arrays_in(buffer, layout):
+        is_own = is_copied or array.nbytes <= COPY_BELOW
+        tensors.append(torch.from_numpy(array.copy() if is_own else array))
+    return tuple(tensors)
 
 
 def private_memory(n_bytes: int) -> memoryview:
-    """At a whole cache line: copies that land 16 bytes beyond their source (modulo 4096) are a fifth slower."""
-    memory = np.empty(n_bytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
+    """Memory of this process, at a whole cache line.
+
+    Copies that land 16 bytes beyond their source (modulo 4096) are a fifth slower.
+    """
+    memory = np.empty(n_bytes + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
     return memory[start : start + n_bytes].data
 
 
 def shared_memory(n_bytes: int) -> Arena:
-    """Memory without a name, mapped by every process that it is handed to as it starts; not part of /dev/shm."""
+    """Memory without a name, mapped by every process that it is handed to as it starts.
+
+    It is no part of /dev/shm where the system has memfd_create.
+    """
     if not hasattr(os, "memfd_create"):
         return Arena(n_bytes)
     fd = os.memfd_create("loader")
@@ -59,90 +103,135 @@ def shared_memory(n_bytes: int) -> Arena:
     return arena
 
 
-def slots_of(arena: Arena) -> list[memoryview]:
-    view, size = memoryview(arena.buffer), arena.size // N_SLOTS
-    return [view[k * size : (k + 1) * size] for k in range(N_SLOTS)]
+def buffers_of(arena: Arena) -> list[memoryview]:
+    """The same N_BUFFERS parts of shared memory in every process."""
+    view = memoryview(arena.buffer)
+    size = arena.size // N_BUFFERS
+    return [view[k * size : (k + 1) * size] for k in range(N_BUFFERS)]
+
+
+def _whole_pages(n_bytes: int) -> int:
+    """At least that much, and at least one page."""
+    n_pages = -(-max(n_bytes, 1) // mmap.PAGESIZE)
+    return n_pages * mmap.PAGESIZE
 
 
 def _can_pin() -> bool:
     """A forked child cannot, once its parent has used the GPU."""
-    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
+    if not torch.cuda.is_available():
+        return False
+    return not torch.cuda._is_in_bad_fork()  # noqa: SLF001 (torch has no public name for it)
 
 
-class Ring:
-    """N_SLOTS buffers. A slot goes out under tensors and comes back by itself when the last of them is gone."""
+class BufferPool:
+    """N_BUFFERS buffers, each known by its number; their life is drawn at the top of this file.
+
+    n_bytes: of each buffer; rounded up to whole pages.
+    is_shared: worker processes fill them too.
+    """
 
     def __init__(self, n_bytes: int, is_shared: bool) -> None:
-        n_bytes = -(-max(n_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.arena = shared_memory(N_SLOTS * n_bytes) if is_shared else None
-        self.buffers = slots_of(self.arena) if self.arena else [private_memory(n_bytes) for _ in range(N_SLOTS)]
-        self.unseen = set(range(N_SLOTS)) if is_shared else set[int]()
-        self.lent, self.events = dict[int, int](), dict[int, Any]()  # bytes in use; what copies to the GPU wait for
-        self.kept = set[int]()  # lent, and never to be filled again
-        self.free = list(range(N_SLOTS))  # the last one back goes out first: part of it is still in the CPU's cache
+        n_bytes = _whole_pages(n_bytes)
+        self.arena: Arena | None = None  # what workers are handed
+        if is_shared:
+            self.arena = shared_memory(N_BUFFERS * n_bytes)
+            self.buffers = buffers_of(self.arena)
+        else:
+            self.buffers = [private_memory(n_bytes) for _ in range(N_BUFFERS)]
+
+        # The last one back goes out first: part of it is still in the CPU's cache.
+        self.free = list(range(N_BUFFERS))
+        self.lent: dict[int, int] = {}  # the bytes in use of each
+        self.kept: set[int] = set()  # lent, and never to be filled again
+        self.unmapped = set(self.free) if is_shared else set[int]()  # pages not seen here yet
+
+        self.events: dict[int, Any] = {}  # what copies to the GPU wait for
         self.pins: list[weakref.finalize[Any, Any]] = []
         self.is_pinned = _can_pin() and all(self._pin(buffer) for buffer in self.buffers)
+
         HOLDERS.add(self)
         if is_shared:
-            BUFFERS.add(self)
+            SHARED.add(self)
 
     def _pin(self, buffer: memoryview) -> bool:
-        cudart, array = torch.cuda.cudart(), np.frombuffer(buffer, np.uint8)
-        if int(cudart.cudaHostRegister(array.ctypes.data, array.nbytes, 0)) != 0:
+        """Lock its pages for copies to the GPU; whether that is done."""
+        cudart = torch.cuda.cudart()
+        array = np.frombuffer(buffer, np.uint8)
+        address = array.ctypes.data
+        if int(cudart.cudaHostRegister(address, array.nbytes, 0)) != 0:
             return False
-        self.pins.append(weakref.finalize(self, cudart.cudaHostUnregister, array.ctypes.data))
-        self.pins[-1].atexit = False
+        pin = weakref.finalize(self, cudart.cudaHostUnregister, address)
+        pin.atexit = False
+        self.pins.append(pin)
         return True
 
+    # ---------------------------------------------------------------- forks
+
     def forget(self) -> None:
-        """In a forked child, which cannot use the parent's GPU: nothing is unregistered, no event recorded."""
-        self.is_pinned = False
+        """In a forked child, which cannot use the parent's GPU: nothing is unregistered there."""
+        self.is_pinned = False  # and no event is recorded
         self.events.clear()
         for pin in self.pins:
             pin.detach()
 
     def lent_to_others(self) -> list[memoryview]:
-        return [self.buffers[slot][:n_bytes] for slot, n_bytes in list(self.lent.items())]
+        """What of the buffers lies under tensors."""
+        return [self.buffers[buffer_id][:n_bytes] for buffer_id, n_bytes in list(self.lent.items())]
 
     def keep_lent(self) -> None:
+        """Whatever is lent now is not filled again: a forked child may read it for ever."""
         self.kept |= set(self.lent)
 
-    def take(self) -> int:
-        """A free slot, after the copies to the GPU that were under way when it came back."""
-        slot = self.free.pop()
-        if event := self.events.pop(slot, None):
-            event.synchronize()
-        return slot
+    # ---------------------------------------------------------------- a buffer's life
 
-    def deliver(self, slot: int, made: Message) -> Returned | Raised:
-        """What was made in `slot`, with the batch that was written there as tensors on it."""
+    def take(self) -> int:
+        """A free buffer's number, after the copies to the GPU that were under way as it came back.
+
+        Raises IndexError where none is free.
+        """
+        buffer_id = self.free.pop()
+        event = self.events.pop(buffer_id, None)
+        if event is not None:
+            event.synchronize()
+        return buffer_id
+
+    def put_back(self, buffer_id: int) -> None:
+        """What was taken is not delivered."""
+        self.free.append(buffer_id)
+
+    def deliver(self, buffer_id: int, made: Message) -> Returned | Raised:
+        """What was made, with a batch that was written to the buffer as tensors on it."""
         if isinstance(made, Written):
-            return Returned(self.lend(slot, made.layout))
-        self.free.append(slot)
+            return Returned(self._lend(buffer_id, made.layout))
+        self.free.append(buffer_id)
         return made
 
-    def lend(self, slot: int, layout: Layout) -> tuple[Tensor, ...]:
-        """The batch in `slot` as tensors; as copies where one slot more would leave none to go on with."""
-        # A view of a memoryview owns its lifetime: numpy stops there when it looks for the base of the parts below.
-        lease = np.frombuffer(self.buffers[slot], np.uint8)
-        if slot in self.unseen:  # map the pages here too, else they count as private to the worker that wrote them
-            self.unseen.remove(slot)
+    def _lend(self, buffer_id: int, layout: Layout) -> tuple[Tensor, ...]:
+        """The batch as tensors; as copies where one buffer more would leave none to go on with."""
+        # A view of a memoryview owns its lifetime: numpy stops there when it looks for the base of
+        # the parts below.
+        lease = np.frombuffer(self.buffers[buffer_id], np.uint8)
+        if buffer_id in self.unmapped:
+            # Map the pages here too, else they count as private to the worker that wrote them.
+            self.unmapped.remove(buffer_id)
             lease[: n_bytes_of(layout) : mmap.PAGESIZE].max(initial=0)
-        is_last = len(self.lent) >= N_SLOTS - 1
+
+        is_last = len(self.lent) >= N_BUFFERS - 1
         batch = tensors_in(lease, layout, is_last)
         if is_last:
-            self.free.append(slot)
+            self.free.append(buffer_id)
         else:
-            self.lent[slot] = n_bytes_of(layout)
-            weakref.finalize(lease, self._back, slot).atexit = False
+            self.lent[buffer_id] = n_bytes_of(layout)
+            weakref.finalize(lease, self._come_back, buffer_id).atexit = False
         return batch
 
-    def _back(self, slot: int) -> None:
+    def _come_back(self, buffer_id: int) -> None:
         """Runs wherever the last tensor is dropped, inside a garbage collection too."""
-        if slot in self.kept:
+        if buffer_id in self.kept:
             return
         if self.is_pinned:
-            self.events[slot] = torch.cuda.Event()
-            self.events[slot].record()
-        self.lent.pop(slot, None)
-        self.free.append(slot)
+            event = torch.cuda.Event()
+            event.record()
+            self.events[buffer_id] = event
+        self.lent.pop(buffer_id, None)
+        self.free.append(buffer_id)

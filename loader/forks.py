@@ -1,13 +1,16 @@
-"""What a fork must not share: threads and workers that only the parent has, and memory that both would write to.
+"""What a fork must not share: threads and workers that only the parent has, and memory that both
+would write to.
 
-A forked child has a copy of every loader at the place where it was; it starts a thread or workers of its own. Batches
-that are held while a process forks stay what they are on both sides. On buffers shared with workers that takes a copy:
+A forked child has a copy of every loader at the place where it was; it starts a thread or workers
+of its own. Batches that are held while a process forks stay what they are on both sides. On
+buffers shared with workers that takes a copy:
 
-    parent   opens a gate --- fork --- waits until the child has closed its end of the gate --- refills its buffers
-    child                        \\---- puts pages of its own under the slots that are lent out, closes the gate
+    parent   opens a gate -- fork -- waits until the child has closed it -- refills its buffers
+    child                       \\--- puts pages of its own under the lent buffers, closes the gate
 
-Invariant: while a child may still read a lent slot through the parent's pages, the parent runs no Python but the wait,
-so nobody drops a tensor and no slot is given to a worker. Never let the parent go on before the child is done.
+Invariant: while a child may still read a lent buffer through the parent's pages, the parent runs
+no Python but the wait, so nobody drops a tensor and no buffer is given to a worker. Never let the
+parent go on before the child is done.
 """
 
 import ctypes
@@ -16,6 +19,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -35,7 +39,7 @@ class Holder(Protocol):
 
 
 class SharedBuffers(Protocol):
-    """Slots that workers write to."""
+    """Buffers that workers write to."""
 
     def lent_to_others(self) -> list[memoryview]:
         """Those with tensors on them."""
@@ -44,9 +48,26 @@ class SharedBuffers(Protocol):
         """Never fill these again."""
 
 
-HOLDERS, BUFFERS = WeakSet[Holder](), WeakSet[SharedBuffers]()
-GATES: dict[int, tuple[int, int]] = {}  # of a thread that is forking: its pipe
-HERE = threading.local()  # of each thread: `starts_worker`, `is_forked`
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A pipe through which nothing is written: the parent waits for the end of it."""
+
+    parents_end: int
+    childs_end: int
+
+
+class ThreadState(threading.local):
+    """Of each thread its own."""
+
+    def __init__(self) -> None:
+        self.starts_worker = False  # what it forks now is a worker of ours
+        self.is_forked = False  # it was forked, and torch has not been told yet
+
+
+HOLDERS = WeakSet[Holder]()
+SHARED = WeakSet[SharedBuffers]()
+GATES: dict[int, Gate] = {}  # by the thread that is forking
+THIS_THREAD = ThreadState()
 
 
 class ProcessLock:
@@ -67,63 +88,92 @@ class ProcessLock:
 @contextmanager
 def starting_a_worker() -> Iterator[None]:
     """What is forked meanwhile is a worker of ours: it never looks at batches, and copies none."""
-    HERE.starts_worker = True
+    THIS_THREAD.starts_worker = True
     try:
         yield
     finally:
-        HERE.starts_worker = False
+        THIS_THREAD.starts_worker = False
 
 
 def use_one_thread_in_a_fork() -> None:
-    """Call before torch is: in the thread that was forked it would wait for the parent's OpenMP threads for ever."""
-    if getattr(HERE, "is_forked", False):
-        HERE.is_forked = False
+    """Call before torch is used.
+
+    In the thread that was forked it would wait for the parent's OpenMP threads for ever.
+    """
+    if THIS_THREAD.is_forked:
+        THIS_THREAD.is_forked = False
         torch.set_num_threads(1)
 
 
 def _before() -> None:
-    if not getattr(HERE, "starts_worker", False) and any(shared.lent_to_others() for shared in list(BUFFERS)):
-        GATES[threading.get_ident()] = os.pipe()
+    if THIS_THREAD.starts_worker:
+        return
+    if any(buffers.lent_to_others() for buffers in list(SHARED)):
+        parents_end, childs_end = os.pipe()
+        gate = Gate(parents_end=parents_end, childs_end=childs_end)
+        GATES[threading.get_ident()] = gate
 
 
 def _in_child() -> None:
-    HERE.is_forked = True
+    THIS_THREAD.is_forked = True
     try:
-        if not getattr(HERE, "starts_worker", False):
-            for shared in list(BUFFERS):
-                for slot in shared.lent_to_others():
-                    _own_pages(slot)
+        if not THIS_THREAD.starts_worker:
+            _own_what_is_lent()
     finally:
-        for ends in GATES.values():  # those of other threads too: their parents must not wait for this process
-            for fd in ends:
-                os.close(fd)
-        GATES.clear()
+        _close_gates()
     for holder in list(HOLDERS):
         holder.forget()
 
 
+def _own_what_is_lent() -> None:
+    for buffers in list(SHARED):
+        for buffer in buffers.lent_to_others():
+            _own_pages(buffer)
+
+
+def _close_gates() -> None:
+    """Those of other threads too: their parents must not wait for this process."""
+    for gate in GATES.values():
+        os.close(gate.parents_end)
+        os.close(gate.childs_end)
+    GATES.clear()
+
+
 def _in_parent() -> None:
-    if ends := GATES.pop(threading.get_ident(), None):
-        gate, childs = ends
-        os.close(childs)
-        is_done = wait([gate], WAIT_S)  # its end, as nobody writes
-        os.close(gate)
-        if not is_done:
-            for shared in list(BUFFERS):
-                shared.keep_lent()
+    gate = GATES.pop(threading.get_ident(), None)
+    if gate is None:
+        return
+
+    os.close(gate.childs_end)
+    is_done = wait([gate.parents_end], WAIT_S)  # ready at its end, as nobody writes
+    os.close(gate.parents_end)
+    if not is_done:
+        for buffers in list(SHARED):
+            buffers.keep_lent()
 
 
 def _own_pages(buffer: memoryview) -> None:
     """Put private pages with the same content at the same addresses."""
     bytes_there = np.frombuffer(buffer, np.uint8)
     content = bytes_there.copy()
-    address, size = bytes_there.ctypes.data, -(-len(content) // mmap.PAGESIZE) * mmap.PAGESIZE
+    address = bytes_there.ctypes.data
+    n_pages = -(-len(content) // mmap.PAGESIZE)
+
     map_at = ctypes.CDLL(None, use_errno=True).mmap
     map_at.restype = ctypes.c_void_p
-    map_at.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    map_at.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    )
+    access = mmap.PROT_READ | mmap.PROT_WRITE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    if map_at(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
-        raise MemoryError(f"no memory for the batches that are held: {os.strerror(ctypes.get_errno())}")
+    if map_at(address, n_pages * mmap.PAGESIZE, access, flags, -1, 0) != address:
+        reason = os.strerror(ctypes.get_errno())
+        raise MemoryError(f"no memory for the batches that are held: {reason}")
     bytes_there[:] = content
 
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
+from test_loader import worker_pids
 
 from loader import memory
 from loader.loader import Loader
@@ -44,11 +45,12 @@ def worker_memory(dataset: Any, workers: int, method: str) -> list[int]:
     for _ in range(2 * max(1, workers // 4)):  # every worker gets jobs
         for batch in loader:
             del batch
-    return [private_dirty(process.pid) for process, _ in loader.source.crew]
+    return [private_dirty(pid) for pid in worker_pids(loader)]
 
 
 @pytest.mark.parametrize(
-    ("method", "workers"), [("fork", 1), ("fork", 4), ("fork", 16), ("forkserver", 1), ("forkserver", 4), ("spawn", 2)]
+    ("method", "workers"),
+    [("fork", 1), ("fork", 4), ("fork", 16), ("forkserver", 1), ("forkserver", 4), ("spawn", 2)],
 )
 def test_a_worker_holds_next_to_nothing(small_set: Path, method: str, workers: int) -> None:
     bare = worker_memory(Nothing(), 1, method)[0]
@@ -78,11 +80,30 @@ def test_the_tree_counts_shared_pages_once() -> None:
 
 
 def test_a_training_that_does_not_fit_is_one_line_and_status_2(
-    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable: 4 kB\n")
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    assert main(["--data", str(small_set), "--out", str(tmp_path / "run"), "--size", "32", "--num-workers", "0"]) == 2
+    assert (
+        main(
+            [
+                "--data",
+                str(small_set),
+                "--out",
+                str(tmp_path / "run"),
+                "--size",
+                "32",
+                "--num-workers",
+                "0",
+            ]
+        )
+        == 2
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: 4 batches of ")
-    assert line.endswith(" MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)")
+    assert line.endswith(
+        " MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)"
+    )

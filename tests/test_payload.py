@@ -14,12 +14,16 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from test_loader import METHODS, expected, make, same
 
-from loader.buffers import N_SLOTS, Ring
+from loader.buffers import N_BUFFERS, BufferPool
 from loader.loader import Loader
 from loader.messages import Raised, Returned, Written
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-KINDS: list[dict[str, Any]] = [{}, {"workers": 1, "method": "fork"}, {"workers": 1, "method": "spawn"}]
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"workers": 1, "method": "fork"},
+    {"workers": 1, "method": "spawn"},
+]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["inline", "fork", "spawn"])
 LAYOUT = [(np.dtype("u1"), (4,))]
 Pair = namedtuple("Pair", "rgb label")
@@ -82,7 +86,9 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list):
         return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
     if isinstance(a, dict):
-        return type(a) is type(b) and a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+        return (
+            type(a) is type(b) and a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+        )
     return type(a) is type(b) and bool(a == b)
 
 
@@ -155,7 +161,9 @@ ERRORS = [
 
 
 def raised(dataset: Any, kind: dict[str, Any], **how: Any) -> BaseException:
-    loader = Loader(dataset, lambda epoch: [np.arange(2)] * 2, kind.get("workers", 0), kind.get("method"), **how)
+    loader = Loader(
+        dataset, lambda epoch: [np.arange(2)] * 2, kind.get("workers", 0), kind.get("method"), **how
+    )
     try:
         list(loader)
     except BaseException as error:
@@ -166,9 +174,13 @@ def raised(dataset: Any, kind: dict[str, Any], **how: Any) -> BaseException:
 @pytest.mark.parametrize("where", ["transform", "fill"])
 @pytest.mark.parametrize("kind", [{}, {"workers": 1, "method": "fork"}], ids=["here", "fork"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_any_error_arrives_as_it_was_raised(error: BaseException, kind: dict[str, Any], where: str) -> None:
+def test_any_error_arrives_as_it_was_raised(
+    error: BaseException, kind: dict[str, Any], where: str
+) -> None:
     """`fill` without workers runs in the prefetch thread."""
-    dataset, how = (Raise(error), {}) if where == "fill" else (Numbers(), {"transform": Raise(error)})
+    dataset, how = (
+        (Raise(error), {}) if where == "fill" else (Numbers(), {"transform": Raise(error)})
+    )
     got = raised(dataset, kind, **how)
     assert type(got) is type(error)
     assert (str(got), got.args) == (str(error), error.args)
@@ -176,7 +188,10 @@ def test_any_error_arrives_as_it_was_raised(error: BaseException, kind: dict[str
 
 @pytest.mark.parametrize("kind", [{}, {"workers": 1, "method": "fork"}], ids=["thread", "fork"])
 def test_stop_iteration_does_not_end_a_loop_without_a_word(kind: dict[str, Any]) -> None:
-    for got in (raised(Raise(StopIteration(7)), kind), raised(Numbers(), kind, transform=Raise(StopIteration(7)))):
+    for got in (
+        raised(Raise(StopIteration(7)), kind),
+        raised(Numbers(), kind, transform=Raise(StopIteration(7))),
+    ):
         assert type(got) is RuntimeError
         assert "StopIteration" in str(got)
 
@@ -224,7 +239,9 @@ def later(epoch: int) -> Any:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_an_error_of_the_order_arrives_when_its_epoch_is_reached(workers: int, prefetch: bool) -> None:
+def test_an_error_of_the_order_arrives_when_its_epoch_is_reached(
+    workers: int, prefetch: bool
+) -> None:
     loader = Loader(Numbers(), later, workers, "fork", prefetch=prefetch)
     assert [batch[0].tolist() for batch in loader] == [[0, 1]] * 5
     with pytest.raises(LookupError, match="no second epoch"):
@@ -237,23 +254,28 @@ def draws(batch: Any) -> Any:
 
 def test_pythons_own_draws_are_the_same_with_any_number_of_workers(small_set: Path) -> None:
     before = random.getstate()
-    one, many = list(make(small_set, transform=draws)), list(make(small_set, 2, "fork", transform=draws))
+    one, many = (
+        list(make(small_set, transform=draws)),
+        list(make(small_set, 2, "fork", transform=draws)),
+    )
     assert one == many
     assert len({tuple(each) for each in one}) == 9
     assert random.getstate() == before
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_transform_nothing_is_pickled_on_the_way_back(small_set: Path, method: str) -> None:
+def test_without_a_transform_nothing_is_pickled_on_the_way_back(
+    small_set: Path, method: str
+) -> None:
     assert same(list(make(small_set, 1, method)), expected(small_set))
 
 
-def test_a_message_is_the_only_thing_a_ring_looks_at() -> None:
-    ring = Ring(64, False)
+def test_a_message_is_the_only_thing_a_pool_looks_at() -> None:
+    pool = BufferPool(64, False)
     for value in (LAYOUT, ValueError("a"), None):
-        slot = ring.take()
-        got = ring.deliver(slot, Returned(value))
+        buffer_id = pool.take()
+        got = pool.deliver(buffer_id, Returned(value))
         assert isinstance(got, Returned)
         assert got.value is value
-        assert len(ring.free) == N_SLOTS
+        assert len(pool.free) == N_BUFFERS
     assert pickle.loads(pickle.dumps(Returned(LAYOUT))) == Returned(LAYOUT)

@@ -20,7 +20,7 @@ SCRIPT = """
 import sys
 from loader.memory import check_room, room, warn_near_limit
 held = bytearray(b"x") * (int(sys.argv[1]) << 20)
-print(room()[1], room()[2])
+print(room().limit_bytes, room().owner)
 warn_near_limit()
 warn_near_limit()
 check_room(200 << 20, "4 batches of 128 rows")

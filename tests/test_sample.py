@@ -8,14 +8,16 @@ import h5py
 import numpy as np
 import pytest
 
-from convert.sample import FIELDS, ROOMS, matlab_chunk, scene_type, write_sample
+from convert.furniture import ROOMS
+from convert.rooms import FIELDS, scene_type
+from convert.sample import matlab_chunk, write_sample
 from convert.sources.nyu_tables import tables as official_tables
 from shards.format import UserError
 
 ROWS = 12
 KEYS = {
-    "#refs#", "#subsystem#", "accelData", "depths", "images", "instances", "labels", "names", "namesToIds",
-    "rawDepthFilenames", "rawDepths", "rawRgbFilenames", "sceneTypes", "scenes",
+    "#refs#", "#subsystem#", "accelData", "depths", "images", "instances", "labels", "names",
+    "namesToIds", "rawDepthFilenames", "rawDepths", "rawRgbFilenames", "sceneTypes", "scenes",
 }  # fmt: skip
 LAYOUT = {
     "images": ((ROWS, 3, 640, 480), "|u1", (1, 3, 42, 480)),
@@ -55,9 +57,11 @@ def test_keys_shapes_types_and_chunks_are_the_originals(sample: Path) -> None:
         assert set(file) == KEYS
         assert file.userblock_size == 512
         for key, (shape, dtype, chunk) in LAYOUT.items():
-            assert (file[key].shape, file[key].dtype.str, file[key].chunks) == (shape, dtype, chunk), key
-            assert (file[key].compression, file[key].compression_opts, file[key].shuffle) == ("gzip", 3, False), key
-        for key in KEYS & {"names", "scenes", "sceneTypes", "rawRgbFilenames", "rawDepthFilenames"}:
+            dataset = file[key]
+            assert (dataset.shape, dataset.dtype.str, dataset.chunks) == (shape, dtype, chunk), key
+            packed = (dataset.compression, dataset.compression_opts, dataset.shuffle)
+            assert packed == ("gzip", 3, False), key
+        for key in ("names", "scenes", "sceneTypes", "rawRgbFilenames", "rawDepthFilenames"):
             assert file[key].shape == (1, 894 if key == "names" else ROWS)
             assert file[key].attrs["MATLAB_class"] == b"cell"
             assert file[file[key][0, 0]].dtype == np.uint16
@@ -65,11 +69,15 @@ def test_keys_shapes_types_and_chunks_are_the_originals(sample: Path) -> None:
 
 def test_references_decode_to_official_names(sample: Path) -> None:
     with h5py.File(sample) as file:
-        names, scenes, types = (strings(file, key) for key in ("names", "scenes", "sceneTypes"))
+        names = strings(file, "names")
+        scenes = strings(file, "scenes")
+        types = strings(file, "sceneTypes")
         files = strings(file, "rawRgbFilenames")
     assert (names[0], names[20], names[156]) == ("book", "wall", "bed")
     assert types == [scene_type(s) for s in scenes]
-    assert all(f.startswith(f"{s}/r-") and f.endswith(".ppm") for f, s in zip(files, scenes, strict=True))
+    assert all(
+        f.startswith(f"{s}/r-") and f.endswith(".ppm") for f, s in zip(files, scenes, strict=True)
+    )
 
 
 def test_half_the_rows_are_train_and_every_type_is_in_both(sample: Path) -> None:
@@ -84,8 +92,12 @@ def test_half_the_rows_are_train_and_every_type_is_in_both(sample: Path) -> None
 
 def test_values_are_like_the_originals(sample: Path) -> None:
     with h5py.File(sample) as file:
-        depth, raw, label, instance = (file[k][:] for k in ("depths", "rawDepths", "labels", "instances"))
-        n_classes, image = file["names"].shape[1], file["images"][0]
+        depth = file["depths"][:]
+        raw = file["rawDepths"][:]
+        label = file["labels"][:]
+        instance = file["instances"][:]
+        image = file["images"][0]
+        n_classes = file["names"].shape[1]
     assert depth.min() >= 0.713
     assert depth.max() < 9.996
     assert 0.05 < (raw == 0).mean() < 0.6
@@ -106,7 +118,9 @@ def test_planes_are_stored_transposed_with_the_floor_below(sample: Path) -> None
 
 
 @pytest.mark.parametrize(("field", "expected"), [(k, LAYOUT[k]) for k in FIELDS])
-def test_matlabs_rule_gives_the_originals_chunks(field: str, expected: tuple[Any, str, Any]) -> None:
+def test_matlabs_rule_gives_the_originals_chunks(
+    field: str, expected: tuple[Any, str, Any]
+) -> None:
     shape, dtype, chunk = expected
     assert matlab_chunk((1449, *shape[1:]), np.dtype(dtype).itemsize) == chunk
 
@@ -124,7 +138,9 @@ def test_resaved_chunks_span_rows_and_none_is_contiguous(tmp_path: Path) -> None
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    one, two, other = (small(tmp_path / f"{k}.mat", seed=seed).read_bytes() for k, seed in enumerate((0, 0, 1)))
+    one = small(tmp_path / "one.mat", seed=0).read_bytes()
+    two = small(tmp_path / "two.mat", seed=0).read_bytes()
+    other = small(tmp_path / "other.mat", seed=1).read_bytes()
     assert one == two
     assert one != other
 
@@ -153,18 +169,24 @@ def test_too_few_rows_is_a_users_mistake(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `show` is not installed: no picture is drawn")
+    pytest.importorskip(
+        "matplotlib", reason="the extra `show` is not installed: no picture is drawn"
+    )
     from convert.inspect import contact_sheet
 
     with h5py.File(sample) as file:
-        rgb, metres, label = (file[k][:2, ..., ::4, ::4].swapaxes(-1, -2) for k in ("images", "rawDepths", "labels"))
+        shown = ("images", "rawDepths", "labels")
+        rgb, depth_m, label = (file[k][:2, ..., ::4, ::4].swapaxes(-1, -2) for k in shown)
         names = strings(file, "names")
-    out, depth_mm = tmp_path / "new" / "a.png", np.round(metres * 1000).astype("<u2")
+    out = tmp_path / "new" / "a.png"
+    depth_mm = np.round(depth_m * 1000).astype("<u2")
     contact_sheet(rgb, depth_mm, label, names, ["row 0", "row 1"], out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from convert.inspect import contact_sheet
 
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

@@ -21,9 +21,9 @@ PACKAGES = {*PROJECT["tool"]["setuptools"]["packages"], "bench"}
 WHOLE_FILES_NEED_TORCH = {
     f"tests/test_{name}.py"
     for name in (
-        *("arguments", "augment", "data", "ddp", "elsewhere", "forks", "layout", "loader", "loop", "memory"),
-        *("mistakes", "model", "notebook", "payload", "predict", "resume", "results", "loader", "signals"),
-        *("tasks", "unpack"),
+        *("any_dataset", "arguments", "augment", "data", "ddp", "elsewhere", "forks", "layout", "loader"),
+        *("loop", "memory", "mistakes", "model", "notebook", "payload", "predict", "resume", "results"),
+        *("signals", "tasks", "unpack"),
     )
 }
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from loader.buffers import arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
-from loader.loader import Loader, Maker, Transform, worker_count
+from loader.loader import BatchMaker, Loader, Transform, worker_count
 from loader.messages import Layout
 from shards.dataset import ShardSet, open_set, resolve_set
 from shards.errors import MissingSet, UserError, WrongSetting
@@ -489,7 +489,7 @@ def create_dataloaders(
     ) -> Loader:
         n_workers = 0
         if dataset.device is None:
-            maker = Maker(dataset, change, 0)
+            maker = BatchMaker(dataset, change, 0)
             n_workers = worker_count(workers, maker, batch_size, len(dataset), dataset.split)
         batches = Batches(len(dataset), batch_size, order, rank, world)
         return Loader(
