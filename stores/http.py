@@ -61,7 +61,7 @@ def ask(url: str, start: int, stop: int) -> Any:
 
 def _ask_bytes(url: str, start: int, stop: int) -> bytes:
     with ask(url, start, stop) as answer:
-        return answer.read()  # type: ignore[no-any-return]
+        return answer.read()
 
 
 def check_url(url: str) -> None:
@@ -132,9 +132,9 @@ class RemoteFile:
         """
         from fsspec.spec import AbstractBufferedFile
 
-        class Stream(AbstractBufferedFile):  # type: ignore[misc]
+        class Stream(AbstractBufferedFile):
             def _fetch_range(self, start: int, stop: int) -> bytes:
-                return self.fs.read_range(_ask_bytes, start, stop)  # type: ignore[no-any-return]
+                return self.fs.read_range(_ask_bytes, start, stop)
 
         return Stream(
             self,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SMALL
 from flaky import ERRORS, Drive, why_no_fuse
+from helpers.sets import flip
 
 from convert import session
 from convert.sample import write_sample
@@ -30,17 +31,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def shards(directory: Path) -> dict[str, bytes]:
     return {name: data for name, data in content(directory).items() if name.endswith(".npy")}
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +48,9 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- copies
 
 
-def test_push_then_pull_is_the_same_set_to_the_byte(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_push_then_pull_is_the_same_set_to_the_byte(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     drive, root = tmp_path / "my drive", tmp_path / "root"
     done = command("convert", "push", small_set, drive)
     assert "drive.flush_and_unmount()" in done.stderr
@@ -93,7 +92,9 @@ def test_the_manifest_is_written_last_and_another_one_is_withdrawn_first(
     assert content(target) == content(small_set)
 
 
-def test_a_half_synced_folder_is_recognised_before_anything_is_copied(small_set: Path, tmp_path: Path) -> None:
+def test_a_half_synced_folder_is_recognised_before_anything_is_copied(
+    small_set: Path, tmp_path: Path
+) -> None:
     made = push(open_set(small_set), tmp_path / "drive").path
     os.truncate(made / "rgb-00003.npy", 0)  # as Drive shows a file that was never sent
     (made / "depth-00001.npy").unlink()
@@ -145,7 +146,9 @@ def test_too_little_room_is_said_before_copying(
         push(open_set(small_set), tmp_path / "drive")
 
 
-def test_a_copy_without_a_terminal_says_a_few_lines(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_copy_without_a_terminal_says_a_few_lines(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     done = command("convert", "push", small_set, tmp_path / "drive")
     lines = done.stderr.splitlines()
     assert 2 <= len(lines) <= 10
@@ -198,7 +201,9 @@ def test_an_error_that_is_not_the_mounts_is_not_tried_again() -> None:
     assert len(calls) == 1
 
 
-def test_a_drive_that_is_not_mounted_is_refused(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_drive_that_is_not_mounted_is_refused(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     for drive in ("/content/drive/MyDrive/nyuv2", tmp_path / "no" / "such"):
         done = command("convert", "push", small_set, drive)
         assert done.returncode == 2
@@ -239,7 +244,9 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     drive.fail(0)
     for finished in finished_sets(root):  # never a wrong byte under a manifest
         assert shards(finished) == right
-    for there in finished_sets(drive.back / "set"):  # on Drive there may be one, and it is never taken for right
+    for there in finished_sets(
+        drive.back / "set"
+    ):  # on Drive there may be one, and it is never taken for right
         with suppress(IncompleteCopy):
             packed = pull(set_on_mount(there), base / "other")
             assert shards(copy_set(packed, base / "other", None).path) == right
@@ -289,6 +296,10 @@ def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_p
 
 @pytest.mark.stress
 @pytest.mark.parametrize("batch", range(30))
-def test_300_rounds_with_a_failing_mount(mat: Path, small_set: Path, drive: Drive, tmp_path: Path, batch: int) -> None:
+def test_300_rounds_with_a_failing_mount(
+    mat: Path, small_set: Path, drive: Drive, tmp_path: Path, batch: int
+) -> None:
     outcomes = [one_round(mat, small_set, drive, tmp_path, 10 + 10 * batch + k) for k in range(10)]
-    print(f"10 rounds with a failing mount: {outcomes.count('done')} done, {outcomes.count('refused')} refused")
+    print(
+        f"10 rounds with a failing mount: {outcomes.count('done')} done, {outcomes.count('refused')} refused"
+    )
