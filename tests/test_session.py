@@ -22,7 +22,7 @@ from convert.sample import write_sample
 from convert.session import prepare
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import push
-from shards.dataset import finished_sets, open_set, verify
+from shards.dataset import finished_sets, open_set
 from shards.errors import SeveralSets, StoreFailed
 from shards.manifest import MANIFEST, read_manifest, shard_file
 from shards.spec import KNOWN_FIELDS, ConversionSettings
