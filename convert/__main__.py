@@ -243,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
     _end_as_by_ctrl_c()
+    args: argparse.Namespace | None = None  # an address among them is opened while they are parsed
     try:
         args = parser().parse_args(argv)
         args.function(args)
@@ -284,8 +285,10 @@ NEXT: tuple[tuple[type[UserError], str], ...] = (
 )
 
 
-def _as_typed(args: argparse.Namespace) -> str:
+def _as_typed(args: argparse.Namespace | None) -> str:
     """The command that was run, as it is typed with make."""
+    if args is None:
+        return "make convert"
     verb = args.function.__name__
     if verb != "run":
         return f"make {verb}"

@@ -1,8 +1,9 @@
-"""One command, every session: the cheapest way to a finished set under ROOT, and a copy of it on Drive.
+"""One command, every session: the cheapest way to a finished set under ROOT, and a copy on Drive.
 
 whole on this disk                        -> nothing to do
 whole on Drive                            -> pulled
-the .mat: given, on Drive, or fetched     -> what is not right on this disk, else on Drive, is converted; then pushed
+the .mat: given, on Drive, or fetched     -> what is not right on this disk, else on Drive, is
+                                             converted; then pushed
 """
 
 import json
@@ -46,7 +47,10 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What is there already of the wanted settings and source; of each only the manifest was read."""
+    """What is there already of the wanted settings and source.
+
+    Of each only the manifest was read.
+    """
 
     here: ShardSet | None  # under ROOT
     there: ShardSet | None  # on Drive
@@ -104,7 +108,10 @@ def prepare(
 
 
 def _look(wish: Wish) -> Found:
-    """Both places are looked through for the same: those of version 1 that fit are upgraded where they lie."""
+    """Look through both places for the same.
+
+    Sets of version 1 that fit are upgraded where they lie.
+    """
     wanted = _wanted(wish.source)
     here = _set_in(wish.root, wish.settings, wanted)
     there = None
@@ -200,7 +207,10 @@ def _converted(wish: Wish, found: Found) -> Path:
 
 
 def _find_mat(root: Path, drive: Path | None) -> Path | None:
-    """The .mat under its published name: under ROOT, in this folder, on Drive, or beside the folder there."""
+    """The .mat under its published name.
+
+    It is looked for under ROOT, in this folder, on Drive, and beside the folder there.
+    """
     folders = [root, Path()]
     if drive:
         folders += [drive, drive.parent]
@@ -255,7 +265,10 @@ def _shelve(directory: Path, wish: Wish, form: str) -> None:
 
 
 def _packed(made: ShardSet, shelf: Path) -> ShardSet:
-    """The set in the form of Drive, in the folder `shelf`: what was pulled or converted there, else a copy."""
+    """The set in the form of Drive, in the folder `shelf`.
+
+    That is what was pulled or converted there, else a copy.
+    """
     packed = shelf / f"{made.path.stem}{PACKED}"
     if exists(packed / MANIFEST):
         return open_set(packed)

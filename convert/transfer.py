@@ -1,6 +1,6 @@
-"""push and pull: verified copies of a finished set to a mounted Google Drive, or back. The manifest goes last.
+"""push and pull: verified copies of a finished set to a mounted Google Drive, or back.
 
-Also `fetch`: the .mat from its home, or from any web server.
+The manifest goes last. Also `fetch`: the .mat from its home, or from any web server.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -123,7 +123,7 @@ def pull(found: ShardSet, root: Path) -> ShardSet:
 
 
 def pull_right_files(found: ShardSet, root: Path) -> Path:
-    """Copy what is right of a damaged set on Drive, as an unfinished set that a conversion goes on with.
+    """Copy what is right of a damaged set on Drive: an unfinished set, to be converted further.
 
     Returns its directory under `root`. Raises as `pull` does, but for IncompleteCopy.
     """
@@ -150,7 +150,10 @@ def pull_right_files(found: ShardSet, root: Path) -> Path:
 
 
 def _prepare(source: Folder, target: Store, files: Files) -> None:
-    """Room for what is missing; no manifest of other content, and nothing that a killed copy left behind."""
+    """Before files are copied: room for what is missing, and nothing there that is in the way.
+
+    That is a manifest of other content, and what copies that were killed left behind.
+    """
     if target.size(MANIFEST) >= 0 and not _have_same_manifest(source, target):
         target.delete(MANIFEST)
     for folder in sorted({str(Path(name).parent) for name in files}):

@@ -5,6 +5,7 @@ are what version 2 has, to the byte; so are its fingerprint, its name, and check
 not touched and the manifest is replaced last, so that a run which is killed leaves a whole set of version 1.
 """
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Mapping
@@ -17,17 +18,19 @@ from convert.sources.base import SourceFilter, filled_columns
 from convert.sources.nyu import camera_column
 from convert.sources.nyu_tables import nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
-from shards.dataset import ShardSet, open_set
+from shards.dataset import ShardSet
 from shards.errors import DamagedSet, WrongSetting
-from shards.files import FileEntry, check_file, log, open_plain, write_bytes
+from shards.files import FileEntry, log, open_plain, write_atomically, write_bytes
 from shards.manifest import (
     COLUMNS,
+    MANIFEST,
     Manifest,
     ShardEntry,
     column_file,
     files_from_json,
+    read_manifest,
     read_signed,
-    write_manifest,
+    signed,
 )
 from shards.spec import (
     KNOWN_FIELDS,
@@ -41,8 +44,10 @@ from shards.spec import (
     fingerprint,
 )
 from shards.strict_json import JsonObject
+from stores.mounted import is_right
 
 VERSION_1 = 1
+MANIFEST_TRIES = 4
 KEPT_COLUMNS = {"split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "<f4"}
 RENAMED_COLUMNS = {"raw_rgb": "rgb_file", "raw_depth": "depth_file"}
 
@@ -82,21 +87,20 @@ def upgraded_if_it_fits(
 
 
 def upgrade(directory: Path) -> ShardSet:
-    """Bring a set of version 1 to this version; one of this version is opened.
+    """Bring a set of version 1 to this version; of one of this version the manifest is read.
 
-    May be called again after a failure, and works on a mount: few small files are written. Raises
-    DamagedSet where a file of it is not as its manifest says, and OSError.
+    May be called again after a failure, and works on a mount: few small files are written and read
+    back, and no shard is looked at, as a copy on a mount may not be whole: what reads them says so.
+    Raises DamagedSet where the manifest or a column is not as it was written, and OSError.
     """
     if not is_old(directory):
-        return open_set(directory)
+        return ShardSet(directory, read_manifest(directory))
     old = read_version_1(directory)
     manifest = _with_columns(directory, old)
-    for name, entry in manifest.files.items():
-        check_file(directory / name, entry.n_bytes)
-    write_manifest(directory, manifest)
+    _replace_manifest(directory, manifest)
     _remove_renamed(directory, old)
     log(f"{directory} is brought to version 2 of the format: nothing was decoded")
-    return open_set(directory)
+    return ShardSet(directory, manifest)
 
 
 def read_version_1(directory: Path) -> Version1:
@@ -191,15 +195,35 @@ def _with_columns(directory: Path, old: Version1) -> Manifest:
     }
     if not manifest.is_zarr:
         written = write_npy_columns(directory, added, arrays)
+        _read_back(directory, written)
         return _checked(replace(manifest, column_files={**kept_files, **written}))
 
     files = zarr_columns(added, arrays)
     written = {name: write_bytes(directory / name, data) for name, data in files.items()}
+    _read_back(directory, written)
     gone = {f"rows-{name}/zarr.json" for name in RENAMED_COLUMNS}
     metadata = {name: entry for name, entry in old.metadata_files.items() if name not in gone}
     metadata |= {name: written.pop(name) for name in files if name.endswith("zarr.json")}
     column_files = {**kept_files, **written}
     return _checked(replace(manifest, column_files=column_files, metadata_files=metadata))
+
+
+def _read_back(directory: Path, written: Mapping[str, FileEntry]) -> None:
+    """Raise OSError where a mount forgot what was written. The old manifest is there still."""
+    for name, entry in written.items():
+        if not is_right(directory / name, entry):
+            raise OSError(errno.EBADMSG, "other content", str(directory / name))
+
+
+def _replace_manifest(directory: Path, manifest: Manifest) -> None:
+    """The commit. It is written again where it is not read back: the old one is gone by then."""
+    data = signed(manifest.to_json()).encode()
+    path = directory / MANIFEST
+    for _ in range(MANIFEST_TRIES):
+        entry = write_atomically(path, lambda file: file.write(data))
+        if is_right(path, entry):
+            return
+    raise OSError(errno.EBADMSG, "other content", str(path))
 
 
 def _checked(manifest: Manifest) -> Manifest:

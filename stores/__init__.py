@@ -1,1 +1,4 @@
-"""Bytes to and from places: this machine's disks, a mounted Google Drive, a web server. No store knows a dataset."""
+"""Bytes to and from places: this machine's disks, a mounted Google Drive, a web server.
+
+No store knows a dataset.
+"""

@@ -8,13 +8,13 @@ from shards.files import FileEntry, Folder
 class Store(Folder, Protocol):
     """A folder that can also put a file whole, and delete one; `names` lists what is there.
 
-    Every method may be called again after it failed: each has the same result as when it is called once.
+    Every method may be called again after it failed: the result is that of one call.
     """
 
     def put(self, name: str, data: Any) -> FileEntry:
-        """Write one file whole or not at all, in the place of any other of this name; what was written.
+        """Write one file whole or not at all, in the place of any other of this name.
 
-        data: bytes, or a buffer of them. It is durable once this returns.
+        data: bytes, or a buffer of them. Returns what was written, which is durable then.
         """
 
     def delete(self, name: str) -> None:

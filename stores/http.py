@@ -1,4 +1,7 @@
-"""A file on a web server: fetched whole (resumed, retried, checked), or read in place through range requests."""
+"""A file on a web server.
+
+It is fetched whole (resumed, retried, checked), or read in place through range requests.
+"""
 
 import hashlib
 import http.client
@@ -33,7 +36,10 @@ FINAL = (400, 401, 403, 404, 405, 410, 416)  # HTTP answers that another try doe
 
 
 def patiently(action: Callable[[], T]) -> T:
-    """Call `action`, again after a pause where the network fails; raises what it raised the last time."""
+    """Call `action`, again after a pause where the network fails.
+
+    Raises what it raised the last time.
+    """
     for pause in PAUSES:
         try:
             return action()
@@ -71,7 +77,10 @@ def check_url(url: str) -> None:
 
 
 def probe(url: str) -> tuple[int, str]:
-    """Size and version (ETag or date). Raises WrongSource where that is no file to be read in ranges."""
+    """Size and version (ETag or date) of the file at an address.
+
+    Raises WrongSource where that is no file to be read in ranges.
+    """
     with ask(url, 0, 1) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise WrongSource(url, "is a web page, not a .mat", "Open it in a browser")
@@ -87,7 +96,10 @@ def probe(url: str) -> tuple[int, str]:
 
 
 class RemoteFile:
-    """A file on a web server, used like a Path: only what is read of it travels, in ranges, several at once."""
+    """A file on a web server, used like a Path.
+
+    Only what is read of it travels, in ranges, several at once.
+    """
 
     def __init__(self, url: str) -> None:
         """Raises WrongSource where that is no address, or no file that can be read in ranges."""
@@ -115,8 +127,8 @@ class RemoteFile:
     def open(self, _mode: str) -> Any:
         """What h5py reads its small things through: blocks of 64 KB, the last 512 of them kept.
 
-        Not through fsspec's event loop: a garbage collection in its thread may free an h5py object, and so wait for
-        h5py, which would wait here for the loop.
+        Not through fsspec's event loop: a garbage collection in its thread may free an h5py
+        object, and so wait for h5py, which would wait here for the loop.
         """
         from fsspec.spec import AbstractBufferedFile
 
@@ -183,10 +195,11 @@ def _http_file_system() -> Any:
 
 
 class Download:
-    """A file on its way to `path`. What an earlier run got of the same file is in a .part file, and goes on.
+    """A file on its way to `path`.
 
-    The name of that file has a hash of the address and of the server's version of the file in it, so
-    that another file at the same address is never glued to an old part.
+    What an earlier run got of the same file is in a .part file, and goes on. The name of that one
+    has a hash of the address and of the server's version of the file in it, so that another file
+    at the same address is never glued to an old part.
     """
 
     def __init__(self, remote: RemoteFile, path: Path) -> None:
@@ -226,7 +239,10 @@ class Download:
             yield from pool.map(partial(self.remote.pread, RANGE_BYTES), together)
 
     def finish(self, expected: FileEntry | None = None) -> Path:
-        """Give the file its name. Raises WrongSource, and removes it, where it is not as expected."""
+        """Give the file its name, and return it.
+
+        Raises WrongSource where it is not as expected, and removes it.
+        """
         if expected is not None and not self._is(expected):
             self.part.unlink()
             raise WrongSource(self.remote, "gave other bytes than it should (size, SHA-256)")

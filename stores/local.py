@@ -20,7 +20,10 @@ def exists(path: Path) -> bool:
 
 
 class LocalStore(LocalFolder):
-    """Files under `path`, which need not be there yet. What fails is an OSError. See stores.base.Store."""
+    """Files under `path`, which need not be there yet; see stores.base.Store.
+
+    What fails is an OSError.
+    """
 
     def put(self, name: str, data: Any) -> FileEntry:
         return write_atomically(self.path / name, lambda file: file.write(data))

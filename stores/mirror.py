@@ -17,7 +17,10 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 class Mirror:
-    """Copies a run to --mirror in a thread of its own: a failing Drive is announced, a hanging one left behind."""
+    """Copies a run to --mirror in a thread of its own.
+
+    A Drive that fails is announced, one that hangs is left behind.
+    """
 
     def __init__(self, source: str, target: str | None) -> None:
         """source, target: folders. Without a target nothing is ever copied."""
@@ -27,7 +30,7 @@ class Mirror:
         self.thread.start()
 
     def copy(self, *names: str, wait_s: float = 0.0) -> None:
-        """Start copying, unless the last copy is still under way: then the next checkpoint's will do.
+        """Start copying, unless the last copy is under way: then the next checkpoint's will do.
 
         wait_s: how long the last copy, and then this one, are waited for.
         """

@@ -1,8 +1,9 @@
-"""A folder on a mounted Google Drive: calls are tried again, files are hashed on their way, and read back.
+"""A folder on a mounted Google Drive.
 
-A mounted Drive drops out (ENOTCONN), answers EIO or EAGAIN under load, refuses over quota, and shows files that never
-arrived whole. So every call on it is tried again a few times, every byte is hashed on its way, and what was written is
-read back: that proves the mount, not what Google has of it. Plain buffered copies; nothing on a mount is mapped.
+A mounted Drive drops out (ENOTCONN), answers EIO or EAGAIN under load, refuses over quota, and
+shows files that never arrived whole. So every call on it is tried again a few times, every byte is
+hashed on its way, and what was written is read back: that proves the mount, not what Google has of
+it. Plain buffered copies; nothing on a mount is mapped.
 """
 
 import errno
@@ -38,8 +39,8 @@ PASSING = GONE | FULL | BUSY | {OTHER_CONTENT}
 def patiently(action: Callable[[], T], doing: str) -> T:
     """Call `action`, again after a pause where a mount answers with an error that passes.
 
-    doing: what the action is, such as "reading manifest.json", for the message. Returns what the action
-    returns. Raises StoreFailed (IncompleteCopy for other content) once it has failed
+    doing: what the action is, such as "reading manifest.json", for the message. Returns what the
+    action returns. Raises StoreFailed (IncompleteCopy for other content) once it has failed
     len(PAUSES) + 1 times, and at once whatever does not pass by itself.
     """
     for pause in (*PAUSES, None):
@@ -84,9 +85,10 @@ def _given_up(number: int, doing: str) -> StoreFailed:
 
 
 def check_mounted(drive: Path) -> None:
-    """Refuse a folder that is not on a mounted Drive: what is written there would be lost with the machine.
+    """Refuse a folder that is not on a mounted Drive.
 
-    drive: the folder, which need not be there yet, in one that is. Raises StoreFailed.
+    What is written there would be lost with the machine. drive: the folder, which need not be
+    there yet, in one that is. Raises StoreFailed.
     """
     is_unmounted = drive.is_relative_to(MOUNT) and not os.path.ismount(MOUNT)
     if is_unmounted or not patiently(partial(exists, drive.parent), f"looking for {drive.parent}"):
@@ -95,7 +97,10 @@ def check_mounted(drive: Path) -> None:
 
 
 def refuse_remote(path: Path) -> None:
-    """Raise RemoteSet for a set on a FUSE mount (Google Drive): each page would be a request over the network."""
+    """Raise RemoteSet for a set on a FUSE mount (Google Drive).
+
+    Each page that is read would be a request over the network.
+    """
     kind = kind_of_mount(path)
     if kind.startswith("fuse"):
         raise RemoteSet(path, kind)
@@ -223,9 +228,10 @@ def copy_checked(source: Path, target: Path, entry: FileEntry | None) -> FileEnt
 
 
 def is_right(path: Path, entry: FileEntry) -> bool:
-    """Whether a file's every byte is as it should be, read from where it lies and not from the page cache.
+    """Whether a file's every byte is as it should be.
 
-    Raises OSError, as a mount does; a file that is not there is not right.
+    It is read from where it lies, and not from the page cache. A file that is not there is not
+    right; what else a mount answers is raised, as OSError.
     """
     try:
         with open(path, "rb") as file:

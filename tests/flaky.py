@@ -37,12 +37,16 @@ class Drive:
     """A mounted folder whose faults can be switched; `back` is what is really stored."""
 
     def __init__(self, base: Path) -> None:
-        self.back, self.mount, self.control = base / "back", base / "my drive", base / "control.json"
+        self.back = base / "back"
+        self.mount = base / "my drive"
+        self.control = base / "control.json"
         self.back.mkdir(parents=True)
         self.mount.mkdir()
         self.fail(0)
         command = [sys.executable, __file__, *map(str, (self.back, self.mount, self.control))]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         end = time.monotonic() + 20
         while not os.path.ismount(self.mount):
             assert self.process.poll() is None, "the file system did not start"
@@ -76,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        server, data = self.server, self.server.files.get(self.path)
+        server = self.server
+        data = server.files.get(self.path)
         with server.lock:
             server.requests.append((self.path, self.headers["Range"]))
             failing = bool(server.fail_next)
@@ -87,17 +92,21 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if data is None or failing:
             return self._send(status or 404, b"no", {})
-        start, stop = 0, len(data)
+        start = 0
+        stop = len(data)
         if server.ranges and (asked := self.headers["Range"]):
             first, last = asked.removeprefix("bytes=").split("-")
-            start, stop = int(first), min(len(data), int(last) + 1) if last else len(data)
+            start = int(first)
+            stop = min(stop, int(last) + 1) if last else stop
         if start >= server.refuse_from:
             return self._send(503, b"no", {})
-        partial = server.ranges and self.headers["Range"] is not None
-        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"} if partial else {}
+        is_partial = server.ranges and self.headers["Range"] is not None
+        headers = {"Content-Type": server.content_type}
+        if is_partial:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
         if server.ranges:
             headers["Accept-Ranges"] = "bytes"
-        self._send(206 if partial else 200, data[start:stop], {**headers, "Content-Type": server.content_type})
+        self._send(206 if is_partial else 200, data[start:stop], headers)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -106,26 +115,34 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        most = self.server.drop_after
-        dropping = most is not None and len(body) > most and random.random() < self.server.drop_chance
-        with self.server.lock:
-            again = self.server.requests.count((self.path, self.headers["Range"])) > 1
-        dropping = dropping and not (again and self.server.drop_once)
+        is_dropped = self._is_to_be_dropped(len(body))
+        sent = body[: self.server.drop_after] if is_dropped else body
         try:
-            self.wfile.write(body[:most] if dropping else body)
+            self.wfile.write(sent)
             self.wfile.flush()
         except OSError:
             pass
         with self.server.lock:
-            self.server.sent += min(len(body), most or 0) if dropping else len(body)
-        if dropping:
+            self.server.sent += len(sent)
+        if is_dropped:
             self.close_connection = True
             self.connection.close()
+
+    def _is_to_be_dropped(self, n_bytes: int) -> bool:
+        server = self.server
+        if server.drop_after is None or n_bytes <= server.drop_after:
+            return False
+        with server.lock:
+            is_again = server.requests.count((self.path, self.headers["Range"])) > 1
+        if is_again and server.drop_once:
+            return False
+        return random.random() < server.drop_chance
 
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
-    ranges, content_type = True, "application/octet-stream"
+    ranges = True
+    content_type = "application/octet-stream"
     drop_after: int | None = None  # bytes of an answer before the connection drops
     drop_chance = 1.0
     refuse_from = 1 << 60  # ranges that start there are answered with 503
@@ -134,7 +151,10 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.requests, self.fail_next, self.sent = files, [], [], 0  # type: ignore[var-annotated]
+        self.files = files
+        self.requests: list[tuple[str, str | None]] = []
+        self.fail_next: list[int] = []  # answers of the next requests
+        self.sent = 0  # bytes
         self.lock = threading.Lock()
         self.ended = threading.Event()
 
@@ -197,7 +217,10 @@ def file_system(back: str, mount: str, control: str) -> None:
         @faulty
         def statfs(self, path: str) -> dict[str, int]:
             st = os.statvfs(path)
-            return {k: getattr(st, k) for k in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_namemax")}
+            return {
+                k: getattr(st, k)
+                for k in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_namemax")
+            }
 
         @faulty
         def open(self, path: str, flags: int) -> int:

@@ -25,7 +25,9 @@ ABSENT = ["memfd_create", "sched_getaffinity", "posix_fadvise"]
 
 def same_shards(made: Path, expected: Path) -> bool:
     files = sorted(expected.glob("*.npy"))
-    return len(files) > 5 and all((made / file.name).read_bytes() == file.read_bytes() for file in files)
+    return len(files) > 5 and all(
+        (made / file.name).read_bytes() == file.read_bytes() for file in files
+    )
 
 
 @pytest.mark.parametrize("name", ABSENT)
@@ -65,7 +67,11 @@ def test_a_process_that_ends_has_no_memory(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_without_proc_the_memory_is_unknown_and_not_0(
-    mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mat: Path,
+    small_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from convert.inspect import describe
 
@@ -107,7 +113,9 @@ def test_memory_from_a_file_is_shared_between_descriptors_and_takes_its_room_at_
 @contextmanager
 def small_disk(path: Path, n_bytes: int) -> Iterator[Path]:
     path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", path], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", path], capture_output=True
+    )
     if made.returncode:
         pytest.skip(f"no small file system can be mounted here: {made.stderr.decode().strip()}")
     try:
@@ -118,11 +126,18 @@ def small_disk(path: Path, n_bytes: int) -> Iterator[Path]:
 
 def test_a_full_temporary_folder_is_one_line_and_no_crash(mat: Path, tmp_path: Path) -> None:
     """Without memfd_create: a page with no room behind it would be a bus error."""
-    code = "import os, sys; del os.memfd_create; from convert.__main__ import main; sys.exit(main())"
+    code = (
+        "import os, sys; del os.memfd_create; from convert.__main__ import main; sys.exit(main())"
+    )
     with small_disk(tmp_path / "tmp", 1 << 20) as disk:
         words = [sys.executable, "-c", code, "run", str(mat), "--out", str(tmp_path / "out")]
         done = subprocess.run(
-            words, cwd=REPO, env={**os.environ, "TMPDIR": str(disk)}, capture_output=True, text=True, timeout=60
+            words,
+            cwd=REPO,
+            env={**os.environ, "TMPDIR": str(disk)},
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert "No space left on device" in done.stderr
@@ -137,7 +152,9 @@ def test_where_the_system_has_a_stronger_fsync_it_is_what_is_called(
     strong = list[int]()
     monkeypatch.setattr(os, "fsync", weak.append)
     monkeypatch.setattr(files, "F_FULLFSYNC", 51)
-    monkeypatch.setattr(files, "fcntl", lambda handle, command: strong.append(command), raising=False)
+    monkeypatch.setattr(
+        files, "fcntl", lambda handle, command: strong.append(command), raising=False
+    )
     files.write_bytes(tmp_path / "a", b"x")
     assert strong == [51, 51]  # the file and its directory
     assert weak == []

@@ -68,7 +68,9 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_no_mat(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(x_mat=DATA) as server:
-        url = {"host down": "http://127.0.0.1:9/x.mat", "not found": server.url("y.mat")}.get(kind, server.url("x.mat"))
+        url = {"host down": "http://127.0.0.1:9/x.mat", "not found": server.url("y.mat")}.get(
+            kind, server.url("x.mat")
+        )
         server.content_type = "text/html" if kind == "web page" else server.content_type
         server.drop_after = 0 if kind == "always drops" else None
         with pytest.raises(UserError) as error:
@@ -78,7 +80,9 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_no_mat(
     assert not (tmp_path / "x.mat").exists()
 
 
-def test_the_original_is_held_against_its_size_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_original_is_held_against_its_size_and_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(x_mat=DATA) as server:
         published = replace(transfer.NYU_DOWNLOAD, url=server.url("x.mat"))
         monkeypatch.setattr(transfer, "NYU_DOWNLOAD", published)
@@ -105,7 +109,9 @@ def test_converting_from_a_url_gives_the_same_set_and_reads_only_what_is_asked_f
     assert made.name == expected.name  # the same fingerprint: the same identity
     for path in expected.glob("*.npy"):
         assert (made / path.name).read_bytes() == path.read_bytes()
-    assert source.n_bytes_read < 0.7 * len(data)  # a small file: mostly its index, in blocks of 64 KB
+    assert source.n_bytes_read < 0.7 * len(
+        data
+    )  # a small file: mostly its index, in blocks of 64 KB
     assert "MB" in source.report()
 
 
@@ -122,9 +128,22 @@ def test_a_server_that_is_down_is_one_line() -> None:
 
 
 def test_the_command_converts_from_a_url_and_says_what_it_read(
-    mat: Path, small_set: Path, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+    mat: Path,
+    small_set: Path,
+    tmp_path: Path,
+    command: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     with serving(x_mat=mat.read_bytes()) as server:
-        done = command("convert", "run", server.url("x.mat"), "--out", tmp_path, "--size", 32, "--rows-per-shard", 10)
+        done = command(
+            "convert",
+            "run",
+            server.url("x.mat"),
+            "--out",
+            tmp_path,
+            "--size",
+            32,
+            "--rows-per-shard",
+            10,
+        )
     assert done.stdout == f"{tmp_path / small_set.name}\n", done.stderr
     assert "requests" in done.stderr

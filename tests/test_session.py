@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SMALL
 from flaky import serving
-from helpers.sets import convert
+from helpers.sets import flip, is_whole
 
 from convert.__main__ import main
-from convert.pipeline import SourceFilter, find_set
+from convert.pipeline import SourceFilter, convert, find_set
 from convert.sample import write_sample
 from convert.session import prepare
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import push
-from shards.dataset import finished_sets, open_set, verify
+from shards.dataset import finished_sets, open_set
 from shards.errors import SeveralSets, StoreFailed
 from shards.manifest import MANIFEST, read_manifest, shard_file
 from shards.spec import KNOWN_FIELDS, ConversionSettings
@@ -46,13 +46,24 @@ class Done:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
     """The command of `make convert DRIVE=`, with this test's folders, in this process."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def call(*more: object) -> Done:
         capsys.readouterr()
-        argv = ["convert", "run", "--out", tmp_path / "root", "--drive", tmp_path / "drive", *ARGS, *more]
+        argv = [
+            "convert",
+            "run",
+            "--out",
+            tmp_path / "root",
+            "--drive",
+            tmp_path / "drive",
+            *ARGS,
+            *more,
+        ]
         monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
         return Done(main(), *capsys.readouterr())
 
@@ -77,7 +88,8 @@ def test_the_first_session_fetches_converts_and_pushes_and_the_next_need_less(
         assert len(server.requests) == n_requests
     assert second.stdout == f"{made}\n"
     assert re.search(
-        r"pulled and verified in .* s. Not needed: the .mat \(\d+ MB\) and .* s of converting", second.stderr
+        r"pulled and verified in .* s. Not needed: the .mat \(\d+ MB\) and .* s of converting",
+        second.stderr,
     )
     assert same(made, small_set)
 
@@ -93,19 +105,15 @@ def test_a_mat_on_drive_beside_it_or_on_this_disk_is_found(
     assert f"converting {tmp_path / where / MAT_NAME}" in done.stderr
 
 
-def test_a_found_mat_that_is_cut_is_passed_over(mat: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_a_found_mat_that_is_cut_is_passed_over(
+    mat: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive" / MAT_NAME).write_bytes(mat.read_bytes()[:100_000])
     with serving(x_mat=mat.read_bytes()) as server:
         done = run("--url", server.url("x.mat"))
     assert done.returncode == 0, done.stderr
     assert "passed over" in done.stderr
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def written(directory: Path) -> dict[str, int]:
@@ -138,9 +146,11 @@ def test_of_a_half_synced_drive_only_what_is_wrong_is_made_and_copied_again(
     assert re.search(r"1 of \d+ files .* missing or short|gave other content", done.stderr)
     assert "3 of 4 shards are done already" in done.stderr
     assert same(tmp_path / "root" / small_set.name, small_set)
-    assert not [problem for _, problem in verify(open_set(there)) if problem]
+    assert is_whole(there)
     assert {name for name, when in written(there).items() if when != before[name]} == {wrong}
-    assert sorted(p.name for p in (tmp_path / "root").iterdir() if p.name[0] != ".") == [small_set.name]
+    assert sorted(p.name for p in (tmp_path / "root").iterdir() if p.name[0] != ".") == [
+        small_set.name
+    ]
     assert not (tmp_path / "root" / ".shelf").exists()
 
 
@@ -190,11 +200,13 @@ def test_of_a_damaged_set_here_only_what_is_wrong_is_made_again(
     flip(made / wrong)
     assert prepare(mat, root, SMALL, None, None) == made
     assert "3 of 4 shards are done already" in capsys.readouterr().err
-    assert not [problem for _, problem in verify(open_set(made)) if problem]
+    assert is_whole(made)
     assert {name for name, when in written(made).items() if when != before[name]} == {wrong}
 
 
-def test_a_damaged_manifest_here_is_mended_and_no_right_file_is_written_again(mat: Path, tmp_path: Path) -> None:
+def test_a_damaged_manifest_here_is_mended_and_no_right_file_is_written_again(
+    mat: Path, tmp_path: Path
+) -> None:
     made = Path(convert(mat, tmp_path / "root", SMALL))
     before = written(made)
     flip(made / MANIFEST)
@@ -202,7 +214,9 @@ def test_a_damaged_manifest_here_is_mended_and_no_right_file_is_written_again(ma
     assert written(made) == before
 
 
-def test_other_settings_keep_the_old_set(mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_other_settings_keep_the_old_set(
+    mat: Path, small_set: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
     run(mat)
     done = run(mat, "--size", 16)
     other = Path(done.stdout.strip())
@@ -223,7 +237,9 @@ def test_a_given_mat_that_is_gone_is_matched_by_name(
     assert "no such file" in done.stderr
 
 
-def test_sets_of_two_sources_are_an_error_that_names_them(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_sets_of_two_sources_are_an_error_that_names_them(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     root = Path(shutil.copytree(small_set.parent, tmp_path / "root"))
     other = tmp_path / "other.mat"
     other.write_bytes(mat.read_bytes() + b"\0")
@@ -237,7 +253,84 @@ def test_sets_of_two_sources_are_an_error_that_names_them(mat: Path, small_set: 
     assert find_set(root, ConversionSettings(), SourceFilter(), forms) is None
 
 
-def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# ---------------------------------------------------------------- sets of version 1
+
+OLD_NAME = "nyuv2-8-8ec8326e"  # of a .mat that `write_sample` makes
+OLD_ARGS = ("--size", 8, "--rows-per-shard", 5)
+
+
+def old_set(root: Path, form: str) -> Path:
+    name = f"{OLD_NAME}{form}"
+    return Path(shutil.copytree(REPO / "tests" / "fixtures" / "version-1" / name, root / name))
+
+
+def shards_written(directory: Path) -> dict[str, int]:
+    """When each shard's file was written."""
+    shards = read_manifest(directory).shards
+    names = [name for shard in shards for name in shard.files]
+    return {name: (directory / name).stat().st_mtime_ns for name in names}
+
+
+@pytest.mark.parametrize("form", ["", ".zarr"])
+def test_a_set_of_version_1_on_drive_is_upgraded_where_it_lies_then_pulled(
+    tmp_path: Path, run: Callable[..., Done], form: str
+) -> None:
+    there = old_set(tmp_path / "drive", form)
+    copied = max(path.stat().st_mtime_ns for path in there.rglob("*"))
+    done = run(*OLD_ARGS, "--url", "http://127.0.0.1:9/not-asked")
+    assert done.returncode == 0, done.stderr
+    assert f"{there} is brought to version 2" in done.stderr
+    assert "pulled and verified" in done.stderr
+    assert "damaged" not in done.stderr
+    assert "passed over" not in done.stderr
+    assert max(shards_written(there).values()) <= copied
+    assert is_whole(there)
+    made = Path(done.stdout.strip())
+    assert made == tmp_path / "root" / OLD_NAME
+    assert is_whole(made)
+
+
+def test_a_set_of_version_1_on_drive_is_upgraded_though_this_disk_has_one(
+    tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    there = old_set(tmp_path / "drive", ".zarr")
+    here = old_set(tmp_path / "root", "")
+    done = run(*OLD_ARGS)
+    assert done.returncode == 0, done.stderr
+    assert "on this disk and whole" in done.stderr
+    assert done.stderr.count("brought to version 2") == 2
+    assert "copying it here" not in done.stderr
+    assert "gets a copy" not in done.stderr
+    for path in (here, there):
+        assert is_whole(path)
+
+
+def test_a_set_of_version_1_with_other_settings_stays_as_it_is(
+    mat: Path, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    there = old_set(tmp_path / "drive", "")
+    before = {path: path.read_bytes() for path in there.iterdir()}
+    assert run(mat).returncode == 0
+    assert {path: path.read_bytes() for path in there.iterdir()} == before
+
+
+def test_of_a_half_synced_set_of_version_1_what_is_right_is_used(
+    tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    write_sample(tmp_path / "rooms.mat", 12, size_wh=(64, 48))
+    there = old_set(tmp_path / "drive", "")
+    (there / "rgb-00001.npy").unlink()
+    done = run(tmp_path / "rooms.mat", *OLD_ARGS)
+    assert done.returncode == 0, done.stderr
+    assert "are missing or short: what is right of it is used" in done.stderr
+    assert "2 of 3 shards are done already" in done.stderr
+    assert "damaged" not in done.stderr
+    assert is_whole(there)
+
+
+def test_a_dead_mount_stops_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mounted, "PAUSES", (0.001,))
     (tmp_path / "drive").mkdir()
     real = os.stat
@@ -248,7 +341,9 @@ def test_a_dead_mount_stops_before_anything_is_fetched(tmp_path: Path, monkeypat
         return real(path, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "stat", dead)
-    with pytest.raises(StoreFailed, match=r"ENOTCONN 2 times while looking for .*force_remount=True"):
+    with pytest.raises(
+        StoreFailed, match=r"ENOTCONN 2 times while looking for .*force_remount=True"
+    ):
         prepare(None, tmp_path / "root", SMALL, tmp_path / "drive", "http://127.0.0.1:9/")
 
 
@@ -297,7 +392,9 @@ def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
     for _ in range(2):  # the second time there is nothing left to learn
         done = make(colab_folder, "train", train, f"MIRROR={mirror}")
         assert done.returncode == 0, done.stderr + done.stdout
-    assert "semantic40" not in "".join(line for line in done.stdout.splitlines() if line.startswith("continue:"))
+    assert "semantic40" not in "".join(
+        line for line in done.stdout.splitlines() if line.startswith("continue:")
+    )
     assert (colab_folder / "runs" / "scene-parts" / "classes.csv").is_file()
     assert (mirror / "last.pt").is_file()
     assert (tmp_path / "My Drive" / "scene-parts" / "last.pt").is_file()
@@ -310,6 +407,30 @@ def test_make_push_without_a_folder_copies_nothing(colab_folder: Path, target: s
     assert f"make {target} DRIVE=/content/drive/MyDrive/nyuv2" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "has_parts"),
+    [
+        (["ARGS=--num-classes 10"], True),
+        (["ARGS=--task depth"], True),
+        (["START="], False),
+        (["RECIPE="], False),
+        (["ARGS=--model mine:Net"], False),
+        (["ARGS=--weights imagenet"], False),
+        (["DATA=no labels"], False),
+    ],
+)
+def test_make_train_learns_the_pixels_first_where_that_can_help(
+    colab_folder: Path, given: list[str], has_parts: bool
+) -> None:
+    for data, shard in (("my data", "label-00000.npy"), ("no labels", "rgb-00000.npy")):
+        (colab_folder / data / "nyuv2-32-00000000").mkdir(parents=True)
+        (colab_folder / data / "nyuv2-32-00000000" / shard).touch()
+    done = make(colab_folder, "-n", "train", "DATA=my data", *given)
+    assert ("--task semantic40" in done.stdout) == has_parts
+    assert ('--weights "runs/scene-parts"' in done.stdout) == has_parts
+    assert '--out "runs/scene"' in done.stdout
+
+
 def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: Path) -> None:
     done = make(colab_folder, "-n", "convert", "WRITABLE=", "HOME=/home/me")
     assert '--out "/home/me/nyuv2-shards/data"' in done.stdout
@@ -319,7 +440,10 @@ def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: P
 def test_a_read_only_folder_converts_and_trains_all_the_same(
     mat: Path, small_set: Path, tmp_path: Path, colab_folder: Path
 ) -> None:
-    mount = ["mount", "--bind", colab_folder, colab_folder], ["mount", "-o", "remount,bind,ro", colab_folder]
+    mount = (
+        ["mount", "--bind", colab_folder, colab_folder],
+        ["mount", "-o", "remount,bind,ro", colab_folder],
+    )
     if subprocess.run(mount[0], capture_output=True).returncode:
         pytest.skip("a folder cannot be mounted read-only here (not root)")
     try:
@@ -328,11 +452,15 @@ def test_a_read_only_folder_converts_and_trains_all_the_same(
         made.mkdir(parents=True)
         (made / ".installed-colab").touch()
         home = f"HOME={tmp_path / 'home'}"
-        done = make(colab_folder, "convert", f"MAT={mat}", home, "ARGS=--size 32 --rows-per-shard 10")
+        done = make(
+            colab_folder, "convert", f"MAT={mat}", home, "ARGS=--size 32 --rows-per-shard 10"
+        )
         assert done.returncode == 0, done.stderr
         assert same(made / "data" / small_set.name, small_set)
         pytest.importorskip("torch", reason="needs torch for make train")
-        done = make(colab_folder, "train", home, "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8")
+        done = make(
+            colab_folder, "train", home, "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8"
+        )
         assert done.returncode == 0, done.stderr
         assert (made / "runs" / "scene").is_dir()
     finally:
@@ -347,18 +475,32 @@ def test_make_on_colab_leaves_what_is_installed_as_it_is(tmp_path: Path) -> None
     """A venv with older packages of its own and the torch of this one, as a stand-in for Colab's system."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "colab"], check=True)
     python = tmp_path / "colab" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "numpy==2.3.2", "h5py==3.14.0", *OLDER], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "numpy==2.3.2", "h5py==3.14.0", *OLDER], check=True
+    )
     site = Path(
-        subprocess.check_output([python, "-c", "import h5py; print(h5py.__path__[0])"], text=True).strip()
+        subprocess.check_output(
+            [python, "-c", "import h5py; print(h5py.__path__[0])"], text=True
+        ).strip()
     ).parent
-    (site / "system.pth").write_text(sysconfig.get_paths()["purelib"])  # behind the venv's own packages
+    (site / "system.pth").write_text(
+        sysconfig.get_paths()["purelib"]
+    )  # behind the venv's own packages
     repo = copy_of_the_checkout(tmp_path / "my repo")
     shutil.copy(REPO / "README.md", repo)
     (repo / ".installed-colab").unlink()
     listed = [python, "-m", "pip", "list", "--format", "freeze"]
     before = subprocess.check_output(listed, text=True).split()
     env = {**os.environ, "COLAB_RELEASE_TAG": "test"}
-    command = ["make", "-C", repo, f"PYTHON={python}", "convert", f"MAT={tmp_path / 'x.mat'}", "ARGS=--size 32"]
+    command = [
+        "make",
+        "-C",
+        repo,
+        f"PYTHON={python}",
+        "convert",
+        f"MAT={tmp_path / 'x.mat'}",
+        "ARGS=--size 32",
+    ]
     write_sample(tmp_path / "x.mat", 36, size_wh=(64, 48))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

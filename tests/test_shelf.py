@@ -10,34 +10,34 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import REPO, SMALL
 from flaky import ERRORS, Drive, why_no_fuse
+from helpers.sets import flip
 
 from convert import session
+from convert.sample import write_sample
 from convert.transfer import pull, push, set_on_mount
 from shards.copy import copy_set
 from shards.dataset import ShardSet, finished_sets, open_set
-from shards.errors import IncompleteCopy, StoreFailed, UserError
+from shards.errors import IncompleteCopy, OldSet, StoreFailed, UserError
 from shards.files import FileEntry, HashingFile, write_atomically
 from shards.manifest import read_manifest
+from shards.spec import ConversionSettings
 from stores import mounted
 from stores.mounted import patiently
 
+VERSION_1 = REPO / "tests" / "fixtures" / "version-1"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def shards(directory: Path) -> dict[str, bytes]:
     return {name: data for name, data in content(directory).items() if name.endswith(".npy")}
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,9 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- copies
 
 
-def test_push_then_pull_is_the_same_set_to_the_byte(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_push_then_pull_is_the_same_set_to_the_byte(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     drive, root = tmp_path / "my drive", tmp_path / "root"
     done = command("convert", "push", small_set, drive)
     assert "drive.flush_and_unmount()" in done.stderr
@@ -90,7 +92,9 @@ def test_the_manifest_is_written_last_and_another_one_is_withdrawn_first(
     assert content(target) == content(small_set)
 
 
-def test_a_half_synced_folder_is_recognised_before_anything_is_copied(small_set: Path, tmp_path: Path) -> None:
+def test_a_half_synced_folder_is_recognised_before_anything_is_copied(
+    small_set: Path, tmp_path: Path
+) -> None:
     made = push(open_set(small_set), tmp_path / "drive").path
     os.truncate(made / "rgb-00003.npy", 0)  # as Drive shows a file that was never sent
     (made / "depth-00001.npy").unlink()
@@ -115,6 +119,25 @@ def test_a_damaged_set_is_never_pushed(small_set: Path, tmp_path: Path) -> None:
     assert not finished_sets(tmp_path / "drive")
 
 
+@pytest.mark.parametrize("form", ["", ".zarr"])
+def test_a_set_of_version_1_is_neither_pushed_nor_pulled_before_it_is_upgraded(
+    tmp_path: Path, command: Run, form: str
+) -> None:
+    name = f"nyuv2-8-8ec8326e{form}"
+    old = Path(shutil.copytree(VERSION_1 / name, tmp_path / name))
+    before = content(old)
+    with pytest.raises(OldSet):
+        set_on_mount(old)
+    for words in (("push", old, tmp_path / "drive"), ("pull", old, tmp_path / "root")):
+        done = command("convert", *words)
+        assert done.returncode == 2
+        assert "is a set of version 1 of the format, and right as it is" in done.stderr
+        assert "Run: make convert" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert content(old) == before
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_too_little_room_is_said_before_copying(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +146,9 @@ def test_too_little_room_is_said_before_copying(
         push(open_set(small_set), tmp_path / "drive")
 
 
-def test_a_copy_without_a_terminal_says_a_few_lines(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_copy_without_a_terminal_says_a_few_lines(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     done = command("convert", "push", small_set, tmp_path / "drive")
     lines = done.stderr.splitlines()
     assert 2 <= len(lines) <= 10
@@ -176,7 +201,9 @@ def test_an_error_that_is_not_the_mounts_is_not_tried_again() -> None:
     assert len(calls) == 1
 
 
-def test_a_drive_that_is_not_mounted_is_refused(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_drive_that_is_not_mounted_is_refused(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     for drive in ("/content/drive/MyDrive/nyuv2", tmp_path / "no" / "such"):
         done = command("convert", "push", small_set, drive)
         assert done.returncode == 2
@@ -217,7 +244,9 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     drive.fail(0)
     for finished in finished_sets(root):  # never a wrong byte under a manifest
         assert shards(finished) == right
-    for there in finished_sets(drive.back / "set"):  # on Drive there may be one, and it is never taken for right
+    for there in finished_sets(
+        drive.back / "set"
+    ):  # on Drive there may be one, and it is never taken for right
         with suppress(IncompleteCopy):
             packed = pull(set_on_mount(there), base / "other")
             assert shards(copy_set(packed, base / "other", None).path) == right
@@ -241,8 +270,36 @@ def test_a_mount_that_fails_at_random_loses_nothing_and_nothing_wrong_is_accepte
         one_round(mat, small_set, drive, tmp_path, seed)
 
 
+def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_path: Path) -> None:
+    mat = tmp_path / "rooms.mat"
+    write_sample(mat, 12, size_wh=(64, 48))
+    settings = ConversionSettings(size=8, rows_per_shard=5)
+    name = "nyuv2-8-8ec8326e"
+    right = {file: data for file, data in shards(VERSION_1 / name).items() if "rows-" not in file}
+    for seed in range(10):
+        form = ("", ".zarr")[seed % 2]
+        shutil.copytree(VERSION_1 / f"{name}{form}", drive.back / "set" / f"{name}{form}")
+        kinds = random.Random(seed).sample([*ERRORS, "short", "forget", "stall"], 4)
+        drive.fail(0.03, *kinds)
+        with suppress(UserError, OSError):
+            session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
+        drive.fail(0)
+        made = session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
+        assert shards(made).items() >= right.items()
+        shutil.rmtree(tmp_path / "root")
+        for there in finished_sets(drive.back / "set"):
+            pulled = pull(set_on_mount(there), tmp_path / "other")
+            assert shards(copy_set(pulled, tmp_path / "other", None).path).items() >= right.items()
+            shutil.rmtree(tmp_path / "other")
+        shutil.rmtree(drive.back / "set")
+
+
 @pytest.mark.stress
 @pytest.mark.parametrize("batch", range(30))
-def test_300_rounds_with_a_failing_mount(mat: Path, small_set: Path, drive: Drive, tmp_path: Path, batch: int) -> None:
+def test_300_rounds_with_a_failing_mount(
+    mat: Path, small_set: Path, drive: Drive, tmp_path: Path, batch: int
+) -> None:
     outcomes = [one_round(mat, small_set, drive, tmp_path, 10 + 10 * batch + k) for k in range(10)]
-    print(f"10 rounds with a failing mount: {outcomes.count('done')} done, {outcomes.count('refused')} refused")
+    print(
+        f"10 rounds with a failing mount: {outcomes.count('done')} done, {outcomes.count('refused')} refused"
+    )

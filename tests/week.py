@@ -21,7 +21,18 @@ import numpy as np
 from flaky import Drive, Server, serving, why_no_fuse
 
 REPO = Path(__file__).resolve().parent.parent
-TRAIN = ("--num-classes", "10", "--epochs", "1", "--size", "64", "--width", "8", "--batch-size", "32")
+TRAIN = (
+    "--num-classes",
+    "10",
+    "--epochs",
+    "1",
+    "--size",
+    "64",
+    "--width",
+    "8",
+    "--batch-size",
+    "32",
+)
 
 
 def shell(*args: object) -> None:
@@ -30,7 +41,9 @@ def shell(*args: object) -> None:
     print("$ python", *words, flush=True)
     started = time.perf_counter()
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, *words], cwd=REPO, env=env, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPO, env=env, stderr=subprocess.STDOUT, check=False
+    )
     print(f"[exit status {done.returncode}, {time.perf_counter() - started:.1f} s]\n", flush=True)
 
 
@@ -50,7 +63,9 @@ def week(base: Path, drive: Drive, server: Server, url: str) -> None:
     print("== Monday: nothing anywhere; the web server drops connections")
     root = new_machine(base)
     shell(*convert, root)
-    print(f"the server sent {server.sent / 1e6:.0f} MB in {len(server.requests)} answers; Drive: {size(drive.back)}\n")
+    print(
+        f"the server sent {server.sent / 1e6:.0f} MB in {len(server.requests)} answers; Drive: {size(drive.back)}\n"
+    )
 
     print("== Wednesday: a new machine")
     server.sent = 0
@@ -60,7 +75,11 @@ def week(base: Path, drive: Drive, server: Server, url: str) -> None:
     print(f"the server sent {server.sent / 1e6:.0f} MB\n")
 
     print("== Friday: a new machine; two files never reached Drive, and it fails at random")
-    lost = sorted(p for p in drive.back.rglob("*") if p.is_file() and "rgb" in str(p) and p.name != "zarr.json")[:2]
+    lost = sorted(
+        p
+        for p in drive.back.rglob("*")
+        if p.is_file() and "rgb" in str(p) and p.name != "zarr.json"
+    )[:2]
     for path in lost:
         os.truncate(path, 0)
     drive.fail(0.003, "ENOTCONN", "EIO", "EAGAIN", "short", "forget", "stall")
