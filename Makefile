@@ -1,4 +1,4 @@
-# make help lists the targets. MAT, URL, OUT, DATA, RUN, START, MIRROR, DRIVE and ARGS can be given: make convert MAT=/content/x.mat
+# make help lists the targets. What stands with ?= can be given: make convert MAT=/content/x.mat
 SHELL := /bin/bash
 
 # What make makes lies here, or in ~/nyuv2-shards where this folder is read-only.
@@ -12,13 +12,11 @@ RUN ?= $(AT)runs/scene
 DRIVE ?=
 MIRROR ?=
 ARGS ?=
-# The best of the recipes compared (docs/training.md). RECIPE= goes back to the flags' defaults.
-RECIPE ?= --size 64 --width 16 --batch-size 32 --lr 2e-3 --epochs 40
-# The network first learns the classes of the pixels, in a run of its own, where the set has them. START= begins with the scenes.
-HAS_LABELS = $(shell ls -d "$(DATA)"/label* "$(DATA)"/*/label* 2>/dev/null | head -n 1)
-START ?= $(if $(and $(RECIPE),$(HAS_LABELS)),$(if $(findstring --model,$(ARGS))$(findstring --weights,$(ARGS)),,$(RUN)-parts))
-EXPECT := on a stand-in of the set, official test rows, three runs of 40 epochs of parts and 40 of scenes, 10 to 15 minutes on 2 cores: \
-13 classes top-1 59 %, mean class 43 %; 10 classes 59 % and 52 %, where always the most frequent class gives 29 %
+IMAGES ?=
+# Trains in two runs (train/recipe.py). RECIPE= goes back to one run with the flags' defaults.
+RECIPE ?= default
+# The run that learns the classes of the pixels first: auto is RUN-parts, where that can help. START= begins with the scenes.
+START ?= auto
 PYTHON ?= python3
 
 ifeq ($(OS),Windows_NT)
@@ -59,7 +57,7 @@ else
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py all $(USED))
 endif
 
-.PHONY: demo convert train test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint clean help drive-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -97,10 +95,10 @@ convert: $(READY)  ## shards on this disk, the cheapest way: make convert [DRIVE
 	$(PY) -m convert run $(if $(MAT),"$(MAT)") --out "$(OUT)" $(if $(DRIVE),--drive "$(DRIVE)") $(if $(URL),--url "$(URL)") $(ARGS)
 
 train: $(READY)  ## train on the shards; continues by itself: make train [MIRROR=/content/drive/MyDrive/run] [ARGS='--epochs 30']
-	@echo "$(EXPECT)"
-	$(if $(START),@test -f "$(START)/classes.csv" || \
-	$(PY) -m train --data "$(DATA)" $(RECIPE) $(ARGS) --task semantic40 --mirror "$(if $(MIRROR),$(MIRROR)-parts)" --out "$(START)")
-	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(if $(START),--weights "$(START)") $(if $(MIRROR),--mirror "$(MIRROR)") $(RECIPE) $(ARGS)
+	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(if $(RECIPE),--recipe "$(RECIPE)") --start "$(START)" $(if $(MIRROR),--mirror "$(MIRROR)") $(ARGS)
+
+predict: $(READY)  ## what a run says about pictures, or about the test rows: make predict [IMAGES=photos]
+	$(PY) -m train predict "$(RUN)" $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 test: .venv/dev  ## every test
 	$(PY) -m pytest $(ARGS)
@@ -140,6 +138,9 @@ stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and da
 
 lint: .venv/dev  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+docs: .venv/dev  ## the Python API as pages, in docs/api
+	$(PY) -m pdoc -o docs/api shards loader stores convert train
 
 clean:  ## remove the demo and the caches, never data or runs
 	rm -rf $(AT)demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

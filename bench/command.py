@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from bench.cgroup import NoGroup
 from loader.memory import NoRoom
-from shards.format import UserError
+from shards.errors import UserError
 
 
 def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:

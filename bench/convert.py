@@ -35,10 +35,10 @@ import numpy as np
 
 from bench.command import exit_status, make_parser
 from bench.figures import median_interval
-from convert.resize import resize
+from convert.resize import Resizer
 from convert.sources.chunks import Reader
 from convert.sources.nyu_mat import KEYS, Mat
-from shards.format import FIELDS, Settings, row_shape
+from shards.spec import KNOWN_FIELDS, ConversionSettings
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
 SIZE = 224
@@ -88,8 +88,8 @@ def floor(source: Path, fields: tuple[str, ...], out: Path) -> float:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(partial(_read_and_unpack, mat.handle), runs))
     for reader in through_hdf5:
-        for k in range(int(np.prod(reader.grid))):
-            reader._through_hdf5(k)
+        for k in range(reader.grid.n_chunks):
+            reader.read_through_hdf5(k)
     return time.perf_counter() - started
 
 
@@ -124,7 +124,7 @@ def _read_and_unpack(handle: int, run: list[StoredChunk]) -> None:
     block = memoryview(os.pread(handle, run[-1].end - low, low))
     for chunk in run:
         stored = block[chunk.offset - low : chunk.end - low]
-        chunk.reader._undo(stored, chunk.filter_mask)
+        chunk.reader.codec.undo_filters(stored, chunk.filter_mask)
 
 
 def whole_load(source: Path, fields: tuple[str, ...], out: Path) -> float:
@@ -149,9 +149,11 @@ def _save_resized(rows_of: dict[str, Any], out: Path) -> None:
     """One .npy a field."""
     out.mkdir()
     for name, rows in rows_of.items():
-        small = np.empty((len(rows), *row_shape(name, SIZE)), FIELDS[name]["dtype"])
+        field = KNOWN_FIELDS[name]
+        resizer = Resizer(field=field, size=SIZE)
+        small = np.empty((len(rows), *field.row_shape(SIZE)), field.dtype)
         for i in range(len(rows)):
-            small[i] = resize(name, rows[i], SIZE, "none", "nearest")
+            small[i] = resizer(rows[i])
         np.save(out / f"{name}.npy", small)
 
 
@@ -160,7 +162,7 @@ def ours(source: Path, fields: tuple[str, ...], out: Path) -> float:
     started = time.perf_counter()
     from convert.pipeline import convert  # here, as its imports are part of the command's time
 
-    convert(source, out, Settings(fields))
+    convert(source, out, ConversionSettings(fields))
     return time.perf_counter() - started
 
 
@@ -306,13 +308,15 @@ class Clocks:
         clock = self.by_stage[stage] = Clock()
         setattr(owner, name, clock.around(getattr(owner, name)))
 
-    def put_around_resize(self, decode: Any, fields: Sequence[str]) -> None:
-        """`resize`, a stage for each field: its first argument."""
+    def put_around_resize(self, fields: Sequence[str]) -> None:
+        """The resizer's call, a stage for each field."""
+        resize = Resizer.__call__
         resizes = {}
         for name in fields:
             clock = self.by_stage[f"resize {name}"] = Clock()
-            resizes[name] = clock.around(decode.resize)
-        decode.resize = lambda name, *args: resizes[name](name, *args)
+            resizes[name] = clock.around(resize)
+        owner: Any = Resizer
+        owner.__call__ = lambda resizer, row: resizes[resizer.field.name](resizer, row)
 
 
 def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
@@ -320,21 +324,23 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
 
     A stage's CPU time is that of the thread that ran it, so `rest` is what no clock was around.
     """
-    from convert import decode, pipeline
-    from convert.sources import chunks
+    from convert import pipeline
+    from convert.sources import chunk_codec
+    from convert.sources.chunk_codec import FileBytes
+    from convert.sources.nyu import NyuSource
 
     clocks = Clocks()
     clocks.put_around("index", Reader, "read_index")
-    clocks.put_around("names and per-row facts", pipeline, "row_columns")
-    clocks.put_around("read", Reader, "_pread")
-    clocks.put_around("inflate", chunks, "inflate")
-    clocks.put_around_resize(decode, fields)
+    clocks.put_around("names and per-row facts", NyuSource, "row_facts")
+    clocks.put_around("read", FileBytes, "read")
+    clocks.put_around("inflate", chunk_codec, "inflate")
+    clocks.put_around_resize(fields)
     clocks.put_around("statistics", pipeline, "train_sums")
-    clocks.put_around("hash, write, fsync", pipeline, "write_shard")
+    clocks.put_around("hash, write, fsync", pipeline, "write_field")
 
     cpu = time.process_time()
     wall = time.perf_counter()
-    pipeline.convert(source, out, Settings(fields), workers=1)
+    pipeline.convert(source, out, ConversionSettings(fields), workers=1)
     whole = Call(time.process_time() - cpu, time.perf_counter() - wall)
 
     print(f"{'stage':<30} {'CPU s':>7} {'share':>6} {'thread s':>9} {'calls':>7}")
@@ -377,6 +383,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line."""
     parser = make_parser("convert", __doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--pairs", type=int, default=9)

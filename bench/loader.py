@@ -32,7 +32,8 @@ from bench.command import exit_status, make_parser
 from bench.figures import median_interval
 from bench.in_memory import in_memory_loader, save_arrays
 from loader.loader import Loader
-from shards.format import UserError, open_set, resolve_set
+from shards.dataset import open_set, resolve_set
+from shards.errors import UserError
 from train.data import ShardDataset
 from train.order import Batches
 
@@ -148,11 +149,13 @@ class PerSample(Dataset[Any]):
 def our_loader(
     path: str, n_workers: int = 0, method: str | None = None, prefetch: bool = True
 ) -> Loader:
+    """As `create_dataloaders` makes it, of the train rows."""
     dataset = ShardDataset(path, split="all")
     return Loader(dataset, Batches(len(dataset), BATCH, 0), n_workers, method, prefetch=prefetch)
 
 
 def per_sample_loader(path: str, n_workers: int) -> DataLoader[Any]:
+    """torch's own DataLoader, a row at a time."""
     return DataLoader(
         PerSample(path),
         BATCH,
@@ -247,6 +250,7 @@ def epochs_of(loader: Any) -> Epoch:
 
 
 def sleep_a_step() -> None:
+    """A training step that leaves the cores alone."""
     time.sleep(STEP_S)
 
 
@@ -306,6 +310,7 @@ def report_speed(ways: Sequence[Way], n_pairs: int, limit: Epoch) -> None:
 
 
 def print_speed(name: str, epoch: Epoch, n_epochs: int) -> None:
+    """The median of some epochs, as a line."""
     rows_per_s = np.median([speed_of(epoch).rows_per_s for _ in range(n_epochs)])
     print(f"{name:44}{rows_per_s:10,.0f}", flush=True)
 
@@ -410,6 +415,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line."""
     parser = make_parser("loader", __doc__)
     parser.add_argument("data", metavar="DIR|ROOT")
     parser.add_argument("--mat", type=Path, help="the original file, for arrays in RAM (3.1 GB)")

@@ -32,7 +32,7 @@ from bench.in_memory import in_memory_loader, save_arrays
 from bench.memory_lines import IN_RAM, SHARDS, Line, Measured
 from loader.loader import Loader
 from loader.memory import PROC, sizes_in, tree_memory, tree_of
-from shards.format import resolve_set
+from shards.dataset import resolve_set
 from train.data import ShardDataset
 from train.order import Batches
 
@@ -173,6 +173,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line."""
     parser = make_parser("memory", __doc__)
     parser.add_argument("data", metavar="DIR|ROOT")
     parser.add_argument("--mat", type=Path, help="the original file, for arrays in RAM")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # matplotlib is an extra
 
 @dataclass(frozen=True)
 class Curve:
+    """What is drawn of one method, and how."""
+
     what: str
     method: str
     color: str

@@ -14,14 +14,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from bench.command import exit_status, make_parser
-from convert.repack import CODECS, Codecs, write_rest, write_shard
-from shards import format as fmt
+from shards.containers import CODECS, write_field
+from shards.dataset import ShardSet, open_set, resolve_set
+from shards.files import FileEntry
+from shards.manifest import read_manifest
+from shards.spec import Codecs
+from shards.writing import commit
 
 REST = "rest"  # what belongs to no field: columns, metadata
 Figures = dict[str, float]  # of each field, and of the rest
@@ -52,33 +56,36 @@ def containers_for(fields: Sequence[str]) -> list[Container]:
     return found
 
 
-def write(found: fmt.ShardSet, directory: Path, codecs: Codecs) -> Figures:
+def write(found: ShardSet, directory: Path, codecs: Codecs) -> Figures:
     """Write the set into `directory`; seconds a field, and of the rest."""
-    manifest = {k: v for k, v in found.manifest.items() if k not in ("codecs", "metadata")}
-    manifest["shards"] = [{"rows": shard["rows"], "files": {}} for shard in manifest["shards"]]
     n_slots = found.settings.rows_per_shard
+    files_of_shard: list[dict[str, FileEntry]] = [{} for _ in found.manifest.shards]
     write_s: Figures = {}
-    for field in manifest["fields"]:
-        rows = [np.array(shard) for shard in found.shards(field)]  # in memory: reading is not timed
+    for name, field in found.manifest.fields.items():
+        rows = [np.array(shard) for shard in found.shards(name)]  # in memory: reading is not timed
         started = time.perf_counter()
-        for k, shard in enumerate(manifest["shards"]):
-            shard["files"] |= write_shard(directory, field, k, rows[k], n_slots, codecs)
-        write_s[field] = time.perf_counter() - started
+        for k, files in enumerate(files_of_shard):
+            files |= write_field(directory, field, k, rows[k], n_slots, codecs)
+        write_s[name] = time.perf_counter() - started
 
     started = time.perf_counter()
-    columns = {name: found.column(name) for name in fmt.COLUMNS}
-    write_rest(directory, manifest, columns, codecs)
+    shards = [
+        replace(shard, files=files)
+        for shard, files in zip(found.manifest.shards, files_of_shard, strict=True)
+    ]
+    manifest = replace(found.manifest.without_files(), shards=shards, codecs=codecs)
+    commit(directory, manifest, {name: found.column(name) for name in manifest.columns})
     write_s[REST] = time.perf_counter() - started
     return write_s
 
 
 def decode(directory: Path) -> Figures:
     """Every row of every field, touched once; seconds a field."""
-    found = fmt.open_set(directory)
+    found = open_set(directory)
     decode_s: Figures = {REST: 0.0}
-    for field in found.manifest["fields"]:
+    for field in found.manifest.fields:
         started = time.perf_counter()
-        for k in range(len(found.manifest["shards"])):
+        for k in range(found.n_shards):
             found.shard(field, k).max()
         decode_s[field] = time.perf_counter() - started
     return decode_s
@@ -86,16 +93,16 @@ def decode(directory: Path) -> Figures:
 
 def sizes(directory: Path) -> Figures:
     """MB a field, and of the rest."""
-    manifest = fmt.read_manifest(directory)
+    manifest = read_manifest(directory)
     size_mb: Figures = defaultdict(float)
-    for name, facts in fmt.all_files(manifest).items():
+    for name, entry in manifest.files.items():
         first = name.split("/")[0].split("-")[0]  # rgb-00000.npy, rgb/c/0/0/0/0
-        is_fields = first in manifest["fields"] and "zarr.json" not in name
-        size_mb[first if is_fields else REST] += facts["bytes"] / 1e6
+        is_of_field = first in manifest.fields and "zarr.json" not in name
+        size_mb[first if is_of_field else REST] += entry.n_bytes / 1e6
     return size_mb
 
 
-def run_round(found: fmt.ShardSet, container: Container, disk: Path | None) -> Round:
+def run_round(found: ShardSet, container: Container, disk: Path | None) -> Round:
     """In a folder of its own, which is removed."""
     directory = Path(tempfile.mkdtemp(dir=disk))
     try:
@@ -127,8 +134,8 @@ def print_table(rounds_of: Mapping[str, Sequence[Round]], columns: Sequence[str]
 
 def report(args: argparse.Namespace) -> None:
     """Every container in turn, then the table."""
-    found = fmt.open_set(fmt.resolve_set(args.data))
-    fields = list(found.manifest["fields"])
+    found = open_set(resolve_set(args.data))
+    fields = list(found.manifest.fields)
     rounds_of: dict[str, list[Round]] = defaultdict(list)
     for _ in range(args.rounds):
         for container in containers_for(fields):
@@ -137,6 +144,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line."""
     parser = make_parser("pack", __doc__)
     parser.add_argument("data", type=Path, metavar="DIR|ROOT")
     parser.add_argument("--rounds", type=int, default=3)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ import torch
 from bench.command import exit_status, make_parser
 from bench.train_flags import parse_with_settings
 from loader.loader import Loader
-from shards.format import open_set
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
-from train.loop import Job, evaluate, new_run, start, train_step
+from train.job import TrainingJob, make_job, new_run
+from train.loop import evaluate, train_step
 from train.model import start_from
 from train.order import Batches
 from train.settings import Settings
@@ -48,23 +47,10 @@ class Plan:
 
 def fold_of_rows(dataset: ShardDataset, n_folds: int) -> np.ndarray:
     """The fold of every train row; rows of one scene stay together."""
-    rows = dataset.rows_of(np.arange(len(dataset)))
-    scene = open_set(dataset.path).column("scene")[rows]
+    scene = dataset.row_facts("scene")
     scenes = np.unique(scene)
     fold_of_scene = np.random.default_rng(0).permutation(len(scenes)) % n_folds
     return fold_of_scene[np.searchsorted(scenes, scene)]
-
-
-def some_rows(job: Job, is_kept: np.ndarray) -> ShardDataset:
-    """The train rows where `is_kept`, as a dataset.
-
-    Only for this process: where it is unpickled it is the whole split again.
-    """
-    settings = job.settings
-    chosen: dict[str, Any] = {"target": settings.task, "num_classes": settings.num_classes}
-    dataset = ShardDataset(job.train_set.path, split="train", fields=job.train_set.fields, **chosen)
-    dataset._rows = dataset._rows[is_kept]
-    return dataset
 
 
 def loader_over(dataset: ShardDataset, batch_size: int, seed: int | None) -> Loader:
@@ -72,19 +58,19 @@ def loader_over(dataset: ShardDataset, batch_size: int, seed: int | None) -> Loa
     return Loader(dataset, Batches(len(dataset), batch_size, seed))
 
 
-def fold_job(settings: Settings, fold: int, n_folds: int) -> Job:
+def fold_job(settings: Settings, fold: int, n_folds: int) -> TrainingJob:
     """Trains without this fold of the train scenes, and is judged by it."""
-    job = start(settings, ranks.join())
+    job = make_job(settings, ranks.join())
     folds = fold_of_rows(job.train_set, n_folds)
-    left_in = some_rows(job, folds != fold)
-    left_out = some_rows(job, folds == fold)
+    left_in = job.train_set.subset(folds != fold)
+    left_out = job.train_set.subset(folds == fold)
     job.train_loader = loader_over(left_in, settings.batch_size, settings.seed)
-    job.test_loader = loader_over(left_out, BATCH_OF_SCORING, None)
+    job.eval_loader = loader_over(left_out, BATCH_OF_SCORING, None)
     job.train_set = left_in
     return job
 
 
-def learn(job: Job, n_epochs: int, weights: str | None = None) -> tuple[Run, Scores]:
+def learn(job: TrainingJob, n_epochs: int, weights: str | None = None) -> tuple[Run, Scores]:
     """The run, and the scores of the fold left out, after n_epochs."""
     run = new_run(job)
     start_from(run.model, weights)
@@ -108,7 +94,7 @@ def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> Non
     print(f"fold {fold}: semantic classes:", as_text(scores), flush=True)
 
 
-def epochs_within(minutes: float, job: Job, settings: Settings) -> int:
+def epochs_within(minutes: float, job: TrainingJob, settings: Settings) -> int:
     """How many fit, by the time that one takes."""
     job.settings = replace(settings, epochs=1)
     learn(job, 1)  # warm: files, caches of the convolutions
@@ -139,6 +125,7 @@ def judge(settings: Settings, fold: int, plan: Plan) -> Scores:
 
 
 def as_text(scores: Scores) -> str:
+    """For a line of the table."""
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
@@ -162,6 +149,7 @@ def report(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line."""
     return exit_status(lambda: report(argv))
 
 

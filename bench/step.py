@@ -25,7 +25,8 @@ from bench.figures import median_interval
 from bench.train_flags import parse_with_settings
 from train import ranks
 from train.checkpoint import Run
-from train.loop import Job, new_run, open_loaders, start, train_step
+from train.job import TrainingJob, make_job, new_run, open_loaders
+from train.loop import train_step
 
 N_UNTIMED = 4  # steps, more than the loader holds ready
 
@@ -38,13 +39,13 @@ class Pair:
     one_batch_s: float
 
 
-def endless(job: Job) -> Iterator[Any]:
+def endless(job: TrainingJob) -> Iterator[Any]:
     """Epoch after epoch of the real loader."""
     while True:
         yield from job.train_loader
 
 
-def repeated(job: Job) -> Iterator[Any]:
+def repeated(job: TrainingJob) -> Iterator[Any]:
     """One batch, over and over."""
     first = next(iter(job.train_loader))
     return itertools.repeat(
@@ -52,7 +53,7 @@ def repeated(job: Job) -> Iterator[Any]:
     )  # the loader's memory is used again
 
 
-def time_steps(batches: Iterator[Any], run: Run, job: Job, n_steps: int) -> float:
+def time_steps(batches: Iterator[Any], run: Run, job: TrainingJob, n_steps: int) -> float:
     """Seconds a step."""
     started = 0.0
     for k, batch in enumerate(itertools.islice(batches, N_UNTIMED + n_steps)):
@@ -64,13 +65,13 @@ def time_steps(batches: Iterator[Any], run: Run, job: Job, n_steps: int) -> floa
     return (time.perf_counter() - started) / n_steps
 
 
-def synchronize(job: Job) -> None:
+def synchronize(job: TrainingJob) -> None:
     """Wait for what a GPU still has to do."""
     if job.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def time_pairs(job: Job, n_pairs: int, n_steps: int) -> Iterator[Pair]:
+def time_pairs(job: TrainingJob, n_pairs: int, n_steps: int) -> Iterator[Pair]:
     """The halves in an order that alternates, beginning with the one batch."""
     run = new_run(job)
     job.net = run.model.train()
@@ -97,13 +98,14 @@ def print_table(pairs: Sequence[Pair]) -> None:
 
 
 def report(argv: Sequence[str] | None) -> None:
+    """Time the pairs and print the table."""
     parser = make_parser("step", __doc__)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each half of a pair")
     defaults = {"batch_size": 32, "size": 96, "width": 16, "num_classes": 10}
     settings, args = parse_with_settings(parser, argv, **defaults)
 
-    job = start(settings, ranks.join())
+    job = make_job(settings, ranks.join())
     pairs = list(time_pairs(job, args.pairs, args.steps))
     print_table(pairs)
     ratio = median_interval([pair.with_loader_s / pair.one_batch_s for pair in pairs])
@@ -115,6 +117,7 @@ def report(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line."""
     return exit_status(lambda: report(argv))
 
 

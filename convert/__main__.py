@@ -39,6 +39,7 @@ SOURCES = (".mat", ".h5", ".hdf5")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Convert a source, or copy a finished set into another format."""
     from convert.pipeline import convert
     from convert.session import prepare
     from convert.upgrade import is_old, upgrade
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
+    """Check every byte of a set, and random rows against its source."""
     from convert.verify import against_mat, verify_all
 
     found = read_set(args.directory)
@@ -86,6 +88,7 @@ def read_set(path: Path) -> ShardSet:
 
 
 def inspect(args: argparse.Namespace) -> None:
+    """Print what is in a set, and draw a contact sheet."""
     from convert.inspect import describe, picture
 
     found = open_set(resolve_set(args.directory))
@@ -96,18 +99,21 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
+    """Copy a set to Drive."""
     from convert.transfer import push
 
     print(push(read_set(args.directory), args.drive).path)
 
 
 def pull(args: argparse.Namespace) -> None:
+    """Copy a set from Drive."""
     from convert.transfer import pull, set_on_mount
 
     print(pull(set_on_mount(resolve_set(args.drive)), args.root).path)
 
 
 def sample(args: argparse.Namespace) -> None:
+    """Write a small .mat of made-up rooms."""
     from convert.sample import write_sample
 
     write_sample(args.file, args.rows)
@@ -150,6 +156,7 @@ def number(most: int) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     top = _Parser(
         "python -m convert",
         description=__doc__,
@@ -325,6 +332,7 @@ def repair_commands(error: Any) -> str:
 
 
 def repair_command(found: ShardSet) -> list[str]:
+    """The command that makes the wrong shards of a set again."""
     try:
         source = json.loads((found.path / PROVENANCE).read_text())["source_path"]
     except (OSError, ValueError, KeyError, TypeError):

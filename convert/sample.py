@@ -64,14 +64,9 @@ def write_sample(
     written, for no rows, and for pictures under 32 pixels.
     """
     if path.exists():
-        raise UserError(
-            f"{path} exists already. Remove it, or choose another name: "
-            "python -m convert sample OTHER.mat"
-        )
+        raise WrongPlace(path, "exists already", "Remove it, or choose another name")
     if rows < 1 or min(size_wh) < 32:
-        raise UserError(
-            f"{rows} rows of {size_wh}: too few. Run: python -m convert sample {path} --rows 48"
-        )
+        raise WrongSetting("rows", f"{rows} of {size_wh}", "choose 1 or more, of 32 pixels or more")
 
     tables = official_tables()
     sample = SampleFile(
@@ -97,10 +92,8 @@ def _write_whole(path: Path, sample: SampleFile) -> None:
         os.replace(temporary, path)
         fsync_dir(path.parent)
     except OSError as error:
-        what = f"{path} cannot be written ({error.strerror or error})"
-        raise UserError(
-            f"{what}. Choose another place: python -m convert sample OTHER.mat"
-        ) from error
+        what = f"cannot be written ({error.strerror or error})"
+        raise WrongPlace(path, what, "Choose another place for it") from error
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)

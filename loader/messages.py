@@ -74,6 +74,7 @@ def unpacked(data: bytes, worker_name: str) -> Message:
 
 
 def add_note(error: BaseException, text: str) -> None:
+    """Add a note to an error, where its class allows it."""
     with suppress(Exception):  # an exception's class may forbid it
         error.add_note(text)
 

@@ -94,6 +94,7 @@ def write_columns(
 def write_npy_columns(
     directory: Path, arrays: Mapping[str, Column], values: Mapping[str, np.ndarray]
 ) -> dict[str, FileEntry]:
+    """Write these arrays, one file each: their entries."""
     written = {}
     for array, column in arrays.items():
         name = column_file(array, column, False)
@@ -125,6 +126,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def npy_parts(array: np.ndarray) -> tuple[Any, ...]:
+    """Header and content of a .npy."""
     return npy_header(array.dtype.str, array.shape), raw(array)
 
 

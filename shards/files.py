@@ -44,6 +44,7 @@ def log(message: str) -> None:
 
 
 def mebibytes(n_bytes: int | None) -> str:
+    """For a message."""
     return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"
 
 
@@ -96,6 +97,7 @@ def write_bytes(path: Path, *parts: Any) -> FileEntry:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> FileEntry:
+    """Write an object, its keys sorted."""
     return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -148,6 +150,7 @@ def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
 
 
 def sha256_file(path: Path) -> str:
+    """Of a plain file. Raises DamagedSet."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 

@@ -130,10 +130,12 @@ def _channel_sums(sums: JsonObject, name: str) -> tuple[ChannelSums, ...]:
 
 
 def files_to_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    """By name."""
     return {name: entry.to_json() for name, entry in files.items()}
 
 
 def files_from_json(value: JsonObject) -> dict[str, FileEntry]:
+    """Raises ValueError where it is none."""
     return {name: FileEntry.from_json(entry) for name, entry in value.items()}
 
 
@@ -392,10 +394,12 @@ class Receipt:
 
 
 def receipt_name(shard: int) -> str:
+    """The name of the receipt of a shard."""
     return f"receipt-{shard:05d}.json"
 
 
 def write_receipt(directory: Path, shard: int, receipt: Receipt) -> None:
+    """The shard is done once it is there."""
     write_json(directory / receipt_name(shard), receipt.to_json())
 
 

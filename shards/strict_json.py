@@ -31,7 +31,7 @@ class JsonObject:
             raise ValueError(f"{self._where} has {unknown[0]}, which is not known")
 
     def text(self, key: str) -> str:
-        return self._of_type(key, str)  # type: ignore[no-any-return]
+        return self._of_type(key, str)
 
     def text_or_none(self, key: str) -> str | None:
         return None if self._get(key) is None else self.text(key)
@@ -47,7 +47,7 @@ class JsonObject:
         value = self._get(key)
         if type(value) is int:
             return float(value)
-        return self._of_type(key, float)  # type: ignore[no-any-return]
+        return self._of_type(key, float)
 
     def texts(self, key: str) -> tuple[str, ...]:
         values = self._list(key)
@@ -100,7 +100,7 @@ class JsonObject:
         return value
 
     def _list(self, key: str) -> list[Any]:
-        return self._of_type(key, list)  # type: ignore[no-any-return]
+        return self._of_type(key, list)
 
 
 def _whole(value: Any, where: str) -> int:

@@ -17,12 +17,12 @@ from train.augment import (
     color_jitter,
     random_flip,
     random_resized_crop,
-    rays,
     resize,
     surface,
     to_input,
     views,
 )
+from train.geometry import NYU_CAMERA, crop_box, rays
 from train.settings import Settings
 
 STATS = (2.842, 1.417)
@@ -31,6 +31,10 @@ HOW = Settings("", "", crop=0.5, jitter=0.4)
 
 def draws(n: int, seed: int = 0) -> Draws:
     return Draws(seed, n)
+
+
+def nyu_rays(size: int, crop: str) -> tuple[Tensor, Tensor]:
+    return rays(size, crop_box(crop), NYU_CAMERA)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -65,7 +69,7 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
 
 
 def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() -> None:
-    x, y = (plane[None] for plane in rays(64, "none"))
+    x, y = (plane[None] for plane in nyu_rays(64, "none"))
     far = torch.full_like(x, 8.0)
     wall, floor = torch.where(x > 0.2, 1 / x, far), torch.where(y > 0.2, 1.2 / y, far)  # 1 m to the right, 1.2 m below
     wall_mm, floor_mm, front_mm = ((1000 * z).round().to(torch.int16) for z in (wall, floor, far))
@@ -88,12 +92,12 @@ def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() ->
 def test_the_ray_of_the_first_stored_pixel_is_that_of_its_place_in_the_sensors_picture(
     crop: str, x: float, y: float
 ) -> None:
-    found = [float(plane[0, 0, 0]) for plane in rays(224, crop)]
+    found = [float(plane[0, 0, 0]) for plane in nyu_rays(224, crop)]
     assert found == pytest.approx([x, y], abs=1e-4)
 
 
 def test_a_hole_does_not_bend_the_surface_beside_it() -> None:
-    depth, (x, y) = torch.full((1, 1, 64, 64), 2000, dtype=torch.int16), (plane[None] for plane in rays(64, "none"))
+    depth, (x, y) = torch.full((1, 1, 64, 64), 2000, dtype=torch.int16), (plane[None] for plane in nyu_rays(64, "none"))
     depth[..., 10:13, 20:40] = depth[..., 40, ::3] = 0
     normals = surface(depth, x, y, STATS)[0, 2:]
     beside = (depth[0, 0] > 0) & (normals[2] != 0)
@@ -103,7 +107,7 @@ def test_a_hole_does_not_bend_the_surface_beside_it() -> None:
 
 def test_a_pixel_without_a_measurement_is_zero_in_every_plane_of_a_surface() -> None:
     depth = batch()[1]
-    planes = surface(depth, *(plane.expand_as(depth) for plane in rays(48, "border")), STATS)
+    planes = surface(depth, *(plane.expand_as(depth) for plane in nyu_rays(48, "border")), STATS)
     assert planes.shape == (8, 5, 48, 48)
     assert not planes.isnan().any()
     assert (planes.transpose(0, 1)[:, depth[:, 0] == 0] == 0).all()

@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from torch import nn
 
-from train.loop import new_run, start
+from train.job import make_job, new_run
 from train.model import TwoStreamResNet, compiled, layout_for, overruns
 from train.settings import Settings
 
@@ -26,7 +26,7 @@ LAST, PLAIN, CPU = torch.channels_last, torch.contiguous_format, torch.device("c
 def test_the_built_in_network_is_in_channels_last_where_its_channels_are_whole_blocks_or_many(
     width: int, layout: torch.memory_format, small_set: Path
 ) -> None:
-    job = start(Settings(str(small_set), "", width=width, size=32), CPU)
+    job = make_job(Settings(str(small_set), "", width=width, size=32), CPU)
     weight = new_run(job).model.rgb.layer1[0].conv1.weight
     assert job.layout is layout
     assert weight.is_contiguous(memory_format=layout)

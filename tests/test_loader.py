@@ -21,7 +21,7 @@ from loader import loader as loader_module
 from loader.buffers import N_BUFFERS
 from loader.loader import Loader
 from loader.producers import ProcessProducer, ThreadProducer
-from shards.format import UserError
+from shards.errors import UserError
 from stores import mounted as mount
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
@@ -44,9 +44,7 @@ def worker_pids(loader: Loader) -> list[int]:
     return [worker.process.pid for worker in producer.workers]
 
 
-def expected(
-    path: Path, epoch: int = 0, start: int = 0, **settings: Any
-) -> list[tuple[torch.Tensor, ...]]:
+def expected(path: Path, epoch: int = 0, start: int = 0, **settings: Any) -> list[tuple[torch.Tensor, ...]]:
     """The same batches made without any loader."""
     dataset = ShardDataset(path, split="all", **settings)
     return [dataset.batch(indices) for indices in Batches(len(dataset), 4, 0)(epoch)[start:]]
@@ -54,9 +52,7 @@ def expected(
 
 def same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(
-        x.dtype == y.dtype and torch.equal(x, y)
-        for p, q in zip(a, b, strict=True)
-        for x, y in zip(p, q, strict=True)
+        x.dtype == y.dtype and torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
     )
 
 
@@ -108,27 +104,21 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 @kinds
-def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(
-    small_set: Path, kind: dict[str, Any]
-) -> None:
+def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(small_set: Path, kind: dict[str, Any]) -> None:
     loader = make(small_set, **kind)
     want = expected(small_set)
     view, labels = next(iter(loader))[0][1, 2].numpy()[3:], []
     for _ in range(2):
         labels += [batch[2] for batch in loader]
     np.testing.assert_array_equal(view, want[0][0][1, 2].numpy()[3:])
-    ahead = (
-        1 if isinstance(loader.stream.producer, ThreadProducer) else 0
-    )  # ready for the next iteration
+    ahead = 1 if isinstance(loader.stream.producer, ThreadProducer) else 0  # ready for the next iteration
     assert eventually(lambda: len(loader.stream.producer.pool.lent) == 1 + ahead)  # type: ignore[union-attr]
     del view
     assert eventually(lambda: len(loader.stream.producer.pool.lent) == ahead)  # type: ignore[union-attr]
 
 
 @kinds
-def test_left_early_and_begun_again_is_the_same_epoch(
-    small_set: Path, kind: dict[str, Any]
-) -> None:
+def test_left_early_and_begun_again_is_the_same_epoch(small_set: Path, kind: dict[str, Any]) -> None:
     loader, want = make(small_set, **kind), expected(small_set)
     for _, batch in zip(range(3), loader, strict=False):
         assert batch is not None
@@ -148,9 +138,7 @@ def test_resumes_at_a_step_and_then_runs_on(small_set: Path, kind: dict[str, Any
 
 
 @kinds
-def test_an_older_iteration_does_not_take_from_a_newer_one(
-    small_set: Path, kind: dict[str, Any]
-) -> None:
+def test_an_older_iteration_does_not_take_from_a_newer_one(small_set: Path, kind: dict[str, Any]) -> None:
     loader = make(small_set, **kind)
     old = iter(loader)
     next(old)
@@ -187,9 +175,7 @@ def test_workers_start_with_the_first_batch_and_stay(small_set: Path) -> None:
     ],
 )
 @kinds
-def test_computed_values_are_the_datasets(
-    small_set: Path, kind: dict[str, Any], settings: dict[str, Any]
-) -> None:
+def test_computed_values_are_the_datasets(small_set: Path, kind: dict[str, Any], settings: dict[str, Any]) -> None:
     assert same(list(make(small_set, **kind, **settings)), expected(small_set, **settings))
 
 
@@ -211,9 +197,7 @@ def test_a_random_transform_draws_the_same_with_any_number_of_workers(small_set:
 
 
 @kinds
-def test_an_exception_names_the_rows_and_the_loader_goes_on(
-    small_set: Path, kind: dict[str, Any]
-) -> None:
+def test_an_exception_names_the_rows_and_the_loader_goes_on(small_set: Path, kind: dict[str, Any]) -> None:
     loader = make(small_set, **kind, transform=fail)
     first = Batches(36, 4, 0)(0)[0].tolist()
     for _ in range(2):
@@ -278,16 +262,12 @@ if __name__ == "__main__":
 """
 
 
-def start(
-    tmp_path: Path, small_set: Path, end: str, workers: int = 2, method: str = "fork"
-) -> subprocess.Popen[str]:
+def start(tmp_path: Path, small_set: Path, end: str, workers: int = 2, method: str = "fork") -> subprocess.Popen[str]:
     script = tmp_path / "script.py"
     values = {"repo": str(REPO), "tests": str(REPO / "tests"), "path": str(small_set)}
     script.write_text(SCRIPT.format(end=end, workers=workers, method=method, **values))
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, script], stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    return subprocess.Popen([sys.executable, script], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def first_line(process: subprocess.Popen[str]) -> list[int]:
@@ -296,9 +276,7 @@ def first_line(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_end_when_their_parent_is_killed(
-    small_set: Path, tmp_path: Path, method: str
-) -> None:
+def test_workers_end_when_their_parent_is_killed(small_set: Path, tmp_path: Path, method: str) -> None:
     before = set(os.listdir("/dev/shm"))
     with start(tmp_path, small_set, "time.sleep(60)", method=method) as process:
         pids = first_line(process)
@@ -366,9 +344,7 @@ def test_a_set_on_a_fuse_mount_is_refused_unless_insisted(
     mounts = tmp_path / "mountinfo"
     device = os.stat(small_set).st_dev
     at = f"{os.major(device)}:{os.minor(device)}"
-    mounts.write_text(
-        f"1 0 0:0 / / rw - overlay o rw\n2 1 {at} / /My\\040Drive rw shared:1 - {kind} drive rw\n"
-    )
+    mounts.write_text(f"1 0 0:0 / / rw - overlay o rw\n2 1 {at} / /My\\040Drive rw shared:1 - {kind} drive rw\n")
     monkeypatch.setattr(mount, "MOUNTS", mounts)
     assert len(ShardDataset(small_set, allow_remote=True)) > 0
     if refused:

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from conftest import REPO
 
-from train.__main__ import main, make_parser
+from train.__main__ import main, parse, train_and_report
 from train.loop import lr_at, train
 from train.settings import Settings
 
@@ -26,7 +26,7 @@ TINY = {"num_classes": 10, "epochs": 3, "batch_size": 8, "width": 4, "size": 32,
 def whole(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    train(Settings(str(small_set), str(out), **TINY))  # type: ignore[arg-type]
+    train_and_report(Settings(str(small_set), str(out), **TINY))  # type: ignore[arg-type]
     return out
 
 
@@ -39,6 +39,22 @@ def test_a_run_leaves_checkpoint_curves_confusion_and_one_csv_row_an_epoch(whole
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert all(0 <= float(row["test_top1"]) <= 1 and float(row["memory_bytes"]) > 0 for row in rows)
+
+
+def test_train_from_python_gives_its_result_and_draws_nothing(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(str(small_set), str(tmp_path), **TINY)  # type: ignore[arg-type]
+    result = train(settings)
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "previous.pt", "metrics.csv", ".lock"}
+    assert result.files == (tmp_path / "last.pt", tmp_path / "metrics.csv")
+    assert result.epochs == 3
+    assert result.last is result.run.history[-1]
+    assert result.best["test_top1"] == max(row["test_top1"] for row in result.run.history)
+    assert result.baseline is not None
+    assert 0 < result.baseline < 1
+    assert result.job.settings == settings
+    assert all(line.startswith("epoch ") for line in capsys.readouterr().out.splitlines())
 
 
 def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_path: Path, command: Run) -> None:
@@ -113,8 +129,9 @@ def test_a_path_need_not_be_utf_8(small_set: Path, tmp_path: Path) -> None:
 
 
 def test_the_flags_are_the_settings(small_set: Path) -> None:
-    args = make_parser().parse_args(["--data", str(small_set), "--out", "x"])
-    assert Settings(**vars(args)) == Settings(str(small_set), "x")
+    settings, recipe, start = parse(["--data", str(small_set), "--out", "x"])
+    assert settings == Settings(str(small_set), "x")
+    assert (recipe, start) == (None, "auto")
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:

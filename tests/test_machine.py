@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.sets import convert
 
 from convert import machine
-from convert.pipeline import convert
 from convert.transfer import pull, push, set_on_mount
 from shards import files
 from shards.dataset import open_set

@@ -14,7 +14,7 @@ from conftest import REPO
 from test_session import copy_of_the_checkout
 
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-GIVEN = ("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE")
+GIVEN = ("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE", "IMAGES")
 
 
 @pytest.fixture

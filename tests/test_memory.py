@@ -104,6 +104,4 @@ def test_a_training_that_does_not_fit_is_one_line_and_status_2(
     )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: 4 batches of ")
-    assert line.endswith(
-        " MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)"
-    )
+    assert line.endswith(" MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)")

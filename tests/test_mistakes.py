@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
-from shards.format import UserError
+from shards.errors import UserError
 from train.__main__ import main, make_parser
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.loop import train
@@ -205,7 +205,7 @@ def test_asking_a_network_first_changes_nothing_that_it_learns(
 ) -> None:
     same = {**TINY, "model": "networks:Normed", "epochs": 2}
     train(Settings(str(small_set), str(tmp_path / "asked"), **same))  # type: ignore[arg-type]
-    monkeypatch.setattr("train.loop.probe", lambda *given: None)
+    monkeypatch.setattr("train.job.probe", lambda *given: None)
     train(Settings(str(small_set), str(tmp_path / "not"), **same))  # type: ignore[arg-type]
     one, other = (torch.load(tmp_path / out / CHECKPOINT)["model"] for out in ("asked", "not"))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -10,7 +10,8 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from torch import Tensor, nn
 
-from shards.format import UserError, sha256_file
+from shards.errors import UserError
+from shards.files import sha256_file
 from train.model import TwoStreamResNet, build, load_trunks, read_weights
 
 STAGES = ((1, 64, 64), (2, 64, 128), (3, 128, 256), (4, 256, 512))

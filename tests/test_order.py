@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.order import Batches, permutation, steps_per_epoch
+from train.order import Batches, common_batches, permutation, steps_per_epoch
 
 counts = st.integers(1, 400)
 
@@ -38,6 +38,12 @@ def test_every_rank_knows_where_its_rows_stand_in_the_batch_of_all(n: int, batch
 def test_evaluation_counts_every_row_once(n: int, batch: int, world: int) -> None:
     rows = [row for r in range(world) for b in Batches(n, batch, None, r, world)(0) for row in b.tolist()]
     assert sorted(rows) == list(range(n))
+
+
+@given(counts, st.integers(1, 64), st.integers(1, 5))
+def test_common_batches_are_those_of_the_rank_with_the_fewest(n: int, batch: int, world: int) -> None:
+    per_rank = [len(Batches(n, batch, None, rank, world)(0)) for rank in range(world)]
+    assert common_batches(n, batch, world) == min(per_rank)
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from PIL import Image
 
-from train.__main__ import main
+from train.__main__ import main, train_and_report
 from train.data import ShardDataset
 from train.loop import train
 from train.predict import Average
@@ -28,7 +28,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def scene(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("predict") / "scene"
-    train(Settings(str(small_set), str(out), num_classes=10, epochs=2, batch_size=8, width=4, size=32))
+    settings = Settings(str(small_set), str(out), num_classes=10, epochs=2, batch_size=8, width=4, size=32)
+    train_and_report(settings)
     return out
 
 
@@ -114,4 +115,4 @@ def test_a_mistake_is_one_line(
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict(tmp_path) == 2
-    assert "has no checkpoint" in capsys.readouterr().err
+    assert f"{tmp_path} has no checkpoint. Run: make train RUN={tmp_path}\n" in capsys.readouterr().err

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from flaky import serving
+from helpers.sets import convert
 
 from convert import transfer
-from convert.pipeline import convert
 from convert.sample import write_sample
 from convert.transfer import fetch
 from shards.errors import IncompleteDownload, UserError, WrongSource

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from helpers.sets import FIELDS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.resize import ValueRangeError, _triangle_bands, area, depth_mm, nearest_indices, resize
-from shards.format import FIELDS
 
 DTYPES = {
     "rgb": np.uint8,
@@ -103,9 +103,7 @@ def test_rgb_is_the_exact_antialiased_result_to_one_grey_level(kind: str, size: 
     assert np.abs(resize("rgb", planes, size, "none", "nearest") - exact).max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("n_in", "n_out"), [(640, 224), (480, 224), (640, 8), (480, 480), (560, 97), (8, 480)]
-)
+@pytest.mark.parametrize(("n_in", "n_out"), [(640, 224), (480, 224), (640, 8), (480, 480), (560, 97), (8, 480)])
 def test_rgb_sums_are_whole_numbers_that_float32_holds(n_in: int, n_out: int) -> None:
     for bits, gain, largest in ((16, 16.0, 255), (12, 1 / 16, 255 * 16)):
         bands = _triangle_bands(n_in, n_out, bits, gain)

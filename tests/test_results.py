@@ -13,10 +13,11 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 
-from convert.pipeline import convert
+from helpers.sets import convert
+
 from convert.sample import write_sample
-from shards.format import Settings as Stored
-from shards.format import open_set
+from shards.dataset import open_set
+from shards.spec import ConversionSettings as Stored
 from train.__main__ import main
 
 Make = Callable[..., Path]

@@ -15,7 +15,8 @@ import torch
 from conftest import REPO
 
 import train.loop as loop
-from shards.format import UserError
+from shards.errors import UserError
+from train.__main__ import train_and_report
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.loop import train
 from train.report import command
@@ -198,11 +199,12 @@ def test_another_set_is_refused_with_both_fingerprints(small_set: Path, whole: P
 
 def test_a_new_disk_starts_from_the_mirror(small_set: Path, whole: Path, tmp_path: Path) -> None:
     mirror = tmp_path / "drive"
-    train(settings(small_set, tmp_path / "one", epochs=6, mirror=str(mirror)))
+    train_and_report(settings(small_set, tmp_path / "one", epochs=6, mirror=str(mirror)))
     assert {p.name for p in mirror.iterdir()} >= {"last.pt", "metrics.csv", "curves.png"}
     state = torch.load(mirror / CHECKPOINT, weights_only=True)
     assert (state["epoch"], state["step"]) == (6, 0)
     train(settings(small_set, tmp_path / "two", mirror=str(mirror)))
+    assert (tmp_path / "two" / "metrics.csv").is_file()
     assert_same(whole, tmp_path / "two")
 
 

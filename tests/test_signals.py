@@ -17,7 +17,7 @@ import torch
 from conftest import REPO
 from test_resume import assert_same, run_and_kill, settings
 
-from shards.format import UserError
+from shards.errors import UserError
 from shards.lock import hold
 from train.__main__ import main
 from train.report import command

@@ -14,9 +14,12 @@ from torch import Tensor
 from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
-from shards.format import VOID
+from shards.spec import VOID
 from train.augment import normalize_rgb, resize, views
-from train.loop import apply, new_run, start, train, train_step
+from train.geometry import crop_box
+from train.job import make_job, new_run
+from train.loop import predict_batch, train_step, training
+from train.report import report
 from train.settings import Settings
 from train.tasks import Classes, Depth
 
@@ -77,11 +80,11 @@ def test_depth_scores_are_averaged_over_pictures_and_leave_out_unmeasured_pixels
     true = 0.5 + 8 * torch.rand((3, 1, 12, 12), generator=generator, dtype=torch.float64)
     out = (true / 3 * (0.7 + 0.6 * torch.rand(true.shape, generator=generator))).log()
     true[1, 0, :6] = 0
-    task = Depth(3.0, "eigen")
+    task = Depth(3.0, crop_box("eigen"))
     scores = task.scores(task.count(out, true))
     rmse, abs_rel, delta1 = [], [], []
-    for named, gold in zip(task.metres(out), true, strict=True):
-        a, b = named[gold > 0], gold[gold > 0]
+    for predicted, gold in zip(task.metres(out), true, strict=True):
+        a, b = predicted[gold > 0], gold[gold > 0]
         rmse.append(float(mean_squared_error(a, b, squared=False)))
         abs_rel.append(float(((a - b).abs() / b).mean()))
         delta1.append(float((torch.maximum(a / b, b / a) < 1.25).double().mean()))
@@ -93,11 +96,11 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     true = torch.full((1, 1, 480, 640), 2.0)
     out = torch.full_like(true, 1.0)
     out[:, :, 45:471, 41:601] = 0.0
-    task = Depth(2.0, "none")
+    task = Depth(2.0, crop_box("none"))
     assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
     out[0, 0, 45, 41] = 1.0
     assert task.scores(task.count(out, true))["rmse"] > 0
-    without_frame = Depth(2.0, "border")  # 6 rows and 7 columns before the first one are cut off
+    without_frame = Depth(2.0, crop_box("border"))  # 6 rows and 7 columns before the first one are cut off
     out, true = out[:, :, 6:473, 7:632], true[:, :, 6:473, 7:632]
     assert without_frame.scores(without_frame.count(out, true))["rmse"] > 0
     out[0, 0, 45 - 6, 41 - 7] = 0.0
@@ -106,49 +109,54 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
 
 @pytest.mark.parametrize("task", ["scene", "semantic13"])
 def test_a_picture_and_its_mirror_image_get_the_same_answer(task: str, small_set: Path) -> None:
-    job = start(Settings(str(small_set), "", task=task, inputs="rgb", width=8, size=32), torch.device("cpu"))
+    job = make_job(Settings(str(small_set), "", task=task, inputs="rgb", width=8, size=32), torch.device("cpu"))
     net = new_run(job).model.eval()
     torch.nn.init.normal_((net.decoder.head if task != "scene" else net.fc).weight)
     rgb, depth, target = job.train_set.stored(np.arange(4))
     mirrored = rgb.flip(-1), depth.flip(-1), target.flip(-1) if target.ndim > 1 else target
     with torch.inference_mode():
-        out, again = (apply(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored))
+        out, again = (predict_batch(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored))
     assert out.std() > 1e-3
     torch.testing.assert_close(again if task == "scene" else again.flip(-1), out, atol=1e-4, rtol=1e-4)
 
 
-def test_a_thorough_answer_is_the_mean_over_the_picture_and_its_crops(small_set: Path) -> None:
-    job = start(Settings(str(small_set), "", inputs="rgb", width=8, size=32, crop=0.5), torch.device("cpu"))
+def test_an_answer_with_test_time_augmentation_is_the_mean_over_the_picture_and_its_crops(small_set: Path) -> None:
+    job = make_job(Settings(str(small_set), "", inputs="rgb", width=8, size=32, crop=0.5), torch.device("cpu"))
     net = new_run(job).model.eval()
     torch.nn.init.normal_(net.fc.weight)
     rgb, depth, target = job.train_set.stored(np.arange(4))
     with torch.inference_mode():
-        quick, thorough = (apply(net, job, (rgb, depth, target), thorough)[0] for thorough in (False, True))
+        batch = (rgb, depth, target)
+        quick, _ = predict_batch(net, job, batch, test_time_augmentation=False)
+        augmented, _ = predict_batch(net, job, batch)
         outs = [quick]
         for top, left, side in views(0.5)[1:]:
             small, _ = resize(rgb, [depth], 32, (top, left, side))
             outs += [(net(normalize_rgb(small)) + net(normalize_rgb(small.flip(-1)))) / 2]
-    torch.testing.assert_close(thorough, torch.stack(outs).mean(0), atol=1e-4, rtol=1e-4)
-    assert (thorough - quick).abs().max() > 1e-2
+    torch.testing.assert_close(augmented, torch.stack(outs).mean(0), atol=1e-4, rtol=1e-4)
+    assert (augmented - quick).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("task", ["semantic13", "depth"])
-def test_dense_outputs_are_scored_as_stored_where_thorough_and_at_training_size_in_between(
+def test_dense_outputs_are_scored_as_stored_at_the_end_and_at_training_size_in_between(
     task: str, small_set: Path
 ) -> None:
-    job = start(Settings(str(small_set), "", task=task, width=8, size=48), torch.device("cpu"))
+    job = make_job(Settings(str(small_set), "", task=task, width=8, size=48), torch.device("cpu"))
     net = new_run(job).model.eval()
     batch = job.train_set.stored(np.arange(4))
     with torch.inference_mode():
-        for thorough, size in ((False, 48), (True, 32)):
-            out, (*_, target) = apply(net, job, batch, thorough)
+        for at_the_end, size in ((False, 48), (True, 32)):
+            out, (*_, target) = predict_batch(net, job, batch, test_time_augmentation=at_the_end)
             assert out.shape[-2:] == target.shape[-2:] == (size, size)
 
 
 @pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])
 def test_every_task_trains_and_names_its_classes(task: str, score: str, small_set: Path, tmp_path: Path) -> None:
-    done = train(Settings(str(small_set), str(tmp_path), task=task, epochs=2, batch_size=8, width=4, size=32))
-    assert {f"train_{score}", f"test_{score}"} <= done["last"].keys()
+    settings = Settings(str(small_set), str(tmp_path), task=task, epochs=2, batch_size=8, width=4, size=32)
+    with training(settings) as done:
+        files = report(done)
+    assert {f"train_{score}", f"test_{score}"} <= done.last.keys()
+    assert {path.name for path in files} | {"previous.pt", ".lock"} == {path.name for path in tmp_path.iterdir()}
     assert {"mistakes.png", "curves.png", "predictions.csv"} <= {p.name for p in tmp_path.iterdir()}
     if score == "miou":
         with open(tmp_path / "classes.csv") as file:
@@ -161,7 +169,7 @@ def test_every_task_trains_and_names_its_classes(task: str, score: str, small_se
 def test_a_batch_in_which_nothing_is_known_leaves_a_network_that_can_go_on(
     task: str, unknown: float, small_set: Path
 ) -> None:
-    job = start(Settings(str(small_set), "", task=task, width=4, size=32), torch.device("cpu"))
+    job = make_job(Settings(str(small_set), "", task=task, width=4, size=32), torch.device("cpu"))
     run = new_run(job)
     job.net = run.model.train()
     rgb, depth, target = job.train_set.batch(np.arange(4))

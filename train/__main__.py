@@ -1,22 +1,40 @@
-"""python -m train: learn from a converted set; python -m train predict RUN: what a run says about other pictures."""
+"""python -m train: learn from a converted set; python -m train predict RUN: what a run says."""
 
 import argparse
 import io
+import shlex
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from loader.memory import NoRoom
-from shards.format import UserError, one_line
+from shards.dataset import ShardSet
+from shards.errors import (
+    DamagedSet,
+    MissingField,
+    MissingSet,
+    OldSet,
+    SeveralSets,
+    UnfinishedSet,
+    UserError,
+    WrongSetting,
+    one_line,
+)
 from train import ranks
-from train.loop import train
-from train.settings import Settings, add_flags
+from train.data import open_for_training
+from train.errors import NoCheckpoint, WrongCheckpoint
+from train.loop import MIRROR_WAIT_S, training
+from train.recipe import AUTO, RECIPES, defaults, plan
+from train.report import report
+from train.settings import Settings, add_flags, flag_of
 from train.signals import REQUESTS, Stopped
 
 EPILOG = """examples:
   python -m train --data data --out runs/scene
+  python -m train --data data --out runs/scene --recipe default
   python -m train --data data --out runs/parts --task semantic40 --batch-size 32
   python -m train --data data --out runs/pretrained --weights resnet18-f37072fd.pth --lr 3e-4
   torchrun --nproc-per-node 2 -m train --data data --out runs/two
@@ -25,66 +43,183 @@ EPILOG = """examples:
 The same command again continues where it stopped."""
 
 FULL_MEMORY = "the memory is full. Use a smaller --batch-size, --size or --width"
+FULL_GPU = "the GPU's memory is full. Use a smaller --batch-size"
+SAME_COMMAND = "What is saved is kept: mend that, then run the same command again"
 
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line, without the usage block."""
 
     def error(self, message: str) -> NoReturn:
+        """End with status 2."""
         message = " ".join(message.split())
         self.exit(2, f"{self.prog}: {message}. Run: python -m {self.prog} --help\n")
 
 
 def make_parser() -> Parser:
-    """The flags are the fields of Settings."""
-    parser = Parser("train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The flags are the fields of Settings, and which recipe is to be followed."""
+    parser = Parser(
+        "train",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_flags(parser)
+    parser.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="train in stages, with settings that are good together; a flag given is kept",
+    )
+    parser.add_argument(
+        "--start",
+        default=AUTO,
+        metavar="auto|RUN",
+        help="of a recipe: the run that learns the pixels' classes first, '' for none "
+        "(auto: OUT-parts, where the set has them)",
+    )
     return parser
+
+
+def parse(words: Sequence[str]) -> tuple[Settings, str | None, str]:
+    """The settings, the recipe and the run that it starts from. Raises UserError, or SystemExit."""
+    parser = make_parser()
+    recipe: str | None = parser.parse_args(words).recipe
+    parser.set_defaults(**defaults(recipe))
+
+    values = vars(parser.parse_args(words))
+    del values["recipe"]
+    start: str = values.pop("start")
+    return Settings(**values), recipe, start
+
+
+# ---------------------------------------------------------------- what is done
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn a user's mistake into one line and status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
+    words = sys.argv[1:] if argv is None else argv
     with REQUESTS.listening():
-        return _do(sys.argv[1:] if argv is None else argv)
+        try:
+            _do(words)
+        except (Exception, KeyboardInterrupt) as error:
+            explained = explain(error)
+            if explained is None:
+                raise
+            status, text = explained
+            print(f"{_who()}: {' '.join(text.split())}", file=sys.stderr)
+            return status
+    return 0
 
 
-def _do(words: Sequence[str]) -> int:
-    try:
-        if words[:1] == ["predict"]:
-            from train.predict import predict, predict_flags
+def _do(words: Sequence[str]) -> None:
+    if words[:1] == ["predict"]:
+        from train.predict import predict, predict_flags
 
-            predict(**vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
-        else:
-            train(Settings(**vars(make_parser().parse_args(words))))
-        return 0
-    except UserError as error:
-        status, text = 2, str(error)
-    except NoRoom as error:
-        status, text = 2, f"{error} (--batch-size)"
-    except MemoryError:
-        status, text = 2, FULL_MEMORY
-    except OSError as error:
-        status, text = 2, f"{error}. What is saved is kept: mend that, then run the same command again"
-    except torch.cuda.OutOfMemoryError:
-        status, text = 2, "the GPU's memory is full. Use a smaller --batch-size"
-    except Stopped as stop:
-        status, text = 130, str(stop)
-    except KeyboardInterrupt:
-        status, text = 130, "stopped; the same command continues from the last checkpoint"
-    except RuntimeError as error:
-        if ranks.is_lost(error):
-            status, text = 1, f"lost another rank ({one_line(error)}). Run the same command again to continue"
-        elif "allocate memory" in str(error):  # of torch on a CPU
-            status, text = 2, FULL_MEMORY
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            status, text = 2, f"--compile failed ({one_line(error)}). Run the same command without it"
-        else:
-            raise
-    who = f"train: rank {ranks.RANK} of {ranks.WORLD}" if ranks.WORLD > 1 else "train"
-    print(f"{who}: {' '.join(text.split())}", file=sys.stderr)
-    return status
+        parser = predict_flags(Parser("train predict"))
+        predict(**vars(parser.parse_args(words[1:])))
+        return
+
+    settings, recipe, start = parse(words)
+    settings.check_out()
+    found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    stages = plan(settings, found, recipe, start)
+    ranks.join()
+    for stage in stages:
+        is_done = ranks.broadcast_from_first(stage.is_done)
+        if not is_done:
+            train_and_report(stage.settings, found)
+
+
+def train_and_report(settings: Settings, found: ShardSet) -> None:
+    """A training on an opened set, then its pictures and tables, which go to the mirror with the rest.
+
+    The run's directory is this process's until all of that is done.
+    """
+    with training(settings, found) as result:
+        if ranks.RANK > 0:
+            return
+        files = report(result)
+        result.mirror.copy(*(path.name for path in files), wait_s=MIRROR_WAIT_S)
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """The exit status and the line for an error; None for one that is a fault of this program.
+
+    2: a user's mistake, or a machine too small. 130: stopped. 1: another process was lost.
+    """
+    if isinstance(error, UserError):
+        return 2, with_command(error)
+    if isinstance(error, Stopped):
+        return 130, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped; the same command continues from the last checkpoint"
+    if isinstance(error, NoRoom):
+        return 2, f"{error} (--batch-size)"
+    if isinstance(error, MemoryError):
+        return 2, FULL_MEMORY
+    if isinstance(error, OSError):
+        return 2, f"{error}. {SAME_COMMAND}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return 2, FULL_GPU
+    if isinstance(error, RuntimeError):
+        return _explain_torch(error)
+    return None
+
+
+def _explain_torch(error: RuntimeError) -> tuple[int, str] | None:
+    """Errors of torch are told apart by their texts, or by where they come from."""
+    if ranks.is_lost(error):
+        return 1, f"lost another rank ({one_line(error)}). Run the same command again to continue"
+    if "allocate memory" in str(error):  # on a CPU
+        return 2, FULL_MEMORY
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 2, f"--compile failed ({one_line(error)}). Run the same command without it"
+    return None
+
+
+def _who() -> str:
+    if ranks.WORLD == 1:
+        return "train"
+    return f"train: rank {ranks.RANK} of {ranks.WORLD}"
+
+
+def _after_missing(error: MissingSet) -> str:
+    path = Path(str(error.path))
+    if path.suffix in (".mat", ".h5", ".hdf5"):  # a source was given, not what is made of it
+        return f"Run: python -m convert run {shlex.quote(str(path))} --out data"
+    return "Run: make convert"
+
+
+def _after_missing_field(error: MissingField) -> str:
+    return f"Run: make convert ARGS='--fields {','.join((*error.fields, error.field))}'"
+
+
+# What to run after an error of the library, which itself knows no commands: the first that fits.
+COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
+    (UnfinishedSet, lambda error: "Run: make convert"),
+    (MissingSet, _after_missing),
+    (SeveralSets, lambda error: f"With make: DATA={error.found[0]}"),
+    (OldSet, lambda error: "Run: make convert"),
+    (DamagedSet, lambda error: "Run: make convert ARGS=--repair, or make pull"),
+    (MissingField, _after_missing_field),
+    (NoCheckpoint, lambda error: f"Run: make train RUN={error.run}"),
+    (WrongCheckpoint, lambda error: f"Run: make train RUN={error.run} ARGS=--reset"),
+)
+
+
+def with_command(error: UserError) -> str:
+    """The error's text, and the command to run next where there is one."""
+    if isinstance(error, WrongSetting):
+        return f"{flag_of(error.name)} {error.given}: {error.choices}"
+    for kind, command_after in COMMANDS:
+        if isinstance(error, kind):
+            return f"{error}. {command_after(error)}"
+    return str(error)
 
 
 if __name__ == "__main__":

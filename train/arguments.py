@@ -23,6 +23,7 @@ TARGET = re.compile(r"scene|semantic([1-9]\d{0,4})?|depth|instance")
 
 
 def refuse(name: str, given: Any, choices: str) -> WrongSetting:
+    """The error for an argument that is none of `choices`."""
     return WrongSetting(name, repr(given), choices)
 
 
@@ -32,6 +33,7 @@ def is_whole(value: Any) -> bool:
 
 
 def check_whole(name: str, value: Any, low: int, high: int) -> int:
+    """The number as an int; WrongSetting unless it is whole and from `low` to `high`."""
     if not (is_whole(value) and low <= value <= high):
         choices = str(low) if low == high else f"{low} to {high}"
         raise refuse(name, value, f"a whole number, {choices}")
@@ -39,6 +41,7 @@ def check_whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """WrongSetting unless it is one of `choices`."""
     if not (isinstance(value, str) and value in choices):
         raise refuse(name, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
 
@@ -51,22 +54,26 @@ def check_target(target: Any) -> None:
 
 
 def check_num_classes(num_classes: Any) -> None:
+    """WrongSetting unless it is None or a number; which numbers there are is the dataset's to know."""
     if num_classes is not None:
         check_whole("num_classes", num_classes, 1, 10_000)
 
 
 def check_flags(**flags: Any) -> None:
+    """WrongSetting unless each is True or False."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
             raise refuse(name, value, "True or False")
 
 
 def check_function(name: str, value: Any) -> None:
+    """WrongSetting unless it is a function or None."""
     if not (value is None or callable(value)):
         raise refuse(name, value, "a function, batch -> batch, or None")
 
 
 def check_path(path: Any) -> None:
+    """WrongSetting unless it can be the path of a set."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise refuse(
             "dataset_path", path, "the path of a finished set, or of a folder that holds one"
@@ -122,6 +129,7 @@ def check_workers(num_workers: Any) -> int | str:
 
 
 def check_start_method(start_method: Any) -> None:
+    """WrongSetting unless multiprocessing has it."""
     if start_method is not None:
         check_choice("start_method", start_method, mp.get_all_start_methods())
 
@@ -140,6 +148,7 @@ def check_target_size(target_size: Any) -> None:
 
 
 def check_cache(cache: Any, device: Any) -> None:
+    """WrongSetting unless `cache` and `device` go together."""
     if not (cache is None or (isinstance(cache, str) and cache == "device")):
         raise refuse("cache", cache, "'device' or None")
     if device is not None and cache is None:

@@ -1,37 +1,60 @@
 """Batch augmentation on the device: stored integers in, network input out.
 
-Random numbers are drawn on the CPU for the whole batch of all ranks, so neither the device nor the number of ranks
-changes a picture. `planes` are sampled nearest, beside RGB: depth, its rays, dense targets; [B,1,H,W] or [B,H,W].
+Random numbers are drawn on the CPU for the whole batch of all ranks, so neither the device nor the
+number of ranks changes a picture. `planes` are sampled nearest, beside RGB: depth, its rays, dense
+targets; [B,1,H,W] or [B,H,W].
+
+The order of the draws, and of the operations on floats, is part of what a run is: another order
+gives other weights.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.format import CROP_BOXES
 from train.settings import Settings
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCALE_C11 = torch.tensor([1 / (255 * s) for s in IMAGENET_STD])[:, None, None]
-SHIFT_C11 = torch.tensor([m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])[:, None, None]
-Pictures = tuple[Tensor, list[Tensor]]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# (grey / 255 - mean) / std as one multiplication and one subtraction.
+SCALE_C11 = torch.tensor([1 / (255 * std) for std in IMAGENET_STD])[:, None, None]
+SHIFT_C11 = torch.tensor(
+    [mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+)[:, None, None]
+
+METRES_PER_MM = 1e-3
+MAX_LOG2_ASPECT = 0.415  # of a random crop: 2**0.415 is 4/3
+
+Pictures = tuple[Tensor, list[Tensor]]  # RGB, and the planes beside it
 View = tuple[float, float, float]  # top, left, side, as shares of the picture
 WHOLE: View = (0.0, 0.0, 1.0)
 
 
 class Draws:
-    """Uniform numbers for the rows of one batch: `mine` of the `n_rows` of all ranks."""
+    """Uniform numbers for the rows of one batch.
 
-    def __init__(self, seed: int, n_rows: int, mine: Any = slice(None), device: Any = "cpu") -> None:
+    seed: of this step. n_rows: of the batch of all ranks together. mine: which of them are this
+    rank's (an index). device: where the numbers are wanted.
+    """
+
+    def __init__(
+        self, seed: int, n_rows: int, mine: Any = slice(None), device: Any = "cpu"
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.n_rows, self.mine, self.device = n_rows, mine, device
+        self.n_rows = n_rows
+        self.mine = mine
+        self.device = device
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """[rows of this rank, *shape] on the device."""
         drawn = low + (high - low) * torch.rand((self.n_rows, *shape), generator=self.generator)
         return drawn[self.mine].to(self.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------- the network's input
 
 
 def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
@@ -40,122 +63,228 @@ def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
 
 
 def normalize_depth(depth_mm_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:
-    """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; a pixel without a measurement is exactly 0."""
-    return torch.where(depth_mm_b1hw > 0, (depth_mm_b1hw * 1e-3 - mean_m) / std_m, 0.0)
+    """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; 0 where none was measured."""
+    normalized = (depth_mm_b1hw * METRES_PER_MM - mean_m) / std_m
+    return torch.where(depth_mm_b1hw > 0, normalized, 0.0)
 
 
-def rays(size: int, crop: str) -> tuple[Tensor, Tensor]:
-    """[1, S, S] each: how far right of the camera's axis and below it a pixel's point lies, per metre of depth."""
-    top, bottom, left, right = CROP_BOXES[crop]
-    share = (torch.arange(size) + 0.5) / size
-    x, y = left + (right - left) * share, top + (bottom - top) * share
-    x, y = (x - 325.58) / 518.86, (y - 253.74) / 519.47  # the camera's centre and focal lengths, from the set's toolbox
-    return x.expand(1, size, size), y[:, None].expand(1, size, size)
+def surface(
+    depth_mm_b1hw: Tensor, x_b1hw: Tensor, y_b1hw: Tensor, stats: tuple[float, float]
+) -> Tensor:
+    """Depth as five planes [B,5,H,W]: normalised, metres below the camera's axis, normal (x, y, z).
 
-
-def surface(depth_mm_b1hw: Tensor, x_b1hw: Tensor, y_b1hw: Tensor, stats: tuple[float, float]) -> Tensor:
-    """[B,5,H,W]: normalised depth, metres below the camera's axis, the normal; 0 where nothing was measured.
-
-    `x`, `y`: the rays of these very pixels; the picture's right is x also where it was mirrored. Normals point to the
-    camera: differences between means of 3x3 points beside the pixel. `stats`: depth's mean and deviation in metres.
+    depth_mm: int16 [B,1,H,W]. x, y: the rays of these very pixels (`geometry.rays`), [B,1,H,W]; the
+    picture's right is x also where it was mirrored. stats: mean and deviation of depth in metres.
+    Where nothing was measured all five are 0. Normals point to the camera; they come from the
+    differences between the means of 3x3 points on both sides of the pixel.
     """
-    metres, known = depth_mm_b1hw * 1e-3, depth_mm_b1hw > 0
-    x_b1hw = x_b1hw * torch.sign(x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1])
-    points = torch.cat((metres * x_b1hw, metres * y_b1hw, metres, known), dim=1)
-    wide = F.pad(points, (2, 2, 2, 2), mode="replicate")
-    rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
-    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    left, right, above, below = sums[..., 1:-1, :-2], sums[..., 1:-1, 2:], sums[..., :-2, 1:-1], sums[..., 2:, 1:-1]
-    across, down = _difference(left, right), _difference(above, below)
-    product = down.roll(-1, 1) * across.roll(1, 1) - down.roll(1, 1) * across.roll(-1, 1)  # faster than torch's cross
-    normals = product * (product.square().sum(dim=1, keepdim=True) + 1e-18).rsqrt()
-    planes = torch.cat((normalize_depth(depth_mm_b1hw, *stats), points[:, 1:2], normals), dim=1)
-    return torch.where(known, planes, 0.0)
+    depth_m = depth_mm_b1hw * METRES_PER_MM
+    is_known = depth_mm_b1hw > 0
+
+    to_the_right = torch.sign(
+        x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1]
+    )  # -1 in a mirrored picture
+    x_b1hw = x_b1hw * to_the_right
+    points_b4hw = torch.cat((depth_m * x_b1hw, depth_m * y_b1hw, depth_m, is_known), dim=1)
+
+    normals_b3hw = _normals(points_b4hw)
+    below_axis = points_b4hw[:, 1:2]
+    planes = torch.cat((normalize_depth(depth_mm_b1hw, *stats), below_axis, normals_b3hw), dim=1)
+    return torch.where(is_known, planes, 0.0)
 
 
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    """Between the means of two sums of points (x, y, z, their number); 0 where one of them has none."""
-    n_before, n_after = before[:, 3:], after[:, 3:]
-    between = after[:, :3] / n_after.clamp(min=1) - before[:, :3] / n_before.clamp(min=1)
-    return between * ((n_before > 0) & (n_after > 0))
+def _normals(points_b4hw: Tensor) -> Tensor:
+    """Points (x, y, z, 1; all 0 where not known) -> unit normals [B,3,H,W].
+
+    0 where too little is known beside a pixel.
+    """
+    wide = F.pad(points_b4hw, (2, 2, 2, 2), mode="replicate")
+    sums_of_rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
+    sums_3x3 = sums_of_rows[..., :-2] + sums_of_rows[..., 1:-1] + sums_of_rows[..., 2:]
+
+    left = sums_3x3[..., 1:-1, :-2]
+    right = sums_3x3[..., 1:-1, 2:]
+    above = sums_3x3[..., :-2, 1:-1]
+    below = sums_3x3[..., 2:, 1:-1]
+    across = _difference_of_means(left, right)
+    down = _difference_of_means(above, below)
+
+    # The cross product; faster than torch's own.
+    product = down.roll(-1, 1) * across.roll(1, 1) - down.roll(1, 1) * across.roll(-1, 1)
+    squared_length = product.square().sum(dim=1, keepdim=True)
+    return product * (squared_length + 1e-18).rsqrt()
 
 
-def to_input(rgb_bchw: Tensor, planes: list[Tensor], stats: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """RGB and depth as the network sees them; `planes`: depth, and its rays where it sees surfaces."""
+def _difference_of_means(before: Tensor, after: Tensor) -> Tensor:
+    """Between the means of two sums of points (x, y, z, their number); 0 where one has none."""
+    n_before = before[:, 3:]
+    n_after = after[:, 3:]
+    mean_before = before[:, :3] / n_before.clamp(min=1)
+    mean_after = after[:, :3] / n_after.clamp(min=1)
+    return (mean_after - mean_before) * ((n_before > 0) & (n_after > 0))
+
+
+def to_input(
+    rgb_bchw: Tensor, planes: list[Tensor], stats: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """RGB and depth as the network sees them.
+
+    planes: depth in millimetres, and its rays where the network sees surfaces. stats: mean and
+    deviation of depth in metres.
+    """
     depth_mm_b1hw, *xy = planes
-    depth = surface(depth_mm_b1hw, xy[0], xy[1], stats) if xy else normalize_depth(depth_mm_b1hw, *stats)
+    if xy:
+        depth = surface(depth_mm_b1hw, xy[0], xy[1], stats)
+    else:
+        depth = normalize_depth(depth_mm_b1hw, *stats)
     return normalize_rgb(rgb_bchw), depth
 
 
-def _window(rgb_bchw: Tensor, planes: list[Tensor], size: int, corner: list[Tensor], extent: list[Tensor]) -> Pictures:
-    """A window of each row (from the top left, as shares [B, 1] of the picture): bilinear RGB, nearest planes.
+# ---------------------------------------------------------------- windows of pictures
 
-    RGB is first averaged down to at most twice `size`: bilinear sampling alone would skip pixels.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """A window of each row's picture, as shares of the picture, [B, 1] each."""
+
+    top_b1: Tensor
+    left_b1: Tensor
+    height_b1: Tensor
+    width_b1: Tensor
+
+
+def _cut(rgb_bchw: Tensor, planes: list[Tensor], size: int, windows: Windows) -> Pictures:
+    """Each row's window at size x size: bilinear RGB, nearest planes."""
     height, width = rgb_bchw.shape[-2:]
-    centres_s = (torch.arange(size, device=rgb_bchw.device) + 0.5)[None, :] / size
-    y_bs, x_bs = ((at + n * centres_s) * side for at, n, side in zip(corner, extent, (height, width), strict=True))
-    n = -(-height // (2 * size))
-    coarse = F.avg_pool2d(rgb_bchw.float(), n, ceil_mode=True)
-    y, x = (2 * at / (n * side) - 1 for at, side in zip((y_bs, x_bs), coarse.shape[-2:], strict=True))
-    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
-    rgb = F.grid_sample(coarse, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    centres_1s = (torch.arange(size, device=rgb_bchw.device) + 0.5)[None, :] / size
+    y_bs = (windows.top_b1 + windows.height_b1 * centres_1s) * height
+    x_bs = (windows.left_b1 + windows.width_b1 * centres_1s) * width
+
+    rgb = _sample_bilinear(rgb_bchw, y_bs, x_bs)
+    return rgb, [_sample_nearest(plane, y_bs, x_bs) for plane in planes]
+
+
+def _sample_bilinear(rgb_bchw: Tensor, y_bs: Tensor, x_bs: Tensor) -> Tensor:
+    """Colours at these pixels' coordinates (0 is the picture's edge), float32 [B,C,S,S].
+
+    The picture is first averaged down to at most twice S: bilinear sampling alone would skip
+    pixels.
+    """
+    size = y_bs.shape[1]
+    n_averaged = -(-rgb_bchw.shape[-2] // (2 * size))  # rounded up
+    coarse = F.avg_pool2d(rgb_bchw.float(), n_averaged, ceil_mode=True)
+
+    # grid_sample counts from -1 to 1. Where n_averaged does not divide the picture, the coarse one
+    # is a little larger than it: its own size counts.
+    coarse_height, coarse_width = coarse.shape[-2:]
+    y = 2 * y_bs / (n_averaged * coarse_height) - 1
+    x = 2 * x_bs / (n_averaged * coarse_width) - 1
+    grid_bss2 = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    return F.grid_sample(
+        coarse, grid_bss2, mode="bilinear", padding_mode="border", align_corners=False
+    )
+
+
+def _sample_nearest(plane: Tensor, y_bs: Tensor, x_bs: Tensor) -> Tensor:
+    """The values of the pixels in which these lie: [B,S,S], or [B,1,S,S] of [B,1,H,W]."""
+    n_rows, size = y_bs.shape
+    height, width = plane.shape[-2:]
     rows = y_bs.long().clamp(0, height - 1)[:, :, None]
     columns = x_bs.long().clamp(0, width - 1)[:, None, :]
-    batch = torch.arange(len(rgb), device=rgb.device)[:, None, None]
-    return rgb, [p.view(len(p), height, width)[batch, rows, columns].view(*p.shape[:-2], size, size) for p in planes]
+
+    batch = torch.arange(n_rows, device=plane.device)[:, None, None]
+    sampled_bss = plane.view(n_rows, height, width)[batch, rows, columns]
+    return sampled_bss.view(*plane.shape[:-2], size, size)
 
 
 def views(smallest: float) -> list[View]:
-    """The whole picture, its corners and its centre; these as large as training crops are in the mean."""
+    """The whole picture, its four corners and its centre.
+
+    smallest: the share of the area that training crops have at least; the five are as large as
+    these are in the mean. With 1 only the whole picture is left.
+    """
     side = ((1 + smallest) / 2) ** 0.5
     far = 1 - side
-    crops = [(0.0, 0.0), (0.0, far), (far, 0.0), (far, far), (far / 2, far / 2)]
-    return list(dict.fromkeys([WHOLE, *((*corner, side) for corner in crops)]))
+    corners = [(0.0, 0.0), (0.0, far), (far, 0.0), (far, far), (far / 2, far / 2)]
+    crops = [(top, left, side) for top, left in corners]
+    return list(dict.fromkeys([WHOLE, *crops]))
 
 
 def resize(rgb_bchw: Tensor, planes: list[Tensor], size: int, view: View = WHOLE) -> Pictures:
     """The same view of every picture at size x size, resampled as the training crops are."""
     if rgb_bchw.shape[-2:] == (size, size) and view == WHOLE:
         return rgb_bchw, planes
-    top, left, side = (torch.full((len(rgb_bchw), 1), share, device=rgb_bchw.device) for share in view)
-    return _window(rgb_bchw, planes, size, [top, left], [side, side])
+
+    shape = (len(rgb_bchw), 1)
+    top_b1, left_b1, side_b1 = (torch.full(shape, share, device=rgb_bchw.device) for share in view)
+    windows = Windows(top_b1=top_b1, left_b1=left_b1, height_b1=side_b1, width_b1=side_b1)
+    return _cut(rgb_bchw, planes, size, windows)
 
 
-def random_resized_crop(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, smallest: float) -> Pictures:
-    """One crop a row, resampled to size x size: `smallest`..1 of the area, its aspect ratio 3/4..4/3 where it fits."""
-    area, aspect = draws.uniform(1, low=smallest), torch.exp2(draws.uniform(1, low=-0.415, high=0.415))
-    high, wide = ((area * ratio).sqrt().clamp(max=1.0) for ratio in (1 / aspect, aspect))
-    top, left = (1 - high) * draws.uniform(1), (1 - wide) * draws.uniform(1)
-    return _window(rgb_bchw, planes, size, [top, left], [high, wide])
+# ---------------------------------------------------------------- random changes
+
+
+def random_resized_crop(
+    rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, smallest: float
+) -> Pictures:
+    """One crop a row, at size x size.
+
+    `smallest`..1 of the area, its aspect ratio 3/4..4/3 where it fits.
+    """
+    area_b1 = draws.uniform(1, low=smallest)
+    aspect_b1 = torch.exp2(draws.uniform(1, low=-MAX_LOG2_ASPECT, high=MAX_LOG2_ASPECT))
+    height_b1 = (area_b1 * (1 / aspect_b1)).sqrt().clamp(max=1.0)
+    width_b1 = (area_b1 * aspect_b1).sqrt().clamp(max=1.0)
+
+    top_b1 = (1 - height_b1) * draws.uniform(1)
+    left_b1 = (1 - width_b1) * draws.uniform(1)
+    windows = Windows(top_b1=top_b1, left_b1=left_b1, height_b1=height_b1, width_b1=width_b1)
+    return _cut(rgb_bchw, planes, size, windows)
 
 
 def random_flip(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws) -> Pictures:
     """Mirror each row left to right with probability one half."""
-    flip_b = draws.uniform() < 0.5
-    flipped = [torch.where(flip_b.view(-1, *[1] * (p.ndim - 1)), p.flip(-1), p) for p in (rgb_bchw, *planes)]
-    return flipped[0], flipped[1:]
+    is_flipped_b = draws.uniform() < 0.5
+
+    def flip(part: Tensor) -> Tensor:
+        is_flipped = is_flipped_b.view(-1, *[1] * (part.ndim - 1))
+        return torch.where(is_flipped, part.flip(-1), part)
+
+    return flip(rgb_bchw), [flip(plane) for plane in planes]
 
 
 def _grey(rgb_bchw: Tensor) -> Tensor:
-    """[B, 1, H, W]: luma by ITU-R BT.601."""
+    """[B,1,H,W]: luma by ITU-R BT.601."""
     red, green, blue = rgb_bchw.unbind(1)
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
 def color_jitter(rgb_bchw: Tensor, draws: Draws, strength: float) -> Tensor:
-    """Brightness, contrast and saturation, each scaled by a row's own 1 - strength .. 1 + strength; float, 0..255."""
-    brightness, contrast, saturation = (draws.uniform(1, 1, 1, low=1 - strength, high=1 + strength) for _ in range(3))
+    """Brightness, contrast and saturation, each times a row's own 1 - strength .. 1 + strength.
+
+    Returns floats [B,3,H,W], 0..255.
+    """
+    low = 1 - strength
+    high = 1 + strength
+    brightness = draws.uniform(1, 1, 1, low=low, high=high)
+    contrast = draws.uniform(1, 1, 1, low=low, high=high)
+    saturation = draws.uniform(1, 1, 1, low=low, high=high)
+
     rgb = (rgb_bchw.float() * brightness).clamp(0, 255)
+
     mean = _grey(rgb).mean(dim=(1, 2, 3), keepdim=True)
     rgb = (mean + (rgb - mean) * contrast).clamp(0, 255)
+
     grey = _grey(rgb)
     return (grey + (rgb - grey) * saturation).clamp(0, 255)
 
 
-def augment(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, how: Settings) -> Pictures:
-    """Crop, flip and colour jitter: float RGB 0..255 and the planes, all size x size."""
-    smallest = 1.0 if how.task == "depth" else how.crop  # a zoom would change what is a metre
+def augment(
+    rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, settings: Settings
+) -> Pictures:
+    """Crop, flip and colour jitter as `settings` say -> float RGB 0..255, and the planes."""
+    # Of depth no crop: a zoom would change what is a metre.
+    smallest = 1.0 if settings.task == "depth" else settings.crop
     rgb, planes = random_resized_crop(rgb_bchw, planes, draws, size, smallest)
     rgb, planes = random_flip(rgb, planes, draws)
-    return color_jitter(rgb, draws, how.jitter), planes
+    return color_jitter(rgb, draws, settings.jitter), planes

@@ -5,8 +5,8 @@ import errno
 import io
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shards.format import UserError, log, one_line, write_atomically
-from stores.mounted import copy_file
+from shards.errors import one_line
+from shards.files import log, write_atomically
+from shards.lock import hold
+from stores.mirror import copy_file
 from train import ranks
-from train.settings import MAY_CHANGE, Settings
+from train.errors import CannotWrite, OtherRun
+from train.settings import MAY_CHANGE, Settings, flag_of
 
-CHECKPOINT, PREVIOUS, METRICS = "last.pt", "previous.pt", "metrics.csv"
+CHECKPOINT = "last.pt"
+PREVIOUS = "previous.pt"
+METRICS = "metrics.csv"
+CLASS_TABLE = "classes.csv"  # of a reported run
 LOCK = ".lock"  # in a run's directory, held while something writes there
-PARTS = ("model", "optimizer", "scaler")  # of a Run, stored as their state_dict
 
 
 @dataclass
@@ -33,7 +38,7 @@ class Run:
     scaler: torch.amp.GradScaler
     sums: Tensor  # float64: loss, its weight, the task's counts; of this rank's steps in this epoch
     counts: Tensor  # float64: the task's counts of the last evaluation
-    history: list[dict[str, float]]  # one row a finished epoch
+    history: list[dict[str, float]]  # one row a finished epoch, as in metrics.csv
     step: int = 0  # next one in the current epoch
 
     @property
@@ -42,19 +47,45 @@ class Run:
         return len(self.history)
 
 
+@contextmanager
+def only_writer(directory: Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a run's directory, which is made if need be.
+
+    doing: "trained" or "written", for the error of a second process. Raises UserError where another
+    process holds it, and where the directory cannot be made.
+    """
+    with hold(
+        directory / LOCK,
+        is_held=f"{directory} is being {doing} by",
+        then="Wait for it, or use another --out",
+        elsewhere="Use another --out",
+    ):
+        yield
+
+
+# ---------------------------------------------------------------- writing
+
+
 def write_file(path: Path, write: Callable[[Any], object]) -> None:
-    """Write it whole or not at all. Raises UserError that names the file where that fails."""
+    """Write it whole or not at all. Raises CannotWrite that names the file where that fails."""
     try:
         write_atomically(path, write)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else error.strerror or one_line(error)
-        hint = "Make room" if full else "Mend that"
-        raise UserError(f"{path} cannot be written: {what}. {hint}, then run the same command again") from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if is_full else error.strerror or one_line(error)
+        mend = "Make room" if is_full else "Mend that"
+        raise CannotWrite(
+            f"{path} cannot be written: {what}",
+            f"{mend}, then run the same command again",
+            path=path,
+        ) from error
 
 
-class _Remembering:
-    """A file for torch.save, which answers a failed write with errors of its own ("unexpected pos")."""
+class _RememberingFile:
+    """A file for torch.save, which answers a failed write with errors of its own.
+
+    These ("unexpected pos") do not say that the disk is full: the write's own error is kept.
+    """
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -62,7 +93,7 @@ class _Remembering:
 
     def write(self, data: Any) -> int:
         try:
-            return self.file.write(data)  # type: ignore[no-any-return]
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
@@ -73,7 +104,7 @@ class _Remembering:
 
 def _torch_save(state: dict[str, Any], file: Any) -> None:
     """Raises the OSError of the write that failed."""
-    remembering = _Remembering(file)
+    remembering = _RememberingFile(file)
     try:
         torch.save(state, remembering)  # type: ignore[arg-type]
     except RuntimeError:
@@ -83,6 +114,7 @@ def _torch_save(state: dict[str, Any], file: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with the columns of its last row. Raises CannotWrite."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[-1]))
     writer.writeheader()
@@ -91,13 +123,28 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def save(run: Run, settings: Settings, fingerprint: str) -> None:
-    """metrics.csv, then last.pt (the one before stays as previous.pt). Every rank calls it, the first one writes."""
-    sums, out = ranks.total(run.sums), Path(settings.out)
-    if ranks.RANK:
+    """metrics.csv, then last.pt (the one before stays as previous.pt).
+
+    Every rank calls it, the first one writes. fingerprint: of the set. Raises CannotWrite.
+    """
+    sums = ranks.all_reduce_sum(run.sums)
+    if ranks.RANK > 0:
         return
-    state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
-    state |= {"epoch": run.epoch, "step": run.step, "sums": sums, "counts": run.counts, "history": run.history}
-    state |= {"settings": asdict(settings), "batch": settings.batch_size * ranks.WORLD, "fingerprint": fingerprint}
+
+    out = Path(settings.out)
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "epoch": run.epoch,
+        "step": run.step,
+        "sums": sums,
+        "counts": run.counts,
+        "history": run.history,
+        "settings": asdict(settings),
+        "batch": settings.batch_size * ranks.WORLD,
+        "fingerprint": fingerprint,
+    }
     if run.history:
         write_csv(out / METRICS, run.history)
     if (out / CHECKPOINT).exists():
@@ -105,12 +152,20 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
     write_file(out / CHECKPOINT, lambda file: _torch_save(state, file))
 
 
+# ---------------------------------------------------------------- reading
+
+
 def _read(path: Path) -> dict[str, Any] | None:
-    """The stored state, every byte checked; a file that cannot be read is named, set aside and skipped."""
+    """The stored state, every byte checked; None where there is no file.
+
+    A file that cannot be read is named, set aside and skipped.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch stores a checksum of every tensor and does not look at it
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not match its checksum")
+        # torch stores a checksum of every tensor and does not look at it.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or "fingerprint" not in state:
             raise ValueError("it is not a checkpoint of this program")
@@ -118,7 +173,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip or pickle raises almost anything
-        with suppress(OSError):  # else the next save would put it in the place of the good one before
+        # Else the next save would put it in the place of the good one before.
+        with suppress(OSError):
             os.replace(path, path.with_suffix(".broken"))
         log(f"{path} is damaged, renamed to .broken and skipped: {one_line(error)}")
         return None
@@ -126,52 +182,94 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def newest(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint: last.pt, else the further one of previous.pt and --mirror's."""
-    last, *others = (Path(settings.out, name) for name in (CHECKPOINT, PREVIOUS))
-    if state := _read(last):
+    last = Path(settings.out, CHECKPOINT)
+    state = _read(last)
+    if state is not None:
         return last, state
-    others += [Path(settings.mirror, CHECKPOINT)] if settings.mirror else []
-    found = [(path, state) for path in others if (state := _read(path))]
+
+    others = [Path(settings.out, PREVIOUS)]
+    if settings.mirror:
+        others.append(Path(settings.mirror, CHECKPOINT))
+    found = [(path, state) for path in others if (state := _read(path)) is not None]
     return max(found, key=lambda each: (each[1]["epoch"], each[1]["step"]), default=None)
 
 
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
     """What must not change when a run is continued, by flag."""
-    kept = {"--" + name.replace("_", "-"): value for name, value in settings.items() if name not in MAY_CHANGE}
-    return {"--data with shards": fingerprint[:8], "--batch-size times ranks": batch, **kept}
+    kept = {flag_of(name): value for name, value in settings.items() if name not in MAY_CHANGE}
+    return {
+        "--data with shards": fingerprint[:8],
+        "--batch-size times ranks": batch,
+        **kept,
+    }
+
+
+def _check_identity(
+    state: dict[str, Any], path: Path, settings: Settings, fingerprint: str
+) -> None:
+    """Raise OtherRun, with both values, where the checkpoint is of a run with other settings."""
+    stored = _identity(state["settings"], state["batch"], state["fingerprint"])
+    given = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
+    for flag in given | stored:
+        before = stored.get(flag)
+        now = given.get(flag)
+        if before == now:
+            continue
+        same = f"no {flag}" if before is None else f"{flag} {before}"
+        raise OtherRun(
+            f"{path} was trained with {flag} {before}, this run has {flag} {now}",
+            f"Use {same}, another --out, or --reset",
+            path=path,
+            flag=flag,
+            stored=before,
+            given=now,
+        )
 
 
 def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
-    """Continue from the newest valid checkpoint, if there is one; every rank gets what the first one read."""
-    last, previous = (Path(settings.out, name) for name in (CHECKPOINT, PREVIOUS))
-    if settings.reset and ranks.RANK == 0:
-        for path in (last, previous):
-            path.unlink(missing_ok=True)
-    found = None if settings.reset else ranks.first(lambda: newest(settings))
+    """Continue from the newest valid checkpoint; False where there is none.
+
+    Every rank gets what the first one read. Raises OtherRun for a checkpoint of other settings.
+    """
+    last = Path(settings.out, CHECKPOINT)
+    if settings.reset:
+        if ranks.RANK == 0:
+            last.unlink(missing_ok=True)
+            last.with_name(PREVIOUS).unlink(missing_ok=True)
+        return False
+
+    found = ranks.broadcast_from_first(lambda: newest(settings))
     if found is None:
         return False
     path, state = found
-    stored = _identity(state["settings"], state["batch"], state["fingerprint"])
-    own = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
-    for flag in own | stored:
-        if (before := stored.get(flag)) != (value := own.get(flag)):
-            hint = f"Use {f'{flag} {before}' if before is not None else f'no {flag}'}, another --out, or --reset"
-            raise UserError(f"{path} was trained with {flag} {before}, this run has {flag} {value}. {hint}")
+    _check_identity(state, path, settings, fingerprint)
     _load(run, state, path)
+
     if ranks.RANK == 0:
         if path != last:
             copy_file(path, last)
-        log(f"continuing from {path} at epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}")
+        at = f"epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}"
+        log(f"continuing from {path} at {at}")
     return True
 
 
 def _load(run: Run, state: dict[str, Any], path: Path) -> None:
-    """Put a stored state into the run; the sums of the epoch so far go on in the first rank."""
+    """Put a stored state into the run. Raises OtherRun where the network is another.
+
+    The sums of the epoch so far go on in the first rank.
+    """
     try:
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
         model = state["settings"]["model"]
-        raise UserError(f"{path} does not fit --model {model}: {one_line(error)}. Use --reset") from error
+        raise OtherRun(
+            f"{path} does not fit --model {model}: {one_line(error)}", "Use --reset", path=path
+        ) from error
     run.scaler.load_state_dict(state["scaler"] or run.scaler.state_dict())  # a CPU's run has none
-    run.sums.copy_(state["sums"] * (ranks.RANK == 0))
-    run.counts, run.history, run.step = state["counts"], state["history"], state["step"]
+
+    is_first = ranks.RANK == 0
+    run.sums.copy_(state["sums"] * is_first)
+    run.counts = state["counts"]
+    run.history = state["history"]
+    run.step = state["step"]

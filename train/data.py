@@ -489,7 +489,7 @@ def create_dataloaders(
     ) -> Loader:
         n_workers = 0
         if dataset.device is None:
-            maker = BatchMaker(dataset, change, 0)
+            maker = BatchMaker(dataset=dataset, transform=change, seed=0)
             n_workers = worker_count(workers, maker, batch_size, len(dataset), dataset.split)
         batches = Batches(len(dataset), batch_size, order, rank, world)
         return Loader(

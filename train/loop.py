@@ -1,8 +1,18 @@
-"""The training loop: converted set in; checkpoints, metrics.csv, pictures and a summary out."""
+"""The training loop: a converted set in, checkpoints, metrics.csv and a TrainingResult out.
+
+    train(settings)
+      make_job, only_writer        data and task; the directory is this process's
+      _begin                       a new run, or the one that was left, and its loaders
+      _train_epochs                for each epoch: _train_epoch (train_step ...), evaluate, save
+
+What is drawn and tabulated of a finished run is `report`'s, which imports this and not the other
+way round.
+"""
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,194 +25,184 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loader.memory import Meter
-from shards.format import UserError, log, one_line
-from shards.lock import hold
-from stores.mounted import Mirror
+from shards.dataset import ShardSet
+from shards.errors import one_line
+from shards.files import log
+from shards.spec import SPLITS
+from stores.mirror import Mirror
 from train import ranks
-from train.augment import WHOLE, Draws, augment, rays, resize, to_input, views
-from train.checkpoint import CHECKPOINT, LOCK, METRICS, Run, restore, save
-from train.data import ShardDataset, create_dataloaders
-from train.model import ask, build, compiled, layout_for, start_from, unused_parameters
-from train.order import steps_per_epoch
+from train.augment import WHOLE, Draws, augment, resize, to_input, views
+from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
+from train.errors import BatchTooSmall, Diverged, NothingToLearn
+from train.job import TrainingJob, make_job, new_run, open_loaders, seed_of
+from train.model import compiled, start_from
+from train.order import common_batches
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
-from train.tasks import Task, make_task
 
 MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
 DENSE_ROWS = 16  # scored at once at full resolution
 Batch = tuple[Tensor, ...]
 
 
-@dataclass
-class Job:
-    """What stays the same while a run trains."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """A finished training.
 
-    settings: Settings
-    train_set: ShardDataset
-    task: Task
-    device: torch.device
-    rays: tuple[Tensor, ...] = ()  # of the stored pixels, where the network sees surfaces; [1, S, S] each
-    layout: torch.memory_format = torch.contiguous_format  # of the network and its input
-    net: Any = None  # run.model, compiled or wrapped
-    train_loader: Any = None
-    test_loader: Any = None
-
-    @property
-    def n_steps(self) -> int:
-        return steps_per_epoch(len(self.train_set), self.settings.batch_size, ranks.WORLD)
-
-    @property
-    def half(self) -> torch.dtype | None:
-        """bfloat16 where the GPU has it in hardware (a T4 only emulates it), else float16; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.get_device_capability(self.device) >= (8, 0) else torch.float16
-
-
-def start(settings: Settings, device: torch.device) -> Job:
-    """Everything but the loaders: a mistake shows before they do anything."""
-    s, fields = settings, ("rgb", "raw_depth" if settings.task == "depth" else "depth")
-    chosen: Any = {"fields": fields, "target": s.task, "num_classes": s.num_classes, "allow_remote": s.allow_remote}
-    train_set = ShardDataset(s.data, **chosen)
-    job = Job(settings, train_set, make_task(settings, train_set), device)
-    if s.model == "resnet18" and s.inputs != "rgb" and s.task != "depth":
-        job.rays = tuple(plane.to(device) for plane in rays(train_set.size, train_set.crop))
-    if job.n_steps == 0:
-        raise UserError(f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks. Use fewer ranks")
-    return job
-
-
-def new_run(job: Job) -> Run:
-    """Fresh weights, optimizer and counts."""
-    s = job.settings
-    torch.manual_seed(seed_of(s.seed))
-    inputs = "rgb" if s.task == "depth" else s.inputs
-    shape = {"width": s.channels, "inputs": inputs, "depth_planes": 5 if job.rays else 1, "dense": s.task != "scene"}
-    model = build(s.model, job.task.n_out, **shape)
-    if s.model == "resnet18":  # a network of a user's own may flatten its features, which channels_last forbids
-        job.layout = layout_for(model, job.device)
-    model = model.to(job.device, memory_format=job.layout)  # type: ignore[call-overload]
-    if job.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks.WORLD > 1 else model
-    if s.model != "resnet18":
-        probe(model, job)
-    decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    scaler = torch.amp.GradScaler(job.device.type, enabled=job.half == torch.float16)
-    sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
-    return Run(model, torch.optim.AdamW(groups, lr=s.lr, fused=True), scaler, sums, sums[2:], [])
-
-
-def probe(model: nn.Module, job: Job) -> None:
-    """Refuse a network of a user's own that does not answer as the task needs, from two grey pictures.
-
-    In evaluation mode, and with torch's random numbers put back: what it learns afterwards does not change.
+    epochs: finished ones. last, best: their rows of metrics.csv; best is by the task's main score
+    on the rows of `eval_split`, the first of equals, and the last row where nothing could be
+    scored. test: the scores of the test rows, where epochs were scored on others. baseline: top-1
+    of always naming the most frequent train class; None for other tasks than scenes. files: what
+    `train` itself wrote. mirror: where copies of the run's files go.
     """
-    s = job.settings
-    size = s.size or job.train_set.size
-    pictures = [torch.full((2, n, size, size), 0.5, device=job.device) for n in ((3,) if s.task == "depth" else (3, 1))]
-    n_dims = 2 if s.task == "scene" else 4
-    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-        model.eval()
-        out = ask(s.model, model, pictures)
-        model.train()
-    shape = f"[2, {job.task.n_out}]" if n_dims == 2 else f"[2, {job.task.n_out}, H, W]"
-    expected = f"expected floats {shape} for --task {s.task}"
-    if not isinstance(out, Tensor):
-        raise UserError(f"--model {s.model} answers with {type(out).__name__}, {expected}")
-    if not out.is_floating_point() or out.ndim != n_dims or out.shape[:2] != (2, job.task.n_out):
-        kind = str(out.dtype).removeprefix("torch.")
-        raise UserError(f"--model {s.model} answers two pictures with {kind} {list(out.shape)}, {expected}")
-    if not out.requires_grad:
-        raise UserError(f"--model {s.model}: its answer depends on no parameter that can learn. Leave one unfrozen")
-    unused = unused_parameters(model, out) if ranks.WORLD > 1 else []
-    if unused:
-        raise UserError(
-            f"--model {s.model} does not use {', '.join(unused[:3])}: with several ranks it must, or freeze it"
-        )
+
+    run: Run
+    job: TrainingJob
+    epochs: int
+    last: dict[str, float]
+    best: dict[str, float]
+    eval_split: str
+    test: dict[str, float]
+    baseline: float | None
+    files: tuple[Path, ...]
+    mirror: Mirror
 
 
-def open_loaders(job: Job) -> None:
-    names = "batch_size", "num_workers", "num_classes", "seed", "allow_remote"
-    same: dict[str, Any] = {name: getattr(job.settings, name) for name in names}
-    same |= {"fields": job.train_set.fields, "target": job.settings.task, "rank": ranks.RANK, "world": ranks.WORLD}
-    job.train_loader, job.test_loader = create_dataloaders(job.train_set.path, normalize=False, **same)
-
-
-def seed_of(*parts: int) -> int:
-    """One 63-bit seed for (seed, epoch, step)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+# ---------------------------------------------------------------- one batch
 
 
 def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
     """Linear warmup to `peak`, then a cosine to zero at n_steps."""
     if step < n_warmup:
         return peak * (step + 1) / n_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(n_steps - n_warmup, 1)))
+    progress = (step - n_warmup) / max(n_steps - n_warmup, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _forward(job: Job, net: nn.Module, rgb: Tensor, planes: list[Tensor], target: Tensor) -> Tensor:
+def _forward(
+    job: TrainingJob, net: nn.Module, rgb: Tensor, planes: list[Tensor], target: Tensor
+) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
-    inputs = to_input(rgb, planes, (job.train_set.depth_mean, job.train_set.depth_std))
-    n_inputs = 1 if job.settings.task == "depth" else 2
-    with torch.autocast(job.device.type, dtype=job.half, enabled=job.half is not None):
-        out: Tensor = net(*(part.contiguous(memory_format=job.layout) for part in inputs[:n_inputs]))
-    return out.float() if target.ndim == 1 else F.interpolate(out.float(), target.shape[-2:], mode="bilinear")
+    statistics = (job.train_set.depth_mean, job.train_set.depth_std)
+    rgb_input, depth_input = to_input(rgb, planes, statistics)
+    inputs = [rgb_input] if job.learns_depth else [rgb_input, depth_input]
+    inputs = [picture.contiguous(memory_format=job.layout) for picture in inputs]
+
+    dtype = job.autocast_dtype
+    with torch.autocast(job.device.type, dtype=dtype, enabled=dtype is not None):
+        out: Tensor = net(*inputs)
+    out = out.float()
+    if target.ndim == 1:
+        return out
+    return F.interpolate(out, target.shape[-2:], mode="bilinear")
 
 
-def _to_device(job: Job, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+def _to_device(job: TrainingJob, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
     """RGB; depth and the rays; the target, a depth only where the sensor measured."""
     rgb, depth, target = (part.to(job.device, non_blocking=True) for part in batch)
-    target = torch.where(depth > 0, target, 0.0) if job.settings.task == "depth" else target
-    return rgb, [depth, *(plane.expand_as(depth) for plane in job.rays)], target
+    if job.learns_depth:
+        target = torch.where(depth > 0, target, 0.0)
+    rays = [plane.expand_as(depth) for plane in job.rays]
+    return rgb, [depth, *rays], target
 
 
-def _sums(job: Job, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+def _sums(job: TrainingJob, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+    """What is added up over batches and ranks: loss, its weight, the task's counts; float64."""
     return torch.cat((torch.stack((loss, weight)).double(), job.task.count(out, target)))
 
 
-def train_step(run: Run, job: Job, batch: Batch, mine: Any) -> None:
-    """One step; every draw in it comes from (seed, epoch, step)."""
-    s, at = job.settings, (job.settings.seed, run.epoch, run.step)
+def train_step(run: Run, job: TrainingJob, batch: Batch, mine: Any) -> None:
+    """One step; every draw in it comes from (seed, epoch, step).
+
+    mine: where the batch's rows stand in the batch of all ranks. Raises BatchTooSmall.
+    """
+    at = (job.settings.seed, run.epoch, run.step)
     torch.manual_seed(seed_of(*at, ranks.RANK))  # dropout
-    rgb, planes, target = _to_device(job, batch)
-    draws = Draws(seed_of(*at), len(rgb) * ranks.WORLD, mine, job.device)
-    planes += [target] if target.ndim > 1 else []
-    rgb, planes = augment(rgb, planes, draws, s.size or rgb.shape[-1], s)
-    target = planes.pop() if target.ndim > 1 else target
-    try:
-        out = _forward(job, job.net, rgb, planes, target)
-    except (ValueError, RuntimeError) as error:
-        if "Expected more than 1" not in str(error):  # BatchNorm, where a channel has one value: nothing to normalise
-            raise
-        what = f"a batch of {len(rgb)} at {rgb.shape[-1]} px is too little for BatchNorm ({one_line(error)})"
-        raise UserError(f"{what}. Use a larger --batch-size or --size") from error
+    draws = Draws(seed_of(*at), len(batch[0]) * ranks.WORLD, mine, job.device)
+    rgb, planes, target = _augmented(job, batch, draws)
+
+    out = _forward_to_learn(job, rgb, planes, target)
     loss, weight = job.task.loss(out, target)
-    n_warmup = min(s.warmup_epochs, s.epochs // 4) * job.n_steps
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr_at(run.epoch * job.n_steps + run.step, n_warmup, s.epochs * job.n_steps, s.lr)
+
+    _set_learning_rate(run, job)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss * ranks.WORLD / ranks.total(weight)).backward()  # ranks average their gradients
+    # Ranks average their gradients: times their number it is the mean over the batch of all.
+    mean_loss = loss * ranks.WORLD / ranks.all_reduce_sum(weight)
+    run.scaler.scale(mean_loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
+
     run.sums += _sums(job, out.detach(), target, loss.detach(), weight)
     run.step += 1
 
 
-class Keeper:
-    """Saves a run where that is due or was asked for, and ends it where a signal wants that; for every rank alike."""
+def _augmented(job: TrainingJob, batch: Batch, draws: Draws) -> tuple[Tensor, list[Tensor], Tensor]:
+    """RGB, planes and target of a batch, changed at random; a dense target as its picture."""
+    settings = job.settings
+    rgb, planes, target = _to_device(job, batch)
+    size = settings.size or rgb.shape[-1]
+    if target.ndim == 1:
+        rgb, planes = augment(rgb, planes, draws, size, settings)
+        return rgb, planes, target
 
-    def __init__(self, run: Run, job: Job, mirror: Mirror) -> None:
-        self.run, self.job, self.mirror = run, job, mirror
-        self.saved = time.perf_counter()
+    rgb, planes = augment(rgb, [*planes, target], draws, size, settings)
+    *planes, target = planes
+    return rgb, planes, target
+
+
+def _forward_to_learn(
+    job: TrainingJob, rgb: Tensor, planes: list[Tensor], target: Tensor
+) -> Tensor:
+    try:
+        return _forward(job, job.net, rgb, planes, target)
+    except (ValueError, RuntimeError) as error:
+        # Of BatchNorm, where a channel has a single value: there is nothing to normalise.
+        if "Expected more than 1" not in str(error):
+            raise
+        n_rows = len(rgb)
+        size = rgb.shape[-1]
+        what = f"a batch of {n_rows} at {size} px is too little for BatchNorm ({one_line(error)})"
+        raise BatchTooSmall(
+            what, "Use a larger --batch-size or --size", n_rows=n_rows, size=size
+        ) from error
+
+
+def _set_learning_rate(run: Run, job: TrainingJob) -> None:
+    settings = job.settings
+    n_warmup_epochs = min(settings.warmup_epochs, settings.epochs // 4)
+    step = run.epoch * job.n_steps + run.step
+    lr = lr_at(step, n_warmup_epochs * job.n_steps, settings.epochs * job.n_steps, settings.lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class CheckpointKeeper:
+    """Saves a run where that is due or was asked for, and ends it where a signal wants that.
+
+    All ranks do the same, whichever of them got the signal.
+    """
+
+    def __init__(self, run: Run, job: TrainingJob, mirror: Mirror) -> None:
+        self.run = run
+        self.job = job
+        self.mirror = mirror
+        self.saved_at = time.perf_counter()
 
     def look(self, *, can_wait: bool = False) -> None:
-        """Between steps. `can_wait`: a checkpoint that is only due comes soon anyway."""
-        is_due = not can_wait and time.perf_counter() - self.saved >= 60 * self.job.settings.save_minutes
-        wanted = ranks.most(max(REQUESTS.take(), DUE if is_due else NOTHING), self.job.device)
+        """Between steps. `can_wait`: a checkpoint that is only due comes soon anyway.
+
+        Raises Stopped, once the run is saved, where a signal wants it to end.
+        """
+        since_saved_s = time.perf_counter() - self.saved_at
+        is_due = not can_wait and since_saved_s >= 60 * self.job.settings.save_minutes
+        own = max(REQUESTS.take(), DUE if is_due else NOTHING)
+        wanted = ranks.all_reduce_max(own, self.job.device)
         if wanted == NOTHING:
             return
+
         self.save()
         where = f"after step {self.run.step} of {self.job.n_steps} of epoch {self.run.epoch + 1}"
         if wanted == STOP:
@@ -211,134 +211,268 @@ class Keeper:
             log(f"saved {where}")
 
     def save(self, *files: str) -> None:
-        """A checkpoint, and copies of it and `files`."""
+        """A checkpoint, and copies of it and `files` to the mirror."""
         save(self.run, self.job.settings, self.job.train_set.fingerprint)
         self.mirror.copy(*files, CHECKPOINT)
-        self.saved = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
 
-def _train_epoch(run: Run, job: Job, keeper: Keeper) -> dict[str, float]:
-    """The rest of an epoch, with checkpoints in between."""
-    s, n_steps = job.settings, job.n_steps
+# ---------------------------------------------------------------- one epoch
+
+
+def _train_epoch(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> dict[str, float]:
+    """The rest of an epoch, with checkpoints in between; its part of the row of metrics.csv.
+
+    Raises NothingToLearn where no pixel was known, Diverged where the loss is no number.
+    """
+    settings = job.settings
     job.train_loader.set_epoch(run.epoch, run.step)
+    places = job.train_loader.batches.places(run.epoch)[run.step :]
     run.model.train()
-    name, places = f"epoch {run.epoch + 1}/{s.epochs}", job.train_loader.batches.places(run.epoch)[run.step :]
-    with tqdm(total=n_steps, initial=run.step, desc=name, disable=ranks.RANK > 0 or None, leave=False) as bar:
+
+    with _progress_bar(run, job) as bar:
         meter = Meter(bar, ranks.WORLD)
         for batch, mine in zip(job.train_loader, places, strict=False):
             train_step(run, job, batch, mine)
-            meter.show(len(batch[0]), run.step == n_steps, lambda: float(run.sums[0] / run.sums[1]))
-            keeper.look(can_wait=run.step == n_steps)
-    sums = ranks.total(run.sums)
+            is_last = run.step == job.n_steps
+            meter.show(len(batch[0]), is_last, lambda: float(run.sums[0] / run.sums[1]))
+            keeper.look(can_wait=is_last)
+
+    sums = ranks.all_reduce_sum(run.sums)
     if sums[1] == 0:
-        what = "is measured" if s.task == "depth" else "is labelled"
-        raise UserError(
-            f"{job.train_set.path}: no pixel of the train rows {what}: nothing to learn. Use another --task"
-        )
-    row = {"lr": run.optimizer.param_groups[0]["lr"], **_scores(job, "train", sums), **meter.values()}
+        known = "measured" if job.learns_depth else "labelled"
+        what = f"{job.train_set.path}: no pixel of the train rows is {known}: nothing to learn"
+        raise NothingToLearn(what, "Use another --task", path=job.train_set.path)
+
+    lr = run.optimizer.param_groups[0]["lr"]
+    row = {"lr": lr, **_scores(job, "train", sums), **meter.values()}
     if not math.isfinite(row["train_loss"]):
-        raise UserError(f"the loss became nan in epoch {run.epoch + 1}. Use a smaller --lr than {s.lr}")
+        epoch = run.epoch + 1
+        what = f"the loss became nan in epoch {epoch}"
+        raise Diverged(what, f"Use a smaller --lr than {settings.lr}", epoch=epoch, lr=settings.lr)
     return row
 
 
-def _scores(job: Job, split: str, sums: Tensor) -> dict[str, float]:
+def _progress_bar(run: Run, job: TrainingJob) -> Any:
+    """Rank 0's alone, and only on a terminal."""
+    return tqdm(
+        total=job.n_steps,
+        initial=run.step,
+        desc=f"epoch {run.epoch + 1}/{job.settings.epochs}",
+        disable=True if ranks.RANK > 0 else None,
+        leave=False,
+    )
+
+
+def _scores(job: TrainingJob, split: str, sums: Tensor) -> dict[str, float]:
+    """Mean loss and the task's scores, as columns of metrics.csv."""
     scores = {"loss": float(sums[0] / sums[1]), **job.task.scores(sums[2:])}
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 
-def apply(net: nn.Module, job: Job, batch: Batch, thorough: bool = True) -> tuple[Tensor, Batch]:
-    """Outputs for pictures as stored, averaged over each and its mirror image; and these, on the device.
+# ---------------------------------------------------------------- scoring
 
-    `thorough`: scenes averaged over five crops of each too, dense outputs at the stored resolution, not the network's.
+
+def predict_batch(
+    net: nn.Module, job: TrainingJob, batch: Batch, *, test_time_augmentation: bool = True
+) -> tuple[Tensor, Batch]:
+    """Outputs for pictures as stored, averaged over each and its mirror image.
+
+    test_time_augmentation: scenes are averaged over five crops of each too, and dense outputs are
+    at the stored resolution, not the network's. Returns the outputs, and (rgb, depth, target) on
+    the device, at the outputs' resolution where they are dense.
     """
     rgb, planes, target = _to_device(job, batch)
+    is_dense = target.ndim > 1
     size = job.settings.size or rgb.shape[-1]
-    if target.ndim > 1 and not thorough:
+    if is_dense and not test_time_augmentation:
         rgb, planes = resize(rgb, [*planes, target], size)
-        target = planes.pop()
+        *planes, target = planes
+
+    is_cropped = test_time_augmentation and not is_dense
     outs = []
-    for view in views(job.settings.crop) if target.ndim == 1 and thorough else [WHOLE]:
+    for view in views(job.settings.crop) if is_cropped else [WHOLE]:
         pictures, planes_small = resize(rgb, planes, size, view)
         outs.append(_forward(job, net, pictures, planes_small, target))
-        mirrored = _forward(job, net, pictures.flip(-1), [plane.flip(-1) for plane in planes_small], target)
-        outs.append(mirrored if target.ndim == 1 else mirrored.flip(-1))
-    return sum(outs[1:], outs[0]) / len(outs), (rgb, planes[0], target)
+        mirrored_planes = [plane.flip(-1) for plane in planes_small]
+        mirrored = _forward(job, net, pictures.flip(-1), mirrored_planes, target)
+        outs.append(mirrored.flip(-1) if is_dense else mirrored)
+
+    mean = sum(outs[1:], outs[0]) / len(outs)
+    return mean, (rgb, planes[0], target)
 
 
 @torch.inference_mode()
-def evaluate(run: Run, job: Job, thorough: bool = True, keeper: Keeper | None = None) -> dict[str, float]:
-    """Every test row once over all ranks; leaves the counts in the run. `keeper` looks after every batch."""
+def evaluate(
+    run: Run,
+    job: TrainingJob,
+    test_time_augmentation: bool = True,
+    keeper: CheckpointKeeper | None = None,
+) -> dict[str, float]:
+    """Every row of `job.eval_split` once over all ranks -> its part of the row of metrics.csv.
+
+    Leaves the counts in the run. `keeper` looks after every batch.
+    """
     run.model.eval()
-    for buffer in run.model.buffers() if ranks.WORLD > 1 else ():  # on gloo each rank has BatchNorm statistics
-        dist.broadcast(buffer, 0)
+    if ranks.WORLD > 1:
+        _share_statistics(run.model)
+
     sums = torch.zeros_like(run.sums)
-    n_common = -(-len(job.test_loader.dataset) // ranks.WORLD // job.settings.batch_size)  # batches that every rank has
-    for k, batch in enumerate(job.test_loader):
-        n = DENSE_ROWS if batch[-1].ndim > 1 else len(batch[-1])
-        for part in zip(*(each.split(n) for each in batch), strict=True):
-            out, (*_, target) = apply(run.model, job, part, thorough)
-            sums += _sums(job, out, target, *job.task.loss(out, target))
+    n_common = common_batches(len(job.eval_loader.dataset), job.settings.batch_size, ranks.WORLD)
+    for k, batch in enumerate(job.eval_loader):
+        for part in _parts(batch):
+            out, (_, _, target) = predict_batch(
+                run.model, job, part, test_time_augmentation=test_time_augmentation
+            )
+            loss, weight = job.task.loss(out, target)
+            sums += _sums(job, out, target, loss, weight)
+        # Looking is one all_reduce: every rank must come to it as often as the others.
         if keeper and k < n_common:
             keeper.look(can_wait=True)
-    sums = ranks.total(sums).cpu()
+
+    sums = ranks.all_reduce_sum(sums).cpu()
     run.counts = sums[2:]
-    return _scores(job, "test", sums)
+    return _scores(job, job.eval_split, sums)
+
+
+def _share_statistics(model: nn.Module) -> None:
+    """Rank 0's BatchNorm statistics in every rank: on gloo each has its own."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def _parts(batch: Batch) -> Iterator[Batch]:
+    """A batch with dense targets in smaller ones: its outputs at full resolution are large."""
+    target = batch[-1]
+    n_rows = DENSE_ROWS if target.ndim > 1 else len(target)
+    return zip(*(part.split(n_rows) for part in batch), strict=True)
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
-    scores = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in row.items() if k.startswith(("train_", "test_"))]
+    """A row of metrics.csv for people."""
+    scores = [
+        f"{name.replace('_', ' ')} {value:.3f}"
+        for name, value in row.items()
+        if name.startswith(("train_", "val_", "test_"))
+    ]
     speed = f"{row['samples_per_s']:.0f} samples/s  {row['seconds']:.1f} s"
     gib = row["memory_bytes"] / 2**30
     memory = "unknown" if math.isnan(gib) else f"{gib:.2f} GiB"
     return f"epoch {row['epoch']}/{epochs}  {'  '.join(scores)}  {speed}  memory {memory}"
 
 
-def train(settings: Settings) -> dict[str, Any]:
-    """Train until settings.epochs, continuing what settings.out holds. Raises UserError for a user's mistake.
+# ---------------------------------------------------------------- the whole training
 
-    Returns the summary: epochs, the last and the best row of metrics.csv, the baseline, the files; {} in ranks above 0.
+
+@contextmanager
+def training(settings: Settings, found: ShardSet | None = None) -> Iterator[TrainingResult]:
+    """Train, and hold the run's directory until the caller has done with the result.
+
+    See `train`. found: the set, where it is open already. In every rank: the same result, of which
+    the first one's `counts` and files count.
     """
-    if not settings.out:
-        raise UserError("--out '': name a directory")
-    job = start(settings, ranks.join())
-    words: Any = {"then": "Wait for it, or use another --out", "elsewhere": "Use another --out"}
+    settings.check_out()
+    job = make_job(settings, ranks.join(), found)
     with ExitStack() as held:
-        lock = hold(Path(settings.out, LOCK), is_held=f"{settings.out} is being trained by", **words)
-        ranks.first(lambda: held.enter_context(lock))
+        lock = only_writer(Path(settings.out), "trained")
+        ranks.broadcast_from_first(lambda: held.enter_context(lock))
+
         run, mirror = _begin(job)
         with REQUESTS.training():
-            _train_epochs(run, job, Keeper(run, job, mirror))
-        if ranks.RANK:
-            return {}
-        from train.report import report
-
-        files, summary = report(run, job)
-        mirror.copy(*files, wait_s=MIRROR_WAIT_S)
-        return summary
+            _train_epochs(run, job, CheckpointKeeper(run, job, mirror))
+        yield _finish(run, job, mirror)
 
 
-def _begin(job: Job) -> tuple[Run, Mirror]:
+def train(settings: Settings) -> TrainingResult:
+    """Train until settings.epochs, continuing what settings.out holds.
+
+    Writes checkpoints and metrics.csv there, and copies of them to settings.mirror; prints a line
+    an epoch. `train.report.report` makes pictures and tables of the result. Raises UserError for a
+    user's mistake, and Stopped after SIGTERM or SIGHUP where `signals.REQUESTS` listens.
+    """
+    with training(settings) as result:
+        result.mirror.copy(METRICS, CHECKPOINT, wait_s=MIRROR_WAIT_S)
+        return result
+
+
+def _begin(job: TrainingJob) -> tuple[Run, Mirror]:
     """The run as it was left, or a new one, and its loaders."""
-    s = job.settings
-    run, mirror = new_run(job), Mirror(s.out, s.mirror if ranks.RANK == 0 else None)
-    if not restore(run, s, job.train_set.fingerprint):
-        start_from(run.model, s.weights)
+    settings = job.settings
+    run = new_run(job)
+    mirror = Mirror(settings.out, settings.mirror if ranks.RANK == 0 else None)
+    is_continued = restore(run, settings, job.train_set.fingerprint)
+    if not is_continued:
+        start_from(run.model, settings.weights)
+
     job.net = ranks.wrap(run.model, job.device)
-    job.net = compiled(job.net) if s.compile else job.net
+    if settings.compile:
+        job.net = compiled(job.net)
     open_loaders(job)
     return run, mirror
 
 
-def _train_epochs(run: Run, job: Job, keeper: Keeper) -> None:
+def _train_epochs(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> None:
     n_epochs = job.settings.epochs
     while run.epoch < n_epochs:
         started = time.perf_counter()
+        is_last = run.epoch + 1 == n_epochs
         row: dict[str, float] = {"epoch": run.epoch + 1}
         row |= _train_epoch(run, job, keeper)
-        row |= evaluate(run, job, run.epoch + 1 == n_epochs, keeper)
-        run.history.append(row | {"seconds": time.perf_counter() - started})
+        row |= evaluate(run, job, test_time_augmentation=is_last, keeper=keeper)
+        row["seconds"] = time.perf_counter() - started
+
+        run.history.append(row)
         run.step = 0
         run.sums.zero_()
         keeper.save(METRICS)
         if ranks.RANK == 0:
-            print(epoch_line(run.history[-1], n_epochs), flush=True)
+            print(epoch_line(row, n_epochs), flush=True)
+
+
+def _finish(run: Run, job: TrainingJob, mirror: Mirror) -> TrainingResult:
+    out = Path(job.settings.out)
+    eval_split = job.eval_split
+    best = _best(run.history, f"{eval_split}_{job.task.main}")
+    test = _scores_of_test(run, job) if eval_split != "test" else {}
+    if ranks.RANK == 0:  # again: of a run that starts from the mirror there is only the checkpoint
+        write_csv(out / METRICS, run.history)
+    return TrainingResult(
+        run=run,
+        job=job,
+        epochs=run.epoch,
+        last=run.history[-1],
+        best=best,
+        eval_split=eval_split,
+        test=test,
+        baseline=_baseline(job),
+        files=(out / CHECKPOINT, out / METRICS),
+        mirror=mirror,
+    )
+
+
+def _scores_of_test(run: Run, job: TrainingJob) -> dict[str, float]:
+    """Of the test rows, once, at the end; whoever reports the run shows these rows. {}: there are none."""
+    split = job.train_set.shard_set.column("split")
+    if not np.any(split == SPLITS.index("test")):
+        return {}
+    job.eval_split = "test"
+    open_loaders(job)
+    return evaluate(run, job)
+
+
+def _best(history: list[dict[str, float]], column: str) -> dict[str, float]:
+    """The row of the best epoch, the first of equals; the last one where nothing was scored."""
+    scored = [row for row in history if not math.isnan(row[column])]
+    if not scored:
+        return history[-1]
+    if column.endswith("_rmse"):
+        return min(scored, key=lambda row: row[column])
+    return max(scored, key=lambda row: row[column])
+
+
+def _baseline(job: TrainingJob) -> float | None:
+    """Top-1 on the scored rows of always naming the most frequent train class."""
+    if job.settings.task != "scene":
+        return None
+    most_frequent = np.bincount(job.train_set.labels()).argmax()
+    return float((job.eval_loader.dataset.labels() == most_frequent).mean())

@@ -1,4 +1,7 @@
-"""(seed, epoch, position, rank, world) -> row numbers. Pure: workers and world size never enter the order."""
+"""(seed, epoch, position, rank, world) -> row numbers.
+
+Pure: workers and world size never enter the order.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -17,12 +20,19 @@ def steps_per_epoch(n_rows: int, batch_size: int, world: int = 1) -> int:
     return max(1, n_rows // (batch_size * world)) if n_rows >= world else 0
 
 
+def common_batches(n_rows: int, batch_size: int, world: int = 1) -> int:
+    """Batches of an evaluation that every rank has; some ranks may have one more."""
+    n_rows_of_every_rank = n_rows // world
+    return -(-n_rows_of_every_rank // batch_size)  # rounded up
+
+
 @dataclass(frozen=True)
 class Batches:
-    """A rank's batches of an epoch: shuffled by (seed, epoch), or for evaluation (seed None) every row in order.
+    """A rank's batches of an epoch: shuffled by (seed, epoch), or in order (seed None: evaluation).
 
-    The ranks' batches together are the global ones, of which a remainder is left out. In a shuffled batch positions
-    ascend, so that reading walks each shard once. Evaluation counts every row once over all ranks, never padded.
+    The ranks' batches together are the global ones, of which a remainder is left out. In a shuffled
+    batch positions ascend, so that reading walks each shard once. Evaluation counts every row once
+    over all ranks, never padded.
     """
 
     n_rows: int
@@ -41,15 +51,21 @@ class Batches:
             check_whole("seed", self.seed, 0, 2**64 - 1)
 
     def __call__(self, epoch: int) -> list[np.ndarray]:
+        """The positions of each batch, int64 arrays."""
         if self.seed is None:
             mine = np.arange(self.rank, self.n_rows, self.world)
             return [mine[at : at + self.batch_size] for at in range(0, len(mine), self.batch_size)]
-        order, size = permutation(self.n_rows, self.seed, epoch), min(self.batch_size, self.n_rows // self.world)
-        starts = (self.rank + self.world * np.arange(steps_per_epoch(self.n_rows, self.batch_size, self.world))) * size
+
+        order = permutation(self.n_rows, self.seed, epoch)
+        size = min(self.batch_size, self.n_rows // self.world)
+        steps = np.arange(steps_per_epoch(self.n_rows, self.batch_size, self.world))
+        starts = (self.rank + self.world * steps) * size
         return [np.sort(order[at : at + size]) for at in starts]
 
     def places(self, epoch: int) -> list[np.ndarray]:
         """Where these rows stand in each batch of all ranks together."""
         mine = self(epoch)
-        whole = replace(self, batch_size=len(mine[0]) * self.world, rank=0, world=1)
-        return list(map(np.searchsorted, whole(epoch), mine))
+        together = replace(self, batch_size=len(mine[0]) * self.world, rank=0, world=1)
+        return [
+            np.searchsorted(batch, own) for batch, own in zip(together(epoch), mine, strict=False)
+        ]

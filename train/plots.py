@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,17 @@ import numpy.typing as npt
 from shards.spec import class_colours
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FARTHEST_M = 8.0  # one scale for every depth picture
-Panel = npt.NDArray[Any]
+LARGEST_COUNTED = 10_000  # rows are counted, pixels (always more of them) are given in per cent
+SHARE_SHOWN = 0.005  # per cent below this stay blank
+ERRORS = ("loss", "rmse", "abs_rel")  # these may exceed 1; other scores are shares
+PANELS_ABREAST = 8
+EVALUATED = ("val_", "test_")  # one of them, in metrics.csv
+LEGEND_COLUMNS = 8
+Panel = npt.NDArray[Any]  # [H, W, 3], or what imshow takes
 
 
 def _png(figure: Figure) -> bytes:
@@ -24,79 +32,147 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+# ---------------------------------------------------------------- curves
+
+
 def curves_png(history: Sequence[Mapping[str, float]], baseline: float | None) -> bytes:
-    """Loss, and each score by epoch; the dashed line is the top-1 of always naming the most frequent class."""
+    """Loss, and each score by epoch.
+
+    history: rows of metrics.csv. baseline: top-1 of always naming the most frequent class, a dashed
+    line; None where there is none.
+    """
     from matplotlib.figure import Figure
 
-    epochs, marker = [row["epoch"] for row in history], "." if len(history) < 20 else None
-    names = [key.removeprefix("test_") for key in history[-1] if key.startswith("test_") and key != "test_loss"]
-    figure = Figure(figsize=(4.6 * (1 + len(names)), 3.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 1 + len(names)), ["loss", *names], strict=True):
-        for split in ("train", "test"):
-            if f"{split}_{name}" in history[-1]:
-                axes.plot(epochs, [row[f"{split}_{name}"] for row in history], label=split, marker=marker)
+    scored = [column.partition("_")[2] for column in history[-1] if column.startswith(EVALUATED)]
+    names = ["loss", *(name for name in scored if name != "loss")]
+    figure = Figure(figsize=(4.6 * len(names), 3.8), layout="constrained")
+    all_axes = figure.subplots(1, len(names))
+    for axes, name in zip(all_axes, names, strict=True):
+        _draw_curve(axes, history, name)
         if name == "top1" and baseline is not None:
             axes.axhline(baseline, color="grey", linestyle="--", label="most frequent class")
-        axes.set(
-            xlabel="epoch", title=name.replace("_", " "), ylim=(0, None if name in ("loss", "rmse", "abs_rel") else 1)
-        )
-        axes.grid(alpha=0.3)
         axes.legend()
     return _png(figure)
 
 
+def _draw_curve(axes: Axes, history: Sequence[Mapping[str, float]], name: str) -> None:
+    """One score of both splits, where they have it."""
+    epochs = [row["epoch"] for row in history]
+    marker = "." if len(history) < 20 else None
+    for split in ("train", "val", "test"):
+        column = f"{split}_{name}"
+        if column in history[-1]:
+            axes.plot(epochs, [row[column] for row in history], label=split, marker=marker)
+    top = None if name in ERRORS else 1
+    axes.set(xlabel="epoch", title=name.replace("_", " "), ylim=(0, top))
+    axes.grid(alpha=0.3)
+
+
+# ---------------------------------------------------------------- the confusion matrix
+
+
 def confusion_png(counts_kk: npt.NDArray[np.int64], names: Sequence[str]) -> bytes:
-    """By true class (down) and named class (across); colour and digits are per cent of the true class."""
+    """By true class (down) and predicted class (across); colour is the share of the true class.
+
+    counts_kk: [true, predicted], rows or pixels. Digits are the rows' counts, or the pixels' per
+    cent of the true class.
+    """
     from matplotlib.figure import Figure
 
-    share = counts_kk / np.maximum(counts_kk.sum(axis=1, keepdims=True), 1)
+    n_true_k1 = counts_kk.sum(axis=1, keepdims=True)
+    share_kk = counts_kk / np.maximum(n_true_k1, 1)
+    are_rows = bool(counts_kk.sum() < LARGEST_COUNTED)
+
     side = 3 + 0.36 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    counted = counts_kk.sum() < 10_000  # rows are counted, pixels are given in per cent
-    for row, column in zip(*np.nonzero(counts_kk if counted else share >= 0.005), strict=True):
-        text = str(counts_kk[row, column]) if counted else f"{100 * share[row, column]:.0f}"
-        color = "white" if share[row, column] > 0.5 else "black"
+    axes.imshow(share_kk, cmap="Blues", vmin=0, vmax=1)
+
+    is_shown_kk = counts_kk > 0 if are_rows else share_kk >= SHARE_SHOWN
+    for row, column in zip(*np.nonzero(is_shown_kk), strict=True):
+        share = share_kk[row, column]
+        text = str(counts_kk[row, column]) if are_rows else f"{100 * share:.0f}"
+        color = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="named", ylabel="true", title="test rows" if counted else "test pixels, per cent of the true class")
+    title = "test rows" if are_rows else "test pixels, per cent of the true class"
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     return _png(figure)
 
 
-def depth_colours(metres_hw: Panel) -> Panel:
-    """RGB floats: near is warm, far is cold, no measurement is black."""
+# ---------------------------------------------------------------- pages of pictures
+
+
+def depth_colours(depth_m_hw: Panel) -> Panel:
+    """RGB floats [H, W, 3]: near is warm, far is cold, no measurement is black."""
     from matplotlib import colormaps
 
-    colours: Panel = colormaps["turbo_r"](np.clip(metres_hw / FARTHEST_M, 0, 1))[..., :3]
-    return np.where(metres_hw[..., None] > 0, colours, 0.0)
+    share_hw = np.clip(depth_m_hw / FARTHEST_M, 0, 1)
+    colours: Panel = colormaps["turbo_r"](share_hw)[..., :3]
+    return np.where(depth_m_hw[..., None] > 0, colours, 0.0)
 
 
 def label_colours(ids_hw: Panel, n_classes: int) -> Panel:
-    """RGB floats of classes 0..n-1; anything else is void."""
-    return class_colours(n_classes)[np.where((ids_hw >= 0) & (ids_hw < n_classes), ids_hw + 1, 0)]
+    """RGB floats [H, W, 3] of classes 0..n-1; anything else is void."""
+    is_class = (ids_hw >= 0) & (ids_hw < n_classes)
+    colour_of_id = class_colours(n_classes)  # the first is of void
+    return colour_of_id[np.where(is_class, ids_hw + 1, 0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedPanels:
+    """What a page shows of one picture: a caption above the first of its panels."""
+
+    caption: str
+    panels: Sequence[Panel]
 
 
 def page_png(
-    title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Panel]]], legend: Mapping[str, Panel]
+    title: str,
+    heads: Sequence[str],
+    pictures: Sequence[CaptionedPanels],
+    legend: Mapping[str, Panel],
 ) -> bytes:
-    """Rows of panels, each row under its caption, several rows abreast; `legend`: name -> colour."""
+    """Each picture's panels side by side under its caption, several pictures abreast.
+
+    heads: of the panels, as many as each picture has. legend: name -> RGB colour; may be empty.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    n, abreast = len(heads), max(1, 8 // len(heads))
-    lines = max(1, -(-len(rows) // abreast))
-    figure = Figure(figsize=(2.1 * n * abreast, 2.45 * lines + 0.6 + 0.25 * -(-len(legend) // 8)), layout="constrained")
-    cells = figure.subplots(lines, n * abreast, squeeze=False)
+    n_panels = len(heads)
+    n_abreast = max(1, PANELS_ABREAST // n_panels)
+    n_lines = max(1, -(-len(pictures) // n_abreast))  # rounded up
+    n_legend_lines = -(-len(legend) // LEGEND_COLUMNS)
+    width = 2.1 * n_panels * n_abreast
+    height = 2.45 * n_lines + 0.6 + 0.25 * n_legend_lines
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    cells = figure.subplots(n_lines, n_panels * n_abreast, squeeze=False)
     for axes in cells.flat:
         axes.axis("off")
-    for k, (caption, panels) in enumerate(rows):
-        for axes, head, panel in zip(cells[k // abreast][k % abreast * n :], heads, panels, strict=False):
-            axes.imshow(panel, interpolation="nearest")
-            axes.set_title(caption if head == heads[0] else head, fontsize=8, loc="left")
+    for k, picture in enumerate(pictures):
+        line = cells[k // n_abreast]
+        first = k % n_abreast * n_panels
+        _draw_panels(line[first : first + n_panels], heads, picture)
+
     figure.suptitle(f"{title}: {', '.join(heads)}", fontsize=11)
     if legend:
         patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+        figure.legend(
+            handles=patches,
+            loc="outside lower center",
+            ncols=LEGEND_COLUMNS,
+            fontsize=8,
+            frameon=False,
+        )
     return _png(figure)
+
+
+def _draw_panels(cells: Sequence[Axes], heads: Sequence[str], picture: CaptionedPanels) -> None:
+    titles = [picture.caption, *heads[1:]]
+    for axes, text, panel in zip(cells, titles, picture.panels, strict=False):
+        axes.imshow(panel, interpolation="nearest")
+        axes.set_title(text, fontsize=8, loc="left")

@@ -1,9 +1,11 @@
-"""python -m train predict: what runs say, alone or together, about the test rows or a folder of pictures."""
+"""python -m train predict: what runs say, alone or together, about test rows or other pictures."""
 
 from __future__ import annotations
 
+import io
 from argparse import ArgumentParser
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +13,109 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shards.format import CROP_BOXES, UserError, one_line
-from shards.lock import hold
-from train.checkpoint import LOCK, Run, newest, write_csv
-from train.loop import Job, evaluate, new_run, open_loaders, start
-from train.report import MOST, Batch, outcomes, page, tables_and_pictures, write
+from shards.errors import UserError, one_line
+from shards.spec import MAX_DEPTH_MM, VOID
+from train.checkpoint import Run, newest, only_writer, write_csv
+from train.errors import NoCheckpoint, WrongCheckpoint
+from train.geometry import crop_box_of
+from train.job import TrainingJob, make_job, new_run, open_loaders
+from train.loop import Batch, evaluate
+from train.report import MOST_PICTURES, page, predictions, tables_and_pictures, write
 from train.settings import Settings
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def predict_flags(parser: ArgumentParser) -> ArgumentParser:
+    """The flags of `python -m train predict` are the arguments of `predict`."""
     parser.description = "What a run says about the test rows, or about a folder of pictures."
-    parser.add_argument("run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean")
-    parser.add_argument("--images", metavar="DIR", help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean"
+    )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)",
+    )
     parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
     parser.add_argument("--out", metavar="DIR", help="default: RUN/predict, of the first")
     return parser
 
 
 def predict(run: list[str], images: str | None, data: str | None, out: str | None) -> None:
-    """Score the newest checkpoints of runs, together, on the test rows, or let them name the pictures of a folder."""
-    jobs, members = [], []
-    for each in run:
-        found = newest(Settings("", each))
-        if found is None:
-            raise UserError(f"{each} has no checkpoint. Run: make train RUN={each}")
-        path, state = found
-        try:
-            settings = Settings(**state["settings"])
-            settings = replace(settings, data=data or settings.data)
-            jobs.append(start(settings, torch.device("cpu")))
-            again = new_run(jobs[-1])
-            again.model.load_state_dict(state["model"])
-        except (TypeError, RuntimeError) as error:
-            what = f"{path} is of another version or network ({one_line(error)})"
-            raise UserError(f"{what}. Run: make train RUN={each} ARGS=--reset") from None
-        members.append(again.model)
-        print(f"{path}: {state['epoch']} epochs")
-        if _learns(jobs[-1]) != _learns(jobs[0]):
-            raise UserError(f"{each} does not learn what {run[0]} does, from the same pictures. Name runs that do")
-    again.model, target = Average(members), Path(out or f"{run[0]}/predict")
-    job = min(jobs, key=lambda job: job.layout is torch.channels_last)  # a layout that all of them can take
+    """Score the newest checkpoints of runs, together, on the test rows, or predict for pictures.
+
+    run: directories of runs. images: a folder of pictures, or None for the test rows. data: where
+    the runs' set is now, or None for where it was. out: where tables and pages go.
+    Raises UserError.
+    """
+    loaded = [load_run(each, data) for each in run]
+    for each in loaded:
+        if _what_is_learnt(each.job) != _what_is_learnt(loaded[0].job):
+            what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
+            raise UserError(what, "Name runs that do")
+    together, job = _together(loaded)
     open_loaders(job)
-    words: Any = {"then": "Wait for it, or use another --out", "elsewhere": "Use another --out"}
-    with hold(target / LOCK, is_held=f"{target} is being written by", **words):
+
+    target = Path(out or f"{run[0]}/predict")
+    with only_writer(target, "written"):
         if images:
-            files = _predict_folder(again, job, Path(images), target)
+            files = _predict_folder(together, job, Path(images), target)
         else:
-            print("on the test rows:", ", ".join(f"{k} {v:.4f}" for k, v in evaluate(again, job).items()))
-            files = tables_and_pictures(target, again, job)
+            scores = evaluate(together, job)
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            print("on the test rows:", listed)
+            files = tables_and_pictures(target, together, job)
     print("files:", *(str(target / name) for name in files))
 
 
-def _learns(job: Job) -> tuple[Any, ...]:
+# ---------------------------------------------------------------- runs, and several as one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A run with the weights of its newest checkpoint, on the CPU."""
+
+    directory: str
+    job: TrainingJob
+    run: Run
+
+
+def load_run(directory: str, data: str | None) -> LoadedRun:
+    """The newest checkpoint of a run; says how far it is.
+
+    data: where its set is now, or None for where it was. Raises NoCheckpoint, WrongCheckpoint.
+    """
+    found = newest(Settings("", directory))
+    if found is None:
+        raise NoCheckpoint(f"{directory} has no checkpoint", run=directory)
+
+    path, state = found
+    try:
+        settings = Settings(**state["settings"])
+        if data:
+            settings = replace(settings, data=data)
+        job = make_job(settings, torch.device("cpu"))
+        run = new_run(job)
+        run.model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as error:
+        what = f"{path} is of another version or network ({one_line(error)})"
+        raise WrongCheckpoint(what, run=directory, path=path) from None
+    print(f"{path}: {state['epoch']} epochs")
+    return LoadedRun(directory=directory, job=job, run=run)
+
+
+def _what_is_learnt(job: TrainingJob) -> tuple[Any, ...]:
     """What networks must have in common to answer together."""
-    s = job.settings
-    return s.task, s.num_classes, s.inputs, s.size, len(job.rays), job.train_set.fingerprint
+    settings = job.settings
+    return (
+        settings.task,
+        settings.num_classes,
+        settings.inputs,
+        settings.size,
+        len(job.rays),
+        job.train_set.fingerprint,
+    )
 
 
 class Average(nn.Module):
@@ -76,68 +126,117 @@ class Average(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """What each member takes -> the mean of what they give."""
         return torch.stack([member(*inputs) for member in self.members]).mean(dim=0)
 
 
-def _predict_folder(run: Run, job: Job, folder: Path, target: Path) -> list[str]:
-    """predictions.csv and page.png of DIR/rgb/NAME with DIR/depth/NAME; dense answers also as NAME.png."""
-    paths = sorted(p for p in (folder / "rgb").glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+def _together(loaded: list[LoadedRun]) -> tuple[Run, TrainingJob]:
+    """A run whose network is the mean of all, and a job that fits it."""
+    together = loaded[-1].run
+    together.model = Average([each.run.model for each in loaded])
+    # A layout that all of them can take: the plain one, unless every network is in channels_last.
+    plain = [each.job for each in loaded if each.job.layout is not torch.channels_last]
+    job = plain[0] if plain else loaded[0].job
+    return together, job
+
+
+# ---------------------------------------------------------------- a folder of pictures
+
+
+def _predict_folder(run: Run, job: TrainingJob, folder: Path, target: Path) -> list[str]:
+    """predictions.csv and page.png of DIR/rgb/NAME with DIR/depth/NAME.png; their names.
+
+    Dense answers also as NAME.png. Raises UserError for pictures that are missing or unfit.
+    """
+    candidates = sorted((folder / "rgb").glob("*"))
+    paths = [path for path in candidates if path.suffix.lower() in PICTURE_SUFFIXES]
     if not paths:
-        raise UserError(f"no pictures in {folder / 'rgb'}: put NAME.png or NAME.jpg there, depth in {folder / 'depth'}")
-    needs_depth = job.settings.task != "depth" and job.settings.inputs != "rgb"
-    size = job.train_set.size
-    batches = (_image_batch(job, p, folder / "depth" / f"{p.stem}.png", size, needs_depth) for p in paths)
-    found = list(outcomes(run, job, [p.name for p in paths], batches, False))
-    write_csv(target / "predictions.csv", [each.facts for each in found])
+        raise UserError(
+            f"no pictures in {folder / 'rgb'}: "
+            f"put NAME.png or NAME.jpg there, depth in {folder / 'depth'}"
+        )
+
+    batches = _image_batches(job, paths, folder / "depth")
+    names = [path.name for path in paths]
+    found = list(predictions(run, job, names, batches, is_judged=False))
+
+    write_csv(target / "predictions.csv", [each.table_row for each in found])
     files = ["predictions.csv"]
     for path, each in zip(paths, found, strict=True):
-        if each.named.ndim == 2:
-            files.append(write(target / f"{path.stem}.png", _answer_png(each.named)))
-    return [*files, write(target / "page.png", page(job, f"{folder}", found[:MOST]))]
+        if each.predicted.ndim == 2:
+            files.append(write(target / f"{path.stem}.png", _answer_png(each.predicted)))
+    files.append(write(target / "page.png", page(job, str(folder), found[:MOST_PICTURES])))
+    return files
 
 
-def _box(job: Job, height: int, width: int) -> tuple[float, float, float, float]:
-    """The set's crop (top, bottom, left, right) in a picture of any size."""
-    top, bottom, left, right = CROP_BOXES[job.train_set.crop]
-    return top * height / 480, bottom * height / 480, left * width / 640, right * width / 640
+def _image_batches(job: TrainingJob, paths: Sequence[Path], depths: Path) -> Iterator[Batch]:
+    """Batches of one, as the set stores them: RGB antialiased, depth nearest."""
+    for path in paths:
+        rgb_3hw = torch.from_numpy(_read_rgb(job, path))
+        depth_hw = torch.from_numpy(_read_depth_mm(job, depths / f"{path.stem}.png"))
+        yield rgb_3hw[None], depth_hw[None, None], _placeholder_target(job)
 
 
-def _image_batch(job: Job, rgb_path: Path, depth_path: Path, size: int, needs_depth: bool) -> Batch:
-    """A batch of one as the set stores it (RGB antialiased, depth nearest), with a placeholder target."""
+def _read_rgb(job: TrainingJob, path: Path) -> np.ndarray:
+    """uint8 [3, S, S]: the part of the picture that the set stores."""
     from PIL import Image
 
-    with Image.open(rgb_path) as image:
-        top, bottom, left, right = _box(job, image.height, image.width)
-        rgb = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom)))
-    depth_mm = np.zeros((size, size), np.int16)
-    if needs_depth and not depth_path.exists():
-        raise UserError(f"{depth_path} is missing: the network needs it. Put it there, or train with --inputs rgb")
-    if depth_path.exists():
-        with Image.open(depth_path) as image:
-            stored = np.array(image)
-        if stored.ndim == 2 and stored.max() <= 32767:
-            top, bottom, left, right = _box(job, *stored.shape)
-            share = (np.arange(size) + 0.5) / size
-            y, x = top + (bottom - top) * share, left + (right - left) * share
-            depth_mm = stored[y.astype(np.int64)][:, x.astype(np.int64)].astype(np.int16)
-        elif needs_depth:
-            raise UserError(f"{depth_path}: expected one channel of millimetres, 0..32767, 0 = no measurement")
-    is_dense, is_metres = job.settings.task != "scene", job.settings.task == "depth"
-    target = (
-        torch.zeros((1, 1, size, size))
-        if is_metres
-        else torch.zeros((1, size, size) if is_dense else 1, dtype=torch.int64)
-    )
-    return torch.from_numpy(rgb.transpose(2, 0, 1).copy())[None], torch.from_numpy(depth_mm)[None, None], target
+    size = job.train_set.size
+    with Image.open(path) as image:
+        box = crop_box_of(job.train_set).scaled_to(image.height, image.width)
+        part = (box.left, box.top, box.right, box.bottom)
+        resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, part)
+        return np.array(resized).transpose(2, 0, 1).copy()
 
 
-def _answer_png(named: np.ndarray) -> bytes:
+def _read_depth_mm(job: TrainingJob, path: Path) -> np.ndarray:
+    """int16 [S, S], nearest; 0 where the network does without and there is none.
+
+    Raises UserError where the network needs it.
+    """
+    from PIL import Image
+
+    size = job.train_set.size
+    is_needed = not job.learns_depth and job.settings.inputs != "rgb"
+    nothing = np.zeros((size, size), np.int16)
+    if not path.exists():
+        if is_needed:
+            what = f"{path} is missing: the network needs it"
+            raise UserError(what, "Put it there, or train with --inputs rgb")
+        return nothing
+
+    with Image.open(path) as image:
+        stored = np.array(image)
+    if stored.ndim != 2 or stored.max() > MAX_DEPTH_MM:
+        if is_needed:
+            expected = f"expected one channel of millimetres, 0..{MAX_DEPTH_MM}, 0 = no measurement"
+            raise UserError(f"{path}: {expected}")
+        return nothing
+
+    box = crop_box_of(job.train_set).scaled_to(*stored.shape)
+    centres = (np.arange(size) + 0.5) / size
+    rows = box.rows_at(centres).astype(np.int64)
+    columns = box.columns_at(centres).astype(np.int64)
+    return stored[rows][:, columns].astype(np.int16)
+
+
+def _placeholder_target(job: TrainingJob) -> Tensor:
+    """Of the shape that the task's targets have, for a batch of one; nothing is known."""
+    size = job.train_set.size
+    if job.learns_depth:
+        return torch.zeros((1, 1, size, size))
+    shape = (1,) if job.settings.task == "scene" else (1, size, size)
+    return torch.full(shape, VOID, dtype=torch.int64)
+
+
+def _answer_png(predicted: np.ndarray) -> bytes:
     """Class ids as 8-bit, metres as 16-bit millimetres."""
-    import io
-
     from PIL import Image
 
+    if predicted.dtype.kind == "f":
+        stored = np.round(predicted * 1000).astype(np.uint16)
+    else:
+        stored = predicted.astype(np.uint8)
     buffer = io.BytesIO()
-    array = np.round(named * 1000).astype(np.uint16) if named.dtype.kind == "f" else named.astype(np.uint8)
-    Image.fromarray(array).save(buffer, "png")
+    Image.fromarray(stored).save(buffer, "png")
     return buffer.getvalue()

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shards.format import UserError
+from shards.errors import UserError
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+SILENCE = timedelta(minutes=10)  # a rank that says nothing for so long is dead
 
 
 def join() -> torch.device:
@@ -22,8 +24,8 @@ def join() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        silence = timedelta(minutes=10)  # a rank that says nothing for so long is dead
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=silence)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=SILENCE)
     return device
 
 
@@ -34,14 +36,16 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def total(sums: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    if WORLD > 1:
-        dist.all_reduce(sums := sums.clone())
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks; `values` themselves stay as they are."""
+    if WORLD == 1:
+        return values
+    sums = values.clone()
+    dist.all_reduce(sums)
     return sums
 
 
-def most(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """The greatest of what the ranks have."""
     if WORLD == 1:
         return value
@@ -50,21 +54,27 @@ def most(value: int, device: torch.device) -> int:
     return int(box)
 
 
-def first(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, in every rank; a UserError there is one everywhere."""
+def broadcast_from_first(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, in every rank. A UserError that it raises is raised everywhere."""
     if WORLD == 1:
         return make()
+
     box: list[Any] = [None]
-    try:
-        box = [make() if RANK == 0 else None]
-    except UserError as error:
-        box = [error]
+    if RANK == 0:
+        try:
+            box = [make()]
+        except UserError as error:
+            box = [error]
     dist.broadcast_object_list(box)
+
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether it says that another rank is gone (gloo and nccl raise RuntimeErrors of many texts)."""
-    return WORLD > 1 and (isinstance(error, dist.DistError) or any(w in str(error).lower() for w in ("gloo", "nccl")))
+    """Whether it says that another rank is gone: gloo and nccl have many texts for that."""
+    if WORLD == 1:
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text

@@ -1,143 +1,214 @@
-"""A run for people to look at: its pictures and tables, and what it says about other pictures."""
+"""A finished training for people to look at: its pictures, its tables, and lines that sum it up.
+
+report(result)
+  tables_and_pictures     predictions.csv, classes.csv, confusion.png, mistakes.png
+  curves.png
+  summary                 last, best, the most frequent class, the files, how to continue
+"""
 
 from __future__ import annotations
 
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from train.checkpoint import CHECKPOINT, METRICS, Run, write_csv, write_file
-from train.loop import Job, apply, epoch_line
-from train.settings import Settings
+from train.checkpoint import CLASS_TABLE, Run, write_csv, write_file
+from train.data import ShardDataset
+from train.job import TrainingJob
+from train.loop import TrainingResult, epoch_line, predict_batch
+from train.settings import Settings, flag_of
 from train.tasks import Depth
 
-BATCH, MOST = 16, 24
+ROWS_AT_ONCE = 16
+MOST_PICTURES = 24  # on a page
 Batch = tuple[Tensor, ...]
 
 
-class Outcome(NamedTuple):
-    """One picture and what the network says of it."""
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One picture and what the network says of it.
 
-    facts: dict[str, Any]  # its line in predictions.csv
-    badness: float  # its loss; 0 where the class is right or nothing is known
-    rgb: np.ndarray
-    depth_m: np.ndarray
+    table_row: its line in predictions.csv. loss: 0 where the class is right or nothing is known.
+    true, predicted: a class id, class ids [H, W], or metres [H, W]; true is None where not known.
+    """
+
+    table_row: dict[str, Any]
+    loss: float
+    rgb_hwc: np.ndarray
+    depth_m_hw: np.ndarray
     true: np.ndarray | None
-    named: np.ndarray  # class id, class ids [H, W], or metres [H, W]
+    predicted: np.ndarray
 
 
 # ---------------------------------------------------------------- asking the network
 
 
 @torch.inference_mode()
-def outcomes(run: Run, job: Job, names: list[str], batches: Iterator[Batch], is_judged: bool) -> Iterator[Outcome]:
-    """One Outcome a picture; where the truth is not known the targets are only placeholders."""
+def predictions(
+    run: Run, job: TrainingJob, names: Sequence[str], batches: Iterator[Batch], *, is_judged: bool
+) -> Iterator[Prediction]:
+    """One a picture; `names` are theirs. Unless `is_judged`, the targets are only placeholders."""
     run.model.eval()
-    at = iter(names)
+    name_of_next = iter(names)
     for batch in batches:
-        out, (rgb, depth, target) = apply(run.model, job, batch)
-        for one, rgb_chw, depth_1hw, true in zip(out, rgb, depth, target, strict=True):
-            named, answer = _answer(job, one)
-            facts, badness = _judgement(job, one[None], true[None]) if is_judged else ({}, 0.0)
-            pictures = rgb_chw.permute(1, 2, 0).cpu().numpy(), depth_1hw[0].cpu().numpy() / 1000
-            line = {"picture": next(at), **facts, **answer}
-            yield Outcome(line, badness, *pictures, _array(true) if is_judged else None, named)
+        out, (rgb, depth, target) = predict_batch(run.model, job, batch)
+        for k in range(len(rgb)):
+            true = target[k] if is_judged else None
+            yield _prediction(job, next(name_of_next), out[k], (rgb[k], depth[k]), true)
+
+
+def _prediction(
+    job: TrainingJob, name: str, out: Tensor, pictures: tuple[Tensor, Tensor], true: Tensor | None
+) -> Prediction:
+    """Of one picture: `pictures` are rgb [3, H, W] and depth in millimetres [1, H, W]."""
+    rgb_chw, depth_mm_1hw = pictures
+    predicted, answer = _answer(job, out)
+    judgement: dict[str, Any] = {}
+    loss = 0.0
+    if true is not None:
+        judgement, loss = _judgement(job, out[None], true[None])
+    return Prediction(
+        table_row={"picture": name, **judgement, **answer},
+        loss=loss,
+        rgb_hwc=rgb_chw.permute(1, 2, 0).cpu().numpy(),
+        depth_m_hw=depth_mm_1hw[0].cpu().numpy() / 1000,
+        true=None if true is None else _array(true),
+        predicted=predicted,
+    )
 
 
 def _array(tensor: Tensor) -> np.ndarray:
+    """On the CPU, without axes of length 1; class ids as int16."""
     array: np.ndarray = tensor.squeeze().cpu().numpy()
     return array.astype(np.int16) if array.dtype == np.int64 else array
 
 
-def _answer(job: Job, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
-    """What the network says of one picture: to be drawn, and for the table."""
+def _answer(job: TrainingJob, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+    """What the network says of one picture: to be drawn, and for the table.
+
+    The column of the predicted class is called "named": programs of users read it.
+    """
     if isinstance(job.task, Depth):
         metres = _array(job.task.metres(out))
         return metres, {"median_m": round(float(np.median(metres)), 3)}
-    share, ids = out.softmax(0).max(0)
-    most = int(torch.bincount(ids.flatten()).argmax())
-    return _array(ids), {"named": job.task.names[most], "confidence": round(float(share.mean()), 4)}
+
+    confidence, ids = out.softmax(0).max(0)
+    most_frequent = int(torch.bincount(ids.flatten()).argmax())
+    columns = {
+        "named": job.task.names[most_frequent],
+        "confidence": round(float(confidence.mean()), 4),
+    }
+    return _array(ids), columns
 
 
-def _judgement(job: Job, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
-    """The class or the scores of this one picture, and its loss."""
-    loss, weight = job.task.loss(out, target)
-    badness = float(loss / weight) if weight > 0 else 0.0
+def _judgement(job: TrainingJob, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
+    """The true class, or the scores, of this one picture; and its loss."""
+    loss_sum, weight = job.task.loss(out, target)
+    loss = float(loss_sum / weight) if weight > 0 else 0.0
     if target.ndim > 1:
         scores = job.task.scores(job.task.count(out, target))
-        return {name: round(value, 4) for name, value in scores.items()}, badness
-    return {"true": job.task.names[int(target)]}, badness if out.argmax() != target else 0.0
+        return {name: round(value, 4) for name, value in scores.items()}, loss
+
+    is_right = bool(out.argmax() == target)
+    return {"true": job.task.names[int(target)]}, 0.0 if is_right else loss
 
 
-def _test_outcomes(run: Run, job: Job) -> Iterator[Outcome]:
-    dataset = job.test_loader.dataset
-    scenes, of_row = dataset._set.manifest["names"]["scenes"], dataset._set.column("scene")
-    names = [f"row {row}: {scenes[of_row[row]]}" for row in dataset._rows]
-    starts = range(0, len(dataset), BATCH)
-    batches = (dataset.stored(np.arange(a, min(a + BATCH, len(dataset)))) for a in starts)
-    return outcomes(run, job, names, batches, True)
+def _names_of_rows(dataset: ShardDataset) -> list[str]:
+    """`row 7: kitchen_0003` of every row of the dataset's split."""
+    scenes = dataset.shard_set.manifest.scenes
+    scene_of_row = dataset.row_facts("scene")
+    return [
+        f"row {row}: {scenes[scene]}" for row, scene in zip(dataset.rows, scene_of_row, strict=True)
+    ]
+
+
+def _test_predictions(run: Run, job: TrainingJob) -> Iterator[Prediction]:
+    dataset = job.eval_loader.dataset
+    positions = np.arange(len(dataset))
+    parts = np.split(positions, range(ROWS_AT_ONCE, len(dataset), ROWS_AT_ONCE))
+    batches = (dataset.stored(part) for part in parts)
+    return predictions(run, job, _names_of_rows(dataset), batches, is_judged=True)
 
 
 # ---------------------------------------------------------------- tables and pages
 
 
 def write(path: Path, data: bytes) -> str:
+    """The name of the file. Raises CannotWrite."""
     write_file(path, lambda file: file.write(data))
     return path.name
 
 
-def _without_matplotlib(error: ModuleNotFoundError) -> list[str]:
-    print(f"no pictures: {error.name} is not installed. Run: pip install -e .[show]", file=sys.stderr)
-    return []
+def tables_and_pictures(out: Path, run: Run, job: TrainingJob) -> list[str]:
+    """predictions.csv, classes.csv, confusion.png and mistakes.png of the test rows: their names.
 
+    Without matplotlib no pictures, which is said.
+    """
+    table = []
+    worst: list[Prediction] = []
+    for prediction in _test_predictions(run, job):
+        table.append(prediction.table_row)
+        worst.append(prediction)
+        worst.sort(key=lambda each: -each.loss)
+        del worst[MOST_PICTURES:]
+    write_csv(out / "predictions.csv", table)
 
-def tables_and_pictures(out: Path, run: Run, job: Job) -> list[str]:
-    """predictions.csv, classes.csv, confusion.png and mistakes.png of the test rows."""
-    lines, worst = [], list[Outcome]()
-    for each in _test_outcomes(run, job):
-        lines.append(each.facts)
-        worst = sorted([*worst, each], key=lambda each: -each.badness)[:MOST]
-    write_csv(out / "predictions.csv", lines)
     files = ["predictions.csv", *_class_table(out, run, job)]
     try:
-        return [*files, *_confusion(out, run, job), *_mistakes(out, run, job, len(lines), worst)]
+        files += _confusion(out, run, job)
+        files += _mistakes(out, run, job, len(table), worst)
     except ModuleNotFoundError as error:
-        return [*files, *_without_matplotlib(error)]
+        missing = f"no pictures: {error.name} is not installed"
+        print(f"{missing}. Run: pip install -e .[show]", file=sys.stderr)
+    return files
 
 
-def _mistakes(out: Path, run: Run, job: Job, n_rows: int, worst: list[Outcome]) -> list[str]:
+def _mistakes(
+    out: Path, run: Run, job: TrainingJob, n_rows: int, worst: list[Prediction]
+) -> list[str]:
     """mistakes.png; where there is none to show, it says so, and an older one is removed."""
-    worst = [each for each in worst if each.badness > 0]
-    if worst:
-        return [write(out / "mistakes.png", page(job, f"the {len(worst)} worst of {n_rows} test rows", worst))]
-    (out / "mistakes.png").unlink(missing_ok=True)
-    why = f"all {n_rows} test rows are right" if float(run.counts.sum()) else "nothing is known of the test rows"
+    wrong = [prediction for prediction in worst if prediction.loss > 0]
+    path = out / "mistakes.png"
+    if wrong:
+        title = f"the {len(wrong)} worst of {n_rows} test rows"
+        return [write(path, page(job, title, wrong))]
+
+    path.unlink(missing_ok=True)
+    is_anything_known = float(run.counts.sum()) > 0
+    if is_anything_known:
+        why = f"all {n_rows} test rows are right"
+    else:
+        why = "nothing is known of the test rows"
     print(f"no mistakes.png: {why}", file=sys.stderr)
     return []
 
 
-def _class_table(out: Path, run: Run, job: Job) -> list[str]:
+def _class_table(out: Path, run: Run, job: TrainingJob) -> list[str]:
+    """classes.csv: for each class its true rows or pixels, accuracy and intersection over union."""
     if isinstance(job.task, Depth):
         return []
     true_k = run.counts.view(job.task.n_out, -1).sum(1).long().tolist()
-    accuracy_k, iou_k = (np.round(values.numpy(), 4).tolist() for values in job.task.per_class(run.counts))
-    columns = {"class": job.task.names, "true": true_k, "accuracy": accuracy_k, "iou": iou_k}
-    write_csv(
-        out / "classes.csv", [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
-    )
-    return ["classes.csv"]
+    accuracy_k, iou_k = job.task.per_class(run.counts)
+    accuracy = np.round(accuracy_k.numpy(), 4).tolist()
+    iou = np.round(iou_k.numpy(), 4).tolist()
+    table = [
+        {"class": name, "true": true_k[k], "accuracy": accuracy[k], "iou": iou[k]}
+        for k, name in enumerate(job.task.names)
+    ]
+    write_csv(out / CLASS_TABLE, table)
+    return [CLASS_TABLE]
 
 
-def _confusion(out: Path, run: Run, job: Job) -> list[str]:
+def _confusion(out: Path, run: Run, job: TrainingJob) -> list[str]:
     from train.plots import confusion_png
 
     if isinstance(job.task, Depth):
@@ -146,72 +217,102 @@ def _confusion(out: Path, run: Run, job: Job) -> list[str]:
     return [write(out / "confusion.png", confusion_png(counts_kk, job.task.names))]
 
 
-def page(job: Job, title: str, found: list[Outcome]) -> bytes:
-    """Every picture with its depth, and for dense tasks the truth and the answer."""
-    from train.plots import class_colours, depth_colours, label_colours, page_png
+def page(job: TrainingJob, title: str, shown: list[Prediction]) -> bytes:
+    """A PNG of every picture with its depth, and for dense tasks the truth and the answer."""
+    from train.plots import CaptionedPanels, class_colours, depth_colours, page_png
 
-    n = job.task.n_out
-    draw: Callable[[Any], Any] = depth_colours if isinstance(job.task, Depth) else lambda ids: label_colours(ids, n)
-    heads, rows = ["rgb", "depth"], []
+    heads = ["rgb", "depth"]
     if job.settings.task != "scene":
-        heads += ["true", "named"] if found and found[0].true is not None else ["named"]
-    for each in found:
-        answers = [draw(x) for x in (each.true, each.named) if x is not None and x.ndim == 2]
-        rows.append((_caption(each.facts), [each.rgb, depth_colours(each.depth_m), *answers]))
-    is_coloured = job.settings.task.startswith("semantic")
-    legend = dict(zip(job.task.names, class_colours(n)[1:], strict=True)) if is_coloured else {}
-    return page_png(title, heads, rows, legend)
+        has_truth = bool(shown) and shown[0].true is not None
+        heads += ["true", "predicted"] if has_truth else ["predicted"]
+
+    pictures = []
+    for each in shown:
+        panels = [each.rgb_hwc, depth_colours(each.depth_m_hw), *_dense_panels(job, each)]
+        pictures.append(CaptionedPanels(caption=_caption(each.table_row), panels=panels))
+
+    legend = {}
+    if job.settings.task.startswith("semantic"):
+        colours = class_colours(job.task.n_out)[1:]  # the first is of void
+        legend = dict(zip(job.task.names, colours, strict=True))
+    return page_png(title, heads, pictures, legend)
 
 
-def _caption(facts: dict[str, Any]) -> str:
-    if "true" in facts:
-        return f"{facts['picture']}\n{facts['true']}, named {facts['named']} {facts['confidence']:.0%}"
-    return f"{facts['picture']}\n" + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in list(facts.items())[1:3])
+def _dense_panels(job: TrainingJob, prediction: Prediction) -> list[np.ndarray]:
+    """The truth, where it is known, and the answer, in colours; of a dense task."""
+    from train.plots import depth_colours, label_colours
+
+    answers = [prediction.true, prediction.predicted]
+    planes = [plane for plane in answers if plane is not None and plane.ndim == 2]
+    if isinstance(job.task, Depth):
+        return [depth_colours(plane) for plane in planes]
+    return [label_colours(plane, job.task.n_out) for plane in planes]
 
 
-def report(run: Run, job: Job) -> tuple[list[str], dict[str, Any]]:
-    """Draw, tabulate and sum up a finished run: the names of its files, and the summary as a dict."""
-    out, baseline = Path(job.settings.out), _baseline(job)
-    write_csv(out / METRICS, run.history)
-    names = [CHECKPOINT, METRICS, *tables_and_pictures(out, run, job)]
-    with suppress(ModuleNotFoundError):  # announced above
+def _caption(table_row: dict[str, Any]) -> str:
+    """The picture's name, and below it the answer or the first two scores."""
+    picture = table_row["picture"]
+    if "true" in table_row:
+        answer = f"{table_row['true']}, predicted {table_row['named']}"
+        return f"{picture}\n{answer} {table_row['confidence']:.0%}"
+    scores = [f"{name.replace('_', ' ')} {value}" for name, value in list(table_row.items())[1:3]]
+    return f"{picture}\n" + ", ".join(scores)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(result: TrainingResult) -> list[Path]:
+    """Draw, tabulate and sum up a finished run, in its directory and on standard output.
+
+    Returns all files of the run, those of `train` first. Raises CannotWrite.
+    """
+    out = Path(result.job.settings.out)
+    names = tables_and_pictures(out, result.run, result.job)
+    with suppress(ModuleNotFoundError):  # announced already
         from train.plots import curves_png
 
-        names.append(write(out / "curves.png", curves_png(run.history, baseline)))
-    main = f"test_{job.task.main}"
-    last, best = run.history[-1], _best(run, main)
-    print(f"last  {epoch_line(last, job.settings.epochs)}")
-    if math.isnan(best[main]):
-        print("best  of no epoch: nothing is known of the test rows to score by")
+        names.append(write(out / "curves.png", curves_png(result.run.history, result.baseline)))
+
+    files = [*result.files, *(out / name for name in names)]
+    print_summary(result, files)
+    return files
+
+
+def print_summary(result: TrainingResult, files: Sequence[Path]) -> None:
+    """The last and the best epoch, the baseline, the files, and the command that goes on."""
+    settings = result.job.settings
+    split = result.eval_split
+    main = f"{split}_{result.job.task.main}"
+    print(f"last  {epoch_line(result.last, settings.epochs)}")
+
+    score = result.best[main]
+    if math.isnan(score):
+        print(f"best  of no epoch: nothing is known of the {split} rows to score by")
     else:
-        print(f"best  epoch {best['epoch']}: {main} {best[main]:.3f} (picked on the test rows, so optimistic)")
-    if baseline is not None:
-        print(f"always the most frequent class: top-1 {baseline:.1%}")
-    files = [str(out / name) for name in names]
-    print("files:", *files)
-    print("continue:", command(job.settings, epochs=2 * run.epoch), flush=True)
-    return names, {"epochs": run.epoch, "last": last, "best": best, "baseline": baseline, "files": files}
+        epoch = result.best["epoch"]
+        print(
+            f"best  epoch {epoch}: {main} {score:.3f} (picked on the {split} rows, so optimistic)"
+        )
+    if result.test:
+        scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in result.test.items()]
+        print("test  " + "  ".join(scores))
+    if result.baseline is not None:
+        print(f"always the most frequent class: top-1 {result.baseline:.1%}")
 
-
-def _best(run: Run, main: str) -> dict[str, float]:
-    """The row of the best epoch, the first of equals; the last one where nothing was scored."""
-    scored = [row for row in run.history if not math.isnan(row[main])]
-    sign = -1 if main == "test_rmse" else 1
-    return max(scored, key=lambda row: sign * row[main], default=run.history[-1])
-
-
-def _baseline(job: Job) -> float | None:
-    """Top-1 of always naming the most frequent train class."""
-    if job.settings.task != "scene":
-        return None
-    most = np.bincount(job.train_set.labels()).argmax()
-    return float((job.test_loader.dataset.labels() == most).mean())
+    print("files:", *map(str, files))
+    print("continue:", command(settings, epochs=2 * result.epochs), flush=True)
 
 
 def command(settings: Settings, **changes: Any) -> str:
     """The command line of these settings, defaults left out."""
-    values, words = {**asdict(settings), "reset": False, **changes}, ["python", "-m", "train"]
-    for f in fields(settings):
-        if values[f.name] != f.default:
-            words += ["--" + f.name.replace("_", "-"), *([] if values[f.name] is True else [str(values[f.name])])]
+    values = {**asdict(settings), "reset": False, **changes}
+    words = ["python", "-m", "train"]
+    for each in fields(settings):
+        value = values[each.name]
+        if value == each.default:
+            continue
+        words.append(flag_of(each.name))
+        if value is not True:
+            words.append(str(value))
     return shlex.join(words)

@@ -1,18 +1,25 @@
 """A run's settings: each field is a flag of the command, and is stored in the run's checkpoints."""
 
 import os
+import re
 from argparse import ArgumentParser
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from shards.format import UserError
+from shards.errors import UserError, WrongSetting
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
 MAY_CHANGE = {
-    "data", "out", "allow_remote", "epochs", "num_workers", "reset", "mirror", "save_minutes", "compile", "batch_size",
+    "data", "out", "allow_remote", "epochs", "num_workers", "reset", "mirror", "save_minutes",
+    "compile", "batch_size", "eval_split",
 }  # fmt: skip
-Bounds = tuple[float, float]
+TASK = re.compile(r"scene|depth|semantic([1-9]\d{0,4})?")
+
+
+def flag_of(name: str) -> str:
+    """A field's name -> its flag on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def _flag(default: Any, help: str, **more: Any) -> Any:
@@ -22,46 +29,88 @@ def _flag(default: Any, help: str, **more: Any) -> Any:
 
 def _number(default: Any, help: str, low: float, high: float, also: Any = None, **more: Any) -> Any:
     """A field from `low` to `high`, or `also`; --help shows the range."""
-    values = f"{low:g} to {high if isinstance(high, int) else f'{high:g}'}"
-    values += f", or {also}" if also is not None else ""
-    metadata = {"argparse": {"help": f"{help} ({values})", **more}, "bounds": (low, high), "also": also}
-    return field(default=default, metadata={**metadata, "values": values})
+    highest = str(high) if isinstance(high, int) else f"{high:g}"
+    values = f"{low:g} to {highest}"
+    if also is not None:
+        values += f", or {also}"
+    metadata = {
+        "argparse": {"help": f"{help} ({values})", **more},
+        "bounds": (low, high),
+        "also": also,
+        "values": values,
+    }
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made from. Raises UserError for what no run can start from, on the command line and from Python."""
+    """What a run is made from: the same from the command line and from Python.
 
-    data: str = _flag(MISSING, "a converted set, or a directory that holds exactly one", metavar="DIR|ROOT")
-    out: str = _flag(MISSING, "directory of this run; a run found there is continued", metavar="RUN")
-    task: str = _flag("scene", "what to learn", choices=["scene", "semantic13", "semantic40", "depth"])
-    num_classes: int = _flag(13, "which scene classes", choices=[10, 13, 27])
-    inputs: str = _flag("rgbd", "what the network sees (depth is learnt from rgb)", choices=["rgbd", "rgb", "depth"])
-    size: int = _number(128, "training resolution, 0 = as stored", 32, 1024, also=0)  # the network halves it five times
+    Raises WrongSetting for a value that no run can start from.
+    """
+
+    data: str = _flag(
+        MISSING, "a converted set, or a directory that holds exactly one", metavar="DIR|ROOT"
+    )
+    out: str = _flag(
+        MISSING, "directory of this run; a run found there is continued", metavar="RUN"
+    )
+    task: str = _flag(
+        "scene",
+        "what to learn: scene, depth, semantic (every class of the pixels), or semanticN, such as "
+        "semantic40 of NYU",
+        metavar="TASK",
+    )
+    num_classes: int | None = _number(
+        None, "which scene classes, by their number; default: the dataset's", 1, 10_000, type=int
+    )
+    eval_split: str = _flag(
+        "auto",
+        "rows to score on after each epoch (auto: val where the set has such rows, else test)",
+        choices=["auto", "val", "test"],
+    )
+    inputs: str = _flag(
+        "rgbd", "what the network sees (depth is learnt from rgb)", choices=["rgbd", "rgb", "depth"]
+    )
+    size: int = _number(
+        128, "training resolution, 0 = as stored", 32, 1024, also=0
+    )  # the network halves it five times
     epochs: int = _number(90, "passes over the train rows", 1, 1_000_000)
     batch_size: int = _number(128, "rows a step and process", 1, 100_000)
-    num_workers: int | str = _number("auto", "loader processes", 0, 64, also="auto", metavar="N|auto")
+    num_workers: int | str = _number(
+        "auto", "loader processes", 0, 64, also="auto", metavar="N|auto"
+    )
     model: str = _flag("resnet18", "resnet18, or package.module:callable(outputs)", metavar="NAME")
-    width: int = _number(0, "channels of the first layer, 0 = 64 with --weights, else 32", 1, 512, also=0)
+    width: int = _number(
+        0, "channels of the first layer, 0 = 64 with --weights, else 32", 1, 512, also=0
+    )
     weights: str | None = _flag(
         None, "start from an ImageNet ResNet-18, or from another run", metavar="imagenet|PATH|RUN"
     )
     lr: float = _number(1e-3, "peak learning rate", 1e-10, 100)
     weight_decay: float = _number(0.05, "of AdamW, on weights but not on biases and norms", 0, 10)
-    warmup_epochs: int = _number(5, "rising learning rate, a quarter of --epochs at most", 0, 1_000_000)
+    warmup_epochs: int = _number(
+        5, "rising learning rate, a quarter of --epochs at most", 0, 1_000_000
+    )
     label_smoothing: float = _number(0.1, "share of the target spread over all classes", 0, 0.9)
-    crop: float = _number(0.5, "smallest random crop, as a share of the area (task depth: whole pictures)", 0.05, 1)
+    crop: float = _number(
+        0.5, "smallest random crop, as a share of the area (task depth: whole pictures)", 0.05, 1
+    )
     jitter: float = _number(0.4, "brightness, contrast, saturation times 1 -+ X", 0, 1)
     seed: int = _number(0, "of everything random", 0, 2**63 - 1)
     compile: bool = _flag(False, "torch.compile the network")
-    save_minutes: float = _number(5.0, "checkpoint at least this often, besides every epoch; 0 = every step", 0, 1e6)
-    mirror: str | None = _flag(None, "copy checkpoints there in the background, and start from it", metavar="DIR")
+    save_minutes: float = _number(
+        5.0, "checkpoint at least this often, besides every epoch; 0 = every step", 0, 1e6
+    )
+    mirror: str | None = _flag(
+        None, "copy checkpoints there in the background, and start from it", metavar="DIR"
+    )
     reset: bool = _flag(False, "forget the checkpoints in --out and start over")
     allow_remote: bool = _flag(False, "read a set on a mounted Drive (FUSE) all the same")
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            object.__setattr__(self, each.name, _right(each, getattr(self, each.name)))
+            object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
         if self.weights and self.model != "resnet18":
             raise UserError(f"--weights is for --model resnet18; load them inside {self.model}")
 
@@ -70,20 +119,37 @@ class Settings:
         """`width`, its default worked out."""
         return self.width or (64 if self.weights else 32)
 
+    def check_out(self) -> None:
+        """Raise WrongSetting where `out` names no directory, as it may where nothing is written."""
+        if not self.out:
+            raise WrongSetting("out", "''", "name a directory")
 
-def _right(each: "Field[Any]", value: Any) -> Any:
-    """The value as Python's own int, float, bool or str, which a checkpoint can hold; a UserError if it is wrong."""
+
+def _checked(each: "Field[Any]", value: Any) -> Any:
+    """The value as Python's own int, float, bool or str, which a checkpoint can hold.
+
+    Raises WrongSetting.
+    """
+    if each.name == "task":
+        if not isinstance(value, str) or not TASK.fullmatch(value):
+            raise _wrong(each, value, "scene, depth, semantic or semanticN")
+        return value
+
     if "bounds" in each.metadata:
-        return _right_number(each, value)
+        return None if value is None and each.default is None else _checked_number(each, value)
+
     choices = each.metadata["argparse"].get("choices")
     if choices:
+        # True is 1 and 10.0 is 10 in Python; neither is one of the choices.
         if value not in choices or isinstance(value, bool | float):
             raise _wrong(each, value, f"one of {', '.join(map(str, choices))}")
         return next(choice for choice in choices if choice == value)
+
     if isinstance(each.default, bool):
         if not isinstance(value, bool):
             raise _wrong(each, value, "True or False")
         return value
+
     if value is None and each.default is None:
         return None
     if isinstance(value, os.PathLike):
@@ -93,32 +159,39 @@ def _right(each: "Field[Any]", value: Any) -> Any:
     return value
 
 
-def _right_number(each: "Field[Any]", value: Any) -> Any:
-    """A float where the default is one, else an int."""
-    also, (low, high) = each.metadata["also"], each.metadata["bounds"]
-    if isinstance(also, str) and isinstance(value, str):
+def _checked_number(each: "Field[Any]", value: Any) -> Any:
+    """A float where the default is one, else an int. Raises WrongSetting."""
+    also = each.metadata["also"]
+    low, high = each.metadata["bounds"]
+
+    if isinstance(also, str) and isinstance(value, str):  # a flag that is a number or a word
         if value == also:
             return value
-        value = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
+        if value.isascii() and value.isdecimal() and len(value) < 10:
+            value = int(value)
+
     is_float = isinstance(each.default, float)
     is_number = isinstance(value, Real if is_float else Integral) and not isinstance(value, bool)
-    if not is_number or not (low <= value <= high or (also is not None and value == also)):
+    is_also = also is not None and value == also
+    if not is_number or not (low <= value <= high or is_also):
         kind = "a number" if is_float else "a whole number"
         raise _wrong(each, value, f"{kind}, {each.metadata['values']}")
     return float(value) if is_float else int(value)
 
 
-def _wrong(each: "Field[Any]", value: Any, choices: str) -> UserError:
-    shown = repr(value) if isinstance(value, str) else str(value)
-    return UserError(f"--{each.name.replace('_', '-')} {shown[:100]}: choose {choices}")
+def _wrong(each: "Field[Any]", value: Any, choices: str) -> WrongSetting:
+    given = repr(value) if isinstance(value, str) else value
+    return WrongSetting(each.name, given, f"choose {choices}")
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """One flag a field; the type is that of the default."""
-    for f in fields(Settings):
-        more = {"required": True} if f.default is MISSING else {"default": f.default}
-        if f.default is False:
-            more = {"action": "store_true"}
-        elif isinstance(f.default, int | float):
-            more |= {"type": type(f.default)}
-        parser.add_argument("--" + f.name.replace("_", "-"), **{**more, **f.metadata["argparse"]})
+    for each in fields(Settings):
+        options: dict[str, Any] = {"default": each.default}
+        if each.default is MISSING:
+            options = {"required": True}
+        elif each.default is False:
+            options = {"action": "store_true"}
+        elif isinstance(each.default, int | float):
+            options["type"] = type(each.default)
+        parser.add_argument(flag_of(each.name), **options, **each.metadata["argparse"])

@@ -1,4 +1,7 @@
-"""What schedulers send: SIGTERM and SIGHUP end a run after the step it is in, SIGUSR1 does not; both save it first."""
+"""What schedulers send: SIGTERM and SIGHUP end a run after the step it is in, SIGUSR1 does not.
+
+All of them save it first.
+"""
 
 import signal
 import threading
@@ -14,7 +17,10 @@ class Stopped(Exception):
 
 
 class Requests:
-    """Signals are noted while a run trains, and looked at between its steps; elsewhere a STOP ends it at once."""
+    """Signals are noted while a run trains, and looked at between its steps.
+
+    Elsewhere a STOP ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.wanted = NOTHING
@@ -22,7 +28,10 @@ class Requests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals meanwhile; none that was ignored (nohup, a shell's &), none outside the main thread."""
+        """Take the signals meanwhile.
+
+        None that was ignored (nohup, a shell's &), and none outside the main thread.
+        """
         before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -42,7 +51,10 @@ class Requests:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Only note signals meanwhile. Once a run is stopped, more of them change nothing: it ends already."""
+        """Only note signals meanwhile.
+
+        Once a run is stopped, more of them change nothing: it ends already.
+        """
         self.is_training = True
         try:
             yield

@@ -218,7 +218,7 @@ class StoredDataset:
         Raises Unreadable.
         """
         with _reading():
-            return self._dset.id.get_offset()  # type: ignore[no-any-return]
+            return self._dset.id.get_offset()
 
     @in_hdf5_thread
     def chunk_index(self, grid: ChunkGrid) -> ChunkIndex:
@@ -239,4 +239,4 @@ class StoredDataset:
         Raises Unreadable.
         """
         with _reading():
-            return self._dset[block_at(start, shape)]  # type: ignore[no-any-return]
+            return self._dset[block_at(start, shape)]

@@ -1,0 +1,207 @@
+"""Which trainings a recipe is made of, and what make passes to it."""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+
+import torch
+from conftest import REPO, SMALL
+from helpers.sets import convert
+
+from shards.errors import UserError, WrongSetting
+from train.__main__ import main, parse
+from train.recipe import RECIPES, plan, stages
+from train.settings import Settings
+
+DEFAULT = ["--recipe", "default"]
+QUICK = ["--epochs=1", "--size=32", "--width=8", "--batch-size=8", "--num-workers=0"]
+
+
+@pytest.fixture(scope="module")
+def without_labels(mat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("no labels")
+    return convert(mat, root, replace(SMALL, fields=("rgb", "depth")))
+
+
+def planned(data: Path, *flags: str) -> list[Settings]:
+    """What the command line trains, in order."""
+    settings, recipe, start = parse(["--data", str(data), "--out", "runs/scene", *flags])
+    return [stage.settings for stage in plan(settings, recipe, start)]
+
+
+def test_the_default_recipe_learns_the_pixels_then_the_scenes_from_them(small_set: Path) -> None:
+    first, second = planned(small_set, *DEFAULT)
+    same = {"size": 64, "width": 16, "batch_size": 32, "lr": 2e-3, "epochs": 40}
+    data = str(small_set)
+    assert first == Settings(data, "runs/scene-parts", task="semantic40", **same)  # type: ignore[arg-type]
+    assert second == Settings(data, "runs/scene", weights="runs/scene-parts", **same)  # type: ignore[arg-type]
+
+
+def test_without_a_recipe_there_is_one_run_of_the_flags_defaults(small_set: Path) -> None:
+    assert planned(small_set) == [Settings(str(small_set), "runs/scene")]
+    assert planned(small_set, "--start", "") == planned(small_set, "--start", "auto")
+
+
+def test_a_flag_that_is_given_is_kept_in_both_stages(small_set: Path) -> None:
+    for stage in planned(small_set, "--epochs=3", *DEFAULT, "--inputs=rgb", "--num-classes=10"):
+        assert (stage.epochs, stage.inputs, stage.num_classes) == (3, "rgb", 10)
+        assert (stage.width, stage.lr) == (16, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_parts"),
+    [
+        (["--num-classes=10"], True),
+        (["--task=depth"], True),
+        (["--start="], False),
+        (["--model=mine:Net"], False),
+        (["--weights=imagenet"], False),
+        (["--start=auto"], True),
+        (["--start=runs/other"], True),
+    ],
+)
+def test_the_pixels_are_learnt_first_where_that_can_help(
+    flags: list[str], has_parts: bool, small_set: Path, without_labels: Path
+) -> None:
+    runs = planned(small_set, *DEFAULT, *flags)
+    assert len(runs) == (2 if has_parts else 1)
+    assert runs[-1].out == "runs/scene"
+    if has_parts:
+        parts = "runs/other" if "--start=runs/other" in flags else "runs/scene-parts"
+        assert (runs[0].task, runs[0].out, runs[1].weights) == ("semantic40", parts, parts)
+    if "runs/other" not in flags[0]:
+        assert len(planned(without_labels, *DEFAULT, *flags)) == 1
+
+
+def test_each_stage_has_a_mirror_of_its_own(small_set: Path) -> None:
+    runs = planned(small_set, *DEFAULT, "--mirror", "/drive/scene/")
+    assert [run.mirror for run in runs] == ["/drive/scene-parts", "/drive/scene/"]
+    assert [run.mirror for run in planned(small_set, *DEFAULT)] == [None, None]
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    settings = Settings("data", "run")
+    with pytest.raises(WrongSetting, match="--recipe best: choose one of default") as error:
+        plan(settings, "best")
+    assert (error.value.name, error.value.given) == ("--recipe", "best")
+    with pytest.raises(UserError, match="--start x is for a recipe"):
+        plan(settings, None, "x")
+    with pytest.raises(UserError, match="--start x does not go with --weights imagenet"):
+        stages(replace(settings, weights="imagenet"), "x")
+    with pytest.raises(UserError, match="--start x does not go with --model mine:Net"):
+        stages(replace(settings, model="mine:Net"), "x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--recipe=pretrained"], "invalid choice: 'pretrained'"),
+        (["--recipe="], "invalid choice: ''"),
+        (["--start=runs/x"], "--start runs/x is for a recipe. Add --recipe default"),
+        ([*DEFAULT, "--weights=imagenet", "--start=x"], "does not go with --weights imagenet"),
+        ([*DEFAULT, "--data=nowhere"], "nowhere is not a finished set"),
+        ([*DEFAULT, "--out="], "--out '': name a directory"),
+        ([*DEFAULT, "--epochs=0"], "--epochs 0: choose"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    flags: list[str],
+    words: str,
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status: object = main([f"--data={small_set}", "--out=run", *flags])
+    except SystemExit as error:  # argparse
+        status = error.code
+    said = capsys.readouterr().err
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert words in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_recipe_is_made_of_settings_that_can_be_trained() -> None:
+    for values in RECIPES.values():
+        Settings("data", "run", **values)
+
+
+def test_a_finished_first_stage_is_taken_and_its_weights_are_those_that_are_continued(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scene"
+    command = [f"--data={small_set}", f"--out={out}", *DEFAULT, *QUICK, "--lr=1e-9"]
+    assert main([*command, "--weight-decay=0"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("on a stand-in of the set, ")
+    assert said.count("\ncontinue: ") == 2
+    assert (tmp_path / "scene-parts" / "classes.csv").is_file()
+    runs = [torch.load(tmp_path / name / "last.pt") for name in ("scene-parts", "scene")]
+    first, second = (run["model"] for run in runs)
+    for key in (key for key in first if key.endswith("conv1.weight")):
+        torch.testing.assert_close(second[key], first[key], atol=1e-6, rtol=0)
+
+    before = (tmp_path / "scene-parts" / "last.pt").stat().st_mtime_ns
+    assert main([*command, "--weight-decay=0", "--epochs=2"]) == 0
+    assert (tmp_path / "scene-parts" / "last.pt").stat().st_mtime_ns == before
+    with open(out / "metrics.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert "--weights" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_stages_in_one_process_have_the_weights_of_two(small_set: Path, tmp_path: Path) -> None:
+    """In processes of their own, as the number of threads counts."""
+    one = [f"--out={tmp_path}/one", *DEFAULT]
+    parts = [f"--out={tmp_path}/two-parts", "--task=semantic40"]
+    scenes = [f"--out={tmp_path}/two", f"--weights={tmp_path}/two-parts"]
+    for flags in (one, parts, scenes):
+        words = ["-m", "train", f"--data={small_set}", *QUICK, "--lr=2e-3", *flags]
+        done = subprocess.run([sys.executable, *words], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for ours, theirs in (("one-parts", "two-parts"), ("one", "two")):
+        a, b = (torch.load(tmp_path / run / "last.pt")["model"] for run in (ours, theirs))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), ours
+
+
+# ---------------------------------------------------------------- make
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ([], '--recipe "default" --start "auto"'),
+        (["RECIPE="], '--start "auto"'),
+        (["START="], '--recipe "default" --start ""'),
+        (["START=runs/x y"], '--recipe "default" --start "runs/x y"'),
+        (["MIRROR=/my drive"], '--recipe "default" --start "auto" --mirror "/my drive"'),
+        (["ARGS=--epochs 3"], '--recipe "default" --start "auto" --epochs 3'),
+    ],
+)
+def test_make_train_is_one_command(given: list[str], flags: str) -> None:
+    """Told by make, not run; as on Colab, so that no .venv is looked for."""
+    environment = {**os.environ, "COLAB_RELEASE_TAG": "test"}
+    command = ["make", "-n", "train", "DATA=my data", "RUN=runs/r", "READY=", "PYTHON=py", *given]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = " ".join(done.stdout.splitlines()[-1].split())
+    assert line == f'py -m train --data "my data" --out "runs/r" {flags}'
+
+
+def test_make_predict_asks_about_the_pictures_of_a_folder() -> None:
+    environment = {**os.environ, "COLAB_RELEASE_TAG": "test"}
+    command = ["make", "-n", "predict", "RUN=runs/r", "READY=", "PYTHON=py"]
+    for given, flags in ((["IMAGES=my photos"], ' --images "my photos"'), ([], "")):
+        done = subprocess.run([*command, *given], cwd=REPO, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        line = " ".join(done.stdout.splitlines()[-1].split())
+        assert line == f'py -m train predict "runs/r"{flags}'

@@ -1,0 +1,93 @@
+"""Where a stored pixel lies in the sensor's picture, and the ray on which the sensor saw it.
+
+What is special to a dataset (its camera, its crops, the size of the sensor's pictures) is in the
+specification that the set carries.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards.spec import Box, Camera, DatasetSpec
+from train.data import ShardDataset
+
+Shares = TypeVar("Shares", Tensor, np.ndarray)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropBox:
+    """A window of a picture, in its pixels; `bottom` and `right` are the first ones outside.
+
+    `height` and `width` are those of the whole picture.
+    """
+
+    top: float
+    bottom: float
+    left: float
+    right: float
+    height: int
+    width: int
+
+    def rows_at(self, shares: Shares) -> Shares:
+        """0..1, from the top of the window to its bottom -> rows of the picture."""
+        return self.top + (self.bottom - self.top) * shares
+
+    def columns_at(self, shares: Shares) -> Shares:
+        """0..1, from the left of the window to its right -> columns of the picture."""
+        return self.left + (self.right - self.left) * shares
+
+    def scaled_to(self, height: int, width: int) -> "CropBox":
+        """The same window in the picture at another size."""
+        return CropBox(
+            top=self.top * height / self.height,
+            bottom=self.bottom * height / self.height,
+            left=self.left * width / self.width,
+            right=self.right * width / self.width,
+            height=height,
+            width=width,
+        )
+
+
+def rays(size: int, box: CropBox, camera: Camera) -> tuple[Tensor, Tensor]:
+    """How far right of the camera's axis, and below it, a pixel's point lies, per metre of depth.
+
+    size: of the stored pictures. box: the window of the sensor's picture that they show. Returns
+    (x, y), float32 [1, size, size] each.
+    """
+    centres = (torch.arange(size) + 0.5) / size
+    x_of_column = (box.columns_at(centres) - camera.cx) / camera.fx
+    y_of_row = (box.rows_at(centres) - camera.cy) / camera.fy
+
+    x_1hw = x_of_column.expand(1, size, size)
+    y_1hw = y_of_row[:, None].expand(1, size, size)
+    return x_1hw, y_1hw
+
+
+# ---------------------------------------------------------------- what a dataset says of itself
+
+SCORED_CROP = "eigen"  # in which depth is scored, where the dataset has it
+
+
+def crop_box_of(dataset: ShardDataset) -> CropBox:
+    """The window of the sensor's picture that the dataset stores."""
+    return _crop_box(dataset.shard_set.dataset, dataset.crop_box)
+
+
+def scored_box_of(dataset: ShardDataset) -> CropBox:
+    """The window of the sensor's picture in which depth is scored: the crop of Eigen et al., or all of it."""
+    spec = dataset.shard_set.dataset
+    return _crop_box(spec, spec.crop_box(SCORED_CROP if SCORED_CROP in spec.crops else "none"))
+
+
+def _crop_box(spec: DatasetSpec, box: Box) -> CropBox:
+    return CropBox(
+        top=box.top,
+        bottom=box.bottom,
+        left=box.left,
+        right=box.right,
+        height=spec.height,
+        width=spec.width,
+    )

@@ -1,0 +1,205 @@
+"""What a training is made of before its first step: data, task, device, network, optimizer."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shards.dataset import ShardSet
+from train import ranks
+from train.checkpoint import Run
+from train.data import ShardDataset, create_dataloaders, evaluation_split, open_for_training
+from train.errors import NothingToLearn, WrongNetwork
+from train.geometry import crop_box_of, rays
+from train.model import BUILT_IN, ask, build, check_answer, layout_for, unused_parameters
+from train.order import steps_per_epoch
+from train.settings import Settings
+from train.tasks import Task, make_task
+
+SURFACE_PLANES = 5  # of augment.surface
+
+
+@dataclass
+class TrainingJob:
+    """What stays the same while a run trains.
+
+    `make_job` gives the first four and the rays, `new_run` the layout, `open_loaders` the loaders,
+    and whoever trains sets `net`.
+    """
+
+    settings: Settings
+    train_set: ShardDataset
+    task: Task
+    device: torch.device
+    # Of the stored pixels, where the network sees surfaces: x and y, [1, S, S] each; else empty.
+    rays: tuple[Tensor, ...] = ()
+    layout: torch.memory_format = torch.contiguous_format  # of the network and its input
+    net: Any = None  # the run's model, compiled or wrapped
+    eval_split: str = "test"  # the rows that are scored: val or test
+    train_loader: Any = None
+    eval_loader: Any = None
+
+    @property
+    def n_steps(self) -> int:
+        """Steps an epoch."""
+        return steps_per_epoch(len(self.train_set), self.settings.batch_size, ranks.WORLD)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """bfloat16 where the GPU has it in hardware (a T4 only emulates it), else float16.
+
+        None on a CPU, which computes in float32.
+        """
+        if self.device.type != "cuda":
+            return None
+        has_bfloat16 = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+
+    @property
+    def learns_depth(self) -> bool:
+        """Then the network sees RGB alone, and depth is the target."""
+        return self.settings.task == "depth"
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the network is this package's, not the user's own."""
+        return self.settings.model == BUILT_IN
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed for (seed, epoch, step)."""
+    state = np.random.SeedSequence(parts).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def make_job(
+    settings: Settings, device: torch.device, found: ShardSet | None = None
+) -> TrainingJob:
+    """Everything but the network and the loaders: a mistake shows before they do anything.
+
+    found: the set, where it is open already. Raises UserError for one that cannot be trained from.
+    """
+    if found is None:
+        found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    n_classes = len(found.dataset.protocol(settings.num_classes).names)
+    settings = replace(settings, num_classes=n_classes)  # checkpoints hold the number
+
+    depth_field = "raw_depth" if settings.task == "depth" else "depth"
+    train_set = ShardDataset(
+        found, fields=("rgb", depth_field), target=settings.task, num_classes=n_classes
+    )
+    job = TrainingJob(settings, train_set, make_task(settings, train_set), device)
+    job.eval_split = evaluation_split(found, settings.eval_split)
+
+    # A user's own network gets depth as one plane, and so does ours where no camera is known.
+    sees_depth = settings.inputs != "rgb" and not job.learns_depth
+    if job.is_built_in and sees_depth and train_set.camera is not None:
+        planes = rays(train_set.size, crop_box_of(train_set), train_set.camera)
+        job.rays = tuple(plane.to(device) for plane in planes)
+
+    if job.n_steps == 0:
+        what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
+        raise NothingToLearn(what, "Use fewer ranks", path=train_set.path)
+    return job
+
+
+def open_loaders(job: TrainingJob) -> None:
+    """The loaders of the train rows and of those that are scored, as they are stored.
+
+    They are normalised on the device.
+    """
+    settings = job.settings
+    job.train_loader, job.eval_loader = create_dataloaders(
+        job.train_set.shard_set,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        num_classes=settings.num_classes,
+        eval_split=job.eval_split,
+        seed=settings.seed,
+        fields=job.train_set.fields,
+        target=settings.task,
+        rank=ranks.RANK,
+        world=ranks.WORLD,
+        normalize=False,
+    )
+
+
+# ---------------------------------------------------------------- the network and its optimizer
+
+
+def new_run(job: TrainingJob) -> Run:
+    """Fresh weights, optimizer and counts. Raises WrongNetwork for one that is no answer."""
+    torch.manual_seed(seed_of(job.settings.seed))
+    model = _new_model(job)
+    if not job.is_built_in:
+        probe(model, job)
+
+    optimizer = _new_optimizer(model, job.settings)
+    is_scaled = job.autocast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
+    sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
+    return Run(model, optimizer, scaler, sums, counts=sums[2:], history=[])
+
+
+def _new_model(job: TrainingJob) -> nn.Module:
+    """On the job's device and in its layout, which is chosen here."""
+    settings = job.settings
+    model = build(
+        settings.model,
+        job.task.n_out,
+        width=settings.channels,
+        inputs="rgb" if job.learns_depth else settings.inputs,
+        depth_planes=SURFACE_PLANES if job.rays else 1,
+        dense=settings.task != "scene",
+    )
+    # A network of a user's own may flatten its features, which channels_last forbids.
+    if job.is_built_in:
+        job.layout = layout_for(model, job.device)
+    model = model.to(job.device, memory_format=job.layout)  # type: ignore[call-overload]
+
+    if job.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        if ranks.WORLD > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def _new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; biases and norms are not decayed."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def probe(model: nn.Module, job: TrainingJob) -> None:
+    """Refuse a network of a user's own that does not answer as the task needs.
+
+    It is asked about two grey pictures, in evaluation mode, and torch's random numbers are put back:
+    what it learns afterwards does not change. Raises WrongNetwork.
+    """
+    spec = job.settings.model
+    size = job.settings.size or job.train_set.size
+    planes = (3,) if job.learns_depth else (3, 1)
+    pictures = [torch.full((2, n, size, size), 0.5, device=job.device) for n in planes]
+
+    devices = [job.device] if job.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        out = ask(spec, model, pictures)
+        model.train()
+    check_answer(spec, out, job.task.n_out, job.settings.task)
+
+    # DistributedDataParallel waits for the gradient of every parameter that can learn.
+    unused = unused_parameters(model, out) if ranks.WORLD > 1 else []
+    if unused:
+        names = ", ".join(unused[:3])
+        raise WrongNetwork(
+            f"--model {spec} does not use {names}: with several ranks it must, or freeze it",
+            model=spec,
+        )

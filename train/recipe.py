@@ -1,0 +1,98 @@
+"""Trainings in stages: which runs a recipe is made of, and with which settings.
+
+The default recipe is the best of those compared (docs/measurements/training.md): small pictures, a narrow
+network, and two runs. The first learns the classes of the pixels, of which a row has thousands;
+the second learns the scenes, of which a row has one, and starts from the first one's trunks.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shards.dataset import ShardSet
+from shards.errors import UserError, WrongSetting
+from train.checkpoint import CLASS_TABLE
+from train.model import BUILT_IN
+from train.settings import Settings
+
+# What a recipe puts in the place of the flags' defaults; a flag that is given is kept.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"size": 64, "width": 16, "batch_size": 32, "lr": 2e-3, "epochs": 40},
+}
+PARTS_SUFFIX = "-parts"  # of the first stage's run, and of its mirror
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training of a recipe. `is_skipped_once_done`: a finished run there is taken as it is."""
+
+    settings: Settings
+    is_skipped_once_done: bool = False
+
+    def is_done(self) -> bool:
+        """Whether the run was trained and reported before."""
+        return self.is_skipped_once_done and Path(self.settings.out, CLASS_TABLE).is_file()
+
+
+def defaults(recipe: str | None) -> dict[str, Any]:
+    """The values that take the place of the flags' defaults. Raises WrongSetting."""
+    if recipe is None:
+        return {}
+    if recipe not in RECIPES:
+        raise WrongSetting("recipe", recipe, f"choose one of {', '.join(RECIPES)}")
+    return RECIPES[recipe]
+
+
+def plan(
+    settings: Settings, dataset: ShardSet, recipe: str | None = None, start: str = AUTO
+) -> list[Stage]:
+    """The trainings to be done, one after the other; the last one is of `settings.out`.
+
+    dataset: the opened set. recipe: a key of RECIPES, whose `defaults` are in `settings` already;
+    None: one training. start: the run that learns the pixels first, "" for none; "auto": OUT-parts,
+    where that can help. Raises UserError for what does not go together.
+    """
+    defaults(recipe)  # raises for an unknown one
+    settings.check_out()
+    if recipe is None:
+        if start not in (AUTO, ""):
+            raise UserError(f"--start {start} is for a recipe", "Add --recipe default")
+        return [Stage(settings=settings)]
+    if start == AUTO:
+        helps = may_start_from_pixels(settings) and "label" in dataset.manifest.fields
+        start = settings.out.rstrip("/") + PARTS_SUFFIX if helps else ""
+    return stages(settings, start, pixels_task(dataset))
+
+
+def pixels_task(dataset: ShardSet) -> str:
+    """The classes of the pixels to learn first: the finest grouping of the labels, else all of them."""
+    tables = dataset.dataset.label_tables
+    return f"semantic{max(len(table.names) for table in tables)}" if tables else "semantic"
+
+
+def may_start_from_pixels(settings: Settings) -> bool:
+    """Whether the network is the built-in one, without weights of the user's own."""
+    return settings.model == BUILT_IN and not settings.weights
+
+
+def stages(settings: Settings, start: str, task: str) -> list[Stage]:
+    """The run `start`, which learns `task`, then `settings` from its weights; "": only these.
+
+    Raises UserError where `settings` already start from something else.
+    """
+    if not start:
+        return [Stage(settings=settings)]
+    if not may_start_from_pixels(settings):
+        given = f"--weights {settings.weights}" if settings.weights else f"--model {settings.model}"
+        raise UserError(f"--start {start} does not go with {given}", "Leave one of them out")
+
+    mirror = settings.mirror
+    first = replace(
+        settings,
+        task=task,
+        out=start,
+        mirror=mirror.rstrip("/") + PARTS_SUFFIX if mirror else None,
+    )
+    second = replace(settings, weights=start)
+    return [Stage(settings=first, is_skipped_once_done=True), Stage(settings=second)]
