@@ -1,6 +1,6 @@
 """How good a recipe is, without the test rows.
 
-    python -m bench.recipe --data DIR --minutes 5 [flags of python -m train]
+    python -m bench.recipe --data DIR --minutes 5 [flags of python -m train but --out]
 
 The train split's scenes are dealt into folds; one is left out and judged, so no scene is on both
 sides. --minutes is what each training may take: a first epoch is timed and the number of epochs

@@ -1,6 +1,6 @@
 """What the loader costs a training step.
 
-    python -m bench.step --data DIR [--pairs 15] [flags of python -m train]
+    python -m bench.step --data DIR [--pairs 15] [flags of python -m train but --out]
 
 Each pair times the same number of steps twice, with the real loader's batches and with one batch
 over and over, in an order that alternates. The figure is the median of the pairs' ratios with a

@@ -66,9 +66,8 @@ NUMPY_HAS = {
 DRAWS = ProcessLock()  # whoever draws from the seeds of a batch: they are the whole process's
 N_THREADS = ProcessLock()  # whoever changes torch's number of threads for a moment
 
-BatchOrder = Callable[
-    [int], Sequence[np.ndarray]
-]  # epoch -> the row numbers of each of its batches
+# epoch -> the row numbers of each of its batches
+BatchOrder = Callable[[int], Sequence[np.ndarray]]
 Transform = Callable[[tuple[Tensor, ...]], Any]
 
 
@@ -93,7 +92,7 @@ class RowDataset(Protocol):
 # ---------------------------------------------------------------- the plan
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
     """A place in the endless order of batches."""
 
@@ -110,7 +109,7 @@ class BatchRequest:
     indices: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedBatch:
     """A request, and the position after it."""
 
@@ -118,7 +117,7 @@ class PlannedBatch:
     position_after: Position
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Delivery:
     """A batch, or what was raised instead.
 
@@ -489,7 +488,7 @@ class WorkerProcess:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Pending:
     """A batch under way: the buffer that is being filled, by whom, and the position after it."""
 

@@ -9,6 +9,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from torch import Tensor
 
+from convert.sources.nyu_tables import nyu
 from train import augment as module
 from train.augment import (
     WHOLE,
@@ -22,7 +23,7 @@ from train.augment import (
     to_input,
     views,
 )
-from train.geometry import NYU_CAMERA, crop_box, rays
+from train.geometry import rays, window
 from train.settings import Settings
 
 STATS = (2.842, 1.417)
@@ -34,7 +35,9 @@ def draws(n: int, seed: int = 0) -> Draws:
 
 
 def nyu_rays(size: int, crop: str) -> tuple[Tensor, Tensor]:
-    return rays(size, crop_box(crop), NYU_CAMERA)
+    dataset = nyu()
+    assert dataset.camera
+    return rays(size, window(dataset, dataset.crop_box(crop)), dataset.camera)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

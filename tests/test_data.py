@@ -3,6 +3,7 @@
 import csv
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from helpers.sets import convert
 from torch.utils.data import DataLoader
 
 from convert.inspect import picture
+from convert.sources.nyu_tables import SCENE_TYPES_OF_10, SCENE_TYPES_OF_13, nyu
 from shards.dataset import open_set
 from shards.errors import UserError
 from shards.spec import ConversionSettings
-from train.data import SCENE_10, SCENE_13, ShardDataset, create_dataloaders, scene_classes
+from train.data import ShardDataset, create_dataloaders
 
 
 def test_no_scene_is_in_both_splits(small_set: Path) -> None:
@@ -44,7 +46,8 @@ def test_no_scene_is_in_both_splits(small_set: Path) -> None:
 def test_class_counts_on_the_real_scene_table(n: int, train: list[int], test: list[int]) -> None:
     with open(shared("nyu/meta/scenes_1449.csv")) as file:
         rows = list(csv.DictReader(file))
-    classes = scene_classes(n, sorted({r["scene_type"] for r in rows}))
+    dataset = replace(nyu(), scene_types=tuple(sorted({r["scene_type"] for r in rows})))
+    classes = dataset.protocol(n).names
     ids = {name: i for i, name in enumerate(classes)}
     for split, expected in (("train", train), ("test", test)):
         labels = [ids.get(r["scene_type"], n - 1) for r in rows if r["split"] == split]
@@ -52,9 +55,9 @@ def test_class_counts_on_the_real_scene_table(n: int, train: list[int], test: li
 
 
 def test_class_lists_are_the_documented_ones() -> None:
-    assert (len(SCENE_10), len(SCENE_13)) == (9, 12)
+    assert (len(SCENE_TYPES_OF_10), len(SCENE_TYPES_OF_13)) == (9, 12)
     with pytest.raises(UserError, match="num_classes 11"):
-        scene_classes(11, ["a"] * 27)
+        nyu().protocol(11)
 
 
 def test_a_row_is_what_the_shards_hold(small_set: Path) -> None:
@@ -93,8 +96,7 @@ def test_semantic_targets_go_through_the_table_and_void_is_ignored(small_set: Pa
     found = open_set(small_set)
     stored = found.shards("label")[0][3]
     mask = dataset[3][-1].numpy()
-    names = found.manifest["names"]
-    table = {13: names["to13"], 40: names["to40"], 894: list(range(895))}[n]
+    table = found.dataset.label_table(n).ids
     np.testing.assert_array_equal(mask[stored == 0], -100)
     for label in np.unique(stored[stored > 0]):
         assert set(mask[stored == label]) == {table[label] - 1}

@@ -15,18 +15,18 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import REPO, SMALL
-from convert.repack import repack
+from conftest import REPO
 from flaky import serving
-from helpers.sets import convert
+from helpers.sets import FIELDS, SMALL, convert, repack
 
 from convert.resize import nearest
 from convert.sample import write_sample
 from convert.session import prepare
 from convert.sources.hdf5 import HDF5
-from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Mat, sampled_identity
-from convert.sources.nyu_tables import row_columns
-from shards.errors import DamagedSource
+from convert.sources.nyu import NyuSource
+from convert.sources.nyu_mat import KEYS, LOOK_FIRST, sampled_identity
+from shards.errors import DamagedSource, UserError, WrongSetting
+from shards.spec import ConversionSettings
 from stores import http as remote
 
 # As a conversion does, only more often: text, chunks that only HDF5 can unpack, and indexes.
@@ -34,15 +34,11 @@ HAMMER = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from convert.sources.nyu_mat import Mat
-from helpers.sets import FIELDS
-from shards.errors import UserError
+from convert.sources.nyu import NyuSource
 from shards.spec import ConversionSettings
-from convert.sources.nyu_tables import row_columns
 
-fields = "rgb", "depth", "raw_depth", "label", "instance"
-mat = Mat(Path(sys.argv[1]), fields)
-columns = row_columns(mat, print)[0]
+mat = NyuSource(Path(sys.argv[1]), ConversionSettings())
+columns = mat.row_facts().columns
 packed = mat.reader("instance")
 packed.read_index()
 instances = packed.read_group(0)
@@ -57,7 +53,7 @@ def again(n, work):
         wrong.append(repr(error))
 
 def read_text():
-    found = row_columns(mat, print)[0]
+    found = mat.row_facts().columns
     if any(not np.array_equal(found[name], columns[name]) for name in columns):
         wrong.append("a column changed")
 
@@ -66,15 +62,17 @@ def read_chunks():
         wrong.append("a chunk changed")
 
 def read_indexes():
-    for name in fields[:4]:
+    for name in ("rgb", "depth", "raw_depth", "label"):
         reader = mat.reader(name)
         reader.read_index()
         if not np.array_equal(offsets.setdefault(name, reader.index.offset), reader.index.offset):
             wrong.append(f"the index of {name} changed")
 
-work = (12, read_text), (400, read_chunks), (400, read_chunks), (120, read_indexes), (120,
-read_indexes) threads = [threading.Thread(target=again, args=each) for each in work] for thread in
-threads:
+work = [(12, read_text)]
+work += [(400, read_chunks), (400, read_chunks)]
+work += [(120, read_indexes), (120, read_indexes)]
+threads = [threading.Thread(target=again, args=each) for each in work]
+for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
@@ -98,7 +96,9 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.races
 def test_indexes_beside_text_are_right_however_many_threads_ask(many_rows: Path) -> None:
     """A process of its own: where HDF5 is called by two threads it does not always live to tell."""
-    done = subprocess.run([sys.executable, "-c", HAMMER, many_rows], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HAMMER, many_rows], cwd=REPO, capture_output=True, text=True
+    )
     assert done.returncode == 0, (done.returncode, done.stderr[-500:])
 
 
@@ -144,13 +144,15 @@ def test_a_fork_waits_for_the_call_under_way() -> None:
 
 
 @pytest.mark.races
-def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(mat: Path, small_set: Path, tmp_path: Path) -> None:
-    reading = Mat(mat, tuple(FIELDS))
+def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
+    reading = NyuSource(mat, ConversionSettings())
     stop = threading.Event()
 
     def read_on() -> None:
         while not stop.is_set():
-            row_columns(reading, lambda _: None)
+            reading.row_facts()
 
     thread = threading.Thread(target=read_on)
     thread.start()
@@ -160,7 +162,9 @@ def test_a_child_forked_in_the_middle_of_a_call_converts_by_itself(mat: Path, sm
             if not child:
                 signal.alarm(60)  # one that waits for ever ends as a failure
                 made = convert(mat, tmp_path / str(k), SMALL, 1)
-                same = all((made / p.name).read_bytes() == p.read_bytes() for p in small_set.glob("*.npy"))
+                same = all(
+                    (made / p.name).read_bytes() == p.read_bytes() for p in small_set.glob("*.npy")
+                )
                 os._exit(0 if same else 3)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
@@ -178,17 +182,23 @@ def damage_chunk(path: Path, key: str, row: int) -> None:
 
 
 @pytest.mark.parametrize("row", [0, 7, 35])
-def test_a_damaged_chunk_names_its_row_and_asks_to_compare_the_md5_first(mat: Path, tmp_path: Path, row: int) -> None:
+def test_a_damaged_chunk_names_its_row_and_asks_to_compare_the_md5_first(
+    mat: Path, tmp_path: Path, row: int
+) -> None:
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     damage_chunk(path, "depths", row)
-    with pytest.raises(DamagedSource, match=rf"depths row {row}: a compressed chunk is damaged") as error:
+    with pytest.raises(
+        DamagedSource, match=rf"depths row {row}: a compressed chunk is damaged"
+    ) as error:
         convert(path, tmp_path / "out", SMALL)
     assert error.value.source == str(path)
     assert error.value.right == LOOK_FIRST
     assert str(error.value).endswith(LOOK_FIRST)
 
 
-def test_an_error_of_this_program_blames_no_file(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_this_program_blames_no_file(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It arrives as what it is."""
 
     def broken(*_: object) -> np.ndarray:
@@ -225,7 +235,9 @@ def test_a_chunk_of_absurd_size_is_named_by_its_row(mat: Path, tmp_path: Path) -
         convert(path, tmp_path / "out", SMALL)
 
 
-def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(mat: Path, tmp_path: Path) -> None:
+def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(
+    mat: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     with h5py.File(path, "r+") as file:
         bomb = zlib.compress(bytes(16 << 20), 9)
@@ -236,12 +248,16 @@ def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(mat: Path, tmp
     for module in ("nothing", "deflate"):  # with libdeflate, and without
         code = f"import sys; sys.modules[{module!r}] = None; "
         code += "from convert.__main__ import main; main(); "
-        code += "from convert.machine import memory_of; import os; print(memory_of([os.getpid()]) or 0)"
+        code += (
+            "from convert.machine import memory_of; import os; print(memory_of([os.getpid()]) or 0)"
+        )
         words = [sys.executable, "-c", code, "run", str(path), "--out", str(tmp_path / module)]
         done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
         assert "depths: none of the chunks that were looked at can be unpacked" in done.stderr
         assert "Traceback" not in done.stderr
-        assert int(done.stdout.split()[-1]) < 200 << 20  # not ru_maxrss, which counts the parent that forked
+        assert (
+            int(done.stdout.split()[-1]) < 200 << 20
+        )  # not ru_maxrss, which counts the parent that forked
 
 
 def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: Path) -> None:
@@ -261,7 +277,9 @@ def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: 
 
 
 def test_a_crop_that_does_not_fit_blames_the_crop(mat: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--crop eigen: .* box of 640x480 pictures, those of .* 64x48") as error:
+    with pytest.raises(
+        WrongSetting, match=r"crop eigen: .* box of 640x480 pictures, those of .* 64x48"
+    ) as error:
         convert(mat, tmp_path, ConversionSettings(crop="eigen"))
     assert "md5" not in str(error.value)
 
@@ -294,7 +312,7 @@ def test_a_server_that_drops_everything_blames_the_network(
 ) -> None:
     monkeypatch.setattr(remote, "PAUSES", (0.001, 0.002))
     with serving(x_mat=mat.read_bytes()) as server:
-        source = remote.Remote(server.url("x.mat"))
+        source = remote.RemoteFile(server.url("x.mat"))
         server.drop_after = 0
         with pytest.raises((ConnectionError, UserError)) as error:
             convert(source, tmp_path, SMALL)
@@ -335,7 +353,7 @@ def test_ctrl_c_ends_a_conversion_whose_server_says_nothing_any_more(
 )
 def test_what_is_no_address_is_said_at_once(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no address of a file"):
-        remote.Remote(url)
+        remote.RemoteFile(url)
 
 
 # ---------------------------------------------------------------- axes
@@ -352,7 +370,10 @@ def other_order(path: Path, mat: Path, change: Callable[[np.ndarray], np.ndarray
 
 
 def rows_of(made: Path) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([np.load(p) for p in sorted(made.glob(f"{name}-*.npy"))]) for name in FIELDS}
+    return {
+        name: np.concatenate([np.load(p) for p in sorted(made.glob(f"{name}-*.npy"))])
+        for name in FIELDS
+    }
 
 
 @pytest.mark.parametrize("axes", ["auto", "hw"])
@@ -360,36 +381,45 @@ def test_pictures_stored_in_the_other_order_give_the_same_bytes(
     mat: Path, small_set: Path, tmp_path: Path, axes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = other_order(tmp_path / "hw.mat", mat, lambda values: values.swapaxes(-1, -2))
-    made = convert(path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=axes))
+    made = convert(
+        path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=axes)
+    )
     for file in small_set.glob("*.npy"):
         assert (made / file.name).read_bytes() == file.read_bytes()
     assert "taken as height x width" in capsys.readouterr().err
-    assert made.name == convert(path, tmp_path / "out", SMALL).name  # the same set whether it was said or seen
+    assert (
+        made.name == convert(path, tmp_path / "out", SMALL).name
+    )  # the same set whether it was said or seen
 
 
-def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(mat: Path, tmp_path: Path) -> None:
+def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(
+    mat: Path, tmp_path: Path
+) -> None:
     said = ConversionSettings(size=32, rows_per_shard=10, axes="wh")
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     (tmp_path / "drive").mkdir()
     made = prepare(path, tmp_path / "here", said, tmp_path / "drive", None)
     assert list((tmp_path / "drive").glob("*.zarr/manifest.json"))
-    assert repack(made, tmp_path / "zarr", said, "zarr", "none").suffix == ".zarr"
+    assert repack(made, tmp_path / "zarr", "zarr", "none").suffix == ".zarr"
     path.unlink()
     assert convert(path, tmp_path / "here", said) == made
     assert prepare(None, tmp_path / "there", said, tmp_path / "drive", None).name == made.name
 
 
 def test_axes_that_the_pictures_contradict_are_refused(mat: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wider than tall: that is --axes wh"):
+    with pytest.raises(WrongSetting, match="wider than tall: that is --axes wh"):
         convert(mat, tmp_path, ConversionSettings(size=32, axes="hw"))
 
 
-def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose(mat: Path, tmp_path: Path) -> None:
+def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose(
+    mat: Path, tmp_path: Path
+) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
-    with pytest.raises(UserError, match=r"--axes wh .*or --axes hw"):
+    with pytest.raises(WrongSetting, match=r"--axes wh .*or --axes hw"):
         convert(path, tmp_path / "out", SMALL)
     made = [
-        convert(path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=a)) for a in ("wh", "hw")
+        convert(path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=a))
+        for a in ("wh", "hw")
     ]
     assert made[0] != made[1]
     one, other = (rows_of(directory) for directory in made)
@@ -406,7 +436,9 @@ def test_a_verify_against_the_source_knows_the_axes(
     mat: Path, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
-    made = convert(path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes="hw"))
+    made = convert(
+        path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes="hw")
+    )
     done = command("convert", "verify", made, "--against", path)
     assert done.returncode == 0, done.stderr
     (made / "depth-00000.npy").write_bytes(b"")

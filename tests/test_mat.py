@@ -24,7 +24,7 @@ from convert.sources.chunk_layout import ChunkGrid, ChunkIndex, block_at
 from convert.sources.chunks import Reader
 from convert.sources.hdf5 import StoredDataset
 from convert.sources.nyu_mat import HDF5_SIGNATURE, KEYS, check_opens
-from shards.errors import DamagedSource, WrongSource
+from shards.errors import DamagedSource, UserError, WrongSource
 
 GZIP = {"compression": "gzip", "compression_opts": 3}
 FILTERS = [
@@ -66,7 +66,9 @@ def layouts(
 
 
 @given(layouts(), st.booleans(), st.booleans(), st.integers(1, 9))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
     tmp_path: Path, layout: tuple, written: bool, scratch: bool, band: int
 ) -> None:
@@ -88,7 +90,9 @@ def test_rows_are_what_h5py_reads_and_no_chunk_is_decoded_twice(
         assert rows.dtype.isnative
         np.testing.assert_array_equal(rows, file["x"][()])
         if chunk:
-            assert reader.n_decoded == np.prod([-(-s // c) for s, c in zip(shape, chunk, strict=True)])
+            assert reader.n_decoded == np.prod(
+                [-(-s // c) for s, c in zip(shape, chunk, strict=True)]
+            )
         reader.close()
     assert [p.name for p in tmp_path.iterdir()] == ["x.h5"]
 
@@ -187,7 +191,9 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("kind", WRONG_FILES)
-def test_a_file_that_is_no_source_says_what_is_wrong_and_what_would_be_right(kind: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_source_says_what_is_wrong_and_what_would_be_right(
+    kind: str, tmp_path: Path
+) -> None:
     """As fields, without a command: whoever calls from Python has none to run."""
     path = tmp_path / "x.mat"
     if (content := WRONG_FILES[kind]) is not None:
@@ -209,7 +215,9 @@ def shards(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(directory.glob("*.npy"))}
 
 
-def repacked(path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any) -> Path:
+def repacked(
+    path: Path, mat: Path, chunk: Callable[[tuple[int, ...]], tuple[int, ...]], **filters: Any
+) -> Path:
     """The same content, every field in chunks of `chunk(shape)`."""
     shutil.copy(mat, path)
     with h5py.File(path, "r+") as file:
@@ -257,10 +265,10 @@ def test_zlib_instead_of_libdeflate_and_sixteen_workers_give_the_same_bytes(
 def test_converting_needs_no_torch(mat: Path, small_set: Path, tmp_path: Path) -> None:
     code = f"""import sys; sys.modules["torch"] = None
 from pathlib import Path
-from shards.errors import UserError
 from shards.spec import ConversionSettings
-from helpers.sets import convert
-convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), ConversionSettings(size=32, rows_per_shard=10))"""
+from convert.pipeline import convert
+settings = ConversionSettings(size=32, rows_per_shard=10)
+convert(Path({str(mat)!r}), Path({str(tmp_path)!r}), settings)"""
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
     assert shards(tmp_path / small_set.name) == shards(small_set)
 

@@ -21,7 +21,14 @@ from train.recipe import RECIPES, plan, stages
 from train.settings import Settings
 
 DEFAULT = ["--recipe", "default"]
-QUICK = ["--epochs=1", "--size=32", "--width=8", "--batch-size=8", "--num-workers=0"]
+QUICK = [
+    "--epochs=1",
+    "--size=32",
+    "--width=4",
+    "--inputs=rgb",
+    "--batch-size=8",
+    "--num-workers=0",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,22 @@
 """Each field is resized by its own rule, upright, and nothing wraps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from helpers.sets import FIELDS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.resize import ValueRangeError, _triangle_bands, area, depth_mm, nearest_indices, resize
+from convert.resize import (
+    Resizer,
+    ValueRangeError,
+    _triangle_bands,
+    area,
+    depth_mm,
+    nearest_indices,
+)
+from convert.sources.nyu_tables import nyu
+from shards.spec import KNOWN_FIELDS, field_of_kind
 
 DTYPES = {
     "rgb": np.uint8,
@@ -17,11 +27,16 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("field", FIELDS)
+def resized(name: str, planes: np.ndarray, size: int, **how: Any) -> np.ndarray:
+    """As a conversion does it for the known field `name`."""
+    return Resizer(field=KNOWN_FIELDS[name], size=size, **how)(planes)
+
+
+@pytest.mark.parametrize("field", DTYPES)
 def test_a_marker_top_right_of_the_picture_lands_top_right(field: str) -> None:
     planes = np.zeros((3, 640, 480) if field == "rgb" else (640, 480), DTYPES[field])
     planes[..., 560:600, 40:60] = 9  # x 560..600, y 40..60 of the picture
-    small = resize(field, planes, 224, "none", "nearest")
+    small = resized(field, planes, 224)
     assert small.shape == ((3, 224, 224) if field == "rgb" else (224, 224))
     ys, xs = np.nonzero(small.reshape(-1, 224, 224)[0])
     assert 17 <= ys.min() <= ys.max() <= 29
@@ -52,7 +67,7 @@ def test_a_depth_that_cannot_be_stored_raises(bad: float) -> None:
 
 def test_a_label_beyond_894_raises() -> None:
     with pytest.raises(ValueRangeError, match="895"):
-        resize("label", np.full((64, 48), 895, np.uint16), 32, "none", "nearest")
+        resized("label", np.full((64, 48), 895, np.uint16), 32, highest_id=894)
 
 
 def test_area_never_averages_a_hole_in() -> None:
@@ -74,11 +89,10 @@ def test_area_of_whole_pixels_is_their_mean() -> None:
 def test_eigen_crop_takes_its_box_of_the_picture() -> None:
     picture = np.arange(480 * 640).reshape(480, 640) % 251
     stored = picture.T.astype(np.uint8)
-    rows, columns = 45 + nearest_indices(426, 32), 41 + nearest_indices(560, 32)
-    small = resize("instance", stored, 32, "eigen", "nearest")
+    rows = 45 + nearest_indices(426, 32)
+    columns = 41 + nearest_indices(560, 32)
+    small = resized("instance", stored, 32, box=nyu().crops["eigen"])
     np.testing.assert_array_equal(small, picture[np.ix_(rows, columns)])
-    with pytest.raises(ValueRangeError, match="640x480"):
-        resize("instance", stored[:64, :48], 32, "eigen", "nearest")
 
 
 PICTURES = {
@@ -100,10 +114,27 @@ def test_rgb_is_the_exact_antialiased_result_to_one_grey_level(kind: str, size: 
         mode="bilinear",
         antialias=True,
     )[0].numpy()
-    assert np.abs(resize("rgb", planes, size, "none", "nearest") - exact).max() <= 1
+    assert np.abs(resized("rgb", planes, size) - exact).max() <= 1
 
 
-@pytest.mark.parametrize(("n_in", "n_out"), [(640, 224), (480, 224), (640, 8), (480, 480), (560, 97), (8, 480)])
+@pytest.mark.parametrize(("kind", "dtype"), [("grey", np.uint8), ("grey16", np.uint16)])
+def test_grey_is_resized_as_the_planes_of_rgb_are(kind: str, dtype: type) -> None:
+    """And of 16 bits no value wraps: a flat picture keeps its level."""
+    field = field_of_kind("thermal", kind)
+    plane = np.random.default_rng(1).integers(0, 256, (64, 48)).astype(dtype)
+    small = Resizer(field=field, size=32)(plane)
+    assert small.dtype == dtype
+    as_rgb = resized("rgb", np.stack([plane.astype(np.uint8)] * 3), 32)
+    np.testing.assert_array_equal(small, as_rgb[1])
+
+    most = np.iinfo(dtype).max
+    flat = Resizer(field=field, size=32)(np.full((64, 48), most, dtype))
+    assert set(np.unique(flat)) == {most}
+
+
+@pytest.mark.parametrize(
+    ("n_in", "n_out"), [(640, 224), (480, 224), (640, 8), (480, 480), (560, 97), (8, 480)]
+)
 def test_rgb_sums_are_whole_numbers_that_float32_holds(n_in: int, n_out: int) -> None:
     for bits, gain, largest in ((16, 16.0, 255), (12, 1 / 16, 255 * 16)):
         bands = _triangle_bands(n_in, n_out, bits, gain)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
+from convert.sources.nyu_tables import nyu
 from shards.spec import VOID
 from train.augment import normalize_rgb, resize, views
-from train.geometry import crop_box
+from train.geometry import CropBox, window
 from train.job import make_job, new_run
 from train.loop import predict_batch, train_step, training
 from train.report import report
@@ -26,6 +27,14 @@ from train.tasks import Classes, Depth
 K = 5
 PIXELS = Classes([f"c{k}" for k in range(K)], 0.0, "miou")
 ROWS = Classes(PIXELS.names, 0.0, "top1")
+
+
+def box(crop: str) -> CropBox:
+    return window(nyu(), nyu().crop_box(crop))
+
+
+def depth_task(mean_m: float, crop: str) -> Depth:
+    return Depth(mean_m, box(crop), box("eigen"))
 
 
 def pixels(n: int = 6) -> tuple[Tensor, Tensor]:
@@ -80,7 +89,7 @@ def test_depth_scores_are_averaged_over_pictures_and_leave_out_unmeasured_pixels
     true = 0.5 + 8 * torch.rand((3, 1, 12, 12), generator=generator, dtype=torch.float64)
     out = (true / 3 * (0.7 + 0.6 * torch.rand(true.shape, generator=generator))).log()
     true[1, 0, :6] = 0
-    task = Depth(3.0, crop_box("eigen"))
+    task = depth_task(3.0, "eigen")
     scores = task.scores(task.count(out, true))
     rmse, abs_rel, delta1 = [], [], []
     for predicted, gold in zip(task.metres(out), true, strict=True):
@@ -96,11 +105,11 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     true = torch.full((1, 1, 480, 640), 2.0)
     out = torch.full_like(true, 1.0)
     out[:, :, 45:471, 41:601] = 0.0
-    task = Depth(2.0, crop_box("none"))
+    task = depth_task(2.0, "none")
     assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
     out[0, 0, 45, 41] = 1.0
     assert task.scores(task.count(out, true))["rmse"] > 0
-    without_frame = Depth(2.0, crop_box("border"))  # 6 rows and 7 columns before the first one are cut off
+    without_frame = depth_task(2.0, "border")  # 6 rows and 7 columns before the first one are cut off
     out, true = out[:, :, 6:473, 7:632], true[:, :, 6:473, 7:632]
     assert without_frame.scores(without_frame.count(out, true))["rmse"] > 0
     out[0, 0, 45 - 6, 41 - 7] = 0.0

@@ -73,16 +73,17 @@ SCORED_CROP = "eigen"  # in which depth is scored, where the dataset has it
 
 def crop_box_of(dataset: ShardDataset) -> CropBox:
     """The window of the sensor's picture that the dataset stores."""
-    return _crop_box(dataset.shard_set.dataset, dataset.crop_box)
+    return window(dataset.shard_set.dataset, dataset.crop_box)
 
 
 def scored_box_of(dataset: ShardDataset) -> CropBox:
     """The window of the sensor's picture in which depth is scored: the crop of Eigen et al., or all of it."""
     spec = dataset.shard_set.dataset
-    return _crop_box(spec, spec.crop_box(SCORED_CROP if SCORED_CROP in spec.crops else "none"))
+    return window(spec, spec.crop_box(SCORED_CROP if SCORED_CROP in spec.crops else "none"))
 
 
-def _crop_box(spec: DatasetSpec, box: Box) -> CropBox:
+def window(spec: DatasetSpec, box: Box) -> CropBox:
+    """A box of a dataset's pictures, with their size."""
     return CropBox(
         top=box.top,
         bottom=box.bottom,

@@ -66,7 +66,10 @@ Source = Path | Elsewhere
 
 
 def sampled_identity(path: Source, n_blocks: int = 16, block: int = 65536) -> SourceIdentity:
-    """The source's identity in milliseconds: its size and a hash over head, tail and fixed positions."""
+    """The source's identity in milliseconds: its size and a hash over sampled blocks.
+
+    They are the head, the tail, and fixed positions between.
+    """
     n_bytes = path.stat().st_size
     digest = hashlib.sha256(str(n_bytes).encode())
     with path.open("rb") as file:
