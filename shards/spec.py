@@ -401,8 +401,8 @@ class ConversionSettings:
         if not names or not are_names or len(set(names)) < len(names):
             given = ",".join(map(str, self.fields)) if is_list else repr(self.fields)
             raise WrongSetting("fields", given, f"choose from {','.join(KNOWN_FIELDS)}, each once")
-        if not self.kinds.keys() <= set(names) - KNOWN_FIELDS.keys():
-            raise WrongSetting("kinds", dict(self.kinds), "give the kind of fields that are stored")
+        if not isinstance(self.kinds, Mapping) or not self.kinds.keys() <= set(names) - KNOWN_FIELDS.keys():
+            raise WrongSetting("kinds", repr(self.kinds), "give the kind of fields that are stored")
         known_first = [name for name in KNOWN_FIELDS if name in names]
         others = [name for name in names if name not in KNOWN_FIELDS]
         object.__setattr__(self, "fields", (*known_first, *others))

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
-from helpers.sets import convert, files_of, manifest_json, write_manifest_json
+from helpers.sets import convert, entry_of, manifest_json, write_manifest_json
 
-from convert.verify import against_source, verify_all
+from convert.__main__ import read_set, with_next_command
+from convert.verify import against_mat, verify_all
 from shards.containers import npy_header
 from shards.dataset import open_set
 from shards.errors import UserError
-from shards.files import sha256_file
 from shards.manifest import MANIFEST, PROVENANCE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -127,8 +127,8 @@ def damage_and_mend(mat: Path, small_set: Path, root: Path, n: int, mend_every: 
         before = untouched(directory)
         path = DAMAGES[k % len(DAMAGES)](directory, rng)
         with pytest.raises(UserError) as error:
-            verify_all(directory)
-        message = str(error.value)
+            verify_all(read_set(directory))
+        message = with_next_command(error.value, "make verify")
         assert "\n" not in message
         assert "Run: " in message
         n_found += path.name in message
@@ -137,7 +137,7 @@ def damage_and_mend(mat: Path, small_set: Path, root: Path, n: int, mend_every: 
                 (directory / foreign).unlink()
             wrong = {p for p, data in right.items() if not is_plain_with(directory / p, data)}
             assert convert(mat, directory.parent, SMALL, repair=True) == directory
-            assert verify_all(directory) == len(right) - 1
+            assert verify_all(read_set(directory)) == len(right) - 1
             assert {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PROVENANCE} == right
             after = untouched(directory)
             assert {name for name in before if after[name] != before[name]} <= wrong
@@ -169,22 +169,23 @@ def test_the_command_that_verify_names_mends_the_set(mat: Path, small_set: Path,
     mend = wrong.stderr.partition("Run: ")[2].replace("python ", f"{shlex.quote(sys.executable)} ")
     mended = subprocess.run(["sh", "-c", mend], cwd=REPO, capture_output=True, text=True)
     assert mended.returncode == 0, mended.stderr
-    assert verify_all(directory)
+    assert verify_all(read_set(directory))
     again = command("convert", "run", mat, "--out", directory.parent, "--size", 32, "--rows-per-shard", 10, "--repair")
     assert "nothing to do" in again.stderr
 
 
 def test_verify_against_finds_what_its_own_hashes_cannot(mat: Path, small_set: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
-    assert against_source(directory, mat, 36) == 36
+    assert against_mat(open_set(directory), mat, 36) == 36
     path = older(directory, random.Random(0))
     manifest = manifest_json(directory)
-    facts = files_of(manifest)[path.name]
-    facts["sha256"] = sha256_file(path)
+    for shard in manifest["shards"]:
+        if path.name in shard["files"]:
+            shard["files"][path.name] = entry_of(path)
     write_manifest_json(directory, manifest)
-    verify_all(directory)
+    verify_all(read_set(directory))
     with pytest.raises(UserError, match=f"{path.name}: row .* is not what"):
-        against_source(directory, mat, 36)
+        against_mat(open_set(directory), mat, 36)
 
 
 @pytest.mark.parametrize("damage", ["header", "size", "link", "missing"])
@@ -200,7 +201,7 @@ def test_opening_finds_a_shard_of_another_header_or_size(small_set: Path, tmp_pa
         path.symlink_to(tmp_path / "elsewhere")
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"npy.*Run: make"):
+    with pytest.raises(UserError, match=r"depth-00001\.npy"):
         open_set(directory)
 
 

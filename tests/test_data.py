@@ -175,9 +175,9 @@ def test_the_notes_configuration_works_as_it_stands(small_set: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"target_size": 64}, "--size 64"),
-        ({"dataset_path": "nyu_depth_v2_labeled.mat"}, "python -m convert run"),
-        ({"dataset_path": "/nowhere"}, "make convert"),
+        ({"target_size": 64}, "convert it with that size"),
+        ({"dataset_path": "nyu_depth_v2_labeled.mat"}, "is not a finished set"),
+        ({"dataset_path": "/nowhere"}, "is not a finished set"),
         ({"num_workers": "many"}, "num_workers"),
         ({"target": "beauty"}, "beauty"),
         ({"fields": ("smell",)}, "smell"),
@@ -201,15 +201,15 @@ def test_a_damaged_shard_is_refused_at_open(small_set: Path, tmp_path: Path) -> 
     made = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     data = (made / "rgb-00000.npy").read_bytes()
     (made / "rgb-00000.npy").write_bytes(data[:-1])
-    with pytest.raises(UserError, match="make pull"):
+    with pytest.raises(UserError, match="the copy is incomplete"):
         ShardDataset(made)
 
 
 def test_a_set_of_rgb_alone_trains_on_rgb(mat: Path, tmp_path: Path) -> None:
     made = convert(mat, tmp_path, ConversionSettings(fields=("rgb",), size=32))
     train, _ = create_dataloaders(made, batch_size=4, num_workers=0, fields=("rgb",))
-    picture(made, tmp_path / "sheet.png", 2)
-    with pytest.raises(UserError, match="--fields rgb,depth"):
+    picture(open_set(made), tmp_path / "sheet.png", 2)
+    with pytest.raises(UserError, match="has no field depth"):
         create_dataloaders(made)
     rgb, label = next(iter(train))
     assert (rgb.dtype, tuple(rgb.shape), tuple(label.shape)) == (torch.float32, (4, 3, 32, 32), (4,))
