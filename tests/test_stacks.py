@@ -21,7 +21,8 @@ PACKAGES = {*PROJECT["tool"]["setuptools"]["packages"], "bench"}
 WHOLE_FILES_NEED_TORCH = {
     f"tests/test_{name}.py"
     for name in (
-        *("any_dataset", "arguments", "augment", "data", "ddp", "elsewhere", "forks", "layout", "loader"),
+        *("any_dataset", "any_source", "arguments", "augment", "data", "ddp", "elsewhere"),
+        *("forks", "gather", "layout", "loader"),
         *("loop", "memory", "mistakes", "model", "notebook", "payload", "predict", "resume", "results"),
         *("signals", "tasks", "unpack"),
     )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shards.dataset import ShardSet
+from shards.files import log
+from shards.spec import SPLITS
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset, create_dataloaders, evaluation_split, open_for_training
@@ -83,13 +85,12 @@ def make_job(
     """
     if found is None:
         found = open_for_training(settings.data, allow_remote=settings.allow_remote)
-    n_classes = len(found.dataset.protocol(settings.num_classes).names)
-    settings = replace(settings, num_classes=n_classes)  # checkpoints hold the number
+    # Checkpoints hold the number; None where the dataset has no scene types.
+    n_classes = len(found.dataset.protocol(settings.num_classes).names) or None
+    settings = replace(settings, num_classes=n_classes)
 
-    depth_field = "raw_depth" if settings.task == "depth" else "depth"
-    train_set = ShardDataset(
-        found, fields=("rgb", depth_field), target=settings.task, num_classes=n_classes
-    )
+    fields = ("rgb", _depth_field(settings, found))
+    train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
     job = TrainingJob(settings, train_set, make_task(settings, train_set), device)
     job.eval_split = evaluation_split(found, settings.eval_split)
 
@@ -103,6 +104,22 @@ def make_job(
         what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
         raise NothingToLearn(what, "Use fewer ranks", path=train_set.path)
     return job
+
+
+def _depth_field(settings: Settings, found: ShardSet) -> str:
+    """The depth to hand over; where depth is learnt, the one that tells what was measured."""
+    if settings.task != "depth":
+        return "depth"
+    if "raw_depth" in found.manifest.fields:
+        return "raw_depth"
+    log(f"{found.path} has no raw_depth: depth is learnt and scored wherever it is not 0")
+    return "depth"
+
+
+def reported_split(job: TrainingJob) -> str:
+    """What a finished run is reported on: test where the set has such rows, else as scored."""
+    split = job.train_set.shard_set.column("split")
+    return "test" if np.any(split == SPLITS.index("test")) else job.eval_split
 
 
 def open_loaders(job: TrainingJob) -> None:

@@ -28,13 +28,12 @@ from loader.memory import Meter
 from shards.dataset import ShardSet
 from shards.errors import one_line
 from shards.files import log
-from shards.spec import SPLITS
 from stores.mirror import Mirror
 from train import ranks
 from train.augment import WHOLE, Draws, augment, resize, to_input, views
 from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
 from train.errors import BatchTooSmall, Diverged, NothingToLearn
-from train.job import TrainingJob, make_job, new_run, open_loaders, seed_of
+from train.job import TrainingJob, make_job, new_run, open_loaders, reported_split, seed_of
 from train.model import compiled, start_from
 from train.order import common_batches
 from train.settings import Settings
@@ -451,9 +450,8 @@ def _finish(run: Run, job: TrainingJob, mirror: Mirror) -> TrainingResult:
 
 
 def _scores_of_test(run: Run, job: TrainingJob) -> dict[str, float]:
-    """Of the test rows, once, at the end; whoever reports the run shows these rows. {}: there are none."""
-    split = job.train_set.shard_set.column("split")
-    if not np.any(split == SPLITS.index("test")):
+    """Of the test rows, once, at the end; whoever reports the run shows these. {}: there are none."""
+    if reported_split(job) != "test":
         return {}
     job.eval_split = "test"
     open_loaders(job)

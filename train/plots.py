@@ -71,7 +71,9 @@ def _draw_curve(axes: Axes, history: Sequence[Mapping[str, float]], name: str) -
 # ---------------------------------------------------------------- the confusion matrix
 
 
-def confusion_png(counts_kk: npt.NDArray[np.int64], names: Sequence[str]) -> bytes:
+def confusion_png(
+    counts_kk: npt.NDArray[np.int64], names: Sequence[str], split: str = "test"
+) -> bytes:
     """By true class (down) and predicted class (across); colour is the share of the true class.
 
     counts_kk: [true, predicted], rows or pixels. Digits are the rows' counts, or the pixels' per
@@ -97,7 +99,7 @@ def confusion_png(counts_kk: npt.NDArray[np.int64], names: Sequence[str]) -> byt
 
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    title = "test rows" if are_rows else "test pixels, per cent of the true class"
+    title = f"{split} rows" if are_rows else f"{split} pixels, per cent of the true class"
     axes.set(xlabel="predicted", ylabel="true", title=title)
     return _png(figure)
 

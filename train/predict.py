@@ -18,7 +18,7 @@ from shards.spec import MAX_DEPTH_MM, VOID
 from train.checkpoint import Run, newest, only_writer, write_csv
 from train.errors import NoCheckpoint, WrongCheckpoint
 from train.geometry import crop_box_of
-from train.job import TrainingJob, make_job, new_run, open_loaders
+from train.job import TrainingJob, make_job, new_run, open_loaders, reported_split
 from train.loop import Batch, evaluate
 from train.report import MOST_PICTURES, page, predictions, tables_and_pictures, write
 from train.settings import Settings
@@ -55,6 +55,7 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
             what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
             raise UserError(what, "Name runs that do")
     together, job = _together(loaded)
+    job.eval_split = reported_split(job)
     open_loaders(job)
 
     target = Path(out or f"{run[0]}/predict")
@@ -64,7 +65,7 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
         else:
             scores = evaluate(together, job)
             listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            print("on the test rows:", listed)
+            print(f"on the {job.eval_split} rows:", listed)
             files = tables_and_pictures(target, together, job)
     print("files:", *(str(target / name) for name in files))
 

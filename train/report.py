@@ -179,15 +179,15 @@ def _mistakes(
     wrong = [prediction for prediction in worst if prediction.loss > 0]
     path = out / "mistakes.png"
     if wrong:
-        title = f"the {len(wrong)} worst of {n_rows} test rows"
+        title = f"the {len(wrong)} worst of {n_rows} {job.eval_split} rows"
         return [write(path, page(job, title, wrong))]
 
     path.unlink(missing_ok=True)
     is_anything_known = float(run.counts.sum()) > 0
     if is_anything_known:
-        why = f"all {n_rows} test rows are right"
+        why = f"all {n_rows} {job.eval_split} rows are right"
     else:
-        why = "nothing is known of the test rows"
+        why = f"nothing is known of the {job.eval_split} rows"
     print(f"no mistakes.png: {why}", file=sys.stderr)
     return []
 
@@ -214,7 +214,8 @@ def _confusion(out: Path, run: Run, job: TrainingJob) -> list[str]:
     if isinstance(job.task, Depth):
         return []
     counts_kk = run.counts.view(job.task.n_out, -1).long().numpy()
-    return [write(out / "confusion.png", confusion_png(counts_kk, job.task.names))]
+    png = confusion_png(counts_kk, job.task.names, job.eval_split)
+    return [write(out / "confusion.png", png)]
 
 
 def page(job: TrainingJob, title: str, shown: list[Prediction]) -> bytes:
