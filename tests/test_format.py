@@ -1,7 +1,7 @@
-"""docs/format.md is enough to read a set by: its own reader, of numpy and the standard library, reads every version.
+"""docs/format.md is enough to read a set by: the reader in it reads the set of every version.
 
-Sets that were made by each version are in fixtures/, for good; what this version makes of the same rows is held to the
-last of them.
+Sets that were made by each version are in fixtures/, for good; what this version makes of the same
+rows is held to the last of them.
 """
 
 import ast
@@ -178,7 +178,7 @@ def arrays_of(path: Path) -> dict[str, bytes]:
 
 
 def test_the_same_rows_converted_now_have_the_bytes_of_the_fixture(made: dict[str, Path]) -> None:
-    """Of .npy files. The .mat differs with the version of h5py that wrote it, and the set's name with that."""
+    """The .mat differs with the version of h5py that wrote it, and the set's name with that."""
     (path,) = THIS_VERSION.glob("*-????????")
     assert arrays_of(made[""]) == arrays_of(path)
 
