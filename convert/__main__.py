@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert a source, or copy a finished set into another format."""
     from convert.pipeline import convert
     from convert.session import prepare
-    from convert.upgrade import is_old, upgrade
+    from convert.upgrade import is_old, read_version_1, upgrade
     from stores.http import READERS, RemoteFile
 
     fields = tuple(args.fields.split(","))
@@ -51,10 +51,12 @@ def run(args: argparse.Namespace) -> None:
     )
     if isinstance(args.source, Path) and args.source.is_dir() and args.source.suffix != ".mat":
         path = resolve_set(args.source)
-        found = upgrade(path) if is_old(path) else open_set(path)
-        if not settings.fits(found.settings) and settings != ConversionSettings():
-            what = f"has other settings ({found.settings})"
-            raise WrongSource(path, what, "Convert its source by itself")
+        if is_old(path):
+            _check_settings(path, settings, read_version_1(path).settings)  # or it stays as it is
+            found = upgrade(path)
+        else:
+            found = open_set(path)
+            _check_settings(path, settings, found.settings)
         codecs = codecs_of(args.format, args.codec, found.manifest.fields)
         print(copy_set(found, args.out, codecs).path)
         return
@@ -68,6 +70,13 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(args.source, RemoteFile):
         print(args.source.report(), file=sys.stderr)
     print(made)
+
+
+def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSettings) -> None:
+    """Raise WrongSource where a finished set is not what is asked for; the defaults ask for any."""
+    if not asked.fits(stored) and asked != ConversionSettings():
+        what = f"has other settings ({stored})"
+        raise WrongSource(path, what, "Convert its source by itself")
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from convert.pipeline import SourceFilter, convert, find_set
 from convert.sources.nyu_mat import Source, check_opens, sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
-from convert.transfer import fetch, missing_files, pull, pull_right_files, push
+from convert.transfer import fetch, missing_files, pull, pull_right_files, push, refuse_newer
 from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, finished_sets, open_set, verify
 from shards.errors import IncompleteCopy, UserError
-from shards.files import log
+from shards.files import LocalFolder, log
 from shards.manifest import MANIFEST, PROVENANCE
 from shards.spec import Codecs, ConversionSettings
 from stores.local import exists
@@ -178,10 +178,10 @@ def _from_drive(wish: Wish, there: ShardSet) -> Path | None:
         return None
 
     if is_packed:
-        damaged = (
-            wish.root / there.path.stem / MANIFEST
-        )  # if there: a whole set would not be pulled
-        damaged.unlink(missing_ok=True)
+        in_its_place = wish.root / there.path.stem
+        refuse_newer(LocalFolder(in_its_place))
+        # If there is a manifest, it is of a damaged set: a whole one would not be pulled.
+        (in_its_place / MANIFEST).unlink(missing_ok=True)
         pulled = copy_set(pulled, wish.root, None)
     seconds = time.perf_counter() - started
     log(f"pulled and verified in {seconds:.1f} s. Not needed: {_cost(pulled)}")

@@ -10,7 +10,14 @@ from tqdm import tqdm
 
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from shards.dataset import ShardSet
-from shards.errors import DamagedSet, IncompleteCopy, IncompleteDownload, UserError, WrongPlace
+from shards.errors import (
+    DamagedSet,
+    IncompleteCopy,
+    IncompleteDownload,
+    NewerSet,
+    UserError,
+    WrongPlace,
+)
 from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
 from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest, write_receipts
@@ -155,6 +162,7 @@ def _prepare(source: Folder, target: Store, files: Files) -> None:
     That is a manifest of other content, and what copies that were killed left behind.
     """
     if target.size(MANIFEST) >= 0 and not _have_same_manifest(source, target):
+        refuse_newer(target)
         target.delete(MANIFEST)
     for folder in sorted({str(Path(name).parent) for name in files}):
         target.remove_unfinished(folder)
@@ -164,6 +172,16 @@ def _prepare(source: Folder, target: Store, files: Files) -> None:
     if need > free:
         problem = f"needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
         raise WrongPlace(Path(str(target)), problem, "Free some and run it again")
+
+
+def refuse_newer(folder: Folder) -> None:
+    """Raise NewerSet where a set of a later version lies there: what is known here may not replace it."""
+    try:
+        read_manifest(folder)
+    except NewerSet:
+        raise
+    except UserError:  # none, an older one, or a damaged one
+        pass
 
 
 def _have_same_manifest(source: Folder, target: Folder) -> bool:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,14 +92,25 @@ def upgrade(directory: Path) -> ShardSet:
 
     May be called again after a failure, and works on a mount: few small files are written and read
     back, and no shard is looked at, as a copy on a mount may not be whole: what reads them says so.
+    Two processes may do it at once: they write the same bytes.
     Raises DamagedSet where the manifest or a column is not as it was written, and OSError.
     """
     if not is_old(directory):
         return ShardSet(directory, read_manifest(directory))
+    try:
+        return _upgraded(directory)
+    except (DamagedSet, OSError):
+        if is_old(directory):
+            raise
+        return ShardSet(directory, read_manifest(directory))  # another process was faster
+
+
+def _upgraded(directory: Path) -> ShardSet:
     old = read_version_1(directory)
     manifest = _with_columns(directory, old)
     _replace_manifest(directory, manifest)
     _remove_renamed(directory, old)
+    _remove_unfinished(directory)
     log(f"{directory} is brought to version 2 of the format: nothing was decoded")
     return ShardSet(directory, manifest)
 
@@ -199,6 +211,9 @@ def _with_columns(directory: Path, old: Version1) -> Manifest:
         return _checked(replace(manifest, column_files={**kept_files, **written}))
 
     files = zarr_columns(added, arrays)
+    # With the first array zarr-python makes a group without attributes; the set's own, which has
+    # the tables of names, is right and stays.
+    files.pop("zarr.json", None)
     written = {name: write_bytes(directory / name, data) for name, data in files.items()}
     _read_back(directory, written)
     gone = {f"rows-{name}/zarr.json" for name in RENAMED_COLUMNS}
@@ -268,3 +283,10 @@ def _remove_renamed(directory: Path, old: Version1) -> None:
             (directory / f"rows-{name}.npy").unlink(missing_ok=True)
         else:
             shutil.rmtree(directory / f"rows-{name}", ignore_errors=True)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """What an upgrade that was killed was writing. After the commit: whoever else upgrades needs its own no more."""
+    with suppress(OSError):
+        for path in directory.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)

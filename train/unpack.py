@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from shards.dataset import open_set
-from shards.errors import UserError, WrongPlace
+from shards.errors import NewerSet, OldSet, UserError, WrongPlace
 from shards.files import log
 from shards.manifest import MANIFEST, read_manifest
 
@@ -62,9 +62,11 @@ def is_copy(path: Path, digest: str) -> bool:
 
 
 def is_other(path: Path, digest: str) -> bool:
-    """A finished set with another fingerprint."""
+    """A finished set with another fingerprint, or of another version: nothing may take its place."""
     try:
         return read_manifest(path).fingerprint != digest
+    except (OldSet, NewerSet):
+        return True
     except (UserError, OSError):
         return False
 
