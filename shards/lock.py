@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shards.errors import UserError, WrongPlace
+from shards.errors import Busy, WrongPlace
 
 HELD: set[int] = set()  # descriptors of the locks that this process holds
 
@@ -27,18 +27,15 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
-def hold(
-    path: Path, *, is_held: str, then: str, elsewhere: str, wait: bool = False
-) -> Iterator[None]:
-    """Hold a lock on the file `path`; a second process waits, or gets a UserError.
+def hold(path: Path, place: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `place` by a lock on the file `path`; a second process waits, or gets Busy.
 
-    Its text: `is_held` ("DIR is being converted by"), who holds it, `then` (what to do). Where
-    `path` cannot be made it is a WrongPlace, with `elsewhere` (what to do). On a file system
-    without locks everybody goes on.
+    doing: what is done there, "converted". Raises WrongPlace where `path` cannot be made. On a file
+    system without locks everybody goes on.
     """
-    handle = _open(path, elsewhere)
+    handle = _open(path)
     try:
-        _take(handle, is_held, then, wait)
+        _take(handle, place, doing, wait)
         HELD.add(handle)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = f"pid {os.getpid()} on {socket.gethostname()} since {since}"
@@ -53,23 +50,23 @@ def hold(
         os.close(handle)
 
 
-def _open(path: Path, elsewhere: str) -> int:
+def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         what = f"cannot be made or written to ({error.strerror})"
-        raise WrongPlace(path.parent, what, elsewhere) from None
+        raise WrongPlace(path.parent, what) from None
 
 
-def _take(handle: int, is_held: str, then: str, wait: bool) -> None:
-    """Lock the open file, or raise UserError with what its holder has written into it."""
+def _take(handle: int, place: Path, doing: str, wait: bool) -> None:
+    """Lock the open file, or raise Busy with what its holder has written into it."""
     how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:
         who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-        raise UserError(f"{is_held} {who}", then) from None
+        raise Busy(place, f"is being {doing} by", who) from None
     except OSError:  # a file system without locks
         pass
 
@@ -84,9 +81,5 @@ def _write(handle: int, who: bytes) -> None:
 @contextmanager
 def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
     """Hold the set NAME under ROOT, by `ROOT/.NAME.lock`, while it is converted."""
-    is_held = f"{root / name} is being converted by"
-    then = "Wait for it, then run: make convert"
-    elsewhere = "Run: make convert OUT=/a/writable/directory"
-    lock = root / f".{name}.lock"
-    with hold(lock, is_held=is_held, then=then, elsewhere=elsewhere, wait=wait):
+    with hold(root / f".{name}.lock", root / name, "converted", wait=wait):
         yield

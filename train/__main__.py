@@ -13,13 +13,16 @@ import torch
 from loader.memory import NoRoom
 from shards.dataset import ShardSet
 from shards.errors import (
+    Busy,
     DamagedSet,
     MissingField,
     MissingSet,
     OldSet,
+    RemoteSet,
     SeveralSets,
     UnfinishedSet,
     UserError,
+    WrongPlace,
     WrongSetting,
     one_line,
 )
@@ -199,6 +202,11 @@ def _after_missing_field(error: MissingField) -> str:
     return f"Run: make convert ARGS='--fields {','.join((*error.fields, error.field))}'"
 
 
+def _after_remote(error: RemoteSet) -> str:
+    drive = shlex.quote(str(Path(str(error.path)).parent))
+    return f"Run: make pull DRIVE={drive} (or insist: --allow-remote)"
+
+
 # What to run after an error of the library, which itself knows no commands: the first that fits.
 COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (UnfinishedSet, lambda error: "Run: make convert"),
@@ -207,6 +215,9 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (OldSet, lambda error: "Run: make convert"),
     (DamagedSet, lambda error: "Run: make convert ARGS=--repair, or make pull"),
     (MissingField, _after_missing_field),
+    (Busy, lambda error: "Wait for it, or use another --out"),
+    (RemoteSet, _after_remote),
+    (WrongPlace, lambda error: "" if error.right else "Use another --out"),
     (NoCheckpoint, lambda error: f"Run: make train RUN={error.run}"),
     (WrongCheckpoint, lambda error: f"Run: make train RUN={error.run} ARGS=--reset"),
 )
@@ -218,7 +229,7 @@ def with_command(error: UserError) -> str:
         return f"{flag_of(error.name)} {error.given}: {error.choices}"
     for kind, command_after in COMMANDS:
         if isinstance(error, kind):
-            return f"{error}. {command_after(error)}"
+            return ". ".join(filter(None, [str(error), command_after(error)]))
     return str(error)
 
 

@@ -51,15 +51,10 @@ class Run:
 def only_writer(directory: Path, doing: str) -> Iterator[None]:
     """Hold the lock of a run's directory, which is made if need be.
 
-    doing: "trained" or "written", for the error of a second process. Raises UserError where another
-    process holds it, and where the directory cannot be made.
+    doing: "trained" or "written", for the error of a second process. Raises Busy where another
+    process holds it, and WrongPlace where the directory cannot be made.
     """
-    with hold(
-        directory / LOCK,
-        is_held=f"{directory} is being {doing} by",
-        then="Wait for it, or use another --out",
-        elsewhere="Use another --out",
-    ):
+    with hold(directory / LOCK, directory, doing):
         yield
 
 
