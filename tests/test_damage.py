@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.commands import Run
 from helpers.sets import convert, files_of, manifest_json, write_manifest_json
 
 from convert.verify import against_source, verify_all
@@ -22,7 +23,6 @@ from shards.errors import UserError
 from shards.files import sha256_file
 from shards.manifest import MANIFEST, PROVENANCE
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 Damage = Callable[[Path, random.Random], Path]
 
 

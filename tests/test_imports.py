@@ -235,6 +235,18 @@ def test_what_is_allowed_passes(case: str) -> None:
     assert forbidden(*ALLOWED_TEXTS[case]) == []
 
 
+TESTS = dict(modules_of(REPO / "tests", ["."]))
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_what_several_tests_need_is_in_their_helpers(module: str) -> None:
+    """A test file is read by nobody else: what it imports of the tests is in `helpers`, or in conftest."""
+    reached = [arrow.target for arrow in arrows(TESTS[module].read_text())]
+    assert not [target for target in reached if target.startswith("test_")]
+    if module.startswith("helpers"):
+        assert not [target for target in reached if is_in(target, "conftest")]
+
+
 # ---------------------------------------------------------------- circles
 
 
