@@ -280,8 +280,6 @@ NEXT: tuple[tuple[type[UserError], str], ...] = (
     (Busy, "Wait for it, then run: make convert"),
     (OtherSet, "Then run: make convert"),
     (DamagedSet, "Run: make convert ARGS=--repair, or make pull"),
-    (WrongPlace, "Run: make convert OUT=/another/disk"),
-    (WrongSource, "Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"),
 )
 
 
@@ -317,6 +315,13 @@ def with_next_command(error: UserError, command: str) -> str:
         return f"{error}, then: {command}"
     if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:
         return f"{error}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
+    if isinstance(error, WrongPlace):
+        is_of_run = command.startswith("make convert")
+        return f"{error}. Run: make convert OUT=/another/disk" if is_of_run else str(error)
+    if isinstance(error, WrongSource):
+        if error.right:
+            return f"{error}, then run: make convert"
+        return f"{error}. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
     advice = next((text for kind, text in NEXT if isinstance(error, kind)), "")
     return f"{error}. {advice}" if advice else str(error)
 

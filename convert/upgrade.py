@@ -20,7 +20,7 @@ from convert.sources.nyu_tables import nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
 from shards.dataset import ShardSet
 from shards.errors import DamagedSet, WrongSetting
-from shards.files import FileEntry, log, open_plain, write_atomically, write_bytes
+from shards.files import FileEntry, LocalFolder, log, write_atomically, write_bytes
 from shards.manifest import (
     COLUMNS,
     MANIFEST,
@@ -256,8 +256,7 @@ def _content(directory: Path, file: str, old: Version1) -> bytes:
     entry = old.column_files.get(file)
     if entry is None:
         raise DamagedSet(directory / "manifest.json", f"is damaged: it has no {file}")
-    with open_plain(directory / file) as opened:
-        data = opened.read()
+    data = LocalFolder(directory).read(file)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise DamagedSet(directory / file, "is damaged")
     return data if old.codecs is not None else data[NPY_HEADER:]

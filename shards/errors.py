@@ -13,7 +13,6 @@
       WrongSource             source                    not what it should be, or not readable
         DamagedSource         source
       WrongPlace              path                      no room, no permission, no such folder
-        RemoteSet             path, kind                on a mounted Drive, to be trained from
         RemoteSet             path, kind                on a mount, where training would read it row by row
       Busy                    path, who                 another process works there
       StoreFailed             full, gone                a mount or server that fails

@@ -326,9 +326,9 @@ def read_manifest(place: Path | Folder) -> Manifest:
     try:
         version = value.whole("format_version")
         if version < FORMAT_VERSION:
-            raise OldSet(folder, version)
+            raise OldSet(address(folder), version)
         if version > FORMAT_VERSION:
-            raise NewerSet(folder, version, FORMAT_VERSION)
+            raise NewerSet(address(folder), version, FORMAT_VERSION)
         return Manifest.from_json(value)
     except (ValueError, WrongSetting) as error:
         raise DamagedSet(where, f"is damaged: {error}") from None
@@ -353,6 +353,12 @@ def _read_signed(folder: Folder) -> JsonObject:
         raise DamagedSet(f"{folder}/{MANIFEST}", f"is damaged: {error}") from None
 
 
+def address(folder: Folder) -> Path | str:
+    """For errors: a path where the folder has one."""
+    path = getattr(folder, "path", None)
+    return path if isinstance(path, Path) else str(folder)
+
+
 def _check_is_there(folder: Folder) -> None:
     """Raise MissingSet where there is no manifest."""
     if isinstance(folder, LocalFolder):
@@ -362,9 +368,11 @@ def _check_is_there(folder: Folder) -> None:
         is_there = folder.size(MANIFEST) >= 0
         n_done = 0
     if not is_there and n_done:
-        raise UnfinishedSet(folder, n_done)
+        raise UnfinishedSet(address(folder), n_done)
     if not is_there:
-        raise MissingSet(folder, "it is not a finished set", subject=f"no {MANIFEST} in {folder}:")
+        raise MissingSet(
+            address(folder), "it is not a finished set", subject=f"no {MANIFEST} in {folder}:"
+        )
 
 
 # ---------------------------------------------------------------------------------------- receipts

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from shards.errors import IncompleteCopy, RemoteSet, StoreFailed, UserError
 from shards.files import FileEntry, HashingFile, drop_from_cache, write_atomically
@@ -217,7 +217,7 @@ def copy_checked(source: Path, target: Path, entry: FileEntry | None) -> FileEnt
     def write(file: HashingFile) -> None:
         try:
             with open(source, "rb") as reading:
-                while block := reading.read(BLOCK_BYTES):
+                while block := _read_block(reading):
                     file.write(block)
         except FileNotFoundError:  # a mount may list what it cannot open
             raise _other_content(source) from None
@@ -225,6 +225,14 @@ def copy_checked(source: Path, target: Path, entry: FileEntry | None) -> FileEnt
             raise _other_content(source)
 
     return write_atomically(target, write)
+
+
+def _read_block(file: IO[bytes]) -> bytes:
+    """The next bytes, none at the end. A busy mount answers EAGAIN, for which Python gives None."""
+    block: bytes | None = file.read(BLOCK_BYTES)
+    if block is None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return block
 
 
 def is_right(path: Path, entry: FileEntry) -> bool:
