@@ -5,16 +5,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("helpers")  # before any of them is imported
+
+from helpers.commands import REPO, Run
 from helpers.sets import SMALL, convert
 
 from convert.sample import write_sample
 
-REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl-C, and processes inherit that
 for name in re.findall(r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M):  # make test PYTHON=... ARGS=...
@@ -38,7 +40,7 @@ def small_set(mat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+def command() -> Run:
     """Run `python -m MODULE ARGS` as a user does."""
 
     def run(*args: object, cwd: Path = REPO, timeout: int = 120) -> subprocess.CompletedProcess[str]:

@@ -12,9 +12,9 @@ from shards.errors import UserError
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
+from helpers.loaders import make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_loader import make
 
 from loader.loader import Loader
 from train.data import ShardDataset, create_dataloaders

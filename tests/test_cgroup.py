@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cgroup import drop_from_cache, memory_group
+from helpers.cgroup import drop_from_cache, memory_group
 
 LIMIT = 64 << 20
 

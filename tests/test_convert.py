@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 from conftest import SHARED, SMALL, shared
-from helpers.sets import FIELDS, convert, flip, manifest_json, write_manifest_json
+from helpers.commands import Run
+from helpers.sets import FIELDS, convert, flip, manifest_json, shard_bytes, write_manifest_json
 
 from convert.resize import Resizer
 from convert.sample import write_sample
@@ -23,13 +24,6 @@ from shards.errors import UserError
 from shards.lock import only_one
 from shards.spec import KNOWN_FIELDS, SPLITS, ConversionSettings, fingerprint
 from shards.writing import set_name
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    """The shard and column files; the manifest names the source and so differs between sources."""
-    return {p.name: p.read_bytes() for p in sorted(directory.glob("*.npy"))}
 
 
 def test_rows_are_what_h5py_gives_through_the_resize_rules(mat: Path, small_set: Path) -> None:
@@ -48,7 +42,7 @@ def test_rows_are_what_h5py_gives_through_the_resize_rules(mat: Path, small_set:
 @pytest.mark.parametrize("chunks", ["resaved", "none"])
 def test_any_layout_gives_the_same_bytes(small_set: Path, tmp_path: Path, chunks: str) -> None:
     write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks=chunks)
-    assert content(convert(tmp_path / "a.mat", tmp_path / "out", SMALL)) == content(small_set)
+    assert shard_bytes(convert(tmp_path / "a.mat", tmp_path / "out", SMALL)) == shard_bytes(small_set)
 
 
 def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_bytes(
@@ -57,14 +51,14 @@ def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_byte
     monkeypatch.setattr("convert.sources.chunks.MAX_GROUP_BYTES", 1000)
     write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks="resaved")
     made = convert(tmp_path / "a.mat", tmp_path / "out", SMALL)
-    assert content(made) == content(small_set)
+    assert shard_bytes(made) == shard_bytes(small_set)
     assert not list(made.glob(".*"))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_bytes(mat: Path, small_set: Path, tmp_path: Path, workers: int) -> None:
     made = convert(mat, tmp_path, SMALL, workers)
-    assert content(made) == content(small_set)
+    assert shard_bytes(made) == shard_bytes(small_set)
     assert (made / "manifest.json").read_bytes() == (small_set / "manifest.json").read_bytes()
 
 
@@ -119,7 +113,7 @@ def test_finished_shards_survive_a_failure_and_are_not_redone(
         patch.setattr(Resizer, "__call__", failing)
         with pytest.raises(OSError, match="No space"):
             convert(mat, tmp_path, SMALL, 1)
-    assert content(convert(mat, tmp_path, SMALL)) == content(small_set)
+    assert shard_bytes(convert(mat, tmp_path, SMALL)) == shard_bytes(small_set)
     assert "shards are done already" in capsys.readouterr().err
 
 

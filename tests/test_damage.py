@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.commands import Run
 from helpers.sets import convert, entry_of, manifest_json, write_manifest_json
 
 from convert.__main__ import read_set, with_next_command
@@ -22,7 +23,6 @@ from shards.dataset import open_set
 from shards.errors import UserError
 from shards.manifest import MANIFEST, PROVENANCE
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 Damage = Callable[[Path, random.Random], Path]
 
 

@@ -1,6 +1,5 @@
 """Two real processes under torchrun: the same losses as one with the whole batch, every test row once, one writer."""
 
-import csv
 import os
 import shutil
 import socket
@@ -14,13 +13,21 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
+from helpers.training import rows
 
 from train.data import ShardDataset
 from train.order import Batches
 from train.report import command
 from train.settings import Settings
 
-SETTINGS = {"num_classes": 10, "epochs": 3, "size": 32, "warmup_epochs": 0, "model": "networks:Plain", "num_workers": 0}
+SETTINGS = {
+    "num_classes": 10,
+    "epochs": 3,
+    "size": 32,
+    "warmup_epochs": 0,
+    "model": "helpers.networks:Plain",
+    "num_workers": 0,
+}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
@@ -32,11 +39,6 @@ def arguments(data: Path, out: Path, **changes: object) -> list[str]:
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_losses_equal_one_process_with_the_same_global_batch(
 def test_losses_are_those_of_one_process_where_ranks_have_unequal_shares_of_known_pixels(
     small_set: Path, tmp_path: Path
 ) -> None:
-    pixels = {"model": "networks:Pixels", "task": "semantic13", "epochs": 4, "lr": 0.1}
+    pixels = {"model": "helpers.networks:Pixels", "task": "semantic13", "epochs": 4, "lr": 0.1}
     distributed = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     for out, words, batch_size in ((tmp_path / "1", (), 8), (tmp_path / "2", distributed, 4)):
         done = run(*words, *arguments(small_set, out, batch_size=batch_size, **pixels))
@@ -101,7 +103,7 @@ def test_a_dead_rank_ends_the_run_with_a_clear_error(small_set: Path, tmp_path: 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = arguments(small_set, tmp_path, batch_size=4, model="networks:Mortal")
+    flags = arguments(small_set, tmp_path, batch_size=4, model="helpers.networks:Mortal")
     processes = [
         subprocess.Popen(
             [sys.executable, *flags],

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
+from helpers.commands import all_gone, ends_in_one_line
 from helpers.sets import convert, verify
 
 from convert.sample import write_sample
@@ -58,29 +59,11 @@ def running(mat: Path, root: Path) -> Iterator[tuple[subprocess.Popen[str], list
             process.kill()
 
 
-def are_gone(helpers: list[int]) -> bool:
-    """Within seconds; what nobody has waited for yet is gone too."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        states = [p.read_text().rpartition(") ")[2][0] for h in helpers if (p := Path(f"/proc/{h}/stat")).exists()]
-        if set(states) <= {"Z"}:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def ends_in_one_line(process: subprocess.Popen[str], status: int) -> str:
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    return [line for line in errors.splitlines() if not line.startswith(("shard ", "convert:"))][-1]
-
-
 def test_a_killed_helper_ends_the_run_in_one_line_and_the_next_run_goes_on(large: Path, tmp_path: Path) -> None:
     with running(large, tmp_path) as (process, helpers):
         os.kill(helpers[0], signal.SIGKILL)
         assert "a helper process was killed by signal 9" in ends_in_one_line(process, 2)
-        assert are_gone(helpers)
+        assert all_gone(helpers, 10)
     assert not list(tmp_path.glob("*/manifest.json"))
     assert list(tmp_path.glob("*/receipt-*"))
     made = convert(large, tmp_path, ConversionSettings(rows_per_shard=4))
@@ -90,14 +73,14 @@ def test_a_killed_helper_ends_the_run_in_one_line_and_the_next_run_goes_on(large
 def test_helpers_do_not_outlive_a_killed_parent(large: Path, tmp_path: Path) -> None:
     with running(large, tmp_path) as (process, helpers):
         process.kill()
-        assert are_gone(helpers)
+        assert all_gone(helpers, 10)
 
 
 def test_ctrl_c_ends_the_helpers_and_says_one_line(large: Path, tmp_path: Path) -> None:
     with running(large, tmp_path) as (process, helpers):
         process.send_signal(signal.SIGINT)
         assert "interrupted" in ends_in_one_line(process, 130)
-        assert are_gone(helpers)
+        assert all_gone(helpers, 10)
 
 
 def test_damage_found_by_a_helper_names_the_field_and_the_row(copy: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 from conftest import REPO
-from test_loader import METHODS
+from helpers.loaders import METHODS
 
 # Runs in a process of its own, and through sitecustomize in every process that this one starts, workers included.
 TAKE_AWAY = """

@@ -22,17 +22,8 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
-from test_loader import (
-    KINDS,
-    METHODS,
-    all_gone,
-    expected,
-    first_line,
-    make,
-    same,
-    start,
-    worker_pids,
-)
+from helpers.commands import all_gone
+from helpers.loaders import KINDS, METHODS, expected, first_line, make, same, start, worker_pids
 from torch.utils.data import DataLoader
 
 from loader import forks

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO
-from flaky import serving
+from helpers.servers import serving
 from helpers.sets import FIELDS, SMALL, convert, repack
 
 from convert.resize import nearest

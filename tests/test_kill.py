@@ -8,33 +8,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from cgroup import drop_from_cache, memory_group
 from conftest import REPO, SMALL
-from helpers.sets import convert, files_of, manifest_json, verify
+from helpers.cgroup import drop_from_cache, memory_group
+from helpers.commands import Run, conversion, ends_in_one_line
+from helpers.disks import make_read_only, small_disk
+from helpers.sets import committed, convert, files_of, manifest_json, verify
 
 from convert.verify import verify_all
 from shards.dataset import finished_sets, open_set, resolve_set
 from shards.errors import UserError
-from shards.manifest import MANIFEST, PROVENANCE
+from shards.manifest import MANIFEST
 from shards.spec import ConversionSettings
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 SLOW = ("--rows-per-shard", "1", "--workers", "1")  # 36 shards: time to do something in between
-
-
-def command_of(mat: Path, root: Path, *more: object) -> list[str]:
-    return [sys.executable, "-m", "convert", "run", str(mat), "--out", str(root), *map(str, more)]
 
 
 @contextmanager
 def running(*args: object) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        command_of(*args), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        conversion(*args), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:  # fmt: skip
         try:
             yield process
@@ -48,32 +45,8 @@ def until_a_shard_is_done(process: subprocess.Popen[str], root: Path) -> None:
         time.sleep(0.002)
 
 
-def ends_in_one_line(process: subprocess.Popen[str], status: int) -> str:
-    """Its last words, after progress lines; a traceback would have been more."""
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    return [line for line in errors.splitlines() if not line.startswith(("shard ", "convert:"))][-1]
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PROVENANCE}
-
-
 def nothing_temporary(root: Path) -> bool:
     return not [p for p in root.rglob(".*") if not p.name.endswith(".lock")]
-
-
-@contextmanager
-def tmpfs(path: Path, n_bytes: int) -> Iterator[Path]:
-    """A small disk of its own."""
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "none", path], capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here (not root): a full or read-only disk is not tested")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
 
 
 # ---------------------------------------------------------------- kill -9
@@ -84,7 +57,7 @@ def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: obje
     rng, n_finished, kills = random.Random(n_kills), 0, 0
     directory = root / whole.name
     started = time.monotonic()
-    convert_once = subprocess.run(command_of(mat, root / "once"), cwd=REPO, capture_output=True)
+    convert_once = subprocess.run(conversion(mat, root / "once"), cwd=REPO, capture_output=True)
     assert convert_once.returncode == 0, convert_once.stderr
     seconds = time.monotonic() - started  # of a whole run, on this machine, now
     while kills < n_kills:
@@ -106,7 +79,7 @@ def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: obje
             with pytest.raises(UserError):
                 resolve_set(root) and open_set(directory)
     done = convert(mat, root, SMALL, repair=True)
-    assert content(done) == content(whole)
+    assert committed(done) == committed(whole)
     return n_finished
 
 
@@ -156,7 +129,7 @@ def test_of_two_runs_one_works_and_the_other_says_who(mat: Path, tmp_path: Path,
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_work(mat: Path, tmp_path: Path, command: Run) -> None:
-    with tmpfs(tmp_path / "disk", 4 << 20) as disk:
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
         done = command("convert", "run", mat, "--out", disk)
         assert done.returncode == 2
         assert "MB free, the shards need" in done.stderr
@@ -164,7 +137,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(mat: Path, tmp_path
 
 
 def test_a_disk_that_fills_up_ends_in_one_line_and_keeps_what_is_done(mat: Path, tmp_path: Path, command: Run) -> None:
-    with tmpfs(tmp_path / "disk", 40 << 20) as disk:
+    with small_disk(tmp_path / "disk", 40 << 20) as disk:
         with running(mat, disk / "out", *SLOW) as process:
             until_a_shard_is_done(process, disk / "out")
             with open(disk / "filler", "wb") as filler:
@@ -188,9 +161,9 @@ def test_a_read_only_disk_serves_a_finished_set_and_refuses_another(
     mat: Path, small_set: Path, tmp_path: Path, command: Run
 ) -> None:
     small = ("--size", 32, "--rows-per-shard", 10)
-    with tmpfs(tmp_path / "disk", 40 << 20) as disk:
+    with small_disk(tmp_path / "disk", 40 << 20) as disk:
         shutil.copytree(small_set, disk / small_set.name)
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        make_read_only(disk)
         again = command("convert", "run", mat, "--out", disk, *small)
         assert again.returncode == 0, again.stderr
         assert "nothing to do" in again.stderr
@@ -309,7 +282,7 @@ def memory_limited(source: Path, root: Path, limit: int, *more: object) -> dict[
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            done = group.run(command_of(source, root, *more), cwd=REPO, timeout=570)
+            done = group.run(conversion(source, root, *more), cwd=REPO, timeout=570)
         finally:
             ended.set()
             watcher.join()

@@ -1,7 +1,5 @@
 """channels_last only where no kernel of oneDNN writes beyond its memory in it (uxlfoundation/oneDNN 6035)."""
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,13 +7,13 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
+from helpers.commands import Run
 from torch import nn
 
 from train.job import make_job, new_run
 from train.model import TwoStreamResNet, compiled, layout_for, overruns
 from train.settings import Settings
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 LAST, PLAIN, CPU = torch.channels_last, torch.contiguous_format, torch.device("cpu")
 
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,48 +13,20 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
-from conftest import REPO
+from helpers.commands import all_gone
+from helpers.loaders import KINDS, METHODS, expected, first_line, make, same, start, worker_pids
 
 from loader import loader as loader_module
 from loader.buffers import N_BUFFERS
-from loader.loader import Loader
-from loader.producers import ProcessProducer, ThreadProducer
+from loader.producers import ThreadProducer
 from shards.errors import UserError
 from stores import mounted as mount
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
 
-METHODS = ["fork", "forkserver", "spawn"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def make(path: Path, workers: int = 0, method: str | None = None, **how: Any) -> Loader:
-    """A shuffled loader over all 36 rows: 9 batches of 4, more than there are buffers."""
-    settings = {k: how.pop(k) for k in ("target", "normalize", "fields") if k in how}
-    dataset = ShardDataset(path, split="all", **settings)
-    return Loader(dataset, Batches(len(dataset), 4, 0), workers, method, **how)
-
-
-def worker_pids(loader: Loader) -> list[int]:
-    """Of a loader that is in use and has workers."""
-    producer = loader.stream.producer
-    assert isinstance(producer, ProcessProducer)
-    return [worker.process.pid for worker in producer.workers]
-
-
-def expected(path: Path, epoch: int = 0, start: int = 0, **settings: Any) -> list[tuple[torch.Tensor, ...]]:
-    """The same batches made without any loader."""
-    dataset = ShardDataset(path, split="all", **settings)
-    return [dataset.batch(indices) for indices in Batches(len(dataset), 4, 0)(epoch)[start:]]
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(
-        x.dtype == y.dtype and torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
-
-
-KINDS: list[dict[str, Any]] = [{"prefetch": False}, {}, {"workers": 2, "method": "fork"}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["inline", "thread", "fork"])
 
 
@@ -229,21 +199,6 @@ def test_a_killed_worker_is_an_error_soon_and_new_ones_follow(small_set: Path, m
     assert same(list(loader), expected(small_set))
 
 
-def gone(pid: int) -> bool:
-    """Ended: no entry in /proc, or a zombie that nobody has collected."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def all_gone(pids: list[int], within_s: float) -> bool:
-    end = time.monotonic() + within_s
-    while time.monotonic() < end and not all(map(gone, pids)):
-        time.sleep(0.05)
-    return all(map(gone, pids))
-
-
 def test_nothing_is_left_when_the_loader_is_dropped(small_set: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     loader = make(small_set, 2, "fork")
@@ -255,33 +210,6 @@ def test_nothing_is_left_when_the_loader_is_dropped(small_set: Path) -> None:
     assert torch.equal(kept, want)
     del kept
     assert set(os.listdir("/proc/self/fd")) <= before
-
-
-SCRIPT = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = [{repo!r}, {tests!r}]
-from test_loader import make, worker_pids
-if __name__ == "__main__":
-    loader = make(Path({path!r}), {workers}, {method!r})
-    batches = iter(loader)
-    kept = next(batches)
-    print(*(worker_pids(loader) if {workers} else []), flush=True)
-    {end}
-"""
-
-
-def start(tmp_path: Path, small_set: Path, end: str, workers: int = 2, method: str = "fork") -> subprocess.Popen[str]:
-    script = tmp_path / "script.py"
-    values = {"repo": str(REPO), "tests": str(REPO / "tests"), "path": str(small_set)}
-    script.write_text(SCRIPT.format(end=end, workers=workers, method=method, **values))
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, script], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
-def first_line(process: subprocess.Popen[str]) -> list[int]:
-    assert process.stdout is not None
-    return [int(word) for word in process.stdout.readline().split()]
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

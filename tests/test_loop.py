@@ -4,7 +4,6 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
+from helpers.commands import Run
 
 from train.__main__ import main, parse, train_and_report
 from train.loop import lr_at, train
 from train.settings import Settings
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {"num_classes": 10, "epochs": 3, "batch_size": 8, "width": 4, "size": 32, "warmup_epochs": 0}
 
 
@@ -97,9 +96,9 @@ def test_a_run_starts_from_another_run(small_set: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--weights", "absent.pth", "--model", "networks:Tiny"], "--model resnet18"),
+        (["--weights", "absent.pth", "--model", "helpers.networks:Tiny"], "--model resnet18"),
         (["--crop", "7"], "--crop 7"),
-        (["--model", "networks:Absent"], "Absent"),
+        (["--model", "helpers.networks:Absent"], "Absent"),
         (["--weights", "absent.pth", "--width", "64"], "absent.pth"),
         (["--size", "5"], "--size 5"),
         (["--frobnicate"], "--help"),

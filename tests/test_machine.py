@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
-from helpers.sets import convert
+from helpers.disks import small_disk
+from helpers.sets import convert, same_shards
 
 from convert import machine
 from convert.transfer import pull, push, set_on_mount
@@ -21,13 +20,6 @@ from shards.manifest import PROVENANCE
 
 # memfd_create is absent on macOS and in the Pythons of uv and conda; the others on macOS.
 ABSENT = ["memfd_create", "sched_getaffinity", "posix_fadvise"]
-
-
-def same_shards(made: Path, expected: Path) -> bool:
-    files = sorted(expected.glob("*.npy"))
-    return len(files) > 5 and all(
-        (made / file.name).read_bytes() == file.read_bytes() for file in files
-    )
 
 
 @pytest.mark.parametrize("name", ABSENT)
@@ -108,20 +100,6 @@ def test_memory_from_a_file_is_shared_between_descriptors_and_takes_its_room_at_
     assert os.fstat(handle).st_blocks * 512 >= n_bytes
     os.close(handle)
     os.close(other)
-
-
-@contextmanager
-def small_disk(path: Path, n_bytes: int) -> Iterator[Path]:
-    path.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", path], capture_output=True
-    )
-    if made.returncode:
-        pytest.skip(f"no small file system can be mounted here: {made.stderr.decode().strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
 
 
 def test_a_full_temporary_folder_is_one_line_and_no_crash(mat: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pip
 import pytest
 from conftest import REPO
-from test_session import copy_of_the_checkout
+from helpers.commands import copy_of_the_checkout
 
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
 GIVEN = ("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE", "IMAGES")

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
-from test_loader import worker_pids
+from helpers.loaders import worker_pids
 
 from loader import memory
 from loader.loader import Loader

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
+from helpers.disks import small_disk
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
@@ -144,7 +144,7 @@ def test_nor_does_one_of_predict(
 # ---------------------------------------------------------------- sets and networks
 
 
-@pytest.mark.parametrize("changes", [{"model": "resnet18"}, {"model": "wrong:Normed", "size": 64}])
+@pytest.mark.parametrize("changes", [{"model": "resnet18"}, {"model": "helpers.wrong:Normed", "size": 64}])
 def test_a_batch_of_one_value_a_channel_is_refused(
     changes: dict[str, Any], small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,10 +183,10 @@ def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(small_set
 def test_a_network_that_is_no_answer_is_refused_before_it_trains(
     network: str, task: str, words: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [f"--data={small_set}", f"--out={tmp_path}", f"--model=wrong:{network}", *flags(task=task)]
+    command = [f"--data={small_set}", f"--out={tmp_path}", f"--model=helpers.wrong:{network}", *flags(task=task)]
     status, said = ends_with(command, capsys)
     assert status == 2
-    assert said.startswith(f"train: --model wrong:{network}")
+    assert said.startswith(f"train: --model helpers.wrong:{network}")
     assert re.search(words, said), said
     assert not (tmp_path / CHECKPOINT).exists()
 
@@ -203,7 +203,7 @@ def test_a_module_that_fails_while_it_is_imported_is_one_line(
 def test_asking_a_network_first_changes_nothing_that_it_learns(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    same = {**TINY, "model": "networks:Normed", "epochs": 2}
+    same = {**TINY, "model": "helpers.networks:Normed", "epochs": 2}
     train(Settings(str(small_set), str(tmp_path / "asked"), **same))  # type: ignore[arg-type]
     monkeypatch.setattr("train.job.probe", lambda *given: None)
     train(Settings(str(small_set), str(tmp_path / "not"), **same))  # type: ignore[arg-type]
@@ -215,16 +215,10 @@ def test_asking_a_network_first_changes_nothing_that_it_learns(
 # ---------------------------------------------------------------- a full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+@pytest.fixture(name="small_disk")
+def three_mebibytes(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 3 << 20) as place:
+        yield place
 
 
 def fill(place: Path, leave: int) -> None:

@@ -14,8 +14,8 @@ for needed in ("torch", "nbclient", "ipykernel"):
 
 import nbformat
 from conftest import REPO
+from helpers.commands import copy_of_the_checkout
 from nbclient import NotebookClient
-from test_session import copy_of_the_checkout
 
 from convert.sample import write_sample
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
-from test_loader import METHODS, expected, make, same
+from helpers.loaders import METHODS, expected, make, same
 
 from loader.buffers import N_BUFFERS, BufferPool
 from loader.loader import Loader

@@ -1,6 +1,5 @@
 """python -m train predict: the test rows again, or a folder of pictures."""
 
-import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
+from helpers.training import rows
 from PIL import Image
 
 from train.__main__ import main, train_and_report
@@ -18,11 +18,6 @@ from train.data import ShardDataset
 from train.loop import train
 from train.predict import Average
 from train.settings import Settings
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a release is made of: everything that runs, its licence and its changes, and no data."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from conftest import REPO
+from helpers.commands import program
 
 TOP = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 PACKAGES = ("shards", "loader", "stores", "convert", "train")
@@ -27,12 +27,7 @@ build_meta.build_wheel(out)
 @pytest.fixture(scope="module")
 def check_dist() -> ModuleType:
     """The program that looks into both."""
-    spec = importlib.util.spec_from_file_location("check_dist", REPO / ".ci" / "check_dist.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("check_dist")
 
 
 def run_check(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:

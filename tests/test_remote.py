@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flaky import serving
+from helpers.servers import serving
 from helpers.sets import convert
 
 from convert import transfer

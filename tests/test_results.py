@@ -1,6 +1,5 @@
 """Results that are empty or perfect: every report, plot and table is made or says why not."""
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 
 from helpers.sets import convert
+from helpers.training import rows
 
 from convert.sample import write_sample
 from shards.dataset import open_set
@@ -57,11 +57,6 @@ def run(data: Path, out: Path, *flags: str) -> list[str]:
     return sorted(made)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
 ALL = ["classes.csv", "confusion.png", "curves.png", "metrics.csv", "mistakes.png", "predictions.csv"]
 OF_DEPTH = ["curves.png", "metrics.csv", "mistakes.png", "predictions.csv"]
 
@@ -84,7 +79,7 @@ def test_one_row_a_split_and_a_batch_larger_than_the_set(
 def test_no_mistake_is_said_and_an_older_picture_of_some_removed(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, network = make(one_type=True), ("--model", "networks:Always")
+    data, network = make(one_type=True), ("--model", "helpers.networks:Always")
     monkeypatch.setenv("ALWAYS", "1")
     assert run(data, tmp_path, *network) == ALL
     monkeypatch.setenv("ALWAYS", str(SCENE_0))

@@ -1,6 +1,5 @@
 """A run that is killed, damaged or moved goes on to the very same weights."""
 
-import csv
 import os
 import random
 import subprocess
@@ -13,6 +12,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
+from helpers.training import assert_same, run_and_kill, settings
 
 import train.loop as loop
 from shards.errors import UserError
@@ -20,31 +20,6 @@ from train.__main__ import train_and_report
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.loop import train
 from train.report import command
-from train.settings import Settings
-
-SETTINGS = {"num_classes": 10, "epochs": 6, "batch_size": 4, "size": 32, "warmup_epochs": 1, "model": "networks:Normed"}
-
-
-def settings(data: Path, out: Path, **changes: object) -> Settings:
-    return Settings(str(data), str(out), **{**SETTINGS, **changes})  # type: ignore[arg-type]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(out / CHECKPOINT, weights_only=True)["model"]
-    return state
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Weights to the bit, and every figure that does not depend on the clock."""
-    one, other = weights(a), weights(b)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    assert figures(a) == figures(b)
-
-
-def figures(out: Path) -> list[list[str]]:
-    with open(out / "metrics.csv") as file:
-        return [[v for k, v in row.items() if k.startswith(("train", "test", "lr"))] for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +28,6 @@ def whole(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     train(settings(small_set, out))
     return out
-
-
-def run_and_kill(data: Path, out: Path, after_s: float | None, workers: int) -> int:
-    """The command; killed with -9 so long after its first step began."""
-    words = command(settings(data, out, num_workers=workers, save_minutes=0.0)).split()[1:]
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
-    if after_s is not None:
-        environment["KILL_AFTER_S"] = str(after_s)
-    done = subprocess.run(
-        [sys.executable, *words], cwd=REPO, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode in (0, -9), done.stderr
-    return done.returncode
 
 
 def kill_until_done(data: Path, out: Path, kills: int, seed: int, longest_s: float) -> int:

@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from cgroup import memory_group
+from helpers.cgroup import memory_group
 
 from loader import memory
 from loader.memory import NoRoom, check_room, warn_near_limit

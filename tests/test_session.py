@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, SMALL
-from flaky import serving
-from helpers.sets import flip, is_whole
+from helpers.commands import copy_of_the_checkout
+from helpers.servers import serving
+from helpers.sets import flip, is_whole, same_shards
 
 from convert.__main__ import main
 from convert.pipeline import SourceFilter, convert, find_set
@@ -32,10 +33,6 @@ MAT_NAME = NYU_DOWNLOAD.name
 RGB = KNOWN_FIELDS["rgb"]
 
 ARGS = ("--size", 32, "--rows-per-shard", 10)
-
-
-def same(a: Path, b: Path) -> bool:
-    return all((a / p.name).read_bytes() == p.read_bytes() for p in b.glob("*.npy"))
 
 
 @dataclass
@@ -91,7 +88,7 @@ def test_the_first_session_fetches_converts_and_pushes_and_the_next_need_less(
         r"pulled and verified in .* s. Not needed: the .mat \(\d+ MB\) and .* s of converting",
         second.stderr,
     )
-    assert same(made, small_set)
+    assert same_shards(made, small_set)
 
 
 @pytest.mark.parametrize("where", ["drive", "", "root"])
@@ -145,7 +142,7 @@ def test_of_a_half_synced_drive_only_what_is_wrong_is_made_and_copied_again(
     done = run(mat)
     assert re.search(r"1 of \d+ files .* missing or short|gave other content", done.stderr)
     assert "3 of 4 shards are done already" in done.stderr
-    assert same(tmp_path / "root" / small_set.name, small_set)
+    assert same_shards(tmp_path / "root" / small_set.name, small_set)
     assert is_whole(there)
     assert {name for name, when in written(there).items() if when != before[name]} == {wrong}
     assert sorted(p.name for p in (tmp_path / "root").iterdir() if p.name[0] != ".") == [
@@ -174,7 +171,7 @@ def test_a_plain_set_that_somebody_pushed_is_used_and_mended(
     assert run(mat).returncode == 0
     os.truncate(there / "rgb-00001.npy", 0)
     assert run(mat).returncode == 0
-    assert same(there, small_set)
+    assert same_shards(there, small_set)
     assert os.listdir(tmp_path / "drive") == [small_set.name]
 
 
@@ -187,7 +184,7 @@ def test_a_damaged_set_here_is_replaced_from_drive(
     done = run()
     assert done.returncode == 0, done.stderr
     assert "is damaged: rgb-00001.npy has 0 bytes" in done.stderr
-    assert same(made, small_set)
+    assert same_shards(made, small_set)
 
 
 @pytest.mark.parametrize("codecs", [None, dict.fromkeys(SMALL.fields, "zstd")], ids=["npy", "zarr"])
@@ -350,19 +347,6 @@ def test_a_dead_mount_stops_before_anything_is_fetched(
 # ---------------------------------------------------------------- the Makefile
 
 
-def copy_of_the_checkout(folder: Path) -> Path:
-    """The checkout as if `make` had installed it on Colab."""
-    folder.mkdir()
-    for name in ("shards", "loader", "stores", "convert", "train"):
-        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(REPO / name, folder / name)
-    (folder / ".ci").mkdir()
-    shutil.copy(REPO / ".ci" / "requirements.py", folder / ".ci")
-    (folder / ".installed-colab").touch()
-    return folder
-
-
 @pytest.fixture
 def colab_folder(tmp_path: Path) -> Path:
     return copy_of_the_checkout(tmp_path / "my repo")
@@ -385,7 +369,7 @@ def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
     assert done.stdout.splitlines()[-1] == f"data/{small_set.name}"
     shutil.rmtree(colab_folder / "data")
     done = make(colab_folder, "convert", f"DRIVE={drive}", args)
-    assert same(colab_folder / "data" / small_set.name, small_set)
+    assert same_shards(colab_folder / "data" / small_set.name, small_set)
     pytest.importorskip("torch", reason="needs torch for make train")
     train = "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8"
     mirror = tmp_path / "My Drive" / "scene"
@@ -456,7 +440,7 @@ def test_a_read_only_folder_converts_and_trains_all_the_same(
             colab_folder, "convert", f"MAT={mat}", home, "ARGS=--size 32 --rows-per-shard 10"
         )
         assert done.returncode == 0, done.stderr
-        assert same(made / "data" / small_set.name, small_set)
+        assert same_shards(made / "data" / small_set.name, small_set)
         pytest.importorskip("torch", reason="needs torch for make train")
         done = make(
             colab_folder, "train", home, "ARGS=--epochs 1 --size 32 --width 8 --batch-size 8"

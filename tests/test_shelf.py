@@ -4,15 +4,15 @@ import errno
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import REPO, SMALL
-from flaky import ERRORS, Drive, why_no_fuse
-from helpers.sets import flip
+from helpers.commands import Run
+from helpers.drives import ERRORS, Drive, why_no_fuse
+from helpers.sets import content, flip, shard_bytes
 
 from convert import session
 from convert.sample import write_sample
@@ -27,17 +27,6 @@ from stores import mounted
 from stores.mounted import patiently
 
 VERSION_1 = REPO / "tests" / "fixtures" / "version-1"
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
-
-
-def shards(directory: Path) -> dict[str, bytes]:
-    return {name: data for name, data in content(directory).items() if name.endswith(".npy")}
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +221,7 @@ def spoil(directory: Path, chance: random.Random) -> None:
 
 def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -> str:
     """A session with faults, then one without. Whatever was called done must be right."""
-    chance, right, happened = random.Random(seed), shards(small_set), ""
+    chance, right, happened = random.Random(seed), shard_bytes(small_set), ""
     kinds = chance.sample([*ERRORS, "short", "forget", "stall"], 4)
     drive.fail(chance.choice([0.002, 0.01, 0.05]), *kinds)
     root = base / "root"
@@ -243,19 +232,19 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
         happened = "refused"
     drive.fail(0)
     for finished in finished_sets(root):  # never a wrong byte under a manifest
-        assert shards(finished) == right
+        assert shard_bytes(finished) == right
     for there in finished_sets(
         drive.back / "set"
     ):  # on Drive there may be one, and it is never taken for right
         with suppress(IncompleteCopy):
             packed = pull(set_on_mount(there), base / "other")
-            assert shards(copy_set(packed, base / "other", None).path) == right
+            assert shard_bytes(copy_set(packed, base / "other", None).path) == right
         shutil.rmtree(base / "other", ignore_errors=True)
     if chance.random() < 0.5:
         shutil.rmtree(root, ignore_errors=True)  # the machine is gone
     spoil(drive.back, chance)
     made = session.prepare(mat, root, SMALL, drive.mount / "set", None)
-    assert shards(made) == right
+    assert shard_bytes(made) == right
     if chance.random() < 0.5:
         shutil.rmtree(root)
     if chance.random() < 0.3:
@@ -275,7 +264,7 @@ def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_p
     write_sample(mat, 12, size_wh=(64, 48))
     settings = ConversionSettings(size=8, rows_per_shard=5)
     name = "nyuv2-8-8ec8326e"
-    right = {file: data for file, data in shards(VERSION_1 / name).items() if "rows-" not in file}
+    right = {file: data for file, data in shard_bytes(VERSION_1 / name).items() if "rows-" not in file}
     for seed in range(10):
         form = ("", ".zarr")[seed % 2]
         shutil.copytree(VERSION_1 / f"{name}{form}", drive.back / "set" / f"{name}{form}")
@@ -285,11 +274,11 @@ def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_p
             session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
         drive.fail(0)
         made = session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
-        assert shards(made).items() >= right.items()
+        assert shard_bytes(made).items() >= right.items()
         shutil.rmtree(tmp_path / "root")
         for there in finished_sets(drive.back / "set"):
             pulled = pull(set_on_mount(there), tmp_path / "other")
-            assert shards(copy_set(pulled, tmp_path / "other", None).path).items() >= right.items()
+            assert shard_bytes(copy_set(pulled, tmp_path / "other", None).path).items() >= right.items()
             shutil.rmtree(tmp_path / "other")
         shutil.rmtree(drive.back / "set")
 

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
-from test_resume import assert_same, run_and_kill, settings
+from helpers.training import assert_same, run_and_kill, settings
 
 from shards.errors import UserError
 from shards.lock import hold
@@ -37,7 +37,7 @@ def begin(data: Path, out: Path, *launcher: str, workers: int = 0, **changes: An
     """The command in a process group of its own, with the slow network; `ignored`: signals that it starts with so."""
     environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}", **changes.pop("environment", {})}
     ignored = changes.pop("ignored", ())
-    words = command(settings(data, out, num_workers=workers, model="networks:Slow", **changes)).split()[1:]
+    words = command(settings(data, out, num_workers=workers, model="helpers.networks:Slow", **changes)).split()[1:]
     return subprocess.Popen(
         [sys.executable, *launcher, *words],
         cwd=REPO,

@@ -1,6 +1,5 @@
 """The stacks of users: lists of versions are what they say, tests say what they need, whose warnings are errors."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from conftest import REPO, needs_torch, shared
+from helpers.commands import program
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -32,13 +32,7 @@ WHOLE_FILES_NEED_TORCH = {
 @pytest.fixture(scope="module")
 def stacks() -> ModuleType:
     """The program that runs them."""
-    spec = importlib.util.spec_from_file_location("stacks", REPO / ".ci" / "stacks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["stacks"] = module
-    spec.loader.exec_module(module)
-    return module
+    return program("stacks")
 
 
 def pins(path: Path) -> dict[str, Version]:
@@ -149,10 +143,11 @@ def warn_in(module: str) -> None:
     exec("import warnings; warnings.warn('old')", {"__name__": module})
 
 
-@pytest.mark.parametrize(
-    "module",
-    sorted({f"{p}.x" for p in PACKAGES} | PACKAGES | {p.stem for p in (REPO / "tests").glob("*.py")} | {"__main__"}),
-)
+OURS = {*PACKAGES, *(f"{package}.x" for package in PACKAGES)}
+OURS |= {path.stem for path in (REPO / "tests").glob("*.py")} | {"helpers.x", "__main__"}
+
+
+@pytest.mark.parametrize("module", sorted(OURS))
 def test_a_warning_in_a_module_of_ours_is_an_error(module: str) -> None:
     with pytest.raises(UserWarning, match="old"):
         warn_in(module)

@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
+from helpers.disks import make_read_only, small_disk
 from helpers.sets import manifest_json, repack, verify
 
 from shards.errors import UserError
@@ -32,18 +33,10 @@ def packed(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def read_only(packed: Path, tmp_path: Path) -> Iterator[Path]:
     """The compressed set on a mount that cannot be written to, by root neither."""
-    place = tmp_path / "input"
-    place.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("a read-only mount cannot be made here (not root, or mounting is not allowed)")
-    try:
+    with small_disk(tmp_path / "input", 64 << 20) as place:
         shutil.copytree(packed, place / packed.name)
-        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
-        with pytest.raises(OSError, match="Read-only"):
-            (place / "x").touch()
+        make_read_only(place)
         yield place / packed.name
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import zarr
 from conftest import REPO, SMALL, needs_torch
-from helpers.sets import FIELDS, convert, flip, manifest_json, repack, verify, write_manifest_json
+from helpers.commands import Run
+from helpers.sets import FIELDS, committed, convert, flip, manifest_json, repack, verify, write_manifest_json
 
 from convert.sample import write_sample
 from convert.sources.nyu_mat import KEYS
@@ -29,7 +30,6 @@ from shards.spec import Field
 
 # zarr-python warns of files in a group that are not Zarr's: the manifest and the provenance lie there on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:Object at (manifest|provenance).json is not recognized")
-Run = Callable[..., subprocess.CompletedProcess[str]]
 VARIANTS = [*CODECS, "depth=blosc,label=zstd"]
 ZERO_ROWS = [
     3,
@@ -37,11 +37,6 @@ ZERO_ROWS = [
     *range(20, 30),
     35,
 ]  # within a shard, its first, all of one, the last row of a shard that is not full
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    files = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-    return {name: data for name, data in files.items() if name != "provenance.json"}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +160,7 @@ def test_from_the_mat_or_from_a_set_it_is_the_same_store(
     workers: int, variant: str, zero_mat: Path, stores: dict[str, Path], tmp_path: Path
 ) -> None:
     codecs = open_set(stores[variant]).codecs
-    assert content(convert(zero_mat, tmp_path, SMALL, workers, codecs)) == content(stores[variant])
+    assert committed(convert(zero_mat, tmp_path, SMALL, workers, codecs)) == committed(stores[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -174,7 +169,7 @@ def test_there_and_back_is_byte_identical(
 ) -> None:
     done = command("convert", "run", stores[variant], "--out", tmp_path)
     assert done.stdout.splitlines()[-1] == str(tmp_path / npy_set.name), done.stderr
-    assert content(tmp_path / npy_set.name) == content(npy_set)
+    assert committed(tmp_path / npy_set.name) == committed(npy_set)
 
 
 def test_the_fingerprint_is_that_of_the_content(stores: dict[str, Path], npy_set: Path) -> None:
@@ -193,7 +188,8 @@ def test_killed_runs_resume_and_end_byte_identical(zero_mat: Path, stores: dict[
         if not (tmp_path / stores["none"].name / "manifest.json").exists():
             with pytest.raises(UserError):
                 resolve_set(tmp_path)
-    assert content(convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))) == content(stores["none"])
+    made = convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))
+    assert committed(made) == committed(stores["none"])
 
 
 def test_shards_of_another_codec_are_not_taken_over(
@@ -206,7 +202,8 @@ def test_shards_of_another_codec_are_not_taken_over(
         patch.setattr("convert.pipeline.commit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "zstd"))
-    assert content(convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))) == content(stores["none"])
+    made = convert(zero_mat, tmp_path, SMALL, codecs=dict.fromkeys(FIELDS, "none"))
+    assert committed(made) == committed(stores["none"])
 
 
 MISTAKES = {
@@ -256,7 +253,7 @@ def test_a_repack_that_was_stopped_goes_on_with_the_rest(
         with pytest.raises(KeyboardInterrupt):
             again()
     assert not list(tmp_path.glob("*/manifest.json"))
-    assert content(again()) == content(end)
+    assert committed(again()) == committed(end)
     assert "2 of 4 shards are done already" in capsys.readouterr().err
 
 
@@ -379,7 +376,7 @@ def test_verify_inspect_push_and_pull_work_on_a_store(
     assert command("convert", "push", store, tmp_path / "drive").returncode == 0
     done = command("convert", "pull", tmp_path / "drive", tmp_path / "root")
     assert done.stdout.splitlines()[-1] == str(tmp_path / "root" / store.name), done.stderr
-    assert content(tmp_path / "root" / store.name) == content(store)
+    assert committed(tmp_path / "root" / store.name) == committed(store)
     done = command("convert", "verify", store, "--against", zero_mat)
     assert (done.returncode, "every byte" in done.stdout) == (0, True), done.stderr
     done = command("convert", "inspect", store)

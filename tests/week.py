@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from flaky import Drive, Server, serving, why_no_fuse
+from helpers.drives import Drive, why_no_fuse
+from helpers.servers import Server, serving
 
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = (

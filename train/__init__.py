@@ -2,7 +2,7 @@
 
 import os
 
-import convert  # noqa: F401 (an unsuitable Python or system ends here, in one line)
+import shards  # noqa: F401 (an unsuitable Python or system ends there, in one line)
 
 # Two threads that spin while they wait take the cores from the loader (and from each other on a
 # busy two-core machine).

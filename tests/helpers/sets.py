@@ -11,7 +11,7 @@ from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, open_set
 from shards.dataset import verify as verify_set
 from shards.files import sha256_file
-from shards.manifest import MANIFEST, read_manifest, signed
+from shards.manifest import MANIFEST, PROVENANCE, read_manifest, signed
 from shards.spec import KNOWN_FIELDS, Codecs, ConversionSettings
 
 FIELDS = tuple(KNOWN_FIELDS)
@@ -74,9 +74,26 @@ def flip(path: Path, at: int | None = None) -> None:
     path.write_bytes(data)
 
 
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a set, by its path inside."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def committed(directory: Path) -> dict[str, bytes]:
+    """The same without the provenance, which tells one conversion from another."""
+    return {name: data for name, data in content(directory).items() if name != PROVENANCE}
+
+
 def shard_bytes(directory: Path) -> dict[str, bytes]:
-    """The content of every shard and column of a set of .npy files."""
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.npy"))}
+    """Every shard and column of a set of .npy files; its manifest names the source."""
+    return {name: data for name, data in content(directory).items() if name.endswith(".npy")}
+
+
+def same_shards(made: Path, expected: Path) -> bool:
+    """Whether a set has the shards and columns of another of .npy files."""
+    wanted = shard_bytes(expected)
+    return len(wanted) > 5 and shard_bytes(made) == wanted
 
 
 def entry_of(path: Path) -> dict[str, Any]:
