@@ -156,14 +156,14 @@ class LabSource:
 
 
 def made_up_arrays(n_rows: int) -> dict[str, np.ndarray]:
-    """Of each field [n, [3,] W, H]; a row's thermal picture is bright where its label is high."""
+    """Of each field [n, [3,] W, H]; its thermal picture is 0 where nothing is labelled."""
     rng = np.random.default_rng(7)
     plane = (n_rows, WIDTH, HEIGHT)
     coarse = rng.integers(0, HIGHEST_LABEL + 1, (n_rows, WIDTH // 6, HEIGHT // 6))
     label = coarse.repeat(6, axis=1).repeat(6, axis=2).astype("<u2")
     metres = rng.uniform(0.4, 9.5, plane).astype(np.float32)
     metres[rng.random(plane) < 0.2] = 0
-    warmth = label * 20 + rng.integers(0, 50, plane)
+    warmth = np.where(label == 0, 0, label * 20 + rng.integers(0, 50, plane))
     return {
         "rgb": rng.integers(0, 256, (n_rows, 3, WIDTH, HEIGHT), np.uint8),
         "depth": metres,
@@ -176,14 +176,14 @@ def made_up_arrays(n_rows: int) -> dict[str, np.ndarray]:
 def made_up_rows(
     dataset: DatasetSpec, n_rows: int, splits: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The columns scene_type, split and scene. Every sixth row has no type; three rows are a scene.
+    """The columns scene_type, split and scene. Every fifth row has no type; three rows are a scene.
 
     Scenes are dealt to the splits in turn, every other one to the first.
     """
     n_types = len(dataset.scene_types)
     rows = np.arange(n_rows)
     scene = rows // 3
-    has_type = (rows % 6 != 5) & (n_types > 0)
+    has_type = (rows % 5 != 1) & (n_types > 0)
     scene_type = np.where(has_type, rows % max(1, n_types), NO_SCENE_TYPE)
     turn = np.where(scene % 2 == 0, 0, 1 + scene // 2 % max(1, len(splits) - 1))
     numbers = np.array([SPLITS.index(name) for name in splits])
