@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SMALL
 from helpers.commands import copy_of_the_checkout
+from helpers.commands import make as make_in
 from helpers.servers import serving
 from helpers.sets import flip, is_whole, same_shards
 
@@ -353,9 +354,8 @@ def colab_folder(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "COLAB_RELEASE_TAG": "test"}
-    command = ["make", "-C", str(folder), "--no-print-directory", f"PYTHON={sys.executable}", *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    """make as on Colab, with this Python."""
+    return make_in(folder, f"PYTHON={sys.executable}", *args, COLAB_RELEASE_TAG="test")
 
 
 def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
