@@ -391,30 +391,6 @@ def test_make_push_without_a_folder_copies_nothing(colab_folder: Path, target: s
     assert f"make {target} DRIVE=/content/drive/MyDrive/nyuv2" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("given", "has_parts"),
-    [
-        (["ARGS=--num-classes 10"], True),
-        (["ARGS=--task depth"], True),
-        (["START="], False),
-        (["RECIPE="], False),
-        (["ARGS=--model mine:Net"], False),
-        (["ARGS=--weights imagenet"], False),
-        (["DATA=no labels"], False),
-    ],
-)
-def test_make_train_learns_the_pixels_first_where_that_can_help(
-    colab_folder: Path, given: list[str], has_parts: bool
-) -> None:
-    for data, shard in (("my data", "label-00000.npy"), ("no labels", "rgb-00000.npy")):
-        (colab_folder / data / "nyuv2-32-00000000").mkdir(parents=True)
-        (colab_folder / data / "nyuv2-32-00000000" / shard).touch()
-    done = make(colab_folder, "-n", "train", "DATA=my data", *given)
-    assert ("--task semantic40" in done.stdout) == has_parts
-    assert ('--weights "runs/scene-parts"' in done.stdout) == has_parts
-    assert '--out "runs/scene"' in done.stdout
-
-
 def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: Path) -> None:
     done = make(colab_folder, "-n", "convert", "WRITABLE=", "HOME=/home/me")
     assert '--out "/home/me/nyuv2-shards/data"' in done.stdout
