@@ -121,10 +121,10 @@ drive-given:
 bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
 	$(PY) -m bench.convert "$(MAT)" --profile $(ARGS)
 
-bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the note's method too
+bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-RAM script too
 	$(PY) -m bench.loader "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
 
-bench-memory: $(READY)  ## memory by number of workers, the note's method beside it: make bench-memory MAT=x.mat
+bench-memory: $(READY)  ## memory by number of workers, the arrays-in-RAM script beside it: make bench-memory MAT=x.mat
 	$(PY) -m bench.memory "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
 
 bench-step: $(READY)  ## what the loader costs a training step
@@ -140,10 +140,10 @@ lint: .venv/dev  ## ruff and mypy
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 docs: .venv/dev  ## the Python API as pages, in docs/api
-	$(PY) -m pdoc -o docs/api shards loader stores convert train
+	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc -o docs/api shards loader stores convert train
 
-clean:  ## remove the demo and the caches, never data or runs
-	rm -rf $(AT)demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove the demo, docs/api and the caches, never data or runs
+	rm -rf $(AT)demo docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ #/' | column -t -s '#'

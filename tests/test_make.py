@@ -11,7 +11,7 @@ from pathlib import Path
 import pip
 import pytest
 from conftest import REPO
-from helpers.commands import copy_of_the_checkout
+from helpers.commands import copy_of_the_checkout, make
 
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
 GIVEN = ("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE", "IMAGES")
@@ -23,13 +23,6 @@ def folder(tmp_path: Path) -> Path:
     path = copy_of_the_checkout(tmp_path / "clone")
     (path / ".installed-colab").unlink()
     return path
-
-
-def make(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """make without Colab's variable."""
-    command = ["make", "-C", str(folder), "--no-print-directory", *args]
-    environment = {k: v for k, v in os.environ.items() if k != "COLAB_RELEASE_TAG"} | env
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 # ---------------------------------------------------------------- variables

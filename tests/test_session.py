@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SMALL
 from helpers.commands import copy_of_the_checkout
+from helpers.commands import make as make_in
 from helpers.servers import serving
 from helpers.sets import flip, is_whole, same_shards
 
@@ -353,9 +354,8 @@ def colab_folder(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "COLAB_RELEASE_TAG": "test"}
-    command = ["make", "-C", str(folder), "--no-print-directory", f"PYTHON={sys.executable}", *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    """make as on Colab, with this Python."""
+    return make_in(folder, f"PYTHON={sys.executable}", *args, COLAB_RELEASE_TAG="test")
 
 
 def test_make_convert_then_make_train_need_no_argument_and_spaces_are_fine(
@@ -389,30 +389,6 @@ def test_make_push_without_a_folder_copies_nothing(colab_folder: Path, target: s
     done = make(colab_folder, target)
     assert done.returncode == 2
     assert f"make {target} DRIVE=/content/drive/MyDrive/nyuv2" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("given", "has_parts"),
-    [
-        (["ARGS=--num-classes 10"], True),
-        (["ARGS=--task depth"], True),
-        (["START="], False),
-        (["RECIPE="], False),
-        (["ARGS=--model mine:Net"], False),
-        (["ARGS=--weights imagenet"], False),
-        (["DATA=no labels"], False),
-    ],
-)
-def test_make_train_learns_the_pixels_first_where_that_can_help(
-    colab_folder: Path, given: list[str], has_parts: bool
-) -> None:
-    for data, shard in (("my data", "label-00000.npy"), ("no labels", "rgb-00000.npy")):
-        (colab_folder / data / "nyuv2-32-00000000").mkdir(parents=True)
-        (colab_folder / data / "nyuv2-32-00000000" / shard).touch()
-    done = make(colab_folder, "-n", "train", "DATA=my data", *given)
-    assert ("--task semantic40" in done.stdout) == has_parts
-    assert ('--weights "runs/scene-parts"' in done.stdout) == has_parts
-    assert '--out "runs/scene"' in done.stdout
 
 
 def test_a_read_only_folder_puts_everything_into_the_home_folder(colab_folder: Path) -> None:

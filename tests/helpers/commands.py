@@ -1,6 +1,7 @@
 """Commands as a user types them, what is left of their processes, and copies of the checkout to run them in."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]  # what the fixture `command` is
@@ -54,6 +57,45 @@ def copy_of_the_checkout(folder: Path) -> Path:
     shutil.copy(REPO / ".ci" / "requirements.py", folder / ".ci")
     (folder / ".installed-colab").touch()
     return folder
+
+
+def git(repo: Path, *args: str) -> str:
+    """What git prints. Its settings are not those of whoever runs the tests."""
+    settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    who = ["-c", "safe.directory=*", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    env = {**os.environ, **settings}
+    done = subprocess.run(["git", *who, *args], cwd=repo, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def git_copy_of_the_checkout(folder: Path) -> Path:
+    """A repository with one commit: the files of the checkout as they are, committed or not.
+
+    The test skips where the checkout is not git's.
+    """
+    if not shutil.which("git") or not (REPO / ".git").exists():
+        pytest.skip("needs git and a checkout made by it")
+    names = git(REPO, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, names):
+        if (REPO / name).is_file():  # not one that was removed and is still tracked
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "the checkout")
+    return folder
+
+
+def make(
+    folder: Path, *args: str, timeout_s: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """make without Colab's variable."""
+    command = ["make", "-C", str(folder), "--no-print-directory", *args]
+    usual = {name: value for name, value in os.environ.items() if name != "COLAB_RELEASE_TAG"}
+    return subprocess.run(
+        command, env=usual | env, capture_output=True, text=True, timeout=timeout_s
+    )
 
 
 def program(name: str) -> ModuleType:
