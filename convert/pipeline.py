@@ -214,7 +214,9 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
 
         for k, receipt in executor.run(directory, write, facts):
             done[k] = receipt
-        columns = filled_columns(facts.result().columns, plan.n_rows)
+        columns = filled_columns(
+            facts.result().columns, plan.n_rows, facts.result().dataset, plan.settings.crop
+        )
     return Made(
         facts=facts.result(),
         columns=columns,

@@ -17,14 +17,17 @@ def train_sums(field: Field, rows: Iterable[np.ndarray]) -> tuple[ChannelSums, .
     if field.kind == "id":
         return ()
     n_channels = field.planes[0] if field.planes else 1
-    total = np.zeros((n_channels, 3), np.int64)
+    total = [[0, 0, 0] for _ in range(n_channels)]  # Python's numbers: int64 would overflow
     for row in rows:
         pixels = row.reshape(n_channels, -1).astype(np.float64)
-        n_valid = pixels.shape[1] if field.invalid is None else np.count_nonzero(row)
-        total[:, 0] += n_valid
-        total[:, 1] += pixels.sum(1).astype(np.int64)
-        total[:, 2] += np.square(pixels, out=pixels).sum(1).astype(np.int64)
-    return tuple((count, first, squares) for count, first, squares in total.tolist())
+        n_valid = pixels.shape[1] if field.invalid is None else int(np.count_nonzero(row))
+        sums = pixels.sum(1).tolist()
+        sums_of_squares = np.square(pixels, out=pixels).sum(1).tolist()
+        for channel, of_row in enumerate(zip(sums, sums_of_squares, strict=True)):
+            total[channel][0] += n_valid
+            total[channel][1] += int(of_row[0])
+            total[channel][2] += int(of_row[1])
+    return tuple((count, first, squares) for count, first, squares in total)
 
 
 def statistics(shard_sums: Sequence[tuple[ChannelSums, ...]]) -> Statistics | None:

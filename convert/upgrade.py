@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from convert.sources.base import SourceFilter, filled_columns
-from convert.sources.nyu import camera_column
 from convert.sources.nyu_tables import nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
 from shards.dataset import ShardSet
@@ -252,7 +251,7 @@ def _kept_file(name: str, old: Version1) -> str:
 
 def _columns(directory: Path, old: Version1) -> dict[str, np.ndarray]:
     """Every column of version 2."""
-    values: dict[str, np.ndarray] = {"camera": camera_column(old.settings.crop, old.n_rows)}
+    values: dict[str, np.ndarray] = {}
     for name, dtype in KEPT_COLUMNS.items():
         data = _content(directory, _kept_file(name, old), old)
         values[name] = np.frombuffer(data, dtype).reshape(old.n_rows, *COLUMNS[name].shape)
@@ -263,7 +262,7 @@ def _columns(directory: Path, old: Version1) -> dict[str, np.ndarray]:
         width = len(data) // old.n_rows
         texts = np.frombuffer(data, f"S{width}").reshape(old.n_rows)
         values[name] = np.char.decode(texts, "utf-8")
-    return filled_columns(values, old.n_rows)
+    return filled_columns(values, old.n_rows, old.dataset, old.settings.crop)
 
 
 def _content(directory: Path, file: str, old: Version1) -> bytes:

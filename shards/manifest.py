@@ -219,6 +219,8 @@ class Manifest:
             name: Field.from_json(name, stored.object(name), settings.size)
             for name in settings.fields
         }
+        if value.text("container") not in ("npy", "zarr"):
+            raise ValueError("its container is not known")
         is_zarr = value.text("container") == "zarr"
         codecs = value.object("codecs") if is_zarr else None
         manifest = cls(

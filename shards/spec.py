@@ -193,7 +193,7 @@ class Camera:
     cx: float
     cy: float
 
-    def as_shares(self, width: int, height: int, box: Box) -> tuple[float, float, float, float]:
+    def as_shares(self, box: Box) -> tuple[float, float, float, float]:
         """Focal lengths and centre as shares of the part `box` of a picture: the column camera."""
         box_width = box.right - box.left
         box_height = box.bottom - box.top
@@ -401,7 +401,10 @@ class ConversionSettings:
         if not names or not are_names or len(set(names)) < len(names):
             given = ",".join(map(str, self.fields)) if is_list else repr(self.fields)
             raise WrongSetting("fields", given, f"choose from {','.join(KNOWN_FIELDS)}, each once")
-        if not isinstance(self.kinds, Mapping) or not self.kinds.keys() <= set(names) - KNOWN_FIELDS.keys():
+        if (
+            not isinstance(self.kinds, Mapping)
+            or not self.kinds.keys() <= set(names) - KNOWN_FIELDS.keys()
+        ):
             raise WrongSetting("kinds", repr(self.kinds), "give the kind of fields that are stored")
         known_first = [name for name in KNOWN_FIELDS if name in names]
         others = [name for name in names if name not in KNOWN_FIELDS]

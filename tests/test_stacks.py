@@ -23,7 +23,7 @@ WHOLE_FILES_NEED_TORCH = {
     for name in (
         *("any_dataset", "any_source", "arguments", "augment", "data", "ddp", "elsewhere"),
         *("forks", "gather", "layout", "loader"),
-        *("loop", "memory", "mistakes", "model", "notebook", "payload", "predict", "resume", "results"),
+        *("loop", "memory", "mistakes", "model", "notebook", "payload", "predict", "recipe", "resume", "results"),
         *("signals", "tasks", "unpack"),
     )
 }

@@ -135,10 +135,10 @@ def _do(words: Sequence[str]) -> None:
             train_and_report(stage.settings, found)
 
 
-def train_and_report(settings: Settings, found: ShardSet) -> None:
-    """A training on an opened set, then its pictures and tables, which go to the mirror with the rest.
+def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
+    """A training, of a set that may be open already, then its pictures and tables.
 
-    The run's directory is this process's until all of that is done.
+    They go to the mirror with the rest. The run's directory is this process's until then.
     """
     with training(settings, found) as result:
         if ranks.RANK > 0:

@@ -111,11 +111,11 @@ class SourceFilter:
 
 
 def filled_columns(
-    columns: Mapping[str, np.ndarray | Sequence[str]], n_rows: int
+    columns: Mapping[str, np.ndarray | Sequence[str]], n_rows: int, dataset: DatasetSpec, crop: str
 ) -> dict[str, np.ndarray]:
     """Every column of the format: those given, and neutral values where the source says nothing.
 
-    Neutral is 0, and for texts empty; a row's number is its place.
+    Neutral is 0, and for texts empty; a row's number is its place, its camera the dataset's.
     """
     filled: dict[str, np.ndarray] = {}
     for name, column in COLUMNS.items():
@@ -123,6 +123,8 @@ def filled_columns(
             filled[name] = np.asarray(columns[name])
         elif column.dtype == "text":
             filled[name] = np.full(n_rows, "")
+        elif name == "camera" and dataset.camera is not None:
+            filled[name] = np.tile(camera_shares(dataset, crop), (n_rows, 1))
         elif name == "row":
             filled[name] = np.arange(n_rows, dtype=column.dtype)
         else:
@@ -130,3 +132,10 @@ def filled_columns(
         if len(filled[name]) != n_rows:
             raise ValueError(f"column {name} has {len(filled[name])} values for {n_rows} rows")
     return filled
+
+
+def camera_shares(dataset: DatasetSpec, crop: str) -> np.ndarray:
+    """[4] float32: the one camera of a dataset, as shares of what `crop` leaves of its pictures."""
+    assert dataset.camera is not None
+    shares = dataset.camera.as_shares(dataset.crop_box(crop))
+    return np.array(shares, "<f4")

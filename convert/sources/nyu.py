@@ -86,7 +86,6 @@ class NyuSource:
             "split": splits_of(scenes, log),
             "scene": scene_numbers.reshape(-1).astype("<u4"),
             "scene_type": np.array([type_numbers[name] for name in scene_types], "<u2"),
-            "camera": camera_column(self._settings.crop, self.n_rows),
             "accel": self._mat.accel(),
             "rgb_file": self._mat.strings("rawRgbFilenames", self.n_rows),
             "depth_file": self._mat.strings("rawDepthFilenames", self.n_rows),
@@ -94,11 +93,3 @@ class NyuSource:
         return RowFacts(
             columns=columns, scenes=[str(name) for name in scene_names], dataset=dataset
         )
-
-
-def camera_column(crop: str, n_rows: int) -> np.ndarray:
-    """[N, 4] float32: the one camera of the set, as shares of what `crop` leaves of its pictures."""
-    dataset = nyu()
-    assert dataset.camera is not None
-    shares = dataset.camera.as_shares(dataset.width, dataset.height, dataset.crop_box(crop))
-    return np.tile(np.array(shares, "<f4"), (n_rows, 1))

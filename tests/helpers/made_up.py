@@ -132,7 +132,7 @@ class LabSource:
         }
         if self.dataset.camera is not None:
             box = self.dataset.crop_box(self._crop)
-            shares = self.dataset.camera.as_shares(WIDTH, HEIGHT, box)
+            shares = self.dataset.camera.as_shares(box)
             columns["camera"] = np.tile(np.array(shares, "<f4"), (self.n_rows, 1))
         scenes = [f"room {k}" for k in range(int(self.scene.max()) + 1)]
         return RowFacts(columns=columns, scenes=scenes, dataset=self.dataset)
