@@ -1,6 +1,6 @@
-"""For the Makefile, run by the Python that is installed into: what is there, and what the project needs.
+"""For the Makefile, run by the Python that is installed into: what is there and what is needed.
 
-python .ci/requirements.py pins               NAME==VERSION of everything installed, for pip's -c: nothing is replaced
+python .ci/requirements.py pins   NAME==VERSION of all that is installed, for pip's -c
 python .ci/requirements.py all EXTRA ...      what pyproject.toml asks for
 python .ci/requirements.py missing EXTRA ...  what of it is not there, or too old
 """
@@ -18,7 +18,9 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def installed() -> dict[str, str]:
-    """Version by name; of two on the path the first, which is the one imported. (`pip list` dies of an odd version.)"""
+    """Version by name; of two on the path the first, which is the one imported. (`pip list` dies of
+    an odd version.)
+    """
     found: dict[str, str] = {}
     for distribution in distributions():
         name, version = distribution.metadata["Name"], distribution.metadata["Version"]
@@ -38,13 +40,15 @@ def is_version(text: str | None) -> bool:
 
 def requirements(extras: list[str]) -> list[Requirement]:
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    lines = project["dependencies"] + [
+        line for extra in extras for line in project["optional-dependencies"][extra]
+    ]
     found = map(Requirement, lines)
     return [r for r in found if r.marker is None or r.marker.evaluate()]
 
 
 def is_missing(requirement: Requirement, there: dict[str, str]) -> bool:
-    """What is asked for with an extra counts as missing: pip then looks whether the extra is there."""
+    """What is asked for with an extra counts as missing: pip looks whether the extra is there."""
     version = there.get(canonicalize_name(requirement.name))
     fits = version is not None and requirement.specifier.contains(version, prereleases=True)
     return bool(requirement.extras) or not fits
@@ -53,7 +57,10 @@ def is_missing(requirement: Requirement, there: dict[str, str]) -> bool:
 def main(what: str, *extras: str) -> None:
     if what == "pins":
         own = canonicalize_name(tomllib.loads(PYPROJECT.read_text())["project"]["name"])
-        print(*(f"{name}=={version}" for name, version in installed().items() if name != own), sep="\n")
+        print(
+            *(f"{name}=={version}" for name, version in installed().items() if name != own),
+            sep="\n",
+        )
         return
     wanted = requirements(list(extras))
     if what == "missing":

@@ -1,10 +1,11 @@
 """The tests on versions that users have: python .ci/stacks.py [--all] [NAME ...].
 
-A stack is a file of pins, tests/stacks/NAME.txt, whose first line names its Python; its venv is made anew in .stacks/.
-By default: the tests that need no torch, on the lowest versions that pyproject.toml allows and on Colab's. --all: every
-stack, and each with torch too (NAME+torch). What cannot be made says so in a line and is passed over; what runs on
-another Python than it should says so. Ends with a table; the status is 1 where a test failed, or where a stack that was
-asked for by name or by default could not be made.
+A stack is a file of pins, tests/stacks/NAME.txt, whose first line names its Python; its venv is
+made anew in .stacks/. By default: the tests that need no torch, on the lowest versions that
+pyproject.toml allows and on Colab's. --all: every stack, and each with torch too (NAME+torch). What
+cannot be made says so in a line and is passed over; what runs on another Python than it should says
+so. Ends with a table; the status is 1 where a test failed, or where a stack that was asked for by
+name or by default could not be made.
 """
 
 import argparse
@@ -91,7 +92,9 @@ def requirements(with_torch: bool) -> list[str]:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = project["dependencies"] + [line for name in EXTRAS for line in extras[name]]
-    tools = extras["dev"] if with_torch else [line for line in extras["dev"] if name_of(line) in TOOLS]
+    tools = (
+        extras["dev"] if with_torch else [line for line in extras["dev"] if name_of(line) in TOOLS]
+    )
     return [line for line in wanted + tools if with_torch or name_of(line) != "torch"]
 
 
@@ -105,18 +108,42 @@ def make_venv(name: str, pins: Path, python: str, with_torch: bool) -> Path:
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     inside = folder / "bin" / "python"
     wheels = ["--extra-index-url", CPU_WHEELS] if with_torch else []
-    command = [inside, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *wheels, "-c", pins]
+    command = [
+        inside,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--only-binary",
+        ":all:",
+        *wheels,
+        "-c",
+        pins,
+    ]
     done = subprocess.run([*command, *requirements(with_torch)], capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise CannotBeMade((errors or done.stderr.splitlines() or ["pip failed"])[0].removeprefix("ERROR: "))
+        raise CannotBeMade(
+            (errors or done.stderr.splitlines() or ["pip failed"])[0].removeprefix("ERROR: ")
+        )
     return inside
 
 
 def run_tests(python: Path, report: Path, arguments: list[str]) -> int:
-    """pytest as a user of this stack would run it. Returns its status, negative where a signal ended it."""
+    """pytest as a user of this stack would run it. Returns its status, negative where a signal
+    ended it.
+    """
     print("$", python, "-m pytest", *arguments, flush=True)
-    command = [python, "-m", "pytest", "-rs", f"--junitxml={report}", "-o", "junit_logging=no", *arguments]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-rs",
+        f"--junitxml={report}",
+        "-o",
+        "junit_logging=no",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=REPO).returncode
 
 
@@ -161,21 +188,36 @@ def run_stack(name: str, available: dict[Version, str], races: int, arguments: l
 def show(results: list[Result]) -> None:
     print(f"\n{'stack':18} {'Python':7} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for r in results:
-        line = f"{r.stack:18} {r.python:7} {r.passed:7} {r.failed:7} {r.skipped:8} {r.seconds:8.0f}  {r.remark}"
+        counts = f"{r.passed:7} {r.failed:7} {r.skipped:8}"
+        line = f"{r.stack:18} {r.python:7} {counts} {r.seconds:8.0f}  {r.remark}"
         print(line.rstrip())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of a file in tests/stacks; NAME+torch: all tests")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="of a file in tests/stacks; NAME+torch: all tests"
+    )
     parser.add_argument("--all", action="store_true", help="every stack, also with torch")
-    parser.add_argument("--races", type=int, default=5, help="how often the tests of races are repeated (5)")
-    parser.add_argument("--tests", nargs="*", default=[], help="what to hand to pytest instead of the whole suite")
+    parser.add_argument(
+        "--races", type=int, default=5, help="how often the tests of races are repeated (5)"
+    )
+    parser.add_argument(
+        "--tests", nargs="*", default=[], help="what to hand to pytest instead of the whole suite"
+    )
     args = parser.parse_args()
     every = sorted(path.stem for path in LISTS.glob("*.txt"))
-    names = args.names or ([n + t for t in ("", "+torch") for n in every] if args.all else list(USUAL))
+    names = args.names or (
+        [n + t for t in ("", "+torch") for n in every] if args.all else list(USUAL)
+    )
     available = pythons()
-    print("Pythons:", *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())), flush=True)
+    print(
+        "Pythons:",
+        *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())),
+        flush=True,
+    )
     results = [run_stack(name, available, args.races, args.tests) for name in names]
     show(results)
     required = [r for r in results if not args.all]

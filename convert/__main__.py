@@ -91,7 +91,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def read_set(path: Path) -> ShardSet:
-    """A finished set of which only the manifest is looked at: its files are checked on their way."""
+    """A finished set of which only the manifest is looked at, as its files are checked later."""
     directory = resolve_set(path)
     return ShardSet(directory, read_manifest(directory))
 
@@ -303,7 +303,7 @@ def _as_typed(args: argparse.Namespace | None) -> str:
 
 
 def with_next_command(error: UserError, command: str) -> str:
-    """The error in one line, and the command that goes on from there; `command` is the one that was run."""
+    """The error in one line, and what to type next; `command` is the one that was run."""
     from convert.verify import WrongFiles
 
     if isinstance(error, WrongSetting):
@@ -365,7 +365,7 @@ def repair_command(found: ShardSet) -> list[str]:
 
 
 def _end_as_by_ctrl_c() -> None:
-    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, but not those that are ignored, as under nohup."""
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, unless they are ignored, as under nohup."""
     if threading.current_thread() is not threading.main_thread():
         return
     for ending in (signal.SIGTERM, signal.SIGHUP):
@@ -374,7 +374,7 @@ def _end_as_by_ctrl_c() -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """After Ctrl-C at once: a thread that waits for a server would be waited for. Files were left right before."""
+    """After Ctrl-C at once: else a thread that waits for a server would be waited for."""
     if status == INTERRUPTED:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with suppress(OSError):

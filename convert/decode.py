@@ -1,9 +1,9 @@
-"""Decode and resize some rows of one field into their shards' buffers: in a thread, or in a helper process.
+"""Decode and resize rows of one field into their shards' buffers: in a thread, or in a process.
 
-The labelled set has 103,000 chunks of 60 KB, and threads of one process hand Python's lock to each other around each of
-them. Helper processes do not (figures: docs/measurements/converting.md). They get the chunk index through a pipe, read
-the source by themselves and write into shared memory; a helper ends when its pipe does, so that none outlives a killed
-parent.
+The labelled set has 103,000 chunks of 60 KB, and threads of one process hand Python's lock to each
+other around each of them. Helper processes do not (figures: docs/measurements/converting.md). They
+get the chunk index through a pipe, read the source by themselves and write into shared memory; a
+helper ends when its pipe does, so that none outlives a killed parent.
 """
 
 import math
@@ -91,7 +91,10 @@ class Decoder:
     buffers: Buffers
 
     def decode(self, field: str, groups: range, slots: Mapping[int, int]) -> dict[int, int]:
-        """Put the rows of some groups into the open shards (number -> slot); how many rows each of them got."""
+        """Put the rows of some groups into the open shards (number -> slot).
+
+        Returns how many rows each of them got.
+        """
         reader = self.readers[field]
         n_placed = dict.fromkeys(slots, 0)
         for group in groups:
@@ -134,7 +137,7 @@ class HelperLost(UserError):
 
 
 class Helper:
-    """A process of its own that decodes for the thread that asks it, once it was sent its Decoder."""
+    """A process that decodes for the thread that asks it, once it was sent its Decoder."""
 
     def __init__(self, fds: tuple[int, ...]) -> None:
         paths = [str(Path(__file__).resolve().parents[1])]

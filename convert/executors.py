@@ -1,7 +1,7 @@
-"""The tasks of a plan done on this machine: receipts of durable shards come out, in the order in which they are ready.
+"""The tasks of a plan done on this machine: out come receipts of shards, as they are durable.
 
-Threads decode, or helper processes for them; one writer thread makes full shards durable. Two shards are held, or as
-many as one task touches: memory does not depend on the number of rows.
+Threads decode, or helper processes for them; one writer thread makes full shards durable. Two
+shards are held, or as many as one task touches: memory does not depend on the number of rows.
 """
 
 import os
@@ -32,7 +32,7 @@ Receipts = list[tuple[int, Receipt]]
 
 @dataclass
 class OpenShard:
-    """A shard being filled: which buffers it has, and how many rows of all fields are still to come."""
+    """A shard being filled: its buffers, and how many rows of all fields are still to come."""
 
     number: int
     slot: int
@@ -41,7 +41,7 @@ class OpenShard:
 
 
 class LocalExecutor:
-    """Does the tasks of one plan. Used once: `with LocalExecutor(...) as executor: executor.run(...)`."""
+    """Does the tasks of one plan, once, in a `with` block."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class LocalExecutor:
     def run(
         self, scratch: Path, write: WriteShard, facts: "Future[Any]"
     ) -> Iterator[tuple[int, Receipt]]:
-        """Yields (shard, receipt) as soon as a shard is durable; raises what any of its threads raised.
+        """Yields (shard, receipt) as soon as it is durable; raises what any of its threads raised.
 
         scratch: a directory for what has to be unpacked first. write: called in one thread, a full
         shard at a time. facts: what `write` waits for; where it fails, everything ends.
@@ -162,7 +162,7 @@ class LocalExecutor:
                     reader.fill_scratch(scratch, self._pool.map)
 
     def _start_helpers(self) -> None:
-        """One a thread, where there is enough to do for them and the source can be read by several processes."""
+        """One a thread, where that pays and several processes can read the source."""
         n_bytes = self._n_todo * sum(map(unpacked_bytes, self._readers.values()))
         if self._source.handle is None or self._n_workers < 2 or n_bytes < HELPERS_FROM:
             return

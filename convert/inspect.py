@@ -125,10 +125,14 @@ def _stored(
 
 
 def contact_sheet(
-    rgb_nchw_u8: np.ndarray, depth_nhw_mm: np.ndarray, label_nhw: np.ndarray, class_names: list[str],
-    captions: list[str], out: Path,
-) -> None:  # fmt: skip
-    """One line a row: picture, depth (holes black), classes. `class_names[0]` is class 1; writes a PNG."""
+    rgb_nchw_u8: np.ndarray,
+    depth_nhw_mm: np.ndarray,
+    label_nhw: np.ndarray,
+    class_names: list[str],
+    captions: list[str],
+    out: Path,
+) -> None:
+    """Write a PNG, one line a row: picture, depth (holes black), classes from 1."""
     inch = 1 / (3.3 * len(rgb_nchw_u8) + 1.2)
     figure, cells = _new_sheet(len(rgb_nchw_u8), inch, out)
     measured = depth_nhw_mm[depth_nhw_mm > 0]
@@ -214,7 +218,7 @@ def _inside(mask: np.ndarray, taken: list[tuple[float, float]]) -> tuple[float, 
 
 
 def _legend(figure: Any, cells: Any, shown: Any, inch: float) -> None:
-    """The names of the columns above the first line's caption, the scale of the depths below the last line."""
+    """The names of the columns above the first line, the scale of the depths below the last."""
     figure.canvas.draw()
     for axes, name in zip(
         cells[0], ("rgb", "depth (black: no measurement)", "label (dark: unlabelled)"), strict=True

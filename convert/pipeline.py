@@ -1,7 +1,7 @@
 """From a source to a finished set: plan (pure) -> run -> commit.
 
-A shard is hashed, fsynced and renamed before its receipt is written, and the manifest is written last. A run that was
-killed goes on after its last receipt, and ends byte-identical.
+A shard is hashed, fsynced and renamed before its receipt is written, and the manifest is written
+last. A run that was killed goes on after its last receipt, and ends byte-identical.
 """
 
 import errno
@@ -60,11 +60,12 @@ def convert(
     codecs: Codecs = None,
     repair: bool = False,
 ) -> str:
-    """Convert `source` into a directory under `out` and return its path; a finished one is returned as it is.
+    """Convert `source` into a directory under `out`: its path. A finished one stays as it is.
 
     source: the path of a .mat, one that lies elsewhere, or any open Source, which stays open.
-    workers: threads and processes; None: one a core. codecs: one for each field of a Zarr set; None: .npy.
-    repair: check a finished set byte for byte, and make the shards that are wrong again.
+    workers: threads and processes; None: one a core. codecs: one for each field of a Zarr set;
+    None: .npy. repair: check a finished set byte for byte, and make the shards that are wrong
+    again.
 
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
@@ -139,7 +140,7 @@ def _convert_source(
     return directory
 
 
-# ------------------------------------------------------------------------------------------ plan, run
+# ---------------------------------------------------------------------------------------- plan, run
 
 
 def make_plan(source: Source, settings: ConversionSettings, codecs: Codecs) -> Plan:
@@ -265,13 +266,13 @@ def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict
     }
 
 
-# ------------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------------ what is there
 
 
 def find_set(
     root: Path, settings: ConversionSettings, wanted: SourceFilter, forms: Sequence[str]
 ) -> ShardSet | None:
-    """The finished set of these settings under `root`, of a wanted source, in any of the forms ("", ".zarr").
+    """The finished set of these settings under `root`, of a wanted source; None: there is none.
 
     Only manifests are read, but a set of version 1 that fits is brought to this version. Raises
     SeveralSets where sets of several sources fit, and OSError where a mount fails.

@@ -1,6 +1,6 @@
 """What a conversion will do, as plain data: nothing here opens, reads or writes anything.
 
-Plan           which rows, in which shards, as which fields: the bytes of shard k follow from (plan, k)
+Plan        which rows, shards and fields: the bytes of shard k follow from (plan, k)
 plan_tasks     Plan + how the rows lie in the source + the shards that are done  ->  list[Task]
 """
 

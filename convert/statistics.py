@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a field, from exact sums of whole numbers that each shard's receipt holds."""
+"""Mean and standard deviation of a field, from the exact sums that each shard's receipt holds."""
 
 from collections.abc import Iterable, Sequence
 

@@ -175,7 +175,7 @@ def _prepare(source: Folder, target: Store, files: Files) -> None:
 
 
 def refuse_newer(folder: Folder) -> None:
-    """Raise NewerSet where a set of a later version lies there: what is known here may not replace it."""
+    """Raise NewerSet where a set of a later version lies: what is known here may not replace it."""
     try:
         read_manifest(folder)
     except NewerSet:

@@ -1,8 +1,9 @@
-"""A set of version 1 of the format becomes one of version 2: columns and a manifest are written, no row is decoded.
+"""A set of version 1 becomes one of version 2: columns and a manifest are written, no row decoded.
 
-Version 1 held the labelled set of NYU Depth v2 alone. Its shards, and the columns split, scene, scene_type and accel,
-are what version 2 has, to the byte; so are its fingerprint, its name, and checkpoints of it. Files that both have are
-not touched and the manifest is replaced last, so that a run which is killed leaves a whole set of version 1.
+Version 1 held the labelled set of NYU Depth v2 alone. Its shards, and the columns split, scene,
+scene_type and accel, are what version 2 has, to the byte; so are its fingerprint, its name, and
+checkpoints of it. Files that both have are not touched and the manifest is replaced last, so that a
+run which is killed leaves a whole set of version 1.
 """
 
 import errno
@@ -79,7 +80,7 @@ def is_old(directory: Path) -> bool:
 def upgraded_if_it_fits(
     directory: Path, settings: ConversionSettings, wanted: SourceFilter
 ) -> ShardSet | None:
-    """The upgraded set; None where it is one of other settings or of another source, and stays as it is."""
+    """The upgraded set; None for one of other settings or another source, which stays as it is."""
     old = read_version_1(directory)
     if not settings.fits(old.settings) or not wanted.accepts(old.source):
         return None
@@ -285,7 +286,7 @@ def _remove_renamed(directory: Path, old: Version1) -> None:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """What an upgrade that was killed was writing. After the commit: whoever else upgrades needs its own no more."""
+    """What an upgrade that was killed was writing; after the commit nobody needs it any more."""
     with suppress(OSError):
         for path in directory.rglob(".*.tmp"):
             path.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def verify_all(found: ShardSet) -> int:
 
 
 def against_mat(found: ShardSet, path: Path, n_rows: int) -> int:
-    """`against_source` for the .mat at `path`. Raises WrongSource where the set was made from another."""
+    """`against_source` for the .mat at `path`. Raises WrongSource where it is not the set's."""
     check_opens(path)
     if sampled_identity(path).content() != found.manifest.source.content():
         raise WrongSource(path, f"is not what {found.path} was made from", "Convert it by itself")

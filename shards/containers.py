@@ -1,12 +1,14 @@
-"""Where a field's shard lies, and how it is written and opened: one .npy a shard, or one Zarr v3 group.
+"""How a field's shards lie, are written and opened: one .npy a shard, or one Zarr v3 group.
 
-Both hold the rows of an uncompressed shard back to back, so both are memory-mapped without reading them:
+Both hold the rows of an uncompressed shard back to back, so both are memory-mapped without reading
+them:
 
     rgb-00000.npy     [128 bytes of header][row 0][row 1] ...
-    rgb/c/0/0/0/0     [row 0][row 1] ... [index: (offset, bytes) a row, CRC32C]      one row an inner chunk
+    rgb/c/0/0/0/0     [row 0][row 1] ... [index: (offset, bytes) a row, CRC32C]   one row a chunk
 
-An uncompressed Zarr shard is written as it lies in memory, with its index behind it: what zarr-python writes, to the
-byte, at several times its speed. Compressed shards, the metadata and the columns are zarr-python's own output.
+An uncompressed Zarr shard is written as it lies in memory, with its index behind it: what
+zarr-python writes, to the byte, at several times its speed. Compressed shards, the metadata and the
+columns are zarr-python's own output.
 """
 
 import json
@@ -60,7 +62,7 @@ def check_codecs(codecs: Codecs, fields: Sequence[str]) -> None:
 def write_field(
     directory: Path, field: Field, shard: int, rows: np.ndarray, n_slots: int, codecs: Codecs
 ) -> dict[str, FileEntry]:
-    """Write rows [n, ...] as a shard that has room for `n_slots` of them; its file, and what it holds."""
+    """Write rows [n, ...] as a shard that has room for `n_slots` of them; the entry of its file."""
     name = shard_file(field, shard, codecs is not None)
     if codecs is None:
         parts = npy_parts(rows)
@@ -105,7 +107,7 @@ def write_npy_columns(
 def arrays_of_columns(
     columns: Mapping[str, Column], values: Mapping[str, np.ndarray | Sequence[str]]
 ) -> dict[str, np.ndarray]:
-    """One value a row -> the arrays that are stored. Texts become UTF-8: offsets [N + 1] and bytes."""
+    """One value a row -> the arrays that are stored; texts as UTF-8, offsets [N + 1] and bytes."""
     arrays: dict[str, np.ndarray] = {}
     for name, column in columns.items():
         if column.dtype != "text":
@@ -137,7 +139,9 @@ def raw(array: np.ndarray) -> Any:
 
 @cache
 def shard_index(n_rows: int, row_bytes: int, n_slots: int) -> bytes:
-    """The end of an uncompressed Zarr shard: (offset, bytes) a row, ones where there is no row, their CRC32C."""
+    """The end of an uncompressed Zarr shard: (offset, bytes) a row, ones where there is no row,
+    their CRC32C.
+    """
     index = np.full((n_slots, 2), 2**64 - 1, "<u8")
     index[:n_rows, 0] = np.arange(n_rows) * row_bytes
     index[:n_rows, 1] = row_bytes
@@ -160,14 +164,16 @@ def crc32c(data: bytes) -> bytes:
 
 
 def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory-map a .npy read-only after checking that its header and size are what the manifest says."""
+    """Memory-map a .npy read-only, its header and size checked first."""
     header = npy_header(dtype, shape)
     check_file(path, len(header) + math.prod(shape) * np.dtype(dtype).itemsize, header)
     return np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=shape)
 
 
 def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) -> np.ndarray:
-    """Memory-map an uncompressed Zarr shard after checking that its index has the rows back to back from byte 0."""
+    """Memory-map an uncompressed Zarr shard after checking that its index has the rows back to back
+    from byte 0.
+    """
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     expected = shard_index(shape[0], n_bytes // shape[0], n_slots)
     with open_plain(path) as file:
@@ -207,7 +213,7 @@ def open_field(path: Path, manifest: Manifest, field: Field, shard: int) -> np.n
     return decode_zarr(path / field.name, entry.start, entry.stop)
 
 
-# -------------------------------------------------------------------------------- zarr-python's part
+# -------------------------------------------------------------------------------- zarr-python's par
 
 
 def zarr_columns(
@@ -238,7 +244,7 @@ def _axis_of(array: str) -> str:
 
 
 def _zarr_group(manifest: Manifest) -> dict[str, bytes]:
-    """The metadata of the group and of its fields. The group's attributes are those of version 1."""
+    """The metadata of the group and its fields; the group's attributes are those of version 1."""
     from zarr import create_group
     from zarr.storage import MemoryStore
 

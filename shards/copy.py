@@ -1,7 +1,9 @@
-"""A finished set in another container or codec: `python -m shards.copy SET ROOT [--format npy|zarr] [--codec ...]`
+"""A finished set in another container or codec: `python -m shards.copy SET ROOT [--format npy|zarr]
+[--codec ...]`
 
-The rows and the fingerprint stay as they are, every file is checked on its way, and a copy that was cut off goes on
-from its last shard. Training unpacks a compressed set with it, in a process of its own: zarr is never loaded there.
+The rows and the fingerprint stay as they are, every file is checked on its way, and a copy that was
+cut off goes on from its last shard. Training unpacks a compressed set with it, in a process of its
+own: zarr is never loaded there.
 """
 
 import argparse
@@ -33,7 +35,8 @@ from shards.writing import check_space, commit, finished_set, resume, set_name
 def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
     """`--format` and `--codec` -> a codec a field; None for .npy.
 
-    codec: one for all fields, or "depth=blosc,label=zstd" and none for the rest. Raises WrongSetting.
+    codec: one for all fields, or "depth=blosc,label=zstd" and none for the rest. Raises
+    WrongSetting.
     """
     names = list(fields)
     if "=" in codec:

@@ -1,4 +1,6 @@
-"""A finished set, opened: found, checked once, then handed on. Maps and facts of rows are given out on request."""
+"""A finished set, opened: found, checked once, then handed on. Maps and facts of rows are given out
+on request.
+"""
 
 import hashlib
 import re
@@ -135,7 +137,8 @@ class ShardSet:
 
 
 def open_set(path: str | Path) -> ShardSet:
-    """Open a finished set after checking the size of every file and the header of every shard; no data is read.
+    """Open a finished set after checking the size of every file and the header of every shard; no
+    data is read.
 
     Raises MissingSet, OldSet, NewerSet or DamagedSet.
     """
@@ -173,7 +176,7 @@ def resolve_set(path: str | Path) -> Path:
 
 
 def verify(found: ShardSet) -> Iterator[tuple[str, str | None]]:
-    """Check every byte: yields (file, None) or (file, what is wrong), then foreign files as wrong too."""
+    """Check every byte: yields (file, None) or (file, what is wrong); foreign files too."""
     files = found.manifest.files
     for name, entry in sorted(files.items()):
         yield name, what_is_wrong(found.path / name, entry)

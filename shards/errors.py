@@ -1,4 +1,4 @@
-"""What a user can mend, as a small tree. Each error is one line, and has the facts of it as attributes.
+"""What a user can mend, as a small tree: each error is one line, with its facts as attributes.
 
     UserError                 problem, right
       WrongSetting            name, given, choices      a value that no set or run can be made from
@@ -13,14 +13,14 @@
       WrongSource             source                    not what it should be, or not readable
         DamagedSource         source
       WrongPlace              path                      no room, no permission, no such folder
-        RemoteSet             path, kind                on a mount, where training would read it row by row
+        RemoteSet             path, kind                on a mount, to be read row by row
       Busy                    path, who                 another process works there
       StoreFailed             full, gone                a mount or server that fails
         IncompleteCopy        missing                   a copy that is not whole
         IncompleteDownload                              a download that ended before its file
 
-Errors say what is wrong and which value or act would be right. Which command to run next is the command line's to add:
-whoever calls from Python has none to run.
+Errors say what is wrong and which value or act would be right. Which command to run next is the
+command line's to add: whoever calls from Python has none to run.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,9 @@ class UserError(Exception):
 
 
 class WrongSetting(UserError):
-    """A value that nothing can be made from. `choices` says which can: "8 to 1024", "choose one of a, b"."""
+    """A value that nothing can be made from. `choices` says which can: "8 to 1024", "choose one of
+    a, b".
+    """
 
     def __init__(self, name: str, given: Any, choices: str) -> None:
         super().__init__(f"{name} {shown(given)}: {choices}")
@@ -209,4 +211,4 @@ class IncompleteCopy(StoreFailed):
 
 
 class IncompleteDownload(StoreFailed):
-    """A download that ended before its file: what came is kept, and the next one goes on from there."""
+    """A download that ended before its file; what came is kept, and the next one goes on."""

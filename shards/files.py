@@ -1,4 +1,6 @@
-"""Files: one atomic write, their size and SHA-256, plain files only; and what a folder is, wherever it lies."""
+"""Files: one atomic write, their size and SHA-256, plain files only; and what a folder is, wherever
+it lies.
+"""
 
 import errno
 import hashlib
@@ -102,7 +104,9 @@ def write_json(path: Path, value: dict[str, Any]) -> FileEntry:
 
 
 def fsync(handle: int) -> None:
-    """Have what was written outlive a loss of power; on macOS plain fsync leaves it in the disk's own cache."""
+    """Have what was written outlive a loss of power; on macOS plain fsync leaves it in the disk's
+    own cache.
+    """
     if F_FULLFSYNC is not None:
         with suppress(OSError):  # a file system that has none
             fcntl(handle, F_FULLFSYNC)
@@ -166,14 +170,14 @@ def what_is_wrong(path: Path, entry: FileEntry) -> str | None:
 
 
 def drop_from_cache(handle: int) -> None:
-    """So that the next read comes from where the file lies; a hint, which some systems do not take."""
+    """So that the next read comes from where the file lies; a hint that some systems ignore."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_bytes(file: IO[bytes], n_bytes: int) -> bytes:
-    """So many bytes, or up to the end. A mount may give fewer at once, and none where it is busy: EAGAIN."""
+    """So many bytes, or up to the end. A busy mount may give fewer at once, or none (EAGAIN)."""
     parts = []
     while n_bytes > 0:
         part = file.read(n_bytes)

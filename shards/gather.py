@@ -1,7 +1,7 @@
 """Many rows of many shards in one copy.
 
-Every shard is a memory map of its own, somewhere in the address space. Seen from the lowest of their addresses, all of
-them together are one long array of bytes, with gaps that belong to others:
+Every shard is a memory map of its own, somewhere in the address space. Seen from the lowest of
+their addresses, all of them together are one long array of bytes, with gaps that belong to others:
 
     low                                                                                      high
     |  rgb-00000  |   others'   |  depth-00001  |  rgb-00001  |   others'   |  depth-00000   |
@@ -9,16 +9,16 @@ them together are one long array of bytes, with gaps that belong to others:
 
     pieces[i]  =  the bytes  low + i  ...  low + i + piece        overlapping, strides (1, 1)
 
-A row is a whole number of pieces, so a batch of any rows of any fields is one list of piece numbers and one
-`index_select`: one pass over memory, outside Python's lock, which torch divides among its threads. The plain way to say
-the same is `take_rows` below, against which this is tested.
+A row is a whole number of pieces, so a batch of any rows of any fields is one list of piece numbers
+and one `index_select`: one pass over memory, outside Python's lock, which torch divides among its
+threads. The plain way to say the same is `take_rows` below, against which this is tested.
 
 Invariant: a piece number is only ever computed from a row that exists, so that its bytes lie
 inside one shard. What lies between the shards may be anybody's memory or none at all.
 
-Never do anything else to `pieces`: not even `pieces.sum()`, printing it, pickling it or moving it to a device. It spans
-memory that is not mapped, and reading there ends the process. It lives no longer than the maps it was made from, and is
-given to nobody.
+Never do anything else to `pieces`: not even `pieces.sum()`, printing it, pickling it or moving it
+to a device. It spans memory that is not mapped, and reading there ends the process. It lives no
+longer than the maps it was made from, and is given to nobody.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ class RowGather:
     """The shards of some fields as one table of pieces; made as a whole, then never changed."""
 
     def __init__(self, shards: Mapping[str, Sequence[np.ndarray]], size: int) -> None:
-        """shards: of each field, in row order, [n, ..., size, size]; all but the last are of equal length."""
+        """shards: of each field, in row order, [n, ..., size, size]; all but the last equal."""
         self._shards = {field: list(maps) for field, maps in shards.items()}
         every = [shard for maps in self._shards.values() for shard in maps]
         low = min(shard.ctypes.data for shard in every)
@@ -50,7 +50,7 @@ class RowGather:
     def into(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None = None
     ) -> np.ndarray:
-        """The bytes of these rows, field after field, the widest type first; in `buffer`, or in new memory.
+        """The bytes of these rows, field after field, the widest type first.
 
         rows [B]: numbers of rows that exist; nothing checks them again. Returns [n] uint8.
         """
@@ -111,7 +111,7 @@ def piece_bytes(size: int) -> int:
 
 
 def _pieces_between(low: int, high: int, n_bytes: int) -> Any:
-    """[high - low - n_bytes + 1, n_bytes] uint8: a piece beginning at every byte, of which none is copied."""
+    """[high - low - n_bytes + 1, n_bytes] uint8: a piece at every byte, none of them copied."""
     import torch
 
     whole = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))

@@ -1,7 +1,8 @@
 """manifest.json and receipts: parsed once, with every value checked, then attributes.
 
-A receipt is a shard's entry of the manifest, written as soon as the shard is durable. The manifest collects them and is
-written last: its presence is the commit. docs/format.md describes both, key by key.
+A receipt is a shard's entry of the manifest, written as soon as the shard is durable. The manifest
+collects them and is written last: its presence is the commit. docs/format.md describes both, key by
+key.
 """
 
 import hashlib
@@ -318,7 +319,7 @@ def _with_digest(body: str) -> str:
 
 
 def read_manifest(place: Path | Folder) -> Manifest:
-    """The manifest of a finished set: every byte of it checked, and everything that readers rely on.
+    """The manifest of a finished set, every byte and every value of it checked.
 
     Raises MissingSet (UnfinishedSet), OldSet, NewerSet or DamagedSet.
     """
@@ -423,7 +424,7 @@ def read_receipt(directory: Path, shard: int) -> Receipt | None:
 
 
 def write_receipts(directory: Path, manifest: Manifest, wrong: Iterable[str]) -> None:
-    """Receipts of the shards without a wrong file: a conversion into `directory` makes the others only."""
+    """Receipts of the shards without a wrong file: a conversion makes the others only."""
     wrong_names = set(wrong)
     for k, shard in enumerate(manifest.shards):
         if not wrong_names & shard.files.keys():
@@ -432,7 +433,7 @@ def write_receipts(directory: Path, manifest: Manifest, wrong: Iterable[str]) ->
 
 
 def remove_receipts(directory: Path, older_than_ns: float = float("inf")) -> None:
-    """All, or those from before the source's last change. On a read-only disk they stay; nobody minds."""
+    """All, or those from before the source's last change; on a read-only disk they stay."""
     with suppress(OSError):
         for path in directory.glob(RECEIPTS):
             if path.stat().st_mtime_ns < older_than_ns:

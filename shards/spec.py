@@ -1,4 +1,5 @@
-"""What a set is made of: fields and their kinds, what is special to a dataset, and what a conversion was asked for.
+"""What a set is made of: fields and their kinds, what is special to a dataset, and what a
+conversion was asked for.
 
 A field is a name and a kind. Five are known; others come with a source that has them:
 
@@ -464,7 +465,7 @@ class ConversionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceIdentity:
-    """Which source it was. `kind`: "mat" (sha256: over sampled blocks), "table" (over its lines)."""
+    """Which source it was. sha256: of a "mat" over sampled blocks, of a "table" over its lines."""
 
     kind: str
     name: str
@@ -526,7 +527,7 @@ VOID_GREY = 0.13
 
 
 def class_colours(n: int) -> np.ndarray:
-    """(n + 1, 3) RGB 0..1: void dark grey, then hues a golden angle apart so that close ids differ."""
+    """(n + 1, 3) RGB 0..1: void dark grey, then hues far apart for ids that are close."""
     colours = [(VOID_GREY, VOID_GREY, VOID_GREY)]
     for k in range(1, n + 1):
         hue = k * 0.618034 % 1

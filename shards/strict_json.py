@@ -1,6 +1,8 @@
-"""JSON read strictly: every value is asked for by its name and type, and anything else is a ValueError that names it.
+"""JSON read strictly: every value is asked for by its name and type, and anything else is a
+ValueError that names it.
 
-Whoever signs a manifest may write anything into it, so nothing of one is used before it went through here.
+Whoever signs a manifest may write anything into it, so nothing of one is used before it went
+through here.
 """
 
 from collections.abc import Iterator

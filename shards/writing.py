@@ -48,7 +48,7 @@ def finished_set(directory: Path, fingerprint: str, codecs: Codecs) -> ShardSet 
 
 
 def commit(directory: Path, manifest: Manifest, columns: Mapping[str, np.ndarray]) -> ShardSet:
-    """Write the columns and, last, the manifest: the set is finished then. Its shards are durable already."""
+    """Write the columns and, last, the manifest; all shards are durable already."""
     arrays = arrays_of_columns(manifest.columns, columns)
     column_files, metadata_files = write_columns(directory, manifest, arrays)
     whole = replace(manifest, column_files=column_files, metadata_files=metadata_files)

@@ -18,8 +18,12 @@ from helpers.sets import SMALL, convert
 from convert.sample import write_sample
 
 SHARED = REPO.parent / "shared"
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores Ctrl-C, and processes inherit that
-for name in re.findall(r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M):  # make test PYTHON=... ARGS=...
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's `&` ignores Ctrl-C, and processes inherit that
+for name in re.findall(
+    r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M
+):  # make test PYTHON=... ARGS=...
     os.environ.pop(name, None)  # is for this make, not for those that tests start
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"):
     os.environ.pop(name, None)
@@ -43,7 +47,9 @@ def small_set(mat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command() -> Run:
     """Run `python -m MODULE ARGS` as a user does."""
 
-    def run(*args: object, cwd: Path = REPO, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+    def run(
+        *args: object, cwd: Path = REPO, timeout: int = 120
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", *map(str, args)],
             cwd=cwd,

@@ -1,4 +1,6 @@
-"""The loader without this dataset: the example of its package works, and so does any dataset, in any kind of worker."""
+"""The loader without this dataset: the example of its package works, and so does any dataset, in
+any kind of worker.
+"""
 
 import doctest
 from collections.abc import Sequence
@@ -47,8 +49,12 @@ def test_the_example_of_the_package_works() -> None:
 
 
 @pytest.mark.parametrize("dataset", [Table(), Computed()], ids=["filled", "computed"])
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (1, "forkserver"), (1, "spawn")])
-def test_any_dataset_and_batches_of_any_size(dataset: Table, workers: int, method: str | None) -> None:
+@pytest.mark.parametrize(
+    ("workers", "method"), [(0, None), (2, "fork"), (1, "forkserver"), (1, "spawn")]
+)
+def test_any_dataset_and_batches_of_any_size(
+    dataset: Table, workers: int, method: str | None
+) -> None:
     loader = Loader(dataset, uneven, workers, method)
     for epoch in range(3):
         assert len(loader) == len(uneven(epoch))

@@ -22,7 +22,9 @@ def render(out: Path, *packages: str) -> str:
 def public_modules(package: str) -> set[str]:
     """Their pages; `python -m` of a package has none, as importing it would run it."""
     paths = [path.relative_to(REPO) for path in (REPO / package).rglob("*.py")]
-    modules = {path.parent if path.name == "__init__.py" else path.with_suffix("") for path in paths}
+    modules = {
+        path.parent if path.name == "__init__.py" else path.with_suffix("") for path in paths
+    }
     return {f"{module}.html" for module in modules if module.name != "__main__"}
 
 

@@ -33,7 +33,9 @@ MASKS: list[Any] = [
 
 @pytest.mark.parametrize("indices", MASKS, ids=lambda value: repr(value)[:25])
 @pytest.mark.parametrize("method", ["batch", "__getitems__", "stored", "rows_of", "fill"])
-def test_what_are_no_positions_is_refused_in_words_that_name_batch(small_set: Path, indices: Any, method: str) -> None:
+def test_what_are_no_positions_is_refused_in_words_that_name_batch(
+    small_set: Path, indices: Any, method: str
+) -> None:
     for how in ({}, {"device": "cpu"}) if method in ("batch", "stored") else ({},):
         dataset = ShardDataset(small_set, split="all", **how)  # type: ignore[arg-type]
         first = [memoryview(bytearray(1 << 20))] if method == "fill" else []
@@ -43,19 +45,26 @@ def test_what_are_no_positions_is_refused_in_words_that_name_batch(small_set: Pa
 
 
 @pytest.mark.parametrize(
-    "indices", [[36], [-1], [0, 1000], [2**63], [2**70], np.array([2**64 - 1], np.uint64), [-(2**70)]]
+    "indices",
+    [[36], [-1], [0, 1000], [2**63], [2**70], np.array([2**64 - 1], np.uint64), [-(2**70)]],
 )
 @pytest.mark.parametrize("how", [{}, {"device": "cpu"}], ids=["maps", "device"])
-def test_positions_that_do_not_exist_are_an_index_error(small_set: Path, indices: Any, how: dict[str, Any]) -> None:
+def test_positions_that_do_not_exist_are_an_index_error(
+    small_set: Path, indices: Any, how: dict[str, Any]
+) -> None:
     dataset = ShardDataset(small_set, split="all", **how)
     for method in (dataset.batch, dataset.__getitems__):
         with pytest.raises(IndexError, match="positions"):
             method(indices)
 
 
-@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "tensor", "list", "tuple", "range"])
+@pytest.mark.parametrize(
+    "kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "tensor", "list", "tuple", "range"]
+)
 @pytest.mark.parametrize("how", [{}, {"device": "cpu"}], ids=["maps", "device"])
-def test_whole_numbers_of_any_width_are_the_rows(small_set: Path, kind: str, how: dict[str, Any]) -> None:
+def test_whole_numbers_of_any_width_are_the_rows(
+    small_set: Path, kind: str, how: dict[str, Any]
+) -> None:
     dataset, at = ShardDataset(small_set, split="all", **how), [3, 0, 35, 3]
     others: dict[str, Any] = {"tensor": torch.tensor(at), "list": at, "tuple": tuple(at)}
     given = range(2, 30, 9) if kind == "range" else others.get(kind)
@@ -83,7 +92,9 @@ def test_one_row_is_asked_for_by_one_whole_number(small_set: Path, index: Any) -
         ShardDataset(small_set, split="all")[index]
 
 
-@pytest.mark.parametrize("index", [np.int8(-1), np.uint64(35), torch.tensor(35), 35, -1, np.array(35)])
+@pytest.mark.parametrize(
+    "index", [np.int8(-1), np.uint64(35), torch.tensor(35), 35, -1, np.array(35)]
+)
 def test_any_whole_number_is_one_row(small_set: Path, index: Any) -> None:
     dataset = ShardDataset(small_set, split="all")
     assert all(torch.equal(a, b) for a, b in zip(dataset[index], dataset[35], strict=True))
@@ -94,9 +105,18 @@ def test_any_whole_number_is_one_row(small_set: Path, index: Any) -> None:
 WRONG: list[tuple[str, Any]] = [
     *(("seed", value) for value in (None, -1, 1.0, "0", True, 2**64)),
     *(("batch_size", value) for value in ("8", 0, -1, 8.0, True, None, 2**40)),
-    *(("target_size", value) for value in ("32", "224", True, 32.0, (32,), (32, 32, 32), (32, "32"), 0, b"32")),
-    *(("fields", value) for value in ("rgb", (), [], ("rgb", "rgb"), ("smell",), {"rgb"}, (1,), 3, ["label"])),
-    *(("num_workers", value) for value in (-1, 1.5, "two", "-1", "", True, None, 65, "65", "٣", [], 2.0)),
+    *(
+        ("target_size", value)
+        for value in ("32", "224", True, 32.0, (32,), (32, 32, 32), (32, "32"), 0, b"32")
+    ),
+    *(
+        ("fields", value)
+        for value in ("rgb", (), [], ("rgb", "rgb"), ("smell",), {"rgb"}, (1,), 3, ["label"])
+    ),
+    *(
+        ("num_workers", value)
+        for value in (-1, 1.5, "two", "-1", "", True, None, 65, "65", "٣", [], 2.0)
+    ),
     *(("start_method", value) for value in ("thread", "", 1, True, "None", ["fork"])),
     *(("target", value) for value in (None, "", "Scene", 13, ["scene"], True)),
     *(("num_classes", value) for value in (11, 0, -13, "13", 13.0, True)),
@@ -152,7 +172,12 @@ def test_a_split_that_is_none_is_refused(small_set: Path, split: Any) -> None:
 
 def test_a_missing_set_and_an_unreadable_place_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "nyuv2-224-00000000", tmp_path / "file", tmp_path / "file" / "x", tmp_path):
+    for path in (
+        tmp_path / "nyuv2-224-00000000",
+        tmp_path / "file",
+        tmp_path / "file" / "x",
+        tmp_path,
+    ):
         with pytest.raises(UserError) as error:
             ShardDataset(path)
         assert "\n" not in str(error.value)
@@ -174,13 +199,19 @@ LOADERS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), LOADERS, ids=lambda value: repr(value)[:20])
 def test_a_loaders_own_arguments_are_checked(small_set: Path, name: str, value: Any) -> None:
-    how: dict[str, Any] = {"dataset": ShardDataset(small_set), "batches": Batches(8, 4, 0), name: value}
+    how: dict[str, Any] = {
+        "dataset": ShardDataset(small_set),
+        "batches": Batches(8, 4, 0),
+        name: value,
+    }
     with pytest.raises(ValueError, match=f"^{name} ") as error:
         Loader(**how)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("epoch", "start"), [(-1, 0), (None, 0), (0, -1), (0.5, 0), (0, "1"), (True, 0)])
+@pytest.mark.parametrize(
+    ("epoch", "start"), [(-1, 0), (None, 0), (0, -1), (0.5, 0), (0, "1"), (True, 0)]
+)
 def test_an_epoch_is_a_whole_number(small_set: Path, epoch: Any, start: Any) -> None:
     with pytest.raises(ValueError, match="a whole number, 0 or more"):
         make(small_set).set_epoch(epoch, start)
@@ -200,7 +231,9 @@ right: dict[str, st.SearchStrategy[Any]] = {
     "batch_size": st.integers(1, 50),
     "num_workers": st.sampled_from([0, "auto", "0"]),
     "num_classes": st.sampled_from([10, 13, 27]),
-    "target": st.sampled_from(["scene", "semantic", "semantic13", "semantic40", "depth", "instance"]),
+    "target": st.sampled_from(
+        ["scene", "semantic", "semantic13", "semantic40", "depth", "instance"]
+    ),
     "normalize": st.booleans(),
     "target_size": st.sampled_from([None, 32, (32, 32), [32, 32]]),
     "seed": st.integers(0, 2**64 - 1),
@@ -214,15 +247,20 @@ right: dict[str, st.SearchStrategy[Any]] = {
     "cache": st.sampled_from([None, "device"]),
     "allow_remote": st.booleans(),
 }
-few = st.integers(-3, 0) | st.floats() | st.text(max_size=3).filter(lambda text: not text.isdecimal())  # workers
+few = (
+    st.integers(-3, 0) | st.floats() | st.text(max_size=3).filter(lambda text: not text.isdecimal())
+)  # workers
 mostly_right = st.fixed_dictionaries(
-    {}, optional={name: one | (few if name == "num_workers" else junk) for name, one in right.items()}
+    {},
+    optional={name: one | (few if name == "num_workers" else junk) for name, one in right.items()},
 )
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mostly_right | st.fixed_dictionaries({}, optional=right))
-def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(small_set: Path, how: dict[str, Any]) -> None:
+def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(
+    small_set: Path, how: dict[str, Any]
+) -> None:
     try:
         loaders = create_dataloaders(small_set, **how)
     except UserError as error:
@@ -230,7 +268,9 @@ def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(small_set: 
         return
     n_rows = [len(ShardDataset(small_set, split=split)) for split in ("train", "test")]
     batch_size = min(how.get("batch_size", 128), n_rows[0])
-    n_inputs = len(how.get("fields") or (1, 2)) if how.get("target") != "depth" or how.get("fields") else 1
+    n_inputs = (
+        len(how.get("fields") or (1, 2)) if how.get("target") != "depth" or how.get("fields") else 1
+    )
     train = list(loaders[0])
     assert [len(batch[-1]) for batch in train] == [batch_size] * (n_rows[0] // batch_size)
     assert sum(len(batch[-1]) for batch in loaders[1]) == n_rows[1]
@@ -245,8 +285,14 @@ def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(small_set: 
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.dictionaries(st.sampled_from(["split", "fields", "target", "num_classes", "normalize", "device"]), junk))
-def test_any_arguments_of_a_dataset_are_refused_in_one_line_or_open_it(small_set: Path, how: dict[str, Any]) -> None:
+@given(
+    st.dictionaries(
+        st.sampled_from(["split", "fields", "target", "num_classes", "normalize", "device"]), junk
+    )
+)
+def test_any_arguments_of_a_dataset_are_refused_in_one_line_or_open_it(
+    small_set: Path, how: dict[str, Any]
+) -> None:
     try:
         dataset = ShardDataset(small_set, **how)
     except UserError as error:

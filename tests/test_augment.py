@@ -64,7 +64,9 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
     rgb, depth = to_input(rgb_u8, [depth_mm], STATS)
     assert rgb.dtype == depth.dtype == torch.float32
     for channel in range(3):
-        expected = (rgb_u8[:, channel] / 255 - module.IMAGENET_MEAN[channel]) / module.IMAGENET_STD[channel]
+        expected = (rgb_u8[:, channel] / 255 - module.IMAGENET_MEAN[channel]) / module.IMAGENET_STD[
+            channel
+        ]
         torch.testing.assert_close(rgb[:, channel], expected)
     valid = depth_mm > 0
     torch.testing.assert_close(depth[valid], (depth_mm[valid] / 1000 - STATS[0]) / STATS[1])
@@ -74,9 +76,16 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
 def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() -> None:
     x, y = (plane[None] for plane in nyu_rays(64, "none"))
     far = torch.full_like(x, 8.0)
-    wall, floor = torch.where(x > 0.2, 1 / x, far), torch.where(y > 0.2, 1.2 / y, far)  # 1 m to the right, 1.2 m below
+    wall, floor = (
+        torch.where(x > 0.2, 1 / x, far),
+        torch.where(y > 0.2, 1.2 / y, far),
+    )  # 1 m to the right, 1.2 m below
     wall_mm, floor_mm, front_mm = ((1000 * z).round().to(torch.int16) for z in (wall, floor, far))
-    right, low, flat = (slice(None), slice(52, 62)), (slice(52, 62), slice(None)), (slice(None), slice(None))
+    right, low, flat = (
+        (slice(None), slice(52, 62)),
+        (slice(52, 62), slice(None)),
+        (slice(None), slice(None)),
+    )
     for depth_mm, region, normal in [
         (wall_mm, right, (-1.0, 0.0, 0.0)),
         (floor_mm, low, (0.0, -1.0, 0.0)),
@@ -86,12 +95,18 @@ def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() ->
         expected = torch.tensor(normal)[:, None, None].expand_as(planes[2:])
         torch.testing.assert_close(planes[2:, *region], expected[:, *region], atol=0.05, rtol=0)
         mirrored = surface(depth_mm.flip(-1), x.flip(-1), y.flip(-1), STATS)[0]
-        opposite = torch.stack((mirrored[0], mirrored[1], -mirrored[2], mirrored[3], mirrored[4])).flip(-1)
+        opposite = torch.stack(
+            (mirrored[0], mirrored[1], -mirrored[2], mirrored[3], mirrored[4])
+        ).flip(-1)
         torch.testing.assert_close(opposite, planes, atol=1e-4, rtol=0)
-    torch.testing.assert_close(surface(floor_mm, x, y, STATS)[0, 1, 52:], torch.full((12, 64), 1.2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        surface(floor_mm, x, y, STATS)[0, 1, 52:], torch.full((12, 64), 1.2), atol=1e-2, rtol=0
+    )
 
 
-@pytest.mark.parametrize(("crop", "x", "y"), [("none", -0.62474, -0.48642), ("eigen", -0.54604, -0.39998)])
+@pytest.mark.parametrize(
+    ("crop", "x", "y"), [("none", -0.62474, -0.48642), ("eigen", -0.54604, -0.39998)]
+)
 def test_the_ray_of_the_first_stored_pixel_is_that_of_its_place_in_the_sensors_picture(
     crop: str, x: float, y: float
 ) -> None:
@@ -100,7 +115,10 @@ def test_the_ray_of_the_first_stored_pixel_is_that_of_its_place_in_the_sensors_p
 
 
 def test_a_hole_does_not_bend_the_surface_beside_it() -> None:
-    depth, (x, y) = torch.full((1, 1, 64, 64), 2000, dtype=torch.int16), (plane[None] for plane in nyu_rays(64, "none"))
+    depth, (x, y) = (
+        torch.full((1, 1, 64, 64), 2000, dtype=torch.int16),
+        (plane[None] for plane in nyu_rays(64, "none")),
+    )
     depth[..., 10:13, 20:40] = depth[..., 40, ::3] = 0
     normals = surface(depth, x, y, STATS)[0, 2:]
     beside = (depth[0, 0] > 0) & (normals[2] != 0)
@@ -175,7 +193,9 @@ def test_jitter_stays_in_range_and_changes_each_sample_by_itself() -> None:
 def test_dense_targets_follow_their_pictures_and_void_stays_void() -> None:
     size, n = 64, 16
     rgb, number = ramps(n=n, size=size)
-    target = number[:, 0].long().masked_fill(torch.rand((n, size, size), generator=seeded()) < 0.2, -100)
+    target = (
+        number[:, 0].long().masked_fill(torch.rand((n, size, size), generator=seeded()) < 0.2, -100)
+    )
     moved, (depth, labels, metres) = augment(
         rgb, [number, target, number / 1000], draws(n), size, replace(HOW, jitter=0.0)
     )
@@ -233,7 +253,9 @@ def test_views_are_the_whole_picture_once_and_five_crops_inside_it() -> None:
     whole, *crops = views(0.5)
     assert whole == WHOLE
     assert len(set(crops)) == 5
-    assert all(min(top, left) >= 0 and max(top, left) + side <= 1 + 1e-9 for top, left, side in crops)
+    assert all(
+        min(top, left) >= 0 and max(top, left) + side <= 1 + 1e-9 for top, left, side in crops
+    )
     assert [side**2 for *_, side in crops] == pytest.approx([0.75] * 5)
 
 

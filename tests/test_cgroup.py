@@ -10,7 +10,9 @@ LIMIT = 64 << 20
 
 def test_a_command_that_takes_more_than_its_group_allows_is_killed() -> None:
     with memory_group(LIMIT) as group:
-        done = group.run([sys.executable, "-c", "x = bytearray(1 << 20) * 200; print(len(x))"], timeout=60)
+        done = group.run(
+            [sys.executable, "-c", "x = bytearray(1 << 20) * 200; print(len(x))"], timeout=60
+        )
         assert done.returncode == -9
         assert group.oom_kills() == 1
 

@@ -1,4 +1,6 @@
-"""A checkout stays clean: what make leaves in it is what .gitignore is meant to hide, and nothing else."""
+"""A checkout stays clean: what make leaves in it is what .gitignore is meant to hide, and nothing
+else.
+"""
 
 import os
 import re

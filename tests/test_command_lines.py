@@ -1,4 +1,6 @@
-"""Any command line of `python -m convert` and any arguments from Python: right, or one line that says what is wrong."""
+"""Any command line of `python -m convert` and any arguments from Python: right, or one line that
+says what is wrong.
+"""
 
 import os
 import shlex
@@ -44,7 +46,9 @@ NUMBERS = st.sampled_from(
     ]
 )
 WORDS = st.one_of(
-    st.text(NO_NUL, max_size=12), NUMBERS, st.sampled_from(["none", "npy", "zarr", "rgb", "rgb,depth", "--", "-h"])
+    st.text(NO_NUL, max_size=12),
+    NUMBERS,
+    st.sampled_from(["none", "npy", "zarr", "rgb", "rgb,depth", "--", "-h"]),
 )
 FLAGS = {
     "--format": ["npy", "zarr", "tar"],
@@ -64,7 +68,9 @@ FLAGS = {
 
 @contextmanager
 def inside(path: Path) -> Iterator[None]:
-    """What a nonsense path makes is made in there, and gone afterwards: no line finds what another made."""
+    """What a nonsense path makes is made in there, and gone afterwards: no line finds what another
+    made.
+    """
     before = Path.cwd()
     path.mkdir()
     os.chdir(path)
@@ -79,7 +85,10 @@ def inside(path: Path) -> Iterator[None]:
 def run_lines(draw: st.DrawFn) -> list[str]:
     words = [
         "run",
-        draw(st.sampled_from(["MAT", "SET", "nowhere.mat", "", "EMPTY"]) | st.text(NO_NUL, max_size=6)),
+        draw(
+            st.sampled_from(["MAT", "SET", "nowhere.mat", "", "EMPTY"])
+            | st.text(NO_NUL, max_size=6)
+        ),
         "--out",
         "made",
     ]
@@ -87,7 +96,14 @@ def run_lines(draw: st.DrawFn) -> list[str]:
         if flag == "--repair":
             words.append(flag)
         else:
-            words += [flag, draw(st.one_of(st.sampled_from(FLAGS[flag]) if FLAGS[flag] else NUMBERS, NUMBERS, WORDS))]
+            words += [
+                flag,
+                draw(
+                    st.one_of(
+                        st.sampled_from(FLAGS[flag]) if FLAGS[flag] else NUMBERS, NUMBERS, WORDS
+                    )
+                ),
+            ]
     return words
 
 
@@ -153,7 +169,19 @@ def test_any_other_command_line_ends_right_or_in_one_line(
         check(words, {"SET": str(small_set)}, capsys)
 
 
-CHOICES = ["rgb", ("rgb",), ["depth", "rgb"], {"rgb"}, tuple(FIELDS), "nearest", "none", "eigen", "wh", b"rgb", 224.0]
+CHOICES = [
+    "rgb",
+    ("rgb",),
+    ["depth", "rgb"],
+    {"rgb"},
+    tuple(FIELDS),
+    "nearest",
+    "none",
+    "eigen",
+    "wh",
+    b"rgb",
+    224.0,
+]
 ANYTHING: st.SearchStrategy[Any] = st.one_of(
     st.none(),
     st.booleans(),

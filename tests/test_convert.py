@@ -1,4 +1,6 @@
-"""Converting: the same bytes whatever the layout and the workers, resumable, and one line for every bad input."""
+"""Converting: the same bytes whatever the layout and the workers, resumable, and one line for every
+bad input.
+"""
 
 import itertools
 import json
@@ -42,7 +44,9 @@ def test_rows_are_what_h5py_gives_through_the_resize_rules(mat: Path, small_set:
 @pytest.mark.parametrize("chunks", ["resaved", "none"])
 def test_any_layout_gives_the_same_bytes(small_set: Path, tmp_path: Path, chunks: str) -> None:
     write_sample(tmp_path / "a.mat", 36, size_wh=(64, 48), chunks=chunks)
-    assert shard_bytes(convert(tmp_path / "a.mat", tmp_path / "out", SMALL)) == shard_bytes(small_set)
+    assert shard_bytes(convert(tmp_path / "a.mat", tmp_path / "out", SMALL)) == shard_bytes(
+        small_set
+    )
 
 
 def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_bytes(
@@ -56,7 +60,9 @@ def test_chunks_across_all_rows_go_through_a_scratch_file_and_give_the_same_byte
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_workers_gives_the_same_bytes(mat: Path, small_set: Path, tmp_path: Path, workers: int) -> None:
+def test_any_number_of_workers_gives_the_same_bytes(
+    mat: Path, small_set: Path, tmp_path: Path, workers: int
+) -> None:
     made = convert(mat, tmp_path, SMALL, workers)
     assert shard_bytes(made) == shard_bytes(small_set)
     assert (made / "manifest.json").read_bytes() == (small_set / "manifest.json").read_bytes()
@@ -73,7 +79,9 @@ def test_other_settings_are_another_directory(mat: Path, small_set: Path, tmp_pa
     assert len(names) == 4
 
 
-def test_a_second_run_does_nothing(mat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_does_nothing(
+    mat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = convert(mat, tmp_path, SMALL)
     before = {p: p.stat().st_mtime_ns for p in made.iterdir()}
     assert convert(mat, tmp_path, SMALL) == made
@@ -99,7 +107,11 @@ def test_statistics_are_those_of_the_valid_train_pixels(small_set: Path) -> None
 
 
 def test_finished_shards_survive_a_failure_and_are_not_redone(
-    mat: Path, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mat: Path,
+    small_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     resize = Resizer.__call__
     n_calls = itertools.count(1)
@@ -156,7 +168,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing_behind(kind: str, mat: Path, tmp_path: Path, command: Run) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    kind: str, mat: Path, tmp_path: Path, command: Run
+) -> None:
     make, words = BAD[kind]
     path, out = tmp_path / "x.mat", tmp_path / "out"
     make(path, mat)
@@ -219,7 +233,9 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_content_is_one_line_and_publishes_nothing(kind: str, mat: Path, tmp_path: Path) -> None:
+def test_hostile_content_is_one_line_and_publishes_nothing(
+    kind: str, mat: Path, tmp_path: Path
+) -> None:
     change, words = HOSTILE[kind]
     path = mutate(tmp_path / "x.mat", mat, change)
     with pytest.raises(UserError, match=words) as error:
@@ -276,7 +292,10 @@ def swap(directory: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit": (lambda d: flip(d / "depth-00002.npy"), "depth-00002.npy has other content"),
-    "truncation": (lambda d: os.truncate(d / "label-00000.npy", 300), "label-00000.npy has 300 bytes"),
+    "truncation": (
+        lambda d: os.truncate(d / "label-00000.npy", 300),
+        "label-00000.npy has 300 bytes",
+    ),
     "missing": (lambda d: (d / "rgb-00003.npy").unlink(), "rgb-00003.npy is missing"),
     "swapped": (swap, "rgb-00000.npy has other content"),
     "foreign": (lambda d: (d / "notes.txt").write_text("x"), "notes.txt is not part"),
@@ -296,7 +315,10 @@ def test_verify_names_the_damaged_file(kind: str, copy: Path, command: Run) -> N
 
 def test_verify_against_the_source_compares_rows(mat: Path, copy: Path, command: Run) -> None:
     done = command("convert", "verify", copy, "--against", mat)
-    assert (done.returncode, "36 files" in done.stdout or "every byte" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "36 files" in done.stdout or "every byte" in done.stdout) == (
+        0,
+        True,
+    ), done.stderr
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(copy: Path) -> None:
@@ -313,7 +335,9 @@ def test_pickled_content_is_never_loaded(copy: Path) -> None:
         open_set(copy).column("split")
 
 
-def test_inspect_tells_rows_splits_and_classes(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_inspect_tells_rows_splits_and_classes(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     done = command("convert", "inspect", small_set, "--picture", tmp_path / "a.png", "--rows", 3)
     assert done.returncode == 0, done.stderr
     for words in ("36:", "(0 in both splits)", "millimetre", "void", "bedroom", "made 20"):

@@ -1,4 +1,6 @@
-"""Whatever happens to a set's files is found, named with the command that mends it, and mended by that command."""
+"""Whatever happens to a set's files is found, named with the command that mends it, and mended by
+that command.
+"""
 
 import io
 import os
@@ -78,7 +80,11 @@ def rename(directory: Path, rng: random.Random) -> Path:
 def swap(directory: Path, rng: random.Random) -> Path:
     shards = [p for p in sorted(directory.glob("*-0*.npy")) if not p.name.endswith("3.npy")]
     first = rng.choice(shards)
-    same = [p for p in shards if p.stat().st_size == first.stat().st_size and p.read_bytes() != first.read_bytes()]
+    same = [
+        p
+        for p in shards
+        if p.stat().st_size == first.stat().st_size and p.read_bytes() != first.read_bytes()
+    ]
     second = rng.choice(same)
     first.rename(directory / "t")
     second.rename(first)
@@ -111,7 +117,20 @@ def older(directory: Path, rng: random.Random) -> Path:
     return path
 
 
-DAMAGES: list[Damage] = [flip, flip, flip, shorten, lengthen, overwrite, remove, rename, swap, add, link, older]
+DAMAGES: list[Damage] = [
+    flip,
+    flip,
+    flip,
+    shorten,
+    lengthen,
+    overwrite,
+    remove,
+    rename,
+    swap,
+    add,
+    link,
+    older,
+]
 
 
 def untouched(directory: Path) -> dict[str, tuple[int, int]]:
@@ -119,7 +138,9 @@ def untouched(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def damage_and_mend(mat: Path, small_set: Path, root: Path, n: int, mend_every: int) -> int:
-    """Returns how many of `n` random damages verify named. Some are mended: only what was wrong is written again."""
+    """Returns how many of `n` random damages verify named. Some are mended: only what was wrong is
+    written again.
+    """
     rng, n_found = random.Random(n), 0
     right = {p.name: p.read_bytes() for p in small_set.iterdir() if p.name != PROVENANCE}
     for k in range(n):
@@ -138,7 +159,9 @@ def damage_and_mend(mat: Path, small_set: Path, root: Path, n: int, mend_every: 
             wrong = {p for p, data in right.items() if not is_plain_with(directory / p, data)}
             assert convert(mat, directory.parent, SMALL, repair=True) == directory
             assert verify_all(read_set(directory)) == len(right) - 1
-            assert {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PROVENANCE} == right
+            assert {
+                p.name: p.read_bytes() for p in directory.iterdir() if p.name != PROVENANCE
+            } == right
             after = untouched(directory)
             assert {name for name in before if after[name] != before[name]} <= wrong
         shutil.rmtree(directory.parent)
@@ -149,7 +172,9 @@ def is_plain_with(path: Path, data: bytes) -> bool:
     return path.is_file() and not path.is_symlink() and path.read_bytes() == data
 
 
-def test_every_damage_is_found_and_named_and_mended(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_every_damage_is_found_and_named_and_mended(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     assert damage_and_mend(mat, small_set, tmp_path, 48, 5) == 48
 
 
@@ -160,7 +185,9 @@ def test_1000_of_1000_random_damages_are_found(mat: Path, small_set: Path, tmp_p
     assert n_found == 1000
 
 
-def test_the_command_that_verify_names_mends_the_set(mat: Path, small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_the_command_that_verify_names_mends_the_set(
+    mat: Path, small_set: Path, tmp_path: Path, command: Run
+) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / "a root" / small_set.name))
     (directory / "notes.txt").write_text("")
     os.truncate(directory / "rgb-00002.npy", 300)
@@ -170,11 +197,24 @@ def test_the_command_that_verify_names_mends_the_set(mat: Path, small_set: Path,
     mended = subprocess.run(["sh", "-c", mend], cwd=REPO, capture_output=True, text=True)
     assert mended.returncode == 0, mended.stderr
     assert verify_all(read_set(directory))
-    again = command("convert", "run", mat, "--out", directory.parent, "--size", 32, "--rows-per-shard", 10, "--repair")
+    again = command(
+        "convert",
+        "run",
+        mat,
+        "--out",
+        directory.parent,
+        "--size",
+        32,
+        "--rows-per-shard",
+        10,
+        "--repair",
+    )
     assert "nothing to do" in again.stderr
 
 
-def test_verify_against_finds_what_its_own_hashes_cannot(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_verify_against_finds_what_its_own_hashes_cannot(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     assert against_mat(open_set(directory), mat, 36) == 36
     path = older(directory, random.Random(0))
@@ -189,7 +229,9 @@ def test_verify_against_finds_what_its_own_hashes_cannot(mat: Path, small_set: P
 
 
 @pytest.mark.parametrize("damage", ["header", "size", "link", "missing"])
-def test_opening_finds_a_shard_of_another_header_or_size(small_set: Path, tmp_path: Path, damage: str) -> None:
+def test_opening_finds_a_shard_of_another_header_or_size(
+    small_set: Path, tmp_path: Path, damage: str
+) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     path = directory / "depth-00001.npy"
     if damage == "header":
@@ -206,7 +248,14 @@ def test_opening_finds_a_shard_of_another_header_or_size(small_set: Path, tmp_pa
 
 
 def test_the_header_written_here_is_numpys() -> None:
-    for dtype, shape in (("|u1", (128, 3, 224, 224)), ("<u2", (100_000, 480, 480)), ("<f4", (1449, 4)), ("|S70", (9,))):
+    for dtype, shape in (
+        ("|u1", (128, 3, 224, 224)),
+        ("<u2", (100_000, 480, 480)),
+        ("<f4", (1449, 4)),
+        ("|S70", (9,)),
+    ):
         file = io.BytesIO()
-        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": dtype, "fortran_order": False, "shape": shape}
+        )
         assert npy_header(dtype, shape) == file.getvalue()

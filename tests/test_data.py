@@ -35,7 +35,11 @@ def test_no_scene_is_in_both_splits(small_set: Path) -> None:
 @pytest.mark.parametrize(
     ("n", "train", "test"),
     [
-        (10, [192, 119, 114, 63, 62, 40, 26, 26, 25, 128], [191, 106, 107, 58, 55, 38, 24, 23, 11, 41]),
+        (
+            10,
+            [192, 119, 114, 63, 62, 40, 26, 26, 25, 128],
+            [191, 106, 107, 58, 55, 38, 24, 23, 11, 41],
+        ),
         (
             13,
             [192, 119, 114, 63, 62, 40, 26, 26, 25, 17, 14, 12, 85],
@@ -76,7 +80,9 @@ def test_a_row_is_what_the_shards_hold(small_set: Path) -> None:
 @pytest.mark.parametrize("positions", [[0, 1, 5], [7, 2, 2, 0], [9]])
 def test_a_batch_is_its_rows_in_the_order_asked_for(small_set: Path, positions: list[int]) -> None:
     dataset = ShardDataset(small_set, split="all")
-    for one, many in zip([dataset[i] for i in positions], dataset.__getitems__(positions), strict=True):
+    for one, many in zip(
+        [dataset[i] for i in positions], dataset.__getitems__(positions), strict=True
+    ):
         for a, b in zip(one, many, strict=True):
             assert torch.equal(a, b)
 
@@ -90,8 +96,12 @@ def test_an_index_out_of_range_raises(small_set: Path, index: int) -> None:
         dataset.__getitems__([0, index])
 
 
-@pytest.mark.parametrize(("target", "n"), [("semantic13", 13), ("semantic40", 40), ("semantic894", 894)])
-def test_semantic_targets_go_through_the_table_and_void_is_ignored(small_set: Path, target: str, n: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "n"), [("semantic13", 13), ("semantic40", 40), ("semantic894", 894)]
+)
+def test_semantic_targets_go_through_the_table_and_void_is_ignored(
+    small_set: Path, target: str, n: int
+) -> None:
     dataset = ShardDataset(small_set, split="all", target=target)
     found = open_set(small_set)
     stored = found.shards("label")[0][3]
@@ -106,7 +116,11 @@ def test_semantic_targets_go_through_the_table_and_void_is_ignored(small_set: Pa
 def test_depth_and_instance_targets(small_set: Path) -> None:
     found = open_set(small_set)
     rgb, metres = ShardDataset(small_set, split="all", target="depth")[4]
-    assert (tuple(rgb.shape), tuple(metres.shape), metres.dtype) == ((3, 32, 32), (1, 32, 32), torch.float32)
+    assert (tuple(rgb.shape), tuple(metres.shape), metres.dtype) == (
+        (3, 32, 32),
+        (1, 32, 32),
+        torch.float32,
+    )
     np.testing.assert_allclose(metres[0], found.shards("depth")[0][4] / 1000, atol=1e-6)
     instance = ShardDataset(small_set, split="all", target="instance")[4][-1]
     np.testing.assert_array_equal(instance, found.shards("instance")[0][4])
@@ -165,7 +179,12 @@ def test_a_plain_dataloader_works(small_set: Path) -> None:
 
 
 def test_the_notes_configuration_works_as_it_stands(small_set: Path) -> None:
-    config = {"dataset_path": str(small_set.parent), "batch_size": 4, "num_workers": 0, "target_size": (32, 32)}
+    config = {
+        "dataset_path": str(small_set.parent),
+        "batch_size": 4,
+        "num_workers": 0,
+        "target_size": (32, 32),
+    }
     train, _ = create_dataloaders(**config, num_classes=13)  # type: ignore[arg-type]
     rgb, depth, label = next(iter(train))
     assert (rgb.dtype, depth.dtype, label.dtype) == (torch.float32, torch.float32, torch.int64)
@@ -184,7 +203,9 @@ def test_the_notes_configuration_works_as_it_stands(small_set: Path) -> None:
         ({"num_classes": 12}, "num_classes 12"),
     ],
 )
-def test_a_wrong_setting_is_one_line_with_the_way_out(small_set: Path, config: dict[str, object], words: str) -> None:
+def test_a_wrong_setting_is_one_line_with_the_way_out(
+    small_set: Path, config: dict[str, object], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         create_dataloaders(**{"dataset_path": small_set, **config})  # type: ignore[arg-type]
 
@@ -212,4 +233,8 @@ def test_a_set_of_rgb_alone_trains_on_rgb(mat: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no field depth"):
         create_dataloaders(made)
     rgb, label = next(iter(train))
-    assert (rgb.dtype, tuple(rgb.shape), tuple(label.shape)) == (torch.float32, (4, 3, 32, 32), (4,))
+    assert (rgb.dtype, tuple(rgb.shape), tuple(label.shape)) == (
+        torch.float32,
+        (4, 3, 32, 32),
+        (4,),
+    )

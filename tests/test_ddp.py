@@ -1,4 +1,6 @@
-"""Two real processes under torchrun: the same losses as one with the whole batch, every test row once, one writer."""
+"""Two real processes under torchrun: the same losses as one with the whole batch, every test row
+once, one writer.
+"""
 
 import os
 import shutil
@@ -38,7 +40,9 @@ def arguments(data: Path, out: Path, **changes: object) -> list[str]:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +60,14 @@ def test_losses_equal_one_process_with_the_same_global_batch(
 ) -> None:
     done = run(*arguments(small_set, tmp_path, batch_size=8))
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(rows(tmp_path / "metrics.csv"), rows(two[0] / "metrics.csv"), strict=True):
+    for ours, theirs in zip(
+        rows(tmp_path / "metrics.csv"), rows(two[0] / "metrics.csv"), strict=True
+    ):
         for name in ("train_loss", "test_loss", "train_top1", "test_top1", "lr"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-5), name
-    one, other = (torch.load(out / "last.pt", weights_only=True)["model"] for out in (tmp_path, two[0]))
+    one, other = (
+        torch.load(out / "last.pt", weights_only=True)["model"] for out in (tmp_path, two[0])
+    )
     for key in one:
         torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-4)
 
@@ -72,27 +80,46 @@ def test_losses_are_those_of_one_process_where_ranks_have_unequal_shares_of_know
     for out, words, batch_size in ((tmp_path / "1", (), 8), (tmp_path / "2", distributed, 4)):
         done = run(*words, *arguments(small_set, out, batch_size=batch_size, **pixels))
         assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(rows(tmp_path / "1" / "metrics.csv"), rows(tmp_path / "2" / "metrics.csv"), strict=True):
+    for ours, theirs in zip(
+        rows(tmp_path / "1" / "metrics.csv"), rows(tmp_path / "2" / "metrics.csv"), strict=True
+    ):
         for name in ("train_loss", "test_loss", "train_pixel_accuracy"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-5), name
 
 
-def test_every_test_row_counts_once_and_one_rank_writes_and_speaks(two: tuple[Path, str], small_set: Path) -> None:
+def test_every_test_row_counts_once_and_one_rank_writes_and_speaks(
+    two: tuple[Path, str], small_set: Path
+) -> None:
     out, text = two
     n_test = len(ShardDataset(small_set, split="test", num_classes=10))
-    assert sum(int(row["true"]) for row in rows(out / "classes.csv")) == n_test == len(rows(out / "predictions.csv"))
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    assert (
+        sum(int(row["true"]) for row in rows(out / "classes.csv"))
+        == n_test
+        == len(rows(out / "predictions.csv"))
+    )
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")] == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]
     assert not list(out.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_ranks_together_see_every_test_row_exactly_once(world: int, small_set: Path) -> None:
     n_test = len(ShardDataset(small_set, split="test"))
-    seen = [i for rank in range(world) for batch in Batches(n_test, 4, None, rank, world)(0) for i in batch]
+    seen = [
+        i
+        for rank in range(world)
+        for batch in Batches(n_test, 4, None, rank, world)(0)
+        for i in batch
+    ]
     assert sorted(seen) == list(range(n_test))
 
 
-def test_one_process_continues_what_two_began(two: tuple[Path, str], small_set: Path, tmp_path: Path) -> None:
+def test_one_process_continues_what_two_began(
+    two: tuple[Path, str], small_set: Path, tmp_path: Path
+) -> None:
     shutil.copytree(two[0], tmp_path / "run")
     done = run(*arguments(small_set, tmp_path / "run", batch_size=8, epochs=4))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Helper processes: what goes wrong in one is told as if it had gone wrong here, and none is left behind."""
+"""Helper processes: what goes wrong in one is told as if it had gone wrong here, and none is left
+behind.
+"""
 
 import os
 import shutil
@@ -21,9 +23,7 @@ from convert.sample import write_sample
 from shards.errors import UserError
 from shards.spec import ConversionSettings
 
-WITH_HELPERS = (
-    "import sys, convert.executors as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
-)
+WITH_HELPERS = "import sys, convert.executors as w; w.HELPERS_FROM = 0; from convert.__main__ import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,21 @@ def copy(mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def running(mat: Path, root: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A conversion under way, with its helpers."""
-    command = [sys.executable, "-c", WITH_HELPERS, "run", str(mat), "--out", str(root), "--rows-per-shard", "4"]
+    command = [
+        sys.executable,
+        "-c",
+        WITH_HELPERS,
+        "run",
+        str(mat),
+        "--out",
+        str(root),
+        "--rows-per-shard",
+        "4",
+    ]
     command += ["--workers", "2"]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             while not list(root.glob("*/receipt-*")):
                 assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
@@ -59,7 +71,9 @@ def running(mat: Path, root: Path) -> Iterator[tuple[subprocess.Popen[str], list
             process.kill()
 
 
-def test_a_killed_helper_ends_the_run_in_one_line_and_the_next_run_goes_on(large: Path, tmp_path: Path) -> None:
+def test_a_killed_helper_ends_the_run_in_one_line_and_the_next_run_goes_on(
+    large: Path, tmp_path: Path
+) -> None:
     with running(large, tmp_path) as (process, helpers):
         os.kill(helpers[0], signal.SIGKILL)
         assert "a helper process was killed by signal 9" in ends_in_one_line(process, 2)
@@ -90,7 +104,9 @@ def test_damage_found_by_a_helper_names_the_field_and_the_row(copy: Path, tmp_pa
         convert(copy, tmp_path / "out", SMALL)
 
 
-def test_a_damaged_chunk_index_names_the_field_before_any_helper_reads_it(copy: Path, tmp_path: Path) -> None:
+def test_a_damaged_chunk_index_names_the_field_before_any_helper_reads_it(
+    copy: Path, tmp_path: Path
+) -> None:
     with h5py.File(copy, "r+") as file:
         depths = file["depths"]
         n_bytes = depths.id.get_chunk_info(0).size + 4 * int(np.prod(depths.chunks)) * 4 + 8192

@@ -19,7 +19,9 @@ from convert.sample import write_sample
 TORCH = find_spec("torch") is not None
 MAT = "nyu_depth_v2_labeled.mat"
 QUICK = {"train": ["--epochs", "1", "--size", "32", "--width", "8", "--batch-size", "8"]}
-ELSEWHERE = re.compile(r"https?://|/machine|/drive/|photos|\.\.\.")  # a server, a Drive, pictures that nobody has here
+ELSEWHERE = re.compile(
+    r"https?://|/machine|/drive/|photos|\.\.\."
+)  # a server, a Drive, pictures that nobody has here
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +35,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def type_in(folder: Path, *words: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, f"{words}\n{done.stderr}"
 
 
 def text_of(document: str, folder: Path) -> str:
     """The document, as if written on this machine for this set."""
     name = next(p.name for p in (folder / "data").glob("nyuv2-*") if p.suffix == "")
-    return (REPO / document).read_text().replace("nyuv2-224-feb52342", name).replace("/content/", f"{folder}/")
+    return (
+        (REPO / document)
+        .read_text()
+        .replace("nyuv2-224-feb52342", name)
+        .replace("/content/", f"{folder}/")
+    )
 
 
 TRAINING = pytest.param("docs/training.md", marks=pytest.mark.stress)  # a minute
@@ -56,7 +65,9 @@ WITH_PYTHON = [
 
 @pytest.mark.parametrize("document", WITH_COMMANDS)
 def test_commands_of_the_documents_work(document: str, folder: Path) -> None:
-    typed = re.findall(r"^    (?:\$ )?python (-m (?:convert|train) .*)$", text_of(document, folder), re.M)
+    typed = re.findall(
+        r"^    (?:\$ )?python (-m (?:convert|train) .*)$", text_of(document, folder), re.M
+    )
     here = [shlex.split(line, comments=True) for line in typed if not ELSEWHERE.search(line)]
     assert here
     possible = here if TORCH else [words for words in here if words[1] != "train"]
@@ -70,9 +81,13 @@ def test_commands_of_the_documents_work(document: str, folder: Path) -> None:
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_python_of_the_documents_works(document: str, folder: Path) -> None:
     text = text_of(document, folder).replace(f"{folder}/drive/MyDrive/", "")
-    indented = re.findall(r"^(?:    (?:from train|import ).*\n)(?:    .*\n|\n(?=    ))*", text, re.M)
+    indented = re.findall(
+        r"^(?:    (?:from train|import ).*\n)(?:    .*\n|\n(?=    ))*", text, re.M
+    )
     fenced = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    lines = [line.removeprefix("    ") for block in [*indented, *fenced] for line in block.splitlines()]
+    lines = [
+        line.removeprefix("    ") for block in [*indented, *fenced] for line in block.splitlines()
+    ]
     code = "\n".join(line for line in lines if line[:1] != "!" and "your own module" not in line)
     if document == "docs/zarr.md":
         type_in(folder, "-m", "convert", "run", MAT, "--out", "data", "--format", "zarr")

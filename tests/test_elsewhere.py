@@ -1,4 +1,6 @@
-"""Not only this Linux: what other systems and Pythons lack is taken away, and real loaders run without it."""
+"""Not only this Linux: what other systems and Pythons lack is taken away, and real loaders run
+without it.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,8 @@ pytest.importorskip("torch", reason="needs torch")
 from conftest import REPO
 from helpers.loaders import METHODS
 
-# Runs in a process of its own, and through sitecustomize in every process that this one starts, workers included.
+# Runs in a process of its own, and through sitecustomize in every process that this one starts,
+# workers included.
 TAKE_AWAY = """
 import os, sys
 
@@ -55,14 +58,28 @@ if __name__ == "__main__":
     print("right")
 """
 ALONE = ["os.memfd_create", "os.sched_getaffinity", "os.getppid", "proc"]
-ALL = [*ALONE, "os.posix_fadvise", "os.posix_fallocate", "os.preadv", "mmap.MADV_DONTNEED", "signal.SIGUSR1", "fcntl"]
+ALL = [
+    *ALONE,
+    "os.posix_fadvise",
+    "os.posix_fallocate",
+    "os.preadv",
+    "mmap.MADV_DONTNEED",
+    "signal.SIGUSR1",
+    "fcntl",
+]
 
 
-def run_without(taken: str, code: str, tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def run_without(
+    taken: str, code: str, tmp_path: Path, *args: str
+) -> subprocess.CompletedProcess[str]:
     (tmp_path / "sitecustomize.py").write_text(TAKE_AWAY)
     script = tmp_path / "script.py"
     script.write_text(code)
-    env = {**os.environ, "TAKEN_AWAY": taken, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
+    env = {
+        **os.environ,
+        "TAKEN_AWAY": taken,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)]),
+    }
     command = [sys.executable, str(script), *args]
     return subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=120)
 
@@ -79,19 +96,27 @@ def test_what_is_taken_away_is_gone_in_every_process(tmp_path: Path) -> None:
             print("gone")"""
     done = run_without("os.memfd_create", code, tmp_path)
     assert done.stdout == "gone\n", done.stderr
-    done = run_without("proc", "print(__import__('os').path.exists('/proc'), open('/proc/self/stat'))", tmp_path)
+    done = run_without(
+        "proc", "print(__import__('os').path.exists('/proc'), open('/proc/self/stat'))", tmp_path
+    )
     assert "FileNotFoundError" in done.stderr
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_workers_of_every_kind_do_without_all_of_it(method: str, small_set: Path, tmp_path: Path) -> None:
+def test_workers_of_every_kind_do_without_all_of_it(
+    method: str, small_set: Path, tmp_path: Path
+) -> None:
     done = run_without(" ".join(ALL), COMPARE.format(method=method, path=str(small_set)), tmp_path)
     assert done.stdout == "right\n", done.stderr
 
 
 @pytest.mark.parametrize("taken", ALONE)
-def test_loaders_give_the_same_batches_without_it(taken: str, small_set: Path, tmp_path: Path) -> None:
-    """Without memfd_create, as in the Pythons of uv and conda, the buffers are a file without a name."""
+def test_loaders_give_the_same_batches_without_it(
+    taken: str, small_set: Path, tmp_path: Path
+) -> None:
+    """Without memfd_create, as in the Pythons of uv and conda, the buffers are a file without a
+    name.
+    """
     done = run_without(taken, COMPARE.format(method="fork", path=str(small_set)), tmp_path)
     assert done.stdout == "right\n", done.stderr
 
@@ -129,7 +154,9 @@ def test_memory_that_is_told_is_shown(tmp_path: Path) -> None:
     assert line.endswith(" GiB")
 
 
-def test_a_set_opens_where_no_mount_table_tells_what_it_is_on(tmp_path: Path, small_set: Path) -> None:
+def test_a_set_opens_where_no_mount_table_tells_what_it_is_on(
+    tmp_path: Path, small_set: Path
+) -> None:
     code = f"""if True:
         from pathlib import Path
         from stores.mounted import kind_of_mount

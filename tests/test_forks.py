@@ -1,6 +1,8 @@
-"""Threads and forks: neither side ever gets a wrong batch or waits for ever, with datasets and loaders, used and fresh.
+"""Threads and forks: neither side ever gets a wrong batch or waits for ever, with datasets and
+loaders, used and fresh.
 
-Every child is a real fork; it answers over a pipe, and one that is silent for WAIT_S is killed and fails the test.
+Every child is a real fork; it answers over a pipe, and one that is silent for WAIT_S is killed and
+fails the test.
 """
 
 import atexit
@@ -98,7 +100,9 @@ def as_numpy(batches: list[Any]) -> list[Any]:
 
 def same_bytes(got: list[Any], want: list[Any]) -> bool:
     return len(got) == len(want) and all(
-        a.dtype == b.numpy().dtype and a.shape == tuple(b.shape) and a.tobytes() == b.numpy().tobytes()
+        a.dtype == b.numpy().dtype
+        and a.shape == tuple(b.shape)
+        and a.tobytes() == b.numpy().tobytes()
         for p, q in zip(got, want, strict=True)
         for a, b in zip(p, q, strict=True)
     )
@@ -116,8 +120,12 @@ def test_threads_that_read_a_fresh_dataset_first_get_its_rows(small_set: Path) -
 
 
 @used
-@pytest.mark.parametrize("how", [{}, {"device": "cpu"}, {"normalize": True}], ids=["maps", "device", "normalised"])
-def test_a_dataset_is_right_on_both_sides_of_a_fork(small_set: Path, is_used: bool, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "how", [{}, {"device": "cpu"}, {"normalize": True}], ids=["maps", "device", "normalised"]
+)
+def test_a_dataset_is_right_on_both_sides_of_a_fork(
+    small_set: Path, is_used: bool, how: dict[str, Any]
+) -> None:
     dataset = ShardDataset(small_set, split="all", **how)
     want = [ShardDataset(small_set, split="all", **how).batch(np.arange(36))] * 3
     if is_used:
@@ -149,12 +157,18 @@ def test_a_fork_while_a_thread_reads_is_right(small_set: Path) -> None:
         right = True
         while not stop.is_set():
             fresh = ShardDataset(small_set, split="all")
-            right = right and same([fresh.batch(np.arange(36))], want) and same([dataset.batch(np.arange(36))], want)
+            right = (
+                right
+                and same([fresh.batch(np.arange(36))], want)
+                and same([dataset.batch(np.arange(36))], want)
+            )
         return right
 
     def fork() -> bool:
         try:
-            return all(in_a_fork(lambda: same([dataset.batch(np.arange(36))], want)) for _ in range(10))
+            return all(
+                in_a_fork(lambda: same([dataset.batch(np.arange(36))], want)) for _ in range(10)
+            )
         finally:
             stop.set()
 
@@ -162,8 +176,12 @@ def test_a_fork_while_a_thread_reads_is_right(small_set: Path) -> None:
 
 
 @used
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "forkserver"), (1, "spawn")])
-def test_torchs_own_loader_gets_the_rows(small_set: Path, is_used: bool, workers: int, method: str | None) -> None:
+@pytest.mark.parametrize(
+    ("workers", "method"), [(0, None), (2, "fork"), (2, "forkserver"), (1, "spawn")]
+)
+def test_torchs_own_loader_gets_the_rows(
+    small_set: Path, is_used: bool, workers: int, method: str | None
+) -> None:
     dataset = ShardDataset(small_set, split="all")
     if is_used:
         dataset.batch(np.arange(36))
@@ -209,7 +227,9 @@ def test_threads_may_share_an_iteration(small_set: Path, kind: dict[str, Any]) -
 
 
 @kinds
-def test_a_loader_begun_by_two_threads_is_right_or_says_so(small_set: Path, kind: dict[str, Any]) -> None:
+def test_a_loader_begun_by_two_threads_is_right_or_says_so(
+    small_set: Path, kind: dict[str, Any]
+) -> None:
     loader, n_right = make(small_set, **kind), 0
     want = [expected(small_set, epoch) for epoch in range(12)]
     for _ in range(5):
@@ -246,7 +266,9 @@ def test_a_loader_inside_its_own_transform_is_an_error(small_set: Path) -> None:
 
 @kinds
 @pytest.mark.parametrize("n_had", [None, 0, 4], ids=["fresh", "used", "half-way"])
-def test_a_loader_goes_on_in_a_fork_and_in_its_parent(small_set: Path, kind: dict[str, Any], n_had: int | None) -> None:
+def test_a_loader_goes_on_in_a_fork_and_in_its_parent(
+    small_set: Path, kind: dict[str, Any], n_had: int | None
+) -> None:
     loader, epoch = make(small_set, **kind), 0
     if n_had == 0:
         epoch = 1
@@ -268,7 +290,9 @@ def test_a_loader_goes_on_in_a_fork_and_in_its_parent(small_set: Path, kind: dic
 
 
 @kinds
-def test_batches_held_through_a_fork_are_nobody_elses(small_set: Path, kind: dict[str, Any]) -> None:
+def test_batches_held_through_a_fork_are_nobody_elses(
+    small_set: Path, kind: dict[str, Any]
+) -> None:
     loader = make(small_set, **kind)
     batches, want = iter(loader), expected(small_set)
     held = [next(batches) for _ in range(2)]
@@ -284,7 +308,9 @@ def test_batches_held_through_a_fork_are_nobody_elses(small_set: Path, kind: dic
 
     kept, fork = held[0], Fork(child)
     held = []
-    n_left = sum(1 for _ in batches) + sum(1 for _ in loader)  # the second one's buffer is filled again
+    n_left = sum(1 for _ in batches) + sum(
+        1 for _ in loader
+    )  # the second one's buffer is filled again
     parent_is_done[1].send(True)
     assert child_has_written[0].poll(WAIT_S)
     assert same([kept], want[:1])
@@ -328,7 +354,9 @@ def test_what_ends_in_a_child_ends_nothing_of_the_parents(small_set: Path) -> No
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_signals_to_the_whole_group_leave_the_workers_to_their_parent(small_set: Path, method: str) -> None:
+def test_signals_to_the_whole_group_leave_the_workers_to_their_parent(
+    small_set: Path, method: str
+) -> None:
     loader = make(small_set, 2, method)
     batches = iter(loader)
     got = [next(batches)] if method == "forkserver" else []  # at once, while they start
@@ -340,7 +368,9 @@ def test_signals_to_the_whole_group_leave_the_workers_to_their_parent(small_set:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_loader_with_workers_inside_a_forked_child_is_right_or_says_so(small_set: Path, method: str) -> None:
+def test_a_loader_with_workers_inside_a_forked_child_is_right_or_says_so(
+    small_set: Path, method: str
+) -> None:
     list(make(small_set, 1, method))  # the forkserver runs
     made = in_a_fork(lambda: errors_of(lambda: as_numpy(list(make(small_set, 1, method)))))
     if method == "forkserver":
@@ -376,7 +406,9 @@ def test_a_daemonic_process_that_cannot_have_workers_says_so(small_set: Path) ->
 def test_workers_end_with_a_killed_parent_though_a_child_of_it_lives(
     small_set: Path, tmp_path: Path, method: str
 ) -> None:
-    end = "import os\n    if os.fork() == 0:\n        time.sleep(60); os._exit(0)\n    time.sleep(60)"
+    end = (
+        "import os\n    if os.fork() == 0:\n        time.sleep(60); os._exit(0)\n    time.sleep(60)"
+    )
     with start(tmp_path, small_set, end, method=method) as process:
         pids = first_line(process)
         threading.Event().wait(0.5)  # for the fork
@@ -429,11 +461,15 @@ def test_batches_that_end_are_no_error_with_workers() -> None:
             return None
 
     for workers in (0, 2):
-        loader = Loader(Rows(), lambda epoch: [np.arange(3)] * (2 if epoch == 0 else 0), workers, "fork")
+        loader = Loader(
+            Rows(), lambda epoch: [np.arange(3)] * (2 if epoch == 0 else 0), workers, "fork"
+        )
         assert [batch[0].tolist() for batch in loader] == [[0, 1, 2]] * 2
         assert list(loader) == []
 
 
 def test_the_order_of_rows_needs_no_process(small_set: Path) -> None:
     batches = Batches(36, 4, 0)
-    assert in_a_fork(lambda: [part.tolist() for part in batches(3)]) == [part.tolist() for part in batches(3)]
+    assert in_a_fork(lambda: [part.tolist() for part in batches(3)]) == [
+        part.tolist() for part in batches(3)
+    ]

@@ -1,7 +1,9 @@
-"""Mutations of real layouts: each ends in one line, status 2, without much memory or time, or does no harm at all.
+"""Mutations of real layouts: each ends in one line, status 2, without much memory or time, or does
+no harm at all.
 
-Every case is a process of its own, with limits on its address space and its CPU seconds. Status 0 is right only where
-the set that was made has the very bytes of the unharmed file's: a flipped byte in padding, or in what is not read.
+Every case is a process of its own, with limits on its address space and its CPU seconds. Status 0
+is right only where the set that was made has the very bytes of the unharmed file's: a flipped byte
+in padding, or in what is not read.
 """
 
 import json
@@ -31,7 +33,8 @@ from shards.files import sha256_file
 from shards.manifest import COLUMNS, MANIFEST
 
 MAX_RESIDENT = 512 << 20
-LIMITS = 'ulimit -v 6000000; ulimit -t 10; exec "$@"'  # KiB of address space (torch alone maps 3 GB); CPU seconds
+# KiB of address space (torch alone maps 3 GB); CPU seconds
+LIMITS = 'ulimit -v 6000000; ulimit -t 10; exec "$@"'
 LAUNCH = """import atexit, runpy, sys
 from pathlib import Path
 atexit.register(lambda: print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]))
@@ -47,19 +50,28 @@ class Outcome(NamedTuple):
 
 
 def limited(*args: object) -> Outcome:
-    """Run `python -m ARGS` under the limits. (wait4's largest size would count this process's own, as it forks.)"""
+    """Run `python -m ARGS` under the limits. (wait4's largest size would count this process's own,
+    as it forks.)
+    """
     command = ["sh", "-c", LIMITS, "sh", sys.executable, "-c", LAUNCH, *map(str, args)]
     done = subprocess.run(command, cwd=REPO, capture_output=True)
     last = done.stdout.split()[-1:]
-    return Outcome(done.returncode, done.stderr.decode(errors="replace"), int(last[0]) * 1024 if last else 0)
+    return Outcome(
+        done.returncode, done.stderr.decode(errors="replace"), int(last[0]) * 1024 if last else 0
+    )
 
 
 def complaint(outcome: Outcome) -> str | None:
     """What is not as it should be in a refusal."""
-    lines = [line for line in outcome.errors.splitlines() if not line.startswith(("shard ", "convert:"))]
+    lines = [
+        line for line in outcome.errors.splitlines() if not line.startswith(("shard ", "convert:"))
+    ]
     if outcome.status != 2:
         return f"status {outcome.status}: {outcome.errors[-300:]}"
-    if "Traceback" in outcome.errors or len([x for x in lines if "not in the official" not in x]) > 3:
+    if (
+        "Traceback" in outcome.errors
+        or len([x for x in lines if "not in the official" not in x]) > 3
+    ):
         return outcome.errors[-600:]
     if not any(words in lines[-1] for words in ("make ", "python -m", "same command")):
         return f"no command: {lines[-1]}"
@@ -106,32 +118,50 @@ def bomb(file: h5py.File, rng: random.Random) -> None:
     import zlib
 
     dset = file[any_key(rng)]
-    dset.id.write_direct_chunk((0,) * dset.ndim, zlib.compress(bytes(rng.choice([1, 64, 300]) << 20), 1))
+    dset.id.write_direct_chunk(
+        (0,) * dset.ndim, zlib.compress(bytes(rng.choice([1, 64, 300]) << 20), 1)
+    )
 
 
 def absurd_shape(file: h5py.File, rng: random.Random) -> None:
     key = any_key(rng)
     planes = (3,) if key == "images" else ()
     n_rows = rng.choice([0, 1, 37, 36, 10**6, 10**9, 2**40])
-    sides = rng.choice([(64, 48), (0, 0), (1, 1), (7, 48), (2**20, 2**20), (8192, 8192), (640, 480)])
+    sides = rng.choice(
+        [(64, 48), (0, 0), (1, 1), (7, 48), (2**20, 2**20), (8192, 8192), (640, 480)]
+    )
     shape = (n_rows, *planes, *sides)
     if shape == (36, *planes, 64, 48):
         shape = (36, 2, *sides) if planes else (36, 1, *sides)
-    chunk = tuple(max(1, min(s, c)) for s, c in zip(shape, (1, 3, 16, 48)[-len(shape) :], strict=True))
+    chunk = tuple(
+        max(1, min(s, c)) for s, c in zip(shape, (1, 3, 16, 48)[-len(shape) :], strict=True)
+    )
     replace(file, key, shape, file[key].dtype, chunks=chunk if 0 not in shape else None)
 
 
 def absurd_chunks(file: h5py.File, rng: random.Random) -> None:
     key = any_key(rng)
     shape = (36, *((3,) if key == "images" else ()), 2048, 2048)
-    chunk = rng.choice([(1,) * len(shape), shape, (36, *(1,) * (len(shape) - 1)), (*shape[:-2], 1, 2048)])
+    chunk = rng.choice(
+        [(1,) * len(shape), shape, (36, *(1,) * (len(shape) - 1)), (*shape[:-2], 1, 2048)]
+    )
     replace(file, key, shape, file[key].dtype, chunks=chunk, compression="gzip")
 
 
 def wrong_dtype(file: h5py.File, rng: random.Random) -> None:
     key = rng.choice([*KEYS.values(), *CELLS])
     shape = file[key].shape
-    kinds = ["i1", "u4", "f8", "S5", "c8", "?", "i8", h5py.ref_dtype, np.dtype([("a", "u1"), ("b", "f4")])]
+    kinds = [
+        "i1",
+        "u4",
+        "f8",
+        "S5",
+        "c8",
+        "?",
+        "i8",
+        h5py.ref_dtype,
+        np.dtype([("a", "u1"), ("b", "f4")]),
+    ]
     replace(file, key, shape, rng.choice(kinds))
 
 
@@ -151,7 +181,9 @@ def wrong_object(file: h5py.File, rng: random.Random) -> None:
     elif kind == 4:
         file[key] = np.dtype("u1")
     elif kind == 5:
-        file.create_dataset(key, original.shape, original.dtype, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+        file.create_dataset(
+            key, original.shape, original.dtype, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)]
+        )
     else:
         layout = h5py.VirtualLayout(original.shape, original.dtype)
         layout[...] = h5py.VirtualSource("/dev/zero", "x", original.shape)
@@ -204,14 +236,24 @@ def value(file: h5py.File, rng: random.Random) -> None:
 
 
 def accel(file: h5py.File, rng: random.Random) -> None:
-    shape, kind = rng.choice([((4, 35), "f4"), ((36,), "f4"), ((4, 36), "S3"), ((4, 10**12), "f4"), ((0, 36), "f4")])
-    replace(file, "accelData", shape, kind, chunks=tuple(min(s, 36) for s in shape) if 0 not in shape else None)
+    shape, kind = rng.choice(
+        [((4, 35), "f4"), ((36,), "f4"), ((4, 36), "S3"), ((4, 10**12), "f4"), ((0, 36), "f4")]
+    )
+    replace(
+        file,
+        "accelData",
+        shape,
+        kind,
+        chunks=tuple(min(s, 36) for s in shape) if 0 not in shape else None,
+    )
 
 
 def no_rows(file: h5py.File, rng: random.Random) -> None:
     for key in KEYS.values():
         shape = (0, *file[key].shape[1:])
-        replace(file, key, shape, file[key].dtype, maxshape=(None, *shape[1:]), chunks=(1, *shape[1:]))
+        replace(
+            file, key, shape, file[key].dtype, maxshape=(None, *shape[1:]), chunks=(1, *shape[1:])
+        )
     for key in CELLS[1:]:
         replace(file, key, (1, 0), h5py.ref_dtype)
 
@@ -234,7 +276,9 @@ def metadata_ranges(path: Path) -> list[tuple[int, int]]:
         chunks: list[tuple[int, int]] = []
         for key in KEYS.values():
             if file[key].chunks:
-                file[key].id.chunk_iter(lambda c: chunks.append((c.byte_offset, c.byte_offset + c.size)))
+                file[key].id.chunk_iter(
+                    lambda c: chunks.append((c.byte_offset, c.byte_offset + c.size))
+                )
             else:
                 start = file[key].id.get_offset()
                 chunks.append((start, start + file[key].id.get_storage_size()))
@@ -250,7 +294,9 @@ def important(path: Path) -> list[tuple[int, int]]:
     """The superblock, the root group, and what the five arrays and the cells begin with."""
     with h5py.File(path) as file:
         base = file.userblock_size
-        addresses = [h5py.h5o.get_info(file[key].id).addr + base for key in (*KEYS.values(), *CELLS)]
+        addresses = [
+            h5py.h5o.get_info(file[key].id).addr + base for key in (*KEYS.values(), *CELLS)
+        ]
     return [(base, base + 1200), *((a, a + 400) for a in addresses)]
 
 
@@ -274,7 +320,9 @@ def hole(path: Path, rng: random.Random) -> None:
     """A block of zeros or noise: a download with a part missing."""
     data = bytearray(path.read_bytes())
     start = rng.randrange(len(data))
-    block = (bytes if rng.random() < 0.5 else rng.randbytes)(min(rng.choice([4096, 65536, 10**6]), len(data) - start))
+    block = (bytes if rng.random() < 0.5 else rng.randbytes)(
+        min(rng.choice([4096, 65536, 10**6]), len(data) - start)
+    )
     path.write_bytes(data[:start] + block + data[start + len(block) :])
 
 
@@ -298,7 +346,14 @@ CHANGES: dict[str, Change] = {
     "cut": cut,
     "hole": hole,
 }
-MAY_BE_HARMLESS = {"flips in metadata", "flips in headers", "one flip in headers", "hole", "corrupt chunk", "filters"}
+MAY_BE_HARMLESS = {
+    "flips in metadata",
+    "flips in headers",
+    "one flip in headers",
+    "hole",
+    "corrupt chunk",
+    "filters",
+}
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +379,16 @@ def hostile(n: int, layouts: list[Path], small_set: Path, root: Path) -> dict[st
     def one(case: tuple[int, str]) -> str | None:
         (k, name), rng = case, random.Random(f"hostile {case[0]}")
         path, out = root / f"{k}.mat", root / f"{k}"
-        shutil.copy(layouts[0] if name in ("corrupt chunk", "bomb", "filters") else layouts[k % len(layouts)], path)
+        shutil.copy(
+            layouts[0]
+            if name in ("corrupt chunk", "bomb", "filters")
+            else layouts[k % len(layouts)],
+            path,
+        )
         CHANGES[name](path, rng)
-        outcome = limited("convert", "run", path, "--out", out, "--size", 32, "--rows-per-shard", 10)
+        outcome = limited(
+            "convert", "run", path, "--out", out, "--size", 32, "--rows-per-shard", 10
+        )
         made = [p for p in out.glob("*") if (p / MANIFEST).exists()]
         wrong = complaint(outcome) if outcome.status else None
         if outcome.status == 0 and name in MAY_BE_HARMLESS:
@@ -354,7 +416,9 @@ def hostile(n: int, layouts: list[Path], small_set: Path, root: Path) -> dict[st
     return counts
 
 
-def test_hostile_sources_are_one_line_within_the_limits(layouts: list[Path], small_set: Path, tmp_path: Path) -> None:
+def test_hostile_sources_are_one_line_within_the_limits(
+    layouts: list[Path], small_set: Path, tmp_path: Path
+) -> None:
     assert hostile(2 * len(CHANGES), layouts, small_set, tmp_path)["refused"] > len(CHANGES)
 
 
@@ -391,7 +455,10 @@ def pickled(directory: Path) -> None:
     path = directory / "rows-split.npy"
     np.save(path, np.array([Evil()], object), allow_pickle=True)
     manifest = manifest_json(directory)
-    manifest["columns"]["rows-split.npy"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest["columns"]["rows-split.npy"] = {
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+    }
     write_manifest_json(directory, manifest)
 
 
@@ -434,7 +501,9 @@ SETS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", SETS)
-def test_a_hostile_set_is_one_line_to_every_reader(kind: str, small_set: Path, tmp_path: Path) -> None:
+def test_a_hostile_set_is_one_line_to_every_reader(
+    kind: str, small_set: Path, tmp_path: Path
+) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     SETS[kind](directory)
     outcome = limited("convert", "inspect", directory)
@@ -444,8 +513,13 @@ def test_a_hostile_set_is_one_line_to_every_reader(kind: str, small_set: Path, t
 
 
 def test_a_manifest_of_any_values_is_refused_or_read(small_set: Path, tmp_path: Path) -> None:
-    """Every value replaced by every strange one, signed: a UserError, or a set whose shards and columns are read."""
-    whole, strange = manifest_json(small_set), [None, -1, 2**70, 1e300, "", "../x", [], {}, [[]], True]
+    """Every value replaced by every strange one, signed: a UserError, or a set whose shards and
+    columns are read.
+    """
+    whole, strange = (
+        manifest_json(small_set),
+        [None, -1, 2**70, 1e300, "", "../x", [], {}, [[]], True],
+    )
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     paths = list(leaves(whole))
     for k in range(400):
@@ -467,7 +541,13 @@ def test_a_manifest_of_any_values_is_refused_or_read(small_set: Path, tmp_path: 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where everything is in a JSON value, each list by its first two."""
-    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:2])
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield (*path, key)
         yield from leaves(inner, (*path, key))
@@ -482,7 +562,9 @@ def test_a_shard_of_objects_is_never_loaded(small_set: Path, tmp_path: Path) -> 
         map_npy(directory / "label-00000.npy", dtype="<u2", shape=(10, 32, 32))
 
 
-def test_a_failure_in_the_middle_keeps_what_is_done(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_a_failure_in_the_middle_keeps_what_is_done(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     """The thread that inflates row 35 raises: one line, nothing temporary, finished shards kept."""
     path = tmp_path / "x.mat"
     shutil.copy(mat, path)

@@ -1,4 +1,6 @@
-"""Who may reach whom: one list for all packages; imports inside functions and modules in commands count too."""
+"""Who may reach whom: one list for all packages; imports inside functions and modules in commands
+count too.
+"""
 
 import subprocess
 import sys
@@ -12,7 +14,9 @@ from helpers.arrows import AT_THE_TOP, BY_M, arrows, is_standard, modules_of
 
 @dataclass(frozen=True)
 class Row:
-    """What a package or module may reach, names parted by spaces. A package's name stands for all that is in it."""
+    """What a package or module may reach, names parted by spaces. A package's name stands for all
+    that is in it.
+    """
 
     ours: str = ""
     others: str = ""  # packages that are not ours
@@ -240,7 +244,9 @@ TESTS = dict(modules_of(REPO / "tests", ["."]))
 
 @pytest.mark.parametrize("module", TESTS)
 def test_what_several_tests_need_is_in_their_helpers(module: str) -> None:
-    """A test file is read by nobody else: what it imports of the tests is in `helpers`, or in conftest."""
+    """A test file is read by nobody else: what it imports of the tests is in `helpers`, or in
+    conftest.
+    """
     reached = [arrow.target for arrow in arrows(TESTS[module].read_text())]
     assert not [target for target in reached if target.startswith("test_")]
     if module.startswith("helpers"):

@@ -1,4 +1,6 @@
-"""Killed, terminated, out of space, read-only, a source that changes: the next run goes on and ends byte-identical."""
+"""Killed, terminated, out of space, read-only, a source that changes: the next run goes on and ends
+byte-identical.
+"""
 
 import os
 import random
@@ -53,7 +55,9 @@ def nothing_temporary(root: Path) -> bool:
 
 
 def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: object) -> int:
-    """Kill that many runs, some of them repairing a damaged set; returns how many sets were finished in between."""
+    """Kill that many runs, some of them repairing a damaged set; returns how many sets were
+    finished in between.
+    """
     rng, n_finished, kills = random.Random(n_kills), 0, 0
     directory = root / whole.name
     started = time.monotonic()
@@ -62,7 +66,9 @@ def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: obje
     seconds = time.monotonic() - started  # of a whole run, on this machine, now
     while kills < n_kills:
         repair = directory.exists() and (directory / MANIFEST).exists()
-        with running(mat, root, "--size", 32, "--rows-per-shard", 10, *(["--repair"] if repair else [])) as process:
+        with running(
+            mat, root, "--size", 32, "--rows-per-shard", 10, *(["--repair"] if repair else [])
+        ) as process:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(rng.uniform(0.2, 1.1) * seconds)
             if process.poll() is None:
@@ -88,7 +94,9 @@ def verify_all_but_leftovers(directory: Path) -> bool:
     return not [name for name, problem in verify(directory) if problem and name in files]
 
 
-def test_killed_runs_resume_and_end_byte_identical(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_killed_runs_resume_and_end_byte_identical(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     kill_at_random(mat, small_set, tmp_path, 10)
     assert nothing_temporary(tmp_path)
 
@@ -100,7 +108,9 @@ def test_200_kills_at_random_moments(mat: Path, small_set: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_is_one_line_and_leaves_no_temporary_file(mat: Path, tmp_path: Path, number: int) -> None:
+def test_a_signal_is_one_line_and_leaves_no_temporary_file(
+    mat: Path, tmp_path: Path, number: int
+) -> None:
     with running(mat, tmp_path, *SLOW) as process:
         until_a_shard_is_done(process, tmp_path)
         process.send_signal(number)
@@ -110,7 +120,9 @@ def test_a_signal_is_one_line_and_leaves_no_temporary_file(mat: Path, tmp_path: 
     assert nothing_temporary(tmp_path)
 
 
-def test_of_two_runs_one_works_and_the_other_says_who(mat: Path, tmp_path: Path, command: Run) -> None:
+def test_of_two_runs_one_works_and_the_other_says_who(
+    mat: Path, tmp_path: Path, command: Run
+) -> None:
     with running(mat, tmp_path, *SLOW) as process:
         until_a_shard_is_done(process, tmp_path)
         process.send_signal(signal.SIGSTOP)
@@ -120,7 +132,9 @@ def test_of_two_runs_one_works_and_the_other_says_who(mat: Path, tmp_path: Path,
         assert " since 20" in other.stderr
         process.kill()
         process.wait()
-    done = command("convert", "run", mat, "--out", tmp_path, *SLOW)  # a dead process's lock holds nobody up
+    done = command(
+        "convert", "run", mat, "--out", tmp_path, *SLOW
+    )  # a dead process's lock holds nobody up
     assert done.returncode == 0, done.stderr
     assert "shards are done already" in done.stderr
 
@@ -128,7 +142,9 @@ def test_of_two_runs_one_works_and_the_other_says_who(mat: Path, tmp_path: Path,
 # ---------------------------------------------------------------- disks and sources
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_work(mat: Path, tmp_path: Path, command: Run) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+    mat: Path, tmp_path: Path, command: Run
+) -> None:
     with small_disk(tmp_path / "disk", 4 << 20) as disk:
         done = command("convert", "run", mat, "--out", disk)
         assert done.returncode == 2
@@ -136,7 +152,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(mat: Path, tmp_path
         assert not list(disk.rglob("*.npy"))
 
 
-def test_a_disk_that_fills_up_ends_in_one_line_and_keeps_what_is_done(mat: Path, tmp_path: Path, command: Run) -> None:
+def test_a_disk_that_fills_up_ends_in_one_line_and_keeps_what_is_done(
+    mat: Path, tmp_path: Path, command: Run
+) -> None:
     with small_disk(tmp_path / "disk", 40 << 20) as disk:
         with running(mat, disk / "out", *SLOW) as process:
             until_a_shard_is_done(process, disk / "out")
@@ -173,7 +191,9 @@ def test_a_read_only_disk_serves_a_finished_set_and_refuses_another(
         assert "Read-only file system" in other.stderr
 
 
-def test_a_source_that_changes_while_it_is_read_is_not_published(mat: Path, tmp_path: Path, command: Run) -> None:
+def test_a_source_that_changes_while_it_is_read_is_not_published(
+    mat: Path, tmp_path: Path, command: Run
+) -> None:
     source, root = tmp_path / "x.mat", tmp_path / "out"
     shutil.copy(mat, source)
     with running(source, root, *SLOW) as process:
@@ -204,7 +224,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, command: Run) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "broken link"])
-def test_an_out_that_is_no_directory_is_one_line(mat: Path, tmp_path: Path, command: Run, what: str) -> None:
+def test_an_out_that_is_no_directory_is_one_line(
+    mat: Path, tmp_path: Path, command: Run, what: str
+) -> None:
     out = tmp_path / "out"
     if what == "file":
         out.write_text("")
@@ -215,7 +237,9 @@ def test_an_out_that_is_no_directory_is_one_line(mat: Path, tmp_path: Path, comm
     assert "cannot be made" in done.stderr
 
 
-def test_paths_with_spaces_other_scripts_and_bytes_that_are_no_text(mat: Path, tmp_path: Path, command: Run) -> None:
+def test_paths_with_spaces_other_scripts_and_bytes_that_are_no_text(
+    mat: Path, tmp_path: Path, command: Run
+) -> None:
     where = tmp_path / "a b ' \u00e9\u4e2d" / os.fsdecode(b"\xff")
     where.mkdir(parents=True)
     shutil.copy(mat, where / "x y.mat")
@@ -228,7 +252,9 @@ def test_paths_with_spaces_other_scripts_and_bytes_that_are_no_text(mat: Path, t
     assert done.returncode == 0, done.stderr
     made = where / os.fsdecode(done.stdout.strip())
     assert verify_all(made)
-    verified = subprocess.run([sys.executable, "-m", "convert", "verify", made], cwd=REPO, capture_output=True)
+    verified = subprocess.run(
+        [sys.executable, "-m", "convert", "verify", made], cwd=REPO, capture_output=True
+    )
     assert os.fsencode(made) in verified.stdout, verified.stderr
 
 
@@ -240,9 +266,16 @@ def test_without_its_source_a_set_is_found_by_its_settings(
 ) -> None:
     small = ("--size", 32, "--rows-per-shard", 10)
     shutil.copytree(small_set, tmp_path / "out" / small_set.name)
-    done = command("convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out", *small)
+    done = command(
+        "convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out", *small
+    )
     assert done.stdout.strip() == str(tmp_path / "out" / small_set.name), done.stderr
-    assert command("convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out").returncode == 2
+    assert (
+        command(
+            "convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out"
+        ).returncode
+        == 2
+    )
     other = tmp_path / "other" / mat.name
     other.parent.mkdir()
     shutil.copy(mat, other)
@@ -251,12 +284,16 @@ def test_without_its_source_a_set_is_found_by_its_settings(
         file.seek(100)
         file.write(b"another source")
     convert(other, tmp_path / "out", SMALL)
-    done = command("convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out", *small)
+    done = command(
+        "convert", "run", tmp_path / "gone" / mat.name, "--out", tmp_path / "out", *small
+    )
     assert done.returncode == 2
     assert all(p.name in done.stderr for p in finished_sets(tmp_path / "out"))
 
 
-def test_a_set_under_another_sets_name_is_refused(mat: Path, small_set: Path, tmp_path: Path) -> None:
+def test_a_set_under_another_sets_name_is_refused(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
     other = convert(mat, tmp_path, ConversionSettings(size=16))
     shutil.copytree(small_set, tmp_path / "kept")
     name = other.name
@@ -270,7 +307,9 @@ def test_a_set_under_another_sets_name_is_refused(mat: Path, small_set: Path, tm
 
 
 def memory_limited(source: Path, root: Path, limit: int, *more: object) -> dict[str, int]:
-    """Convert inside a group; its most anonymous memory as seen every 10 ms, and its peak with page cache."""
+    """Convert inside a group; its most anonymous memory as seen every 10 ms, and its peak with page
+    cache.
+    """
     drop_from_cache(source)
     seen, ended = [0], threading.Event()
     with memory_group(limit) as group:
@@ -297,7 +336,9 @@ def test_a_conversion_fits_in_512_mb(mat: Path, tmp_path: Path) -> None:
 
 @pytest.mark.stress
 def test_the_full_size_converts_in_512_mb(tmp_path: Path) -> None:
-    """NYUV2_FULL_MAT names a .mat of the original's size; without it one is made up (1449 rows, some minutes)."""
+    """NYUV2_FULL_MAT names a .mat of the original's size; without it one is made up (1449 rows,
+    some minutes).
+    """
     from convert.sample import write_sample
 
     source = Path(os.environ.get("NYUV2_FULL_MAT", tmp_path / "full.mat"))

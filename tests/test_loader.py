@@ -1,4 +1,6 @@
-"""The loader: the same batches however they are made, buffers that nobody can see reused, and ends that are clean."""
+"""The loader: the same batches however they are made, buffers that nobody can see reused, and ends
+that are clean.
+"""
 
 import os
 import signal
@@ -74,7 +76,9 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 @kinds
-def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(small_set: Path, kind: dict[str, Any]) -> None:
+def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(
+    small_set: Path, kind: dict[str, Any]
+) -> None:
     loader = make(small_set, **kind)
     want = expected(small_set)
     view, labels = next(iter(loader))[0][1, 2].numpy()[3:], []
@@ -97,7 +101,9 @@ def test_a_view_of_one_part_keeps_its_buffer_and_labels_keep_none(small_set: Pat
 
 
 @kinds
-def test_left_early_and_begun_again_is_the_same_epoch(small_set: Path, kind: dict[str, Any]) -> None:
+def test_left_early_and_begun_again_is_the_same_epoch(
+    small_set: Path, kind: dict[str, Any]
+) -> None:
     loader, want = make(small_set, **kind), expected(small_set)
     for _, batch in zip(range(3), loader, strict=False):
         assert batch is not None
@@ -117,7 +123,9 @@ def test_resumes_at_a_step_and_then_runs_on(small_set: Path, kind: dict[str, Any
 
 
 @kinds
-def test_an_older_iteration_does_not_take_from_a_newer_one(small_set: Path, kind: dict[str, Any]) -> None:
+def test_an_older_iteration_does_not_take_from_a_newer_one(
+    small_set: Path, kind: dict[str, Any]
+) -> None:
     loader = make(small_set, **kind)
     old = iter(loader)
     next(old)
@@ -154,7 +162,9 @@ def test_workers_start_with_the_first_batch_and_stay(small_set: Path) -> None:
     ],
 )
 @kinds
-def test_computed_values_are_the_datasets(small_set: Path, kind: dict[str, Any], settings: dict[str, Any]) -> None:
+def test_computed_values_are_the_datasets(
+    small_set: Path, kind: dict[str, Any], settings: dict[str, Any]
+) -> None:
     assert same(list(make(small_set, **kind, **settings)), expected(small_set, **settings))
 
 
@@ -176,7 +186,9 @@ def test_a_random_transform_draws_the_same_with_any_number_of_workers(small_set:
 
 
 @kinds
-def test_an_exception_names_the_rows_and_the_loader_goes_on(small_set: Path, kind: dict[str, Any]) -> None:
+def test_an_exception_names_the_rows_and_the_loader_goes_on(
+    small_set: Path, kind: dict[str, Any]
+) -> None:
     loader = make(small_set, **kind, transform=fail)
     first = Batches(36, 4, 0)(0)[0].tolist()
     for _ in range(2):
@@ -213,7 +225,9 @@ def test_nothing_is_left_when_the_loader_is_dropped(small_set: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_end_when_their_parent_is_killed(small_set: Path, tmp_path: Path, method: str) -> None:
+def test_workers_end_when_their_parent_is_killed(
+    small_set: Path, tmp_path: Path, method: str
+) -> None:
     before = set(os.listdir("/dev/shm"))
     with start(tmp_path, small_set, "time.sleep(60)", method=method) as process:
         pids = first_line(process)
@@ -282,7 +296,9 @@ def test_a_set_on_a_fuse_mount_is_refused_unless_insisted(
     mounts = tmp_path / "mountinfo"
     device = os.stat(small_set).st_dev
     at = f"{os.major(device)}:{os.minor(device)}"
-    mounts.write_text(f"1 0 0:0 / / rw - overlay o rw\n2 1 {at} / /My\\040Drive rw shared:1 - {kind} drive rw\n")
+    mounts.write_text(
+        f"1 0 0:0 / / rw - overlay o rw\n2 1 {at} / /My\\040Drive rw shared:1 - {kind} drive rw\n"
+    )
     monkeypatch.setattr(mount, "MOUNTS", mounts)
     assert len(ShardDataset(small_set, allow_remote=True)) > 0
     if refused:

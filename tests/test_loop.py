@@ -45,7 +45,12 @@ def test_train_from_python_gives_its_result_and_draws_nothing(
 ) -> None:
     settings = Settings(str(small_set), str(tmp_path), **TINY)  # type: ignore[arg-type]
     result = train(settings)
-    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "previous.pt", "metrics.csv", ".lock"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "last.pt",
+        "previous.pt",
+        "metrics.csv",
+        ".lock",
+    }
     assert result.files == (tmp_path / "last.pt", tmp_path / "metrics.csv")
     assert result.epochs == 3
     assert result.last is result.run.history[-1]
@@ -56,7 +61,9 @@ def test_train_from_python_gives_its_result_and_draws_nothing(
     assert all(line.startswith("epoch ") for line in capsys.readouterr().out.splitlines())
 
 
-def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_path: Path, command: Run) -> None:
+def test_a_users_own_network_trains_from_the_command_line(
+    small_set: Path, tmp_path: Path, command: Run
+) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -66,30 +73,69 @@ def test_a_users_own_network_trains_from_the_command_line(small_set: Path, tmp_p
         "    def forward(self, rgb, depth):\n"
         "        return self.fc(torch.cat((rgb, depth), 1).mean((2, 3)))\n"
     )
-    base = ["train", "--data", small_set, "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 8, "--size", 32]
+    base = [
+        "train",
+        "--data",
+        small_set,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--size",
+        32,
+    ]
     done = command(*base, "--model", "mine:Net", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continue: python -m train" in done.stdout
 
 
-def test_a_run_starts_from_another_run(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["--data", str(small_set), "--epochs", "1", "--batch-size", "8", "--width", "4", "--size", "32"]
+def test_a_run_starts_from_another_run(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [
+        "--data",
+        str(small_set),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--width",
+        "4",
+        "--size",
+        "32",
+    ]
     parts, scene = str(tmp_path / "parts"), str(tmp_path / "scene")
     assert main([*base, "--out", parts, "--task", "semantic40"]) == 0
-    assert main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"]) == 0
+    assert (
+        main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"])
+        == 0
+    )
     before, after = (torch.load(Path(run) / "last.pt")["model"] for run in (parts, scene))
     weights = [key for key in before if key.endswith("conv1.weight")]
     assert len(weights) == 2 * (1 + 8)
     for key in weights:
         torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=0)
-    (tmp_path / "parts" / "last.pt").rename(tmp_path / "moved.pt")  # a run that goes on does not need it
-    assert main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"]) == 0
+    (tmp_path / "parts" / "last.pt").rename(
+        tmp_path / "moved.pt"
+    )  # a run that goes on does not need it
+    assert (
+        main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"])
+        == 0
+    )
     capsys.readouterr()
     (tmp_path / "moved.pt").rename(tmp_path / "parts" / "last.pt")
     assert main([*base, "--out", parts, "--task", "semantic40", "--weights", scene]) == 2
-    assert f"--weights None, this run has --weights {scene}. Use no --weights, another" in capsys.readouterr().err
+    assert (
+        f"--weights None, this run has --weights {scene}. Use no --weights, another"
+        in capsys.readouterr().err
+    )
     for other, words in ((tmp_path, "it has no checkpoint"), (parts, "size mismatch")):
-        assert main([*base, "--out", str(tmp_path / "new"), "--weights", str(other), "--width", "8"]) == 2
+        assert (
+            main([*base, "--out", str(tmp_path / "new"), "--weights", str(other), "--width", "8"])
+            == 2
+        )
         assert words in capsys.readouterr().err
 
 
@@ -106,7 +152,11 @@ def test_a_run_starts_from_another_run(small_set: Path, tmp_path: Path, capsys: 
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
-    flags: list[str], words: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    words: str,
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     try:
         status: object = main(["--data", str(small_set), "--out", str(tmp_path), *flags])
@@ -121,7 +171,9 @@ def test_a_path_need_not_be_utf_8(small_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "run\udcff"
     flags = ["--epochs=1", "--batch-size=8", "--width=4", "--size=32", "--num-workers=0"]
     words = [sys.executable, "-m", "train", f"--data={small_set}", f"--out={out}", *flags]
-    done = subprocess.run(words, cwd=REPO, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, capture_output=True)
+    done = subprocess.run(
+        words, cwd=REPO, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert (out / "last.pt").exists()
     assert b"run\xff/last.pt" in done.stdout

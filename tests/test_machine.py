@@ -1,4 +1,6 @@
-"""What a system or a Python may lack is done without: each function is taken away, and the work really done."""
+"""What a system or a Python may lack is done without: each function is taken away, and the work
+really done.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What make and the command line do where they cannot work, where they were interrupted, and what they leave alone."""
+"""What make and the command line do where they cannot work, where they were interrupted, and what
+they leave alone.
+"""
 
 import os
 import re
@@ -30,29 +32,48 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_make_that_a_test_starts_has_the_defaults(folder: Path) -> None:
     done = make(folder, "-n", "convert", COLAB_RELEASE_TAG="test")
-    assert done.stdout.splitlines()[-1].split() == ["python3", "-m", "convert", "run", "--out", '"data"']
+    assert done.stdout.splitlines()[-1].split() == [
+        "python3",
+        "-m",
+        "convert",
+        "run",
+        "--out",
+        '"data"',
+    ]
 
 
 def test_no_variable_given_to_make_test_reaches_the_makes_that_tests_start(tmp_path: Path) -> None:
     """The test above, run by a `make test` that was given every variable there is."""
     repo = copy_of_the_checkout(tmp_path / "clone")
-    assert set(re.findall(r"^([A-Z]+) \?=", (repo / "Makefile").read_text(), re.M)) == {*GIVEN, "PYTHON", "ARGS"}
+    assert set(re.findall(r"^([A-Z]+) \?=", (repo / "Makefile").read_text(), re.M)) == {
+        *GIVEN,
+        "PYTHON",
+        "ARGS",
+    }
     (repo / "tests").symlink_to(REPO / "tests")
     (repo / ".venv").mkdir()
     (repo / ".venv" / "dev").touch()
     tests = "ARGS=tests/test_make.py -k starts_has_the_defaults -p no:randomly"
-    given = ["-k", *(f"{name}=/nowhere/{name}" for name in GIVEN), f"PYTHON={sys.executable}", tests]
+    given = [
+        "-k",
+        *(f"{name}=/nowhere/{name}" for name in GIVEN),
+        f"PYTHON={sys.executable}",
+        tests,
+    ]
     done = make(repo, "test", *given, COLAB_RELEASE_TAG="test")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
 
-# ---------------------------------------------------------------- a Python or a system that will not do
+# ---------------------------------------------------------------- a Python or a system that will no
 
 
 def old_python() -> str:
     """A Python 3.10 or older that really runs; the test skips where there is none."""
-    names = [*sorted(map(str, PYENV.glob("3.10*/bin/python"))), *(f"python3.{minor}" for minor in (10, 9, 8))]
+    names = [
+        *sorted(map(str, PYENV.glob("3.10*/bin/python"))),
+        *(f"python3.{minor}" for minor in (10, 9, 8)),
+    ]
     for name in names:
         try:
             if subprocess.run([name, "-c", ""], capture_output=True).returncode == 0:
@@ -69,7 +90,10 @@ def test_make_with_an_old_python_is_one_line_and_leaves_no_venv(folder: Path, ta
         done = make(folder, target, f"PYTHON={old_python()}", **colab)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
-        assert re.search(rf"is Python 3\.\d+: Python 3.11 or newer is needed. Run: make {target} PYTHON=python3", line)
+        assert re.search(
+            rf"is Python 3\.\d+: Python 3.11 or newer is needed. Run: make {target} PYTHON=python3",
+            line,
+        )
     assert set(folder.rglob("*")) == before
 
 
@@ -82,15 +106,21 @@ def test_make_with_a_python_that_does_not_run_is_one_line(folder: Path) -> None:
 
 @pytest.mark.parametrize("module", ["convert", "train", "bench.loader", "bench.convert"])
 def test_a_command_with_an_old_python_is_one_line(module: str) -> None:
-    done = subprocess.run([old_python(), "-B", "-m", module, "run"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [old_python(), "-B", "-m", module, "run"], cwd=REPO, capture_output=True, text=True
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert re.search(r"Python 3.11 or newer is needed, this is 3\.\d+. Run: make PYTHON=python3.12$", line)
+    assert re.search(
+        r"Python 3.11 or newer is needed, this is 3\.\d+. Run: make PYTHON=python3.12$", line
+    )
 
 
 @pytest.mark.parametrize("module", ["convert.pipeline", "train.data", "convert.session"])
 def test_an_import_with_an_old_python_says_so(module: str) -> None:
-    done = subprocess.run([old_python(), "-B", "-c", f"import {module}"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [old_python(), "-B", "-c", f"import {module}"], cwd=REPO, capture_output=True, text=True
+    )
     assert done.stderr.splitlines()[-1].startswith("ImportError: Python 3.11 or newer is needed")
 
 
@@ -106,9 +136,13 @@ def test_pip_with_an_old_python_refuses(folder: Path) -> None:
 
 @pytest.mark.parametrize("module", ["convert", "train"])
 def test_a_command_on_windows_is_one_line_that_names_wsl(module: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import os\nos.name = 'nt'\n")  # as early as a user's code can run
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nos.name = 'nt'\n"
+    )  # as early as a user's code can run
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", module, "run"], cwd=REPO, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "run"], cwd=REPO, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "in WSL" in line
@@ -130,14 +164,18 @@ exec {python} "$@"
 
 
 def build(folder: Path, install: str) -> subprocess.CompletedProcess[str]:
-    """The .venv by a real make, with the base's pip, and another command instead of the installation of 300 MB."""
+    """The .venv by a real make, with the base's pip, and another command instead of the
+    installation of 300 MB.
+    """
     python = folder / "python"
     python.write_text(QUICK.format(python=sys.executable))
     python.chmod(0o755)
     return make(folder, ".venv/installed", f"PYTHON={python}", f"INSTALL={install}")
 
 
-@pytest.mark.parametrize("interrupted", ["false", "kill -9 $$PPID"], ids=["pip fails", "make is killed"])
+@pytest.mark.parametrize(
+    "interrupted", ["false", "kill -9 $$PPID"], ids=["pip fails", "make is killed"]
+)
 def test_a_venv_made_half_is_made_again(folder: Path, interrupted: str) -> None:
     assert build(folder, interrupted).returncode != 0
     (folder / ".venv" / "half").touch()
@@ -154,7 +192,11 @@ def test_a_venv_whose_python_is_gone_is_made_again(folder: Path) -> None:
     (folder / ".venv" / "installed").touch()
     done = build(folder, "true")
     assert done.returncode == 0, done.stderr
-    subprocess.run([folder / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=True, capture_output=True)
+    subprocess.run(
+        [folder / ".venv" / "bin" / "python", "-m", "pip", "--version"],
+        check=True,
+        capture_output=True,
+    )
 
 
 def test_somebody_elses_venv_with_an_old_python_is_named_and_kept(folder: Path) -> None:
@@ -175,9 +217,13 @@ def wheel(folder: Path, name: str, version: str, *needs: str) -> None:
         ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", "Provides-Extra: http"]
         + [f"Requires-Dist: {need}" for need in needs]
     )
-    with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl", "w") as file:
+    with zipfile.ZipFile(
+        folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl", "w"
+    ) as file:
         file.writestr(f"{info}/METADATA", text + "\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         file.writestr(f"{info}/RECORD", "")
 
 
@@ -194,18 +240,32 @@ NEWER = {
 
 def installed(python: Path) -> dict[str, str]:
     code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
-    return dict(line.split("==") for line in subprocess.check_output([python, "-c", code], text=True).split())
+    return dict(
+        line.split("==")
+        for line in subprocess.check_output([python, "-c", code], text=True).split()
+    )
 
 
 def test_make_on_colab_replaces_nothing_and_adds_what_fits(folder: Path, tmp_path: Path) -> None:
-    """Empty packages in a venv of its own, and an index in which everything is newer, and asks for what is newer."""
+    """Empty packages in a venv of its own, and an index in which everything is newer, and asks for
+    what is newer.
+    """
     index = tmp_path / "index"
     index.mkdir()
     for name, version in (*COLABS.items(), *NEWER.items()):
         wheel(index, name, version)
     wheel(index, "torch", "2.11.0+cpu", "packaging>=30")  # what is there need not fit together
     wheel(index, "zarr", "3.1.6", "packaging>=22", "numpy>=1.26")
-    wheel(index, "zarr", "3.4.2", "packaging>=26", "fsspec>=2026", "psutil>=7", "pillow>=12", "tqdm>=4.70")
+    wheel(
+        index,
+        "zarr",
+        "3.4.2",
+        "packaging>=26",
+        "fsspec>=2026",
+        "psutil>=7",
+        "pillow>=12",
+        "tqdm>=4.70",
+    )
     env = {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(index),
@@ -216,7 +276,9 @@ def test_make_on_colab_replaces_nothing_and_adds_what_fits(folder: Path, tmp_pat
     python = tmp_path / "colab" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "colab"], check=True)
     site = next((tmp_path / "colab").glob("lib/*/site-packages"))
-    (site / "pip").symlink_to(Path(pip.__file__).parent)  # in a moment, where making one takes ten seconds
+    (site / "pip").symlink_to(
+        Path(pip.__file__).parent
+    )  # in a moment, where making one takes ten seconds
     command = [
         python,
         "-m",
@@ -229,8 +291,12 @@ def test_make_on_colab_replaces_nothing_and_adds_what_fits(folder: Path, tmp_pat
     subprocess.run(command, check=True, env={**os.environ, **env})
     there = installed(python)
 
-    read_only = "WRITABLE="  # a read-only clone: what the project needs is installed, not the project
-    done = make(folder, f"{tmp_path}/nyuv2-shards/.installed-colab", read_only, f"PYTHON={python}", **env)
+    read_only = (
+        "WRITABLE="  # a read-only clone: what the project needs is installed, not the project
+    )
+    done = make(
+        folder, f"{tmp_path}/nyuv2-shards/.installed-colab", read_only, f"PYTHON={python}", **env
+    )
     assert done.returncode == 0, done.stderr
     after = installed(python)
     assert there.items() <= after.items()
@@ -250,6 +316,8 @@ def test_a_package_whose_version_pip_does_not_take_is_no_pin(tmp_path: Path) -> 
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     command = [sys.executable, REPO / ".ci" / "requirements.py", "pins"]
-    pins = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True).splitlines()
+    pins = subprocess.check_output(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True
+    ).splitlines()
     assert "even==1.0+cpu" in pins
     assert not any(pin.startswith("odd==") for pin in pins)

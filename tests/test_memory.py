@@ -1,4 +1,6 @@
-"""The promise in the title: a worker holds next to nothing; and what is left of memory is known before it is needed."""
+"""The promise in the title: a worker holds next to nothing; and what is left of memory is known
+before it is needed.
+"""
 
 import multiprocessing as mp
 from pathlib import Path
@@ -104,4 +106,6 @@ def test_a_training_that_does_not_fit_is_one_line_and_status_2(
     )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: 4 batches of ")
-    assert line.endswith(" MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)")
+    assert line.endswith(
+        " MiB of memory, the machine has 0 MiB left. Use a smaller batch size (--batch-size)"
+    )

@@ -1,4 +1,6 @@
-"""What no run can start from, or go on with, is one line and status 2, before anything is trained or lost."""
+"""What no run can start from, or go on with, is one line and status 2, before anything is trained
+or lost.
+"""
 
 import os
 import re
@@ -70,15 +72,21 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_value_out_of_range_or_of_another_type_is_refused_from_python(name: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_value_out_of_range_or_of_another_type_is_refused_from_python(
+    name: str, value: object
+) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} .*: choose ") as error:
         Settings("data", "run", **{name: value})
     assert "\n" not in str(error.value)
 
 
 def test_numpys_numbers_and_paths_become_pythons_own() -> None:
-    s = Settings(Path("data"), Path("run"), lr=np.float32(0.5), epochs=np.int64(3), seed=np.uint8(1))  # type: ignore[arg-type]
+    s = Settings(
+        Path("data"), Path("run"), lr=np.float32(0.5), epochs=np.int64(3), seed=np.uint8(1)
+    )  # type: ignore[arg-type]
     assert [type(v) for v in (s.data, s.out, s.lr, s.epochs, s.seed)] == [str, str, float, int, int]
     assert Settings("data", "run", num_workers="3").num_workers == 3
 
@@ -92,7 +100,9 @@ def test_numpys_numbers_and_paths_become_pythons_own() -> None:
 def test_and_from_the_command_line(
     name: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, said = ends_with(["--data=absent", f"--out={tmp_path}/run", *flags(**{name: value})], capsys)
+    status, said = ends_with(
+        ["--data=absent", f"--out={tmp_path}/run", *flags(**{name: value})], capsys
+    )
     assert status == 2
     assert f"--{name.replace('_', '-')}" in said
     assert not (tmp_path / "run").exists()
@@ -100,7 +110,11 @@ def test_and_from_the_command_line(
 
 def test_help_names_the_range_of_every_number() -> None:
     text = " ".join(make_parser().format_help().split())
-    ranged = [f for f in fields(Settings) if isinstance(f.default, int | float) and not isinstance(f.default, bool)]
+    ranged = [
+        f
+        for f in fields(Settings)
+        if isinstance(f.default, int | float) and not isinstance(f.default, bool)
+    ]
     for each in ranged:
         assert "choices" in each.metadata["argparse"] or each.metadata["values"] in text, each.name
     assert "(0 to 0.9)" in text
@@ -109,18 +123,29 @@ def test_help_names_the_range_of_every_number() -> None:
 ANY_TEXT = st.text(max_size=12) | st.sampled_from(
     ["nan", "-1", "1e999", "0", "٣", "1_0", "auto", "--", "=", "\0", "a:b"]
 )
-FLAGS = [f"--{f.name.replace('_', '-')}" for f in fields(Settings) if f.name not in ("data", "out", "compile")]
+FLAGS = [
+    f"--{f.name.replace('_', '-')}"
+    for f in fields(Settings)
+    if f.name not in ("data", "out", "compile")
+]
 
 
-@bounds(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(words=st.lists(st.tuples(st.sampled_from(FLAGS), ANY_TEXT), max_size=3), data=ANY_TEXT | st.just("set"))
+@bounds(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    words=st.lists(st.tuples(st.sampled_from(FLAGS), ANY_TEXT), max_size=3),
+    data=ANY_TEXT | st.just("set"),
+)
 @example(words=[("--model", "os:nothing\nelse")], data="set")
 @example(words=[("--batch-size", "99999")], data="set")
 def test_no_command_line_ends_in_a_traceback(
     words: list[tuple[str, str]], data: str, small_set: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Whatever is given, the set or the network is absent: it never trains, and says why not in one line."""
+    """Whatever is given, the set or the network is absent: it never trains, and says why not in one
+    line.
+    """
     monkeypatch.chdir(tmp_path)
     last = ["--model", "absent:net"] if data == "set" else []
     command = ["--data", str(small_set) if data == "set" else data, "--out", str(tmp_path / "run")]
@@ -132,9 +157,17 @@ def test_no_command_line_ends_in_a_traceback(
 
 
 @bounds(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(words=st.lists(st.sampled_from(["--images", "--data", "--out", "--help=1", "-x", "run"]) | ANY_TEXT, max_size=4))
+@given(
+    words=st.lists(
+        st.sampled_from(["--images", "--data", "--out", "--help=1", "-x", "run"]) | ANY_TEXT,
+        max_size=4,
+    )
+)
 def test_nor_does_one_of_predict(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, said = ends_with(["predict", *words], capsys)
@@ -144,28 +177,44 @@ def test_nor_does_one_of_predict(
 # ---------------------------------------------------------------- sets and networks
 
 
-@pytest.mark.parametrize("changes", [{"model": "resnet18"}, {"model": "helpers.wrong:Normed", "size": 64}])
+@pytest.mark.parametrize(
+    "changes", [{"model": "resnet18"}, {"model": "helpers.wrong:Normed", "size": 64}]
+)
 def test_a_batch_of_one_value_a_channel_is_refused(
     changes: dict[str, Any], small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [f"--data={small_set}", f"--out={tmp_path}", *flags(**{"batch_size": 1, "width": 0, **changes})]
+    command = [
+        f"--data={small_set}",
+        f"--out={tmp_path}",
+        *flags(**{"batch_size": 1, "width": 0, **changes}),
+    ]
     status, said = ends_with(command, capsys)
     assert (status, "Use a larger --batch-size or --size" in said) == (2, True)
     assert not (tmp_path / CHECKPOINT).exists()
 
 
-def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(small_set: Path, tmp_path: Path) -> None:
+def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(
+    small_set: Path, tmp_path: Path
+) -> None:
     assert main([f"--data={small_set}", f"--out={tmp_path}", *flags(batch_size=1, size=64)]) == 0
 
 
 @pytest.mark.parametrize(
     ("network", "task", "words"),
     [
-        ("Eleven", "scene", r"answers two pictures with float32 \[2, 11\], expected floats \[2, 10\] for --task scene"),
+        (
+            "Eleven",
+            "scene",
+            r"answers two pictures with float32 \[2, 11\], expected floats \[2, 10\] for --task scene",
+        ),
         ("OnlyRgb", "scene", r"called with pictures \[2, 3, 32, 32\], \[2, 1, 32, 32\]: TypeError"),
         ("Lazy", "scene", r"the shape of head\.weight is not known yet \(a lazy layer\)"),
         ("Pixelwise", "scene", r"float32 \[2, 10, 1, 1\], expected floats \[2, 10\]"),
-        ("Right", "semantic13", r"float32 \[2, 13\], expected floats \[2, 13, H, W\] for --task semantic13"),
+        (
+            "Right",
+            "semantic13",
+            r"float32 \[2, 13\], expected floats \[2, 13, H, W\] for --task semantic13",
+        ),
         ("Right", "depth", r"called with pictures \[2, 3, 32, 32\]: TypeError"),
         ("Whole", "scene", r"int64 \[2, 10\], expected floats"),
         ("Pair", "scene", r"answers with tuple, expected floats"),
@@ -181,9 +230,19 @@ def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(small_set
     ],
 )
 def test_a_network_that_is_no_answer_is_refused_before_it_trains(
-    network: str, task: str, words: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: str,
+    task: str,
+    words: str,
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = [f"--data={small_set}", f"--out={tmp_path}", f"--model=helpers.wrong:{network}", *flags(task=task)]
+    command = [
+        f"--data={small_set}",
+        f"--out={tmp_path}",
+        f"--model=helpers.wrong:{network}",
+        *flags(task=task),
+    ]
     status, said = ends_with(command, capsys)
     assert status == 2
     assert said.startswith(f"train: --model helpers.wrong:{network}")
@@ -192,11 +251,16 @@ def test_a_network_that_is_no_answer_is_refused_before_it_trains(
 
 
 def test_a_module_that_fails_while_it_is_imported_is_one_line(
-    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "fails.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    status, said = ends_with([f"--data={small_set}", f"--out={tmp_path}/run", "--model=fails:Net", *flags()], capsys)
+    status, said = ends_with(
+        [f"--data={small_set}", f"--out={tmp_path}/run", "--model=fails:Net", *flags()], capsys
+    )
     assert (status, "ZeroDivisionError: division by zero (fails.py, line 1)" in said) == (2, True)
 
 
@@ -230,7 +294,11 @@ def fill(place: Path, leave: int) -> None:
 
 @pytest.mark.parametrize("leave", [0, 8 << 10, 200 << 10])
 def test_a_full_disk_is_named_and_the_checkpoint_before_goes_on(
-    leave: int, small_set: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    leave: int,
+    small_set: Path,
+    small_disk: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, whole = small_disk / "run", tmp_path / "whole"
     train(Settings(str(small_set), str(run), **TINY))  # type: ignore[arg-type]
@@ -240,7 +308,9 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_goes_on(
     capsys.readouterr()
     assert main([f"--data={small_set}", f"--out={run}", *flags(epochs=2)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(f"train: {run}/(last.pt|metrics.csv) cannot be written: the disk is full. Make room", said), said
+    assert re.match(
+        f"train: {run}/(last.pt|metrics.csv) cannot be written: the disk is full. Make room", said
+    ), said
     assert not list(run.glob(".*.tmp"))
     (small_disk / "filler").unlink()
     assert main([f"--data={small_set}", f"--out={run}", *flags(epochs=2)]) == 0
@@ -251,14 +321,26 @@ def test_a_full_mirror_is_announced_and_training_goes_on(
     small_set: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(small_disk, 100 << 10)
-    assert main([f"--data={small_set}", f"--out={tmp_path}/run", f"--mirror={small_disk}/run", *flags()]) == 0
+    assert (
+        main(
+            [f"--data={small_set}", f"--out={tmp_path}/run", f"--mirror={small_disk}/run", *flags()]
+        )
+        == 0
+    )
     assert "No space left on device; training goes on" in capsys.readouterr().err
 
 
 def test_without_a_compiler_compile_is_one_line(small_set: Path, tmp_path: Path) -> None:
     words = ["-m", "train", f"--data={small_set}", f"--out={tmp_path}", "--compile", *flags()]
-    environment = {**os.environ, "PATH": "", "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
-    done = subprocess.run([sys.executable, *words], cwd=REPO, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PATH": "",
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c"),
+    }
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPO, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     assert "train: --compile failed" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -18,7 +18,9 @@ STAGES = ((1, 64, 64), (2, 64, 128), (3, 128, 256), (4, 256, 512))
 
 
 def standard_shapes() -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of a standard ResNet-18 checkpoint without batch counters and fc, written out on their own."""
+    """Keys and shapes of a standard ResNet-18 checkpoint without batch counters and fc, written out
+    on their own.
+    """
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
     norms = {"bn1": 64}
     for stage, n_in, n_out in STAGES:
@@ -31,20 +33,28 @@ def standard_shapes() -> dict[str, tuple[int, ...]]:
             shapes[f"layer{stage}.0.downsample.0.weight"] = (n_out, n_in, 1, 1)
             norms[f"layer{stage}.0.downsample.1"] = n_out
     for name, n in norms.items():
-        shapes |= {f"{name}.{part}": (n,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{name}.{part}": (n,) for part in ("weight", "bias", "running_mean", "running_var")
+        }
     return shapes
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    state = {name: torch.rand(shape, generator=generator) for name, shape in standard_shapes().items()}
+    state = {
+        name: torch.rand(shape, generator=generator) for name, shape in standard_shapes().items()
+    }
     return state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
 
 
 def test_stream_parameters_are_named_and_counted_as_in_the_standard_checkpoint() -> None:
     trunk = TwoStreamResNet(13).rgb
-    own = {key: tuple(value.shape) for key, value in trunk.state_dict().items() if "num_batches" not in key}
+    own = {
+        key: tuple(value.shape)
+        for key, value in trunk.state_dict().items()
+        if "num_batches" not in key
+    }
     assert own == standard_shapes()
     assert sum(p.numel() for p in trunk.parameters()) == 11_176_512
 
@@ -68,7 +78,9 @@ def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(
 
 def test_a_new_task_starts_from_the_trunks_of_another_run() -> None:
     parts, scenes = TwoStreamResNet(40, width=8, dense=True), TwoStreamResNet(13, width=8)
-    head = {key: value.clone() for key, value in scenes.state_dict().items() if key.startswith("fc.")}
+    head = {
+        key: value.clone() for key, value in scenes.state_dict().items() if key.startswith("fc.")
+    }
     load_trunks(scenes, parts.state_dict())
     for key, value in scenes.state_dict().items():
         assert torch.equal(value, head[key] if key in head else parts.state_dict()[key]), key
@@ -115,13 +127,19 @@ def test_build_takes_a_callable_by_name_and_refuses_others() -> None:
             build(spec, 13)
 
 
-def test_a_hash_in_the_name_of_the_weights_is_checked(checkpoint: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_hash_in_the_name_of_the_weights_is_checked(
+    checkpoint: dict[str, Tensor], tmp_path: Path
+) -> None:
     torch.save(checkpoint, tmp_path / "plain.pth")
     digest = sha256_file(tmp_path / "plain.pth")[:8]
     good, bad = tmp_path / f"resnet18-{digest}.pth", tmp_path / "resnet18-f37072fd.pth"
     for path in (good, bad):
         shutil.copy(tmp_path / "plain.pth", path)
-    assert read_weights(str(good)).keys() == read_weights(str(tmp_path / "plain.pth")).keys() == checkpoint.keys()
+    assert (
+        read_weights(str(good)).keys()
+        == read_weights(str(tmp_path / "plain.pth")).keys()
+        == checkpoint.keys()
+    )
     with pytest.raises(ValueError, match=f"f37072fd.*{digest}"):
         read_weights(str(bad))
 

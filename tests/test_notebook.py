@@ -45,11 +45,15 @@ def test_the_readme_opens_the_notebook_in_colab() -> None:
 
 
 def run(repo: Path, drive: Path) -> str:
-    """Execute the notebook in a fresh kernel, with a local folder as Drive. Returns all the text it printed."""
+    """Execute the notebook in a fresh kernel, with a local folder as Drive. Returns all the text it
+    printed.
+    """
     book = nbformat.read(NOTEBOOK, 4)
     setup = next(c for c in book.cells if "setup" in c.metadata.get("tags", ()))
     setup.source = SETUP.format(drive=str(drive), repo=repo)
-    NotebookClient(book, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(repo)}}).execute()
+    NotebookClient(
+        book, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(repo)}}
+    ).execute()
     outputs: list[Any] = [o for c in book.cells for o in c.get("outputs", ())]
     images = [o for o in outputs if "image/png" in o.get("data", {})]
     assert len(images) == 4
@@ -66,7 +70,9 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's client, not ours
-def test_the_notebook_runs_from_a_fresh_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_from_a_fresh_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = run(*session(tmp_path, monkeypatch))
     assert "converting" in text
     assert "gets a copy" in text

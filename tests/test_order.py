@@ -10,7 +10,9 @@ counts = st.integers(1, 400)
 
 
 @given(counts, st.integers(1, 64), st.integers(0, 9), st.integers(1, 4), st.integers(0, 9))
-def test_ranks_together_get_the_global_batches(n: int, batch: int, epoch: int, world: int, seed: int) -> None:
+def test_ranks_together_get_the_global_batches(
+    n: int, batch: int, epoch: int, world: int, seed: int
+) -> None:
     if n < world:
         return
     per_rank = [Batches(n, batch, seed, r, world)(epoch) for r in range(world)]
@@ -22,7 +24,9 @@ def test_ranks_together_get_the_global_batches(n: int, batch: int, epoch: int, w
 
 
 @given(counts, st.integers(1, 64), st.integers(0, 9), st.integers(1, 4))
-def test_every_rank_knows_where_its_rows_stand_in_the_batch_of_all(n: int, batch: int, epoch: int, world: int) -> None:
+def test_every_rank_knows_where_its_rows_stand_in_the_batch_of_all(
+    n: int, batch: int, epoch: int, world: int
+) -> None:
     if n < world:
         return
     per_rank = [Batches(n, batch, 0, rank, world) for rank in range(world)]
@@ -36,12 +40,19 @@ def test_every_rank_knows_where_its_rows_stand_in_the_batch_of_all(n: int, batch
 
 @given(counts, st.integers(1, 64), st.integers(1, 5))
 def test_evaluation_counts_every_row_once(n: int, batch: int, world: int) -> None:
-    rows = [row for r in range(world) for b in Batches(n, batch, None, r, world)(0) for row in b.tolist()]
+    rows = [
+        row
+        for r in range(world)
+        for b in Batches(n, batch, None, r, world)(0)
+        for row in b.tolist()
+    ]
     assert sorted(rows) == list(range(n))
 
 
 @given(counts, st.integers(1, 64), st.integers(1, 5))
-def test_common_batches_are_those_of_the_rank_with_the_fewest(n: int, batch: int, world: int) -> None:
+def test_common_batches_are_those_of_the_rank_with_the_fewest(
+    n: int, batch: int, world: int
+) -> None:
     per_rank = [len(Batches(n, batch, None, rank, world)(0)) for rank in range(world)]
     assert common_batches(n, batch, world) == min(per_rank)
 

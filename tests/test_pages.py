@@ -79,7 +79,9 @@ def test_a_user_page_leads_to_the_journal_page_of_its_figures() -> None:
     by_name = {page.name: page for page in USER_PAGES}
     for measured in JOURNAL:
         user_page = by_name.get(measured.name, by_name["troubleshooting.md"])
-        assert any(f"measurements/{measured.name}" in target for target in links(user_page)), measured
+        assert any(f"measurements/{measured.name}" in target for target in links(user_page)), (
+            measured
+        )
 
 
 # ------------------------------------------------------------------------------- the README's tree
@@ -104,14 +106,19 @@ def tree() -> dict[str, str]:
 def test_the_tree_of_the_readme_is_the_house() -> None:
     named = {path for path in tree() if path.endswith(".py")}
     lying = {
-        name_of(path) for package in PACKAGES for path in (REPO / package).rglob("*.py") if path.name != "__init__.py"
+        name_of(path)
+        for package in PACKAGES
+        for path in (REPO / package).rglob("*.py")
+        if path.name != "__init__.py"
     }
     assert (named - lying, lying - named) == (set(), set()), "(named but absent, not named)"
 
 
 def test_the_tree_has_the_five_packages_first_and_every_folder_that_it_names() -> None:
     folders = [path for path in tree() if path.endswith("/")]
-    assert [name.removesuffix("/") for name in folders if name.count("/") == 1][:5] == list(PACKAGES)
+    assert [name.removesuffix("/") for name in folders if name.count("/") == 1][:5] == list(
+        PACKAGES
+    )
     assert [name for name in folders if not (REPO / name).is_dir()] == []
 
 

@@ -1,4 +1,6 @@
-"""What a transform or a dataset returns arrives as it was returned, and what it raises as raised: in every loader."""
+"""What a transform or a dataset returns arrives as it was returned, and what it raises as raised:
+in every loader.
+"""
 
 import pickle
 import random
@@ -86,7 +88,9 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list):
         return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
     if isinstance(a, dict):
-        return type(a) is type(b) and a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+        return (
+            type(a) is type(b) and a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+        )
     return type(a) is type(b) and bool(a == b)
 
 
@@ -159,7 +163,9 @@ ERRORS = [
 
 
 def raised(dataset: Any, kind: dict[str, Any], **how: Any) -> BaseException:
-    loader = Loader(dataset, lambda epoch: [np.arange(2)] * 2, kind.get("workers", 0), kind.get("method"), **how)
+    loader = Loader(
+        dataset, lambda epoch: [np.arange(2)] * 2, kind.get("workers", 0), kind.get("method"), **how
+    )
     try:
         list(loader)
     except BaseException as error:
@@ -170,9 +176,13 @@ def raised(dataset: Any, kind: dict[str, Any], **how: Any) -> BaseException:
 @pytest.mark.parametrize("where", ["transform", "fill"])
 @pytest.mark.parametrize("kind", [{}, {"workers": 1, "method": "fork"}], ids=["here", "fork"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_any_error_arrives_as_it_was_raised(error: BaseException, kind: dict[str, Any], where: str) -> None:
+def test_any_error_arrives_as_it_was_raised(
+    error: BaseException, kind: dict[str, Any], where: str
+) -> None:
     """`fill` without workers runs in the prefetch thread."""
-    dataset, how = (Raise(error), {}) if where == "fill" else (Numbers(), {"transform": Raise(error)})
+    dataset, how = (
+        (Raise(error), {}) if where == "fill" else (Numbers(), {"transform": Raise(error)})
+    )
     got = raised(dataset, kind, **how)
     assert type(got) is type(error)
     assert (str(got), got.args) == (str(error), error.args)
@@ -231,7 +241,9 @@ def later(epoch: int) -> Any:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_an_error_of_the_order_arrives_when_its_epoch_is_reached(workers: int, prefetch: bool) -> None:
+def test_an_error_of_the_order_arrives_when_its_epoch_is_reached(
+    workers: int, prefetch: bool
+) -> None:
     loader = Loader(Numbers(), later, workers, "fork", prefetch=prefetch)
     assert [batch[0].tolist() for batch in loader] == [[0, 1]] * 5
     with pytest.raises(LookupError, match="no second epoch"):
@@ -254,7 +266,9 @@ def test_pythons_own_draws_are_the_same_with_any_number_of_workers(small_set: Pa
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_transform_nothing_is_pickled_on_the_way_back(small_set: Path, method: str) -> None:
+def test_without_a_transform_nothing_is_pickled_on_the_way_back(
+    small_set: Path, method: str
+) -> None:
     assert same(list(make(small_set, 1, method)), expected(small_set))
 
 

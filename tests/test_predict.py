@@ -23,7 +23,9 @@ from train.settings import Settings
 @pytest.fixture(scope="module")
 def scene(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("predict") / "scene"
-    settings = Settings(str(small_set), str(out), num_classes=10, epochs=2, batch_size=8, width=4, size=32)
+    settings = Settings(
+        str(small_set), str(out), num_classes=10, epochs=2, batch_size=8, width=4, size=32
+    )
     train_and_report(settings)
     return out
 
@@ -43,7 +45,9 @@ def predict(*words: object) -> int:
     return main(["predict", *map(str, words)])
 
 
-def test_on_the_test_rows_it_gives_the_scores_of_the_run(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_test_rows_it_gives_the_scores_of_the_run(
+    scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert predict(scene) == 0
     last = rows(scene / "metrics.csv")[-1]
     assert f"test_top1 {float(last['test_top1']):.4f}" in capsys.readouterr().out
@@ -55,7 +59,15 @@ def test_on_the_test_rows_it_gives_the_scores_of_the_run(scene: Path, capsys: py
 def test_several_runs_answer_with_the_mean_of_their_outputs(
     scene: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = Settings(str(small_set), str(tmp_path / "other"), num_classes=10, epochs=1, batch_size=8, width=8, size=32)
+    same = Settings(
+        str(small_set),
+        str(tmp_path / "other"),
+        num_classes=10,
+        epochs=1,
+        batch_size=8,
+        width=8,
+        size=32,
+    )
     train(same)
     capsys.readouterr()
     assert predict(scene, scene, "--out", tmp_path / "twice") == 0
@@ -68,17 +80,31 @@ def test_several_runs_answer_with_the_mean_of_their_outputs(
     assert "does not learn what" in capsys.readouterr().err
 
 
-def test_on_a_folder_of_the_same_pictures_it_says_the_same(scene: Path, small_set: Path, tmp_path: Path) -> None:
+def test_on_a_folder_of_the_same_pictures_it_says_the_same(
+    scene: Path, small_set: Path, tmp_path: Path
+) -> None:
     export(small_set, tmp_path / "photos", 3)
     assert predict(scene, "--images", tmp_path / "photos", "--out", tmp_path / "out") == 0
-    for ours, theirs in zip(rows(tmp_path / "out" / "predictions.csv"), rows(scene / "predictions.csv"), strict=False):
+    for ours, theirs in zip(
+        rows(tmp_path / "out" / "predictions.csv"), rows(scene / "predictions.csv"), strict=False
+    ):
         assert ours["named"] == theirs["named"]
         assert float(ours["confidence"]) == pytest.approx(float(theirs["confidence"]), abs=1e-3)
     assert (tmp_path / "out" / "page.png").stat().st_size > 1000
 
 
 def test_a_dense_network_writes_a_picture_for_each(small_set: Path, tmp_path: Path) -> None:
-    train(Settings(str(small_set), str(tmp_path / "run"), task="depth", epochs=1, batch_size=8, width=4, size=32))
+    train(
+        Settings(
+            str(small_set),
+            str(tmp_path / "run"),
+            task="depth",
+            epochs=1,
+            batch_size=8,
+            width=4,
+            size=32,
+        )
+    )
     export(small_set, tmp_path / "photos", 2)
     assert predict(tmp_path / "run", "--images", tmp_path / "photos") == 0
     with Image.open(tmp_path / "run" / "predict" / "1.png") as image:
@@ -90,10 +116,19 @@ def test_a_dense_network_writes_a_picture_for_each(small_set: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("made", "words"),
-    [((), "no pictures in"), (("rgb",), "0.png is missing"), (("rgb", "RGB as depth"), "one channel")],
+    [
+        ((), "no pictures in"),
+        (("rgb",), "0.png is missing"),
+        (("rgb", "RGB as depth"), "one channel"),
+    ],
 )
 def test_a_mistake_is_one_line(
-    made: tuple[str, ...], words: str, scene: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: tuple[str, ...],
+    words: str,
+    scene: Path,
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "photos"
     if made:
@@ -103,11 +138,17 @@ def test_a_mistake_is_one_line(
         shutil.copy(folder / "rgb" / "0.png", folder / "depth" / "0.png")
     capsys.readouterr()
     assert predict(scene, "--images", folder) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loader:")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("loader:")
+    ]
     assert len(lines) == 1
     assert words in lines[0]
 
 
-def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert predict(tmp_path) == 2
-    assert f"{tmp_path} has no checkpoint. Run: make train RUN={tmp_path}\n" in capsys.readouterr().err
+    assert (
+        f"{tmp_path} has no checkpoint. Run: make train RUN={tmp_path}\n" in capsys.readouterr().err
+    )

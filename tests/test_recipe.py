@@ -208,7 +208,9 @@ def test_make_predict_asks_about_the_pictures_of_a_folder() -> None:
     environment = {**os.environ, "COLAB_RELEASE_TAG": "test"}
     command = ["make", "-n", "predict", "RUN=runs/r", "READY=", "PYTHON=py"]
     for given, flags in ((["IMAGES=my photos"], ' --images "my photos"'), ([], "")):
-        done = subprocess.run([*command, *given], cwd=REPO, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *given], cwd=REPO, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         line = " ".join(done.stdout.splitlines()[-1].split())
         assert line == f'py -m train predict "runs/r"{flags}'

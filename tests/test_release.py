@@ -62,7 +62,9 @@ def test_a_release_of_this_checkout_is_whole_and_has_nothing_else(dist: Path) ->
     assert "Nothing is missing" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["train/py.typed", "convert/sources/nyu_tables.json", "shards/errors.py"])
+@pytest.mark.parametrize(
+    "name", ["train/py.typed", "convert/sources/nyu_tables.json", "shards/errors.py"]
+)
 def test_what_is_missing_in_a_wheel_is_named(name: str, dist: Path, tmp_path: Path) -> None:
     (whole,) = dist.glob("*.whl")
     shutil.copy(next(dist.glob("*.tar.gz")), tmp_path)
@@ -75,7 +77,9 @@ def test_what_is_missing_in_a_wheel_is_named(name: str, dist: Path, tmp_path: Pa
     assert (done.returncode, done.stderr) == (1, f"{whole.name} has no {name}\n")
 
 
-@pytest.mark.parametrize("name", ["tests/test_x.py", "data/x.txt", "docs/x.png", "train/rows.npy", "runs/scene/x.txt"])
+@pytest.mark.parametrize(
+    "name", ["tests/test_x.py", "data/x.txt", "docs/x.png", "train/rows.npy", "runs/scene/x.txt"]
+)
 def test_what_is_too_much_in_an_sdist_is_named(name: str, dist: Path, tmp_path: Path) -> None:
     (whole,) = dist.glob("*.tar.gz")
     shutil.copy(next(dist.glob("*.whl")), tmp_path)
@@ -112,7 +116,9 @@ def test_a_tag_is_the_version_and_its_changes_are_written_down(check_dist: Modul
     assert list(check_dist.problems_of_tag("1.2.3", "1.2.3", changes)) == [
         "the tag is 1.2.3, pyproject.toml says v1.2.3"
     ]
-    assert list(check_dist.problems_of_tag("v1.2.4", "1.2.4", changes)) == ["CHANGELOG.md has no section '## 1.2.4'"]
+    assert list(check_dist.problems_of_tag("v1.2.4", "1.2.4", changes)) == [
+        "CHANGELOG.md has no section '## 1.2.4'"
+    ]
 
 
 def test_the_changelog_has_a_section_of_what_comes_and_of_this_version(

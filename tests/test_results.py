@@ -21,25 +21,45 @@ from shards.spec import ConversionSettings as Stored
 from train.__main__ import main
 
 Make = Callable[..., Path]
-FLAGS = ["--size", "64", "--width", "4", "--epochs", "2", "--batch-size", "4", "--num-classes", "10"]
+FLAGS = [
+    "--size",
+    "64",
+    "--width",
+    "4",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--num-classes",
+    "10",
+]
 SCENE_0 = 0  # bedroom
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A set of so many made-up rows, of which fields are emptied in both splits or one, or all rows are bedrooms."""
+    """A set of so many made-up rows, of which fields are emptied in both splits or one, or all rows
+    are bedrooms.
+    """
 
-    def build(rows: int = 12, empty: str = "", split: int | None = None, one_type: bool = False) -> Path:
+    def build(
+        rows: int = 12, empty: str = "", split: int | None = None, one_type: bool = False
+    ) -> Path:
         root = tmp_path_factory.mktemp("set")
         write_sample(root / "rooms.mat", rows, size_wh=(64, 48))
-        splits = open_set(convert(root / "rooms.mat", root / "as made", Stored(size=32))).column("split")
+        splits = open_set(convert(root / "rooms.mat", root / "as made", Stored(size=32))).column(
+            "split"
+        )
         with h5py.File(root / "rooms.mat", "r+") as file:
             if empty:
                 field = file[empty][...]
                 field[slice(None) if split is None else splits == split] = 0
                 file[empty][...] = field
             if one_type:
-                kinds = [bytes(file[ref][...].astype("u1").ravel()).decode() for ref in file["sceneTypes"][0]]
+                kinds = [
+                    bytes(file[ref][...].astype("u1").ravel()).decode()
+                    for ref in file["sceneTypes"][0]
+                ]
                 file["sceneTypes"][...] = file["sceneTypes"][0, kinds.index("bedroom")]
         return convert(root / "rooms.mat", root / "changed", Stored(size=32))
 
@@ -57,7 +77,14 @@ def run(data: Path, out: Path, *flags: str) -> list[str]:
     return sorted(made)
 
 
-ALL = ["classes.csv", "confusion.png", "curves.png", "metrics.csv", "mistakes.png", "predictions.csv"]
+ALL = [
+    "classes.csv",
+    "confusion.png",
+    "curves.png",
+    "metrics.csv",
+    "mistakes.png",
+    "predictions.csv",
+]
 OF_DEPTH = ["curves.png", "metrics.csv", "mistakes.png", "predictions.csv"]
 
 
@@ -72,8 +99,12 @@ def test_one_row_a_split_and_a_batch_larger_than_the_set(
 ) -> None:
     data = make(n_rows)
     files = run(data, tmp_path, "--task", task, "--batch-size", str(batch_size))
-    assert without(files, "mistakes.png") == without(OF_DEPTH if task == "depth" else ALL, "mistakes.png")
-    assert len(rows(tmp_path / "predictions.csv")) == np.sum(open_set(data).column("split") == 1) >= 1
+    assert without(files, "mistakes.png") == without(
+        OF_DEPTH if task == "depth" else ALL, "mistakes.png"
+    )
+    assert (
+        len(rows(tmp_path / "predictions.csv")) == np.sum(open_set(data).column("split") == 1) >= 1
+    )
 
 
 def test_no_mistake_is_said_and_an_older_picture_of_some_removed(
@@ -93,14 +124,30 @@ def test_no_mistake_is_said_and_an_older_picture_of_some_removed(
 
 
 @pytest.mark.parametrize(
-    ("task", "field", "what"), [("semantic13", "labels", "labelled"), ("depth", "rawDepths", "measured")]
+    ("task", "field", "what"),
+    [("semantic13", "labels", "labelled"), ("depth", "rawDepths", "measured")],
 )
 def test_nothing_to_learn_is_one_line(
     task: str, field: str, what: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = make(empty=field)
     capsys.readouterr()
-    assert main(["--data", str(data), "--out", str(tmp_path), *FLAGS, "--task", task, "--num-workers", "0"]) == 2
+    assert (
+        main(
+            [
+                "--data",
+                str(data),
+                "--out",
+                str(tmp_path),
+                *FLAGS,
+                "--task",
+                task,
+                "--num-workers",
+                "0",
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert f"no pixel of the train rows is {what}: nothing to learn" in said[0]
@@ -120,7 +167,9 @@ def test_nothing_to_score_is_said(
 
 
 @pytest.mark.parametrize("field", ["depths", "labels"])
-def test_scenes_do_not_need_a_measured_or_labelled_pixel(field: str, make: Make, tmp_path: Path) -> None:
+def test_scenes_do_not_need_a_measured_or_labelled_pixel(
+    field: str, make: Make, tmp_path: Path
+) -> None:
     assert run(make(empty=field), tmp_path) == ALL
 
 

@@ -42,19 +42,27 @@ def kill_until_done(data: Path, out: Path, kills: int, seed: int, longest_s: flo
 
 @pytest.fixture(scope="module")
 def alone(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run in a process of its own, as the killed ones: sums depend on the number of threads."""
+    """An undisturbed run in a process of its own, as the killed ones: sums depend on the number of
+    threads.
+    """
     out = tmp_path_factory.mktemp("runs") / "alone"
     assert run_and_kill(small_set, out, None, 0) == 0
     return out
 
 
-def test_killed_twice_inside_epochs_it_ends_with_the_same_weights(small_set: Path, alone: Path, tmp_path: Path) -> None:
+def test_killed_twice_inside_epochs_it_ends_with_the_same_weights(
+    small_set: Path, alone: Path, tmp_path: Path
+) -> None:
     assert kill_until_done(small_set, tmp_path / "run", 2, 0, 0.2) == 2
     assert_same(alone, tmp_path / "run")
 
 
-def test_sigterm_is_one_line_and_the_same_command_goes_on(small_set: Path, alone: Path, tmp_path: Path) -> None:
-    words = command(settings(small_set, tmp_path / "run", num_workers=0, save_minutes=0.0)).split()[1:]
+def test_sigterm_is_one_line_and_the_same_command_goes_on(
+    small_set: Path, alone: Path, tmp_path: Path
+) -> None:
+    words = command(settings(small_set, tmp_path / "run", num_workers=0, save_minutes=0.0)).split()[
+        1:
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, *words], cwd=REPO, env=environment, **piped) as process:  # type: ignore[call-overload]
@@ -139,7 +147,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continued(
 
 @pytest.mark.parametrize(
     ("change", "stored"),
-    [({"lr": 0.5}, "--lr 0.001"), ({"num_classes": 13}, "--num-classes 10"), ({"batch_size": 8}, "times ranks 4")],
+    [
+        ({"lr": 0.5}, "--lr 0.001"),
+        ({"num_classes": 13}, "--num-classes 10"),
+        ({"batch_size": 8}, "times ranks 4"),
+    ],
 )
 def test_other_settings_are_refused_with_both_values(
     change: dict[str, float], stored: str, small_set: Path, whole: Path
@@ -180,12 +192,18 @@ def test_a_mirror_that_fails_is_announced_and_training_goes_on(
 
 
 def test_a_mirror_that_hangs_does_not_hold_the_run(
-    small_set: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_set: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(loop, "MIRROR_WAIT_S", 0.2)
     mirror = tmp_path / "drive"
     mirror.mkdir()
-    os.mkfifo(pipe := mirror / f".metrics.csv.{os.getpid()}.tmp")  # opening it waits for a reader, for ever
+    os.mkfifo(
+        pipe := mirror / f".metrics.csv.{os.getpid()}.tmp"
+    )  # opening it waits for a reader, for ever
     train(settings(small_set, tmp_path / "run", mirror=str(mirror)))
     assert "not done after" in capsys.readouterr().err
     assert_same(whole, tmp_path / "run")

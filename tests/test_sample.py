@@ -75,7 +75,9 @@ def test_references_decode_to_official_names(sample: Path) -> None:
         files = strings(file, "rawRgbFilenames")
     assert (names[0], names[20], names[156]) == ("book", "wall", "bed")
     assert types == [scene_type(s) for s in scenes]
-    assert all(f.startswith(f"{s}/r-") and f.endswith(".ppm") for f, s in zip(files, scenes, strict=True))
+    assert all(
+        f.startswith(f"{s}/r-") and f.endswith(".ppm") for f, s in zip(files, scenes, strict=True)
+    )
 
 
 def test_half_the_rows_are_train_and_every_type_is_in_both(sample: Path) -> None:
@@ -116,7 +118,9 @@ def test_planes_are_stored_transposed_with_the_floor_below(sample: Path) -> None
 
 
 @pytest.mark.parametrize(("field", "expected"), [(k, LAYOUT[k]) for k in FIELDS])
-def test_matlabs_rule_gives_the_originals_chunks(field: str, expected: tuple[Any, str, Any]) -> None:
+def test_matlabs_rule_gives_the_originals_chunks(
+    field: str, expected: tuple[Any, str, Any]
+) -> None:
     shape, dtype, chunk = expected
     assert matlab_chunk((1449, *shape[1:]), np.dtype(dtype).itemsize) == chunk
 
@@ -165,7 +169,9 @@ def test_too_few_rows_is_a_users_mistake(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `show` is not installed: no picture is drawn")
+    pytest.importorskip(
+        "matplotlib", reason="the extra `show` is not installed: no picture is drawn"
+    )
     from convert.inspect import contact_sheet
 
     with h5py.File(sample) as file:
@@ -178,7 +184,9 @@ def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from convert.inspect import contact_sheet
 
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

@@ -432,7 +432,9 @@ OLDER = ("fsspec==2025.3.0", "psutil==5.9.5", "pillow==11.3.0", "tqdm==4.67.3")
 
 @pytest.mark.stress
 def test_make_on_colab_leaves_what_is_installed_as_it_is(tmp_path: Path) -> None:
-    """A venv with older packages of its own and the torch of this one, as a stand-in for Colab's system."""
+    """A venv with older packages of its own and the torch of this one, as a stand-in for Colab's
+    system.
+    """
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "colab"], check=True)
     python = tmp_path / "colab" / "bin" / "python"
     subprocess.run(

@@ -264,7 +264,9 @@ def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_p
     write_sample(mat, 12, size_wh=(64, 48))
     settings = ConversionSettings(size=8, rows_per_shard=5)
     name = "nyuv2-8-8ec8326e"
-    right = {file: data for file, data in shard_bytes(VERSION_1 / name).items() if "rows-" not in file}
+    right = {
+        file: data for file, data in shard_bytes(VERSION_1 / name).items() if "rows-" not in file
+    }
     for seed in range(10):
         form = ("", ".zarr")[seed % 2]
         shutil.copytree(VERSION_1 / f"{name}{form}", drive.back / "set" / f"{name}{form}")
@@ -278,7 +280,10 @@ def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_p
         shutil.rmtree(tmp_path / "root")
         for there in finished_sets(drive.back / "set"):
             pulled = pull(set_on_mount(there), tmp_path / "other")
-            assert shard_bytes(copy_set(pulled, tmp_path / "other", None).path).items() >= right.items()
+            assert (
+                shard_bytes(copy_set(pulled, tmp_path / "other", None).path).items()
+                >= right.items()
+            )
             shutil.rmtree(tmp_path / "other")
         shutil.rmtree(drive.back / "set")
 

@@ -1,4 +1,6 @@
-"""What schedulers send saves a run at the step it is in; what was ignored stays ignored; one run a directory."""
+"""What schedulers send saves a run at the step it is in; what was ignored stays ignored; one run a
+directory.
+"""
 
 import os
 import signal
@@ -33,11 +35,21 @@ def alone(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def begin(data: Path, out: Path, *launcher: str, workers: int = 0, **changes: Any) -> "subprocess.Popen[str]":
-    """The command in a process group of its own, with the slow network; `ignored`: signals that it starts with so."""
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}", **changes.pop("environment", {})}
+def begin(
+    data: Path, out: Path, *launcher: str, workers: int = 0, **changes: Any
+) -> "subprocess.Popen[str]":
+    """The command in a process group of its own, with the slow network; `ignored`: signals that it
+    starts with so.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+        **changes.pop("environment", {}),
+    }
     ignored = changes.pop("ignored", ())
-    words = command(settings(data, out, num_workers=workers, model="helpers.networks:Slow", **changes)).split()[1:]
+    words = command(
+        settings(data, out, num_workers=workers, model="helpers.networks:Slow", **changes)
+    ).split()[1:]
     return subprocess.Popen(
         [sys.executable, *launcher, *words],
         cwd=REPO,
@@ -89,7 +101,9 @@ def test_sigterm_to_the_whole_group_saves_the_step_it_came_in(
     assert_same(alone, run)
 
 
-def test_sigusr1_saves_the_step_it_came_in_and_goes_on(small_set: Path, alone: Path, tmp_path: Path) -> None:
+def test_sigusr1_saves_the_step_it_came_in_and_goes_on(
+    small_set: Path, alone: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     process = begin(small_set, run, environment={"SLEEP_S": "0.2"})
     wait_for((run / "last.pt").exists, process)
@@ -130,9 +144,20 @@ def test_signals_that_were_ignored_stay_ignored(small_set: Path, tmp_path: Path)
     assert position(tmp_path) == (2, 0)
 
 
-def test_torchrun_hands_sigterm_on_and_the_ranks_save_the_same_step(small_set: Path, tmp_path: Path) -> None:
-    run, launcher = tmp_path / "run", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = begin(small_set, run, *launcher, batch_size=2, environment={"SLEEP_S": "0.2", "OMP_NUM_THREADS": "1"})
+def test_torchrun_hands_sigterm_on_and_the_ranks_save_the_same_step(
+    small_set: Path, tmp_path: Path
+) -> None:
+    run, launcher = (
+        tmp_path / "run",
+        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    )
+    process = begin(
+        small_set,
+        run,
+        *launcher,
+        batch_size=2,
+        environment={"SLEEP_S": "0.2", "OMP_NUM_THREADS": "1"},
+    )
     wait_for((run / "last.pt").exists, process)
     time.sleep(0.5)
     process.terminate()
@@ -150,7 +175,18 @@ def test_torchrun_hands_sigterm_on_and_the_ranks_save_the_same_step(small_set: P
 def test_a_second_run_into_a_directory_is_told_who_trains_there(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data", str(small_set), "--out", str(tmp_path), "--size", "32", "--width", "4", "--epochs", "1"]
+    flags = [
+        "--data",
+        str(small_set),
+        "--out",
+        str(tmp_path),
+        "--size",
+        "32",
+        "--width",
+        "4",
+        "--epochs",
+        "1",
+    ]
     process = begin(small_set, tmp_path, environment={"SLEEP_S": "0.5"})
     try:
         wait_for((tmp_path / "last.pt").exists, process)
@@ -181,7 +217,10 @@ def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) 
         assert process.stdout
         child = int(process.stdout.readline())
         try:
-            with pytest.raises(UserError, match=f"held by pid {process.pid}"), hold(tmp_path / ".lock", **WORDS):
+            with (
+                pytest.raises(UserError, match=f"held by pid {process.pid}"),
+                hold(tmp_path / ".lock", **WORDS),
+            ):
                 pass
             process.kill()
             process.wait()
@@ -192,7 +231,9 @@ def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) 
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object) -> None:
         raise OSError(37, "No locks available")
 

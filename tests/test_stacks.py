@@ -1,4 +1,6 @@
-"""The stacks of users: lists of versions are what they say, tests say what they need, whose warnings are errors."""
+"""The stacks of users: lists of versions are what they say, tests say what they need, whose
+warnings are errors.
+"""
 
 import re
 import subprocess
@@ -23,7 +25,18 @@ WHOLE_FILES_NEED_TORCH = {
     for name in (
         *("any_dataset", "any_source", "arguments", "augment", "data", "ddp", "elsewhere"),
         *("forks", "gather", "layout", "loader"),
-        *("loop", "memory", "mistakes", "model", "notebook", "payload", "predict", "recipe", "resume", "results"),
+        *(
+            "loop",
+            "memory",
+            "mistakes",
+            "model",
+            "notebook",
+            "payload",
+            "predict",
+            "recipe",
+            "resume",
+            "results",
+        ),
         *("signals", "tasks", "unpack"),
     )
 }
@@ -36,7 +49,9 @@ def stacks() -> ModuleType:
 
 
 def pins(path: Path) -> dict[str, Version]:
-    lines = [line.partition("==") for line in path.read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line.partition("==") for line in path.read_text().splitlines() if not line.startswith("#")
+    ]
     return {name: Version(version) for name, _, version in lines}
 
 
@@ -45,37 +60,51 @@ def pins(path: Path) -> dict[str, Version]:
 
 def test_the_lowest_stack_is_what_pyproject_allows() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    lines = PROJECT["project"]["dependencies"] + [line for extra in extras.values() for line in extra]
+    lines = PROJECT["project"]["dependencies"] + [
+        line for extra in extras.values() for line in extra
+    ]
     floors = {r.name: Version(str(r.specifier).removeprefix(">=")) for r in map(Requirement, lines)}
     for linter in ("ruff", "mypy"):
         del floors[linter]
     assert pins(REPO / "tests" / "stacks" / "lowest.txt") == floors
     lowest_python = PROJECT["project"]["requires-python"].removeprefix(">=")
-    assert (REPO / "tests" / "stacks" / "lowest.txt").read_text().startswith(f"# Python {lowest_python}\n")
+    assert (
+        (REPO / "tests" / "stacks" / "lowest.txt")
+        .read_text()
+        .startswith(f"# Python {lowest_python}\n")
+    )
 
 
 def test_colabs_stack_is_what_colab_publishes() -> None:
     published = shared("colab/pip-freeze.txt").read_text()
     assert (
-        f"Python {(REPO / 'tests/stacks/colab.txt').read_text().split()[2]}." in shared("colab/os-info.txt").read_text()
+        f"Python {(REPO / 'tests/stacks/colab.txt').read_text().split()[2]}."
+        in shared("colab/os-info.txt").read_text()
     )
     found = dict(re.findall(r"^([\w-]+)==(\S+)$", published, re.M))
     found["torch"] = re.findall(r"/torch-([\d.]+)", published)[0]
     ours = pins(REPO / "tests" / "stacks" / "colab.txt")
-    assert {name: str(version) for name, version in ours.items()} == {name: found[name] for name in ours}
+    assert {name: str(version) for name, version in ours.items()} == {
+        name: found[name] for name in ours
+    }
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
 def test_a_stack_keeps_what_pyproject_asks_for(path: Path) -> None:
     assert re.match(r"# Python 3\.\d+\n", path.read_text())
     extras = PROJECT["project"]["optional-dependencies"].values()
-    asked = map(Requirement, PROJECT["project"]["dependencies"] + [line for extra in extras for line in extra])
+    asked = map(
+        Requirement,
+        PROJECT["project"]["dependencies"] + [line for extra in extras for line in extra],
+    )
     versions = pins(path)
     assert {"torch", "h5py", "numpy"} <= versions.keys()
     assert [r for r in asked if r.name in versions and versions[r.name] not in r.specifier] == []
 
 
-def test_a_python_that_is_there_and_refuses_is_not_taken(tmp_path: Path, stacks: ModuleType) -> None:
+def test_a_python_that_is_there_and_refuses_is_not_taken(
+    tmp_path: Path, stacks: ModuleType
+) -> None:
     shim = tmp_path / "python3.13"
     shim.write_text("#!/bin/sh\necho 'pyenv: python3.13: command not found' >&2\nexit 127\n")
     shim.chmod(0o755)
@@ -112,7 +141,9 @@ sys.exit(pytest.main(["--collect-only", "-rs", "-m", ""]))
 
 
 def collected(*absent: str) -> tuple[set[str], dict[str, str]]:
-    """Names of all tests, and reasons by file that is skipped, where these packages are not installed."""
+    """Names of all tests, and reasons by file that is skipped, where these packages are not
+    installed.
+    """
     command = [sys.executable, "-c", COLLECT, *absent]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -122,11 +153,22 @@ def collected(*absent: str) -> tuple[set[str], dict[str, str]]:
 
 @needs_torch
 def test_without_torch_every_test_is_collected_but_those_of_the_files_that_need_it() -> None:
-    absent = ("torch", "torchmetrics", "xarray", "tensorstore", "mfusepy", "nbclient", "nbformat", "ipykernel")
+    absent = (
+        "torch",
+        "torchmetrics",
+        "xarray",
+        "tensorstore",
+        "mfusepy",
+        "nbclient",
+        "nbformat",
+        "ipykernel",
+    )
     every, _ = collected()
     without, skipped = collected(*absent)
     assert skipped == dict.fromkeys(WHOLE_FILES_NEED_TORCH, "needs torch")
-    assert without == {name for name in every if name.partition("::")[0] not in WHOLE_FILES_NEED_TORCH}
+    assert without == {
+        name for name in every if name.partition("::")[0] not in WHOLE_FILES_NEED_TORCH
+    }
     assert len(without) > 350
 
 
@@ -153,15 +195,21 @@ def test_a_warning_in_a_module_of_ours_is_an_error(module: str) -> None:
         warn_in(module)
 
 
-@pytest.mark.parametrize("module", ["matplotlib._mathtext", "torch.utils.data", "converter", "trainer.x", "a.convert"])
+@pytest.mark.parametrize(
+    "module", ["matplotlib._mathtext", "torch.utils.data", "converter", "trainer.x", "a.convert"]
+)
 def test_a_warning_inside_another_package_is_not(module: str) -> None:
     with warnings.catch_warnings(record=True) as seen:  # keeps the filters of this suite
         warn_in(module)
     assert [str(w.message) for w in seen] in (["old"], [])
 
 
-def test_our_code_is_warned_of_what_it_calls_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "somebodys.py").write_text("import warnings\ndef old(): warnings.warn('old', DeprecationWarning, 2)\n")
+def test_our_code_is_warned_of_what_it_calls_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "somebodys.py").write_text(
+        "import warnings\ndef old(): warnings.warn('old', DeprecationWarning, 2)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     import somebodys
 

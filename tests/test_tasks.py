@@ -67,7 +67,9 @@ def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
     parts = sum(PIXELS.count(a, b) for a, b in zip(logits.split(4), target.split(4), strict=True))
     assert torch.equal(parts, PIXELS.count(logits, target))
     loss, weight = PIXELS.loss(logits, target)
-    torch.testing.assert_close(loss / weight, torch.nn.functional.cross_entropy(logits, target, ignore_index=VOID))
+    torch.testing.assert_close(
+        loss / weight, torch.nn.functional.cross_entropy(logits, target, ignore_index=VOID)
+    )
 
 
 def test_mean_class_accuracy_leaves_out_classes_without_rows() -> None:
@@ -80,7 +82,9 @@ def test_mean_class_accuracy_leaves_out_classes_without_rows() -> None:
 def test_a_smoothed_loss_over_the_known_pixels_is_torchs_own() -> None:
     task, (logits, target) = Classes(PIXELS.names, 0.1, "top1"), pixels()
     loss, n_known = task.loss(logits, target)
-    theirs = torch.nn.functional.cross_entropy(logits, target, ignore_index=VOID, label_smoothing=0.1)
+    theirs = torch.nn.functional.cross_entropy(
+        logits, target, ignore_index=VOID, label_smoothing=0.1
+    )
     torch.testing.assert_close(loss / n_known, theirs)
 
 
@@ -109,7 +113,9 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
     out[0, 0, 45, 41] = 1.0
     assert task.scores(task.count(out, true))["rmse"] > 0
-    without_frame = depth_task(2.0, "border")  # 6 rows and 7 columns before the first one are cut off
+    without_frame = depth_task(
+        2.0, "border"
+    )  # 6 rows and 7 columns before the first one are cut off
     out, true = out[:, :, 6:473, 7:632], true[:, :, 6:473, 7:632]
     assert without_frame.scores(without_frame.count(out, true))["rmse"] > 0
     out[0, 0, 45 - 6, 41 - 7] = 0.0
@@ -118,19 +124,29 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
 
 @pytest.mark.parametrize("task", ["scene", "semantic13"])
 def test_a_picture_and_its_mirror_image_get_the_same_answer(task: str, small_set: Path) -> None:
-    job = make_job(Settings(str(small_set), "", task=task, inputs="rgb", width=8, size=32), torch.device("cpu"))
+    job = make_job(
+        Settings(str(small_set), "", task=task, inputs="rgb", width=8, size=32), torch.device("cpu")
+    )
     net = new_run(job).model.eval()
     torch.nn.init.normal_((net.decoder.head if task != "scene" else net.fc).weight)
     rgb, depth, target = job.train_set.stored(np.arange(4))
     mirrored = rgb.flip(-1), depth.flip(-1), target.flip(-1) if target.ndim > 1 else target
     with torch.inference_mode():
-        out, again = (predict_batch(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored))
+        out, again = (
+            predict_batch(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored)
+        )
     assert out.std() > 1e-3
-    torch.testing.assert_close(again if task == "scene" else again.flip(-1), out, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        again if task == "scene" else again.flip(-1), out, atol=1e-4, rtol=1e-4
+    )
 
 
-def test_an_answer_with_test_time_augmentation_is_the_mean_over_the_picture_and_its_crops(small_set: Path) -> None:
-    job = make_job(Settings(str(small_set), "", inputs="rgb", width=8, size=32, crop=0.5), torch.device("cpu"))
+def test_an_answer_with_test_time_augmentation_is_the_mean_over_the_picture_and_its_crops(
+    small_set: Path,
+) -> None:
+    job = make_job(
+        Settings(str(small_set), "", inputs="rgb", width=8, size=32, crop=0.5), torch.device("cpu")
+    )
     net = new_run(job).model.eval()
     torch.nn.init.normal_(net.fc.weight)
     rgb, depth, target = job.train_set.stored(np.arange(4))
@@ -159,13 +175,21 @@ def test_dense_outputs_are_scored_as_stored_at_the_end_and_at_training_size_in_b
             assert out.shape[-2:] == target.shape[-2:] == (size, size)
 
 
-@pytest.mark.parametrize(("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")])
-def test_every_task_trains_and_names_its_classes(task: str, score: str, small_set: Path, tmp_path: Path) -> None:
-    settings = Settings(str(small_set), str(tmp_path), task=task, epochs=2, batch_size=8, width=4, size=32)
+@pytest.mark.parametrize(
+    ("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")]
+)
+def test_every_task_trains_and_names_its_classes(
+    task: str, score: str, small_set: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        str(small_set), str(tmp_path), task=task, epochs=2, batch_size=8, width=4, size=32
+    )
     with training(settings) as done:
         files = report(done)
     assert {f"train_{score}", f"test_{score}"} <= done.last.keys()
-    assert {path.name for path in files} | {"previous.pt", ".lock"} == {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in files} | {"previous.pt", ".lock"} == {
+        path.name for path in tmp_path.iterdir()
+    }
     assert {"mistakes.png", "curves.png", "predictions.csv"} <= {p.name for p in tmp_path.iterdir()}
     if score == "miou":
         with open(tmp_path / "classes.csv") as file:

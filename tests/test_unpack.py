@@ -1,4 +1,6 @@
-"""A compressed set on a read-only place trains from an unpacked copy in the cache folder, and from no other set's."""
+"""A compressed set on a read-only place trains from an unpacked copy in the cache folder, and from
+no other set's.
+"""
 
 import os
 import pickle
@@ -54,14 +56,18 @@ def test_a_read_only_set_is_unpacked_into_the_cache_once_and_named(
     read_only: Path, cache: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = ShardDataset(read_only)
-    assert capsys.readouterr().err.startswith(f"{read_only} is compressed: unpacking it once, into {cache}/nyuv2-32-")
+    assert capsys.readouterr().err.startswith(
+        f"{read_only} is compressed: unpacking it once, into {cache}/nyuv2-32-"
+    )
     again = ShardDataset(read_only.parent)
     assert "unpacking" not in capsys.readouterr().err
     assert first.path == again.path == cache / small_set.name
     assert right(again, small_set)
 
 
-def test_without_xdg_the_cache_is_in_the_home(read_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_xdg_the_cache_is_in_the_home(
+    read_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for value in (None, "", "relative/is/invalid"):
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         if value is not None:
@@ -84,14 +90,20 @@ def test_where_the_home_is_read_only_too_the_variable_is_named(
 def test_a_user_without_a_home_has_no_cache_folder() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can become a user without a home")
-    code = "import os; from train.unpack import cache_folder; os.setuid(54321); print(cache_folder())"
+    code = (
+        "import os; from train.unpack import cache_folder; os.setuid(54321); print(cache_folder())"
+    )
     env = {"PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "None\n", done.stderr
 
 
 @pytest.mark.parametrize("damage", ["half", "truncated", "missing", "manifest"])
-def test_a_damaged_copy_is_never_taken(damage: str, read_only: Path, cache: Path, small_set: Path) -> None:
+def test_a_damaged_copy_is_never_taken(
+    damage: str, read_only: Path, cache: Path, small_set: Path
+) -> None:
     copy = ShardDataset(read_only).path
     if damage == "half":
         (copy / "manifest.json").unlink()
@@ -138,18 +150,19 @@ def test_another_set_of_the_same_name_beside_it_is_not_confused(
 
 
 def test_two_processes_at_once_take_one_copy(read_only: Path, cache: Path, small_set: Path) -> None:
-    code = (
-        f"from train.data import ShardDataset; d = ShardDataset({str(read_only)!r}); print(d.path, int(d[3][0].sum()))"
-    )
+    code = f"from train.data import ShardDataset; d = ShardDataset({str(read_only)!r}); print(d.path, int(d[3][0].sum()))"
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     said = {run.communicate(timeout=180)[0] for run in runs}
     assert [run.returncode for run in runs] == [0, 0]
     assert said == {f"{cache / small_set.name} {int(ShardDataset(small_set)[3][0].sum())}\n"}
 
 
-def test_a_spawned_worker_opens_the_copy_and_unpacks_nothing(read_only: Path, cache: Path, small_set: Path) -> None:
+def test_a_spawned_worker_opens_the_copy_and_unpacks_nothing(
+    read_only: Path, cache: Path, small_set: Path
+) -> None:
     data = pickle.dumps(ShardDataset(read_only))
     (cache / small_set.name).rename(cache / "elsewhere")
     with pytest.raises(UserError, match="no manifest"):
@@ -158,7 +171,9 @@ def test_a_spawned_worker_opens_the_copy_and_unpacks_nothing(read_only: Path, ca
     assert np.array_equal(pickle.loads(data)[0][0], ShardDataset(small_set)[0][0])
 
 
-def test_a_dataset_whose_set_was_replaced_does_not_open_the_other(small_set: Path, tmp_path: Path) -> None:
+def test_a_dataset_whose_set_was_replaced_does_not_open_the_other(
+    small_set: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copytree(small_set, tmp_path / small_set.name))
     data = pickle.dumps(ShardDataset(path))
     shutil.rmtree(path)

@@ -17,7 +17,16 @@ import pytest
 import zarr
 from conftest import REPO, SMALL, needs_torch
 from helpers.commands import Run
-from helpers.sets import FIELDS, committed, convert, flip, manifest_json, repack, verify, write_manifest_json
+from helpers.sets import (
+    FIELDS,
+    committed,
+    convert,
+    flip,
+    manifest_json,
+    repack,
+    verify,
+    write_manifest_json,
+)
 
 from convert.sample import write_sample
 from convert.sources.nyu_mat import KEYS
@@ -28,8 +37,11 @@ from shards.files import FileEntry
 from shards.manifest import COLUMNS
 from shards.spec import Field
 
-# zarr-python warns of files in a group that are not Zarr's: the manifest and the provenance lie there on purpose
-pytestmark = pytest.mark.filterwarnings("ignore:Object at (manifest|provenance).json is not recognized")
+# zarr-python warns of files in a group that are not Zarr's: the manifest and the provenance lie
+# there on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Object at (manifest|provenance).json is not recognized"
+)
 VARIANTS = [*CODECS, "depth=blosc,label=zstd"]
 ZERO_ROWS = [
     3,
@@ -105,18 +117,29 @@ def test_every_reader_gives_the_bytes_of_the_npy_shards(
         assert found[[0, 34]].any()
 
 
-def test_xarray_shows_named_dimensions_units_and_the_tables_of_names(stores: dict[str, Path]) -> None:
+def test_xarray_shows_named_dimensions_units_and_the_tables_of_names(
+    stores: dict[str, Path],
+) -> None:
     xarray = pytest.importorskip("xarray", reason="needs xarray")
     opened = xarray.open_zarr(stores["none"], consolidated=False)
     assert opened["rgb"].dims == ("row", "channel", "y", "x")
     assert opened["depth"].dims == ("row", "y", "x")
     assert opened["depth"].attrs == {"units": "millimetre", "invalid": 0}
     names, types = opened.attrs["names"]["scene_types"], opened["rows-scene_type"].values
-    assert names[types[0]] in ("bathroom", "bedroom", "dining_room", "kitchen", "living_room", "office")
+    assert names[types[0]] in (
+        "bathroom",
+        "bedroom",
+        "dining_room",
+        "kitchen",
+        "living_room",
+        "office",
+    )
 
 
 @pytest.mark.parametrize("variant", ["none", "blosc"])
-def test_per_row_columns_are_arrays_of_the_store(variant: str, stores: dict[str, Path], npy_set: Path) -> None:
+def test_per_row_columns_are_arrays_of_the_store(
+    variant: str, stores: dict[str, Path], npy_set: Path
+) -> None:
     ours, theirs = open_set(npy_set), zarr.open_group(stores[variant], mode="r")
     arrays = {array for column in COLUMNS.values() for array in column.arrays}
     assert set(theirs.array_keys()) == set(FIELDS) | arrays
@@ -134,7 +157,9 @@ def test_per_row_columns_are_arrays_of_the_store(variant: str, stores: dict[str,
         assert [data[start:stop].decode() for start, stop in bounds] == expected.tolist()
 
 
-def test_uncompressed_shards_are_what_zarr_python_writes_to_the_byte(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_uncompressed_shards_are_what_zarr_python_writes_to_the_byte(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
     made = stores["none"]
     for field in FIELDS:
         ours = zarr.open_array(made / field, mode="r")
@@ -145,7 +170,10 @@ def test_uncompressed_shards_are_what_zarr_python_writes_to_the_byte(stores: dic
         theirs[:] = ours[:]
         for path in (tmp_path / field / "c").rglob("*"):
             if path.is_file():
-                assert path.read_bytes() == (made / field / path.relative_to(tmp_path / field)).read_bytes()
+                assert (
+                    path.read_bytes()
+                    == (made / field / path.relative_to(tmp_path / field)).read_bytes()
+                )
 
 
 def test_the_crc_is_castagnolis() -> None:
@@ -155,12 +183,16 @@ def test_the_crc_is_castagnolis() -> None:
 # ---------------------------------------------------------------- converting
 
 
-@pytest.mark.parametrize(("workers", "variant"), [(1, "none"), (3, "none"), (2, "depth=blosc,label=zstd")])
+@pytest.mark.parametrize(
+    ("workers", "variant"), [(1, "none"), (3, "none"), (2, "depth=blosc,label=zstd")]
+)
 def test_from_the_mat_or_from_a_set_it_is_the_same_store(
     workers: int, variant: str, zero_mat: Path, stores: dict[str, Path], tmp_path: Path
 ) -> None:
     codecs = open_set(stores[variant]).codecs
-    assert committed(convert(zero_mat, tmp_path, SMALL, workers, codecs)) == committed(stores[variant])
+    assert committed(convert(zero_mat, tmp_path, SMALL, workers, codecs)) == committed(
+        stores[variant]
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,11 +210,25 @@ def test_the_fingerprint_is_that_of_the_content(stores: dict[str, Path], npy_set
     assert {path.name for path in stores.values()} == {f"{npy_set.name}.zarr"}
 
 
-def test_killed_runs_resume_and_end_byte_identical(zero_mat: Path, stores: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "convert", "run", str(zero_mat), "--out", str(tmp_path), "--format", "zarr"]
+def test_killed_runs_resume_and_end_byte_identical(
+    zero_mat: Path, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "convert",
+        "run",
+        str(zero_mat),
+        "--out",
+        str(tmp_path),
+        "--format",
+        "zarr",
+    ]
     command += ["--size", "32", "--rows-per-shard", "10"]
     for k in range(5):
-        with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
             time.sleep(0.5 + 0.2 * k)
             process.kill()
         if not (tmp_path / stores["none"].name / "manifest.json").exists():
@@ -209,8 +255,14 @@ def test_shards_of_another_codec_are_not_taken_over(
 MISTAKES = {
     "npy compressed": (["--codec", "zstd"], "--format zarr"),
     "unknown codec": (["--format", "zarr", "--codec", "gzip"], "choose one of none, zstd, blosc"),
-    "half a pair": (["--format", "zarr", "--codec", "rgb=zstd,depth"], "choose one of none, zstd, blosc"),
-    "unknown field": (["--format", "zarr", "--codec", "rbg=zstd"], "choose one of none, zstd, blosc"),
+    "half a pair": (
+        ["--format", "zarr", "--codec", "rgb=zstd,depth"],
+        "choose one of none, zstd, blosc",
+    ),
+    "unknown field": (
+        ["--format", "zarr", "--codec", "rbg=zstd"],
+        "choose one of none, zstd, blosc",
+    ),
     "another size": (["--format", "zarr", "--size", "64"], "has other settings"),
     "another codec there": (["--format", "zarr", "--codec", "zstd"], "is there already"),
 }
@@ -260,7 +312,9 @@ def test_a_repack_that_was_stopped_goes_on_with_the_rest(
 def test_a_repack_that_would_not_fit_is_refused_before_it_starts(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 8 << 20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 8 << 20)
+    )  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"8 MB free, the shards need 9 MB.*another disk"):
         repack(stores["zstd"], tmp_path, "npy", "none")
     assert not list(tmp_path.glob("nyuv2-*"))
@@ -358,7 +412,8 @@ def test_verify_names_the_damaged_file(kind: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rgb/c/../../../x", "/etc/passwd", "rgb/../zarr.json", "rgb/c/0/0/0/0/", "../zarr.json"]
+    "name",
+    ["rgb/c/../../../x", "/etc/passwd", "rgb/../zarr.json", "rgb/c/0/0/0/0/", "../zarr.json"],
 )
 def test_a_manifest_that_names_files_elsewhere_is_refused(name: str, copy: Path) -> None:
     manifest = manifest_json(copy)

@@ -1,4 +1,5 @@
-"""A simulated week: four Colab sessions with a Drive that fails, each with its times, bytes and messages.
+"""A simulated week: four Colab sessions with a Drive that fails, each with its times, bytes and
+messages.
 
     python tests/week.py [FILE.mat] [--keep]     made-up rooms where no file is given
 

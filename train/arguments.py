@@ -54,7 +54,7 @@ def check_target(target: Any) -> None:
 
 
 def check_num_classes(num_classes: Any) -> None:
-    """WrongSetting unless it is None or a number; which numbers there are is the dataset's to know."""
+    """WrongSetting unless it is None or a number; which ones there are the dataset knows."""
     if num_classes is not None:
         check_whole("num_classes", num_classes, 1, 10_000)
 

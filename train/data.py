@@ -1,7 +1,8 @@
-"""The dataset and its loaders: memory maps opened lazily in each process, one gather a field a batch.
+"""The dataset and its loaders: memory maps opened lazily in each process, one gather a batch.
 
-A batch is the fields asked for, then the target; by default (rgb, depth, label). `normalize=False` hands over what is
-stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the device.
+A batch is the fields asked for, then the target; by default (rgb, depth, label). `normalize=False`
+hands over what is stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the
+device.
 """
 
 import math
@@ -54,7 +55,8 @@ OPENED = {"_set", "_gather", "_parts", "_rows", "_scene_ids", "_label_classes"}
 
 
 def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False) -> ShardSet:
-    """Find, check and open a set; of a compressed one the unpacked copy, which is made first if need be.
+    """Find, check and open a set; of a compressed one the unpacked copy, which is made first if
+    need be.
 
     Raises UserError where there is none, where it is damaged, or where it lies on a mounted Drive
     and that is not allowed.
@@ -91,7 +93,8 @@ def target_of(name: str) -> Target:
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
     """Rows of one split of a converted set.
 
-    `ds[i]` is (rgb [3,H,W], depth [1,H,W], target); `batch(indices)` the same with a leading batch axis.
+    `ds[i]` is (rgb [3,H,W], depth [1,H,W], target); `batch(indices)` the same with a leading batch
+    axis.
 
     path: a finished set, a folder that holds exactly one, or an opened one. split: train, val, test
     or all. fields: names of colour, grey or depth fields. num_classes: which scene classes; None:
@@ -190,7 +193,9 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return mean_m, max(std_m, SMALLEST_STD_M)
 
     def _read_classes(self, target: Target) -> None:
-        """The classes, and what turns a stored scene type or label into one: void is -100, torch's ignore_index."""
+        """The classes, and what turns a stored scene type or label into one: void is -100, torch's
+        ignore_index.
+        """
         dataset = self._set.dataset
         self.classes: list[str] = []
         self._scene_ids = np.empty(0, np.int64)
@@ -223,7 +228,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             what = f"has no {self.split} rows with a scene type"
             raise MissingSet(self.path, what, "Choose another target")
         log(
-            f"{self.path}: {n_unknown} of {len(self._rows)} {self.split} rows have no class: left out"
+            f"{self.path}: {n_unknown} of {len(self._rows)} {self.split} rows "
+            "have no class: left out"
         )
         self._rows = self._rows[is_known]
 
@@ -294,11 +300,15 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return tuple(part[0] for part in self.batch(np.array([position])))
 
     def __getitems__(self, indices: Any) -> list[tuple[Tensor, ...]]:
-        """One gather for the whole batch, handed over as rows (views), as torch's default collate wants them."""
+        """One gather for the whole batch, handed over as rows (views), as torch's default collate
+        wants them.
+        """
         return list(zip(*self.batch(indices), strict=True))
 
     def batch(self, indices: Any) -> tuple[Tensor, ...]:
-        """The fields asked for, as float32 inputs where `normalize`, then the target, of these positions [B]."""
+        """The fields asked for, as float32 inputs where `normalize`, then the target, of these
+        positions [B].
+        """
         use_one_thread_in_a_fork()
         *inputs, target = self.stored(indices)
         if self.normalize:
@@ -323,7 +333,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return tuple(part.index_select(0, index) for part in parts)
 
     def fill(self, buffer: memoryview, indices: Any) -> Layout | None:
-        """Gather a batch in `buffer`: its layout there; or None, where there is something to compute."""
+        """Gather a batch in `buffer`: its layout there; None where something is to be computed."""
         if self.normalize or self.device is not None:
             return None
         return self._fill(buffer, self.rows_of(indices))
@@ -392,7 +402,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
 
 def normalize_levels(levels_bchw: Tensor, field: Field) -> Tensor:
-    """Grey levels or colours [B,C,H,W] -> float32, by the mean and deviation of the set's train rows."""
+    """Grey levels or colours [B,C,H,W] -> float32, by the statistics of the set's train rows."""
     if field.statistics is None:
         raise UserError(
             f"{field.name} has no statistics to normalise by: the set has no train rows"
@@ -404,7 +414,7 @@ def normalize_levels(levels_bchw: Tensor, field: Field) -> Tensor:
 
 
 def evaluation_split(found: ShardSet, eval_split: str) -> str:
-    """The split to score on: the one named, or for "auto" val where the set has val rows, else test.
+    """The split to score on: the one named; for "auto" val where there are such rows, else test.
 
     Raises MissingSet where it has neither.
     """

@@ -77,7 +77,9 @@ def crop_box_of(dataset: ShardDataset) -> CropBox:
 
 
 def scored_box_of(dataset: ShardDataset) -> CropBox:
-    """The window of the sensor's picture in which depth is scored: the crop of Eigen et al., or all of it."""
+    """The window of the sensor's picture in which depth is scored: the crop of Eigen et al., or all
+    of it.
+    """
     spec = dataset.shard_set.dataset
     return window(spec, spec.crop_box(SCORED_CROP if SCORED_CROP in spec.crops else "none"))
 

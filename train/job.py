@@ -197,8 +197,8 @@ def _new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 def probe(model: nn.Module, job: TrainingJob) -> None:
     """Refuse a network of a user's own that does not answer as the task needs.
 
-    It is asked about two grey pictures, in evaluation mode, and torch's random numbers are put back:
-    what it learns afterwards does not change. Raises WrongNetwork.
+    It is asked about two grey pictures, in evaluation mode, and torch's random numbers are put
+    back: what it learns afterwards does not change. Raises WrongNetwork.
     """
     spec = job.settings.model
     size = job.settings.size or job.train_set.size

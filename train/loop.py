@@ -450,7 +450,7 @@ def _finish(run: Run, job: TrainingJob, mirror: Mirror) -> TrainingResult:
 
 
 def _scores_of_test(run: Run, job: TrainingJob) -> dict[str, float]:
-    """Of the test rows, once, at the end; whoever reports the run shows these. {}: there are none."""
+    """Of the test rows, once, at the end; a report shows these rows then. {}: there are none."""
     if reported_split(job) != "test":
         return {}
     job.eval_split = "test"

@@ -1,8 +1,9 @@
 """Trainings in stages: which runs a recipe is made of, and with which settings.
 
-The default recipe is the best of those compared (docs/measurements/training.md): small pictures, a narrow
-network, and two runs. The first learns the classes of the pixels, of which a row has thousands;
-the second learns the scenes, of which a row has one, and starts from the first one's trunks.
+The default recipe is the best of those compared (docs/measurements/training.md): small pictures, a
+narrow network, and two runs. The first learns the classes of the pixels, of which a row has
+thousands; the second learns the scenes, of which a row has one, and starts from the first one's
+trunks.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def plan(
 
 
 def pixels_task(dataset: ShardSet) -> str:
-    """The classes of the pixels to learn first: the finest grouping of the labels, else all of them."""
+    """The classes of the pixels to learn first: the finest grouping of the labels, else all."""
     tables = dataset.dataset.label_tables
     return f"semantic{max(len(table.names) for table in tables)}" if tables else "semantic"
 

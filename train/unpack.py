@@ -1,4 +1,6 @@
-"""A compressed set is trained from an unpacked copy, made once: beside it, or in the cache where that is read-only."""
+"""A compressed set is trained from an unpacked copy, made once: beside it, or in the cache where
+that is read-only.
+"""
 
 import os
 import subprocess
@@ -14,10 +16,12 @@ CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
 
 
 def unpacked(path: Path) -> Path:
-    """The set; of a compressed one the .npy copy, made by `shards.copy` in its own process: zarr is never loaded here.
+    """The set; of a compressed one the .npy copy, made by `shards.copy` in its own process: zarr is
+    never loaded here.
 
-    A copy is taken where its manifest has the same fingerprint, every file the size and every shard the header that it
-    names; the manifest is written last, so half a copy has none. Raises UserError where none can be made.
+    A copy is taken where its manifest has the same fingerprint, every file the size and every shard
+    the header that it names; the manifest is written last, so half a copy has none. Raises
+    UserError where none can be made.
     """
     if path.suffix != ".zarr":
         return path
@@ -62,7 +66,7 @@ def is_copy(path: Path, digest: str) -> bool:
 
 
 def is_other(path: Path, digest: str) -> bool:
-    """A finished set with another fingerprint, or of another version: nothing may take its place."""
+    """A finished set of another fingerprint or version: nothing may take its place."""
     try:
         return read_manifest(path).fingerprint != digest
     except (OldSet, NewerSet):
@@ -86,7 +90,8 @@ def is_writable(root: Path) -> bool:
 def _unpack(path: Path, root: Path, digest: str) -> None:
     """A second process waits for the first, inside `shards.copy`, and takes what it made.
 
-    A damaged copy loses its manifest: it is half a copy then, which `shards.copy` goes on with, file by file.
+    A damaged copy loses its manifest: it is half a copy then, which `shards.copy` goes on with,
+    file by file.
     """
     copy = root / path.with_suffix("").name
     log(f"{path} is compressed: unpacking it once, into {copy}")

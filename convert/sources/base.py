@@ -1,7 +1,7 @@
-"""What a conversion needs of a source: the specification of its dataset, facts of its rows, and readers of its fields.
+"""What a conversion needs of a source: its dataset, facts of its rows, readers of its fields.
 
-A source of another kind is a class with these attributes and methods; nothing else in the project needs to know it.
-`convert.pipeline.convert` takes one in the place of a path.
+A source of another kind is a class with these attributes and methods; nothing else in the project
+needs to know it. `convert.pipeline.convert` takes one in the place of a path.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +50,7 @@ class RowReader(Protocol):
         """Unpack everything once into a nameless file. `run` is a map, such as a pool's."""
 
     def read_group(self, group: int) -> np.ndarray:
-        """Rows [group * group_rows, ...): (rows, [planes,] W, H), each plane transposed, as MATLAB stores it.
+        """Rows [group * group_rows, ...): (rows, [planes,] W, H), planes as MATLAB stores them.
 
         Colour and grey levels as uint8, depth as float metres (0 = none), ids as whole numbers.
         """
@@ -99,7 +99,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFilter:
-    """Which sources a finished set may be of: of that name, or with that identity; empty: of any."""
+    """Which sources a set may be of: those of that name, or with that identity; empty: any."""
 
     name: str | None = None
     identity: SourceIdentity | None = None

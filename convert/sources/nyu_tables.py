@@ -1,4 +1,4 @@
-"""What is published about NYU Depth v2: class names and their groups, official scenes, scene types, camera, crops."""
+"""What is published about NYU Depth v2: classes and their groups, scenes, camera, crops."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def with_names(
 
 
 def split_of(scene: str) -> tuple[int, bool]:
-    """(the number of its split, whether the scene is official). Others: by the SHA-256 of their name."""
+    """(the number of its split, whether the scene is official); others by a hash of the name."""
     if scene in _official_splits():
         return _official_splits()[scene], True
     share = int.from_bytes(hashlib.sha256(scene.encode()).digest()[:8], "big") / 2**64

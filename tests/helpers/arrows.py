@@ -24,7 +24,9 @@ UNREADABLE = "?"  # a program after -c that is not written out
 
 @dataclass(frozen=True, kw_only=True)
 class Arrow:
-    """One use of another module, ours or not: `target` is a dotted name, and `how` is one of the above."""
+    """One use of another module, ours or not: `target` is a dotted name, and `how` is one of the
+    above.
+    """
 
     line: int
     target: str
@@ -124,7 +126,9 @@ class _Visitor(ast.NodeVisitor):
                 self._program(node, after)
 
     def _program(self, node: ast.expr, text: str | None) -> None:
-        """What a program after -c reaches; one that is put together elsewhere is named as unreadable."""
+        """What a program after -c reaches; one that is put together elsewhere is named as
+        unreadable.
+        """
         try:
             reached = arrows(text if text is not None else "(")
         except SyntaxError:

@@ -1,4 +1,6 @@
-"""Commands as a user types them, what is left of their processes, and copies of the checkout to run them in."""
+"""Commands as a user types them, what is left of their processes, and copies of the checkout to run
+them in.
+"""
 
 import importlib.util
 import os

@@ -1,4 +1,6 @@
-"""Small file systems of their own, to be filled or made read-only; the test skips where none can be mounted."""
+"""Small file systems of their own, to be filled or made read-only; the test skips where none can be
+mounted.
+"""
 
 import subprocess
 from collections.abc import Iterator

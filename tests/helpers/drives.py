@@ -2,7 +2,8 @@
 
     python tests/helpers/drives.py BACK MOUNT CONTROL.json
 
-CONTROL.json is read before every call: {"chance": 0.02, "kinds": ["ENOTCONN", "EIO", "short", "forget", "stall"]}.
+CONTROL.json is read before every call: {"chance": 0.02, "kinds": ["ENOTCONN", "EIO", "short",
+"forget", "stall"]}.
 """
 
 import errno

@@ -1,4 +1,6 @@
-"""Loaders over the small set, their batches made without any loader, and loaders in a process of their own."""
+"""Loaders over the small set, their batches made without any loader, and loaders in a process of
+their own.
+"""
 
 import subprocess
 import sys

@@ -18,7 +18,9 @@ class Plain(nn.Module):
         self.head = nn.Sequential(nn.Linear(4 * 64, 16), nn.Tanh(), nn.Linear(16, n_out))
 
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
-        return self.head(nn.functional.adaptive_avg_pool2d(torch.cat((rgb, depth), 1), 8).flatten(1))
+        return self.head(
+            nn.functional.adaptive_avg_pool2d(torch.cat((rgb, depth), 1), 8).flatten(1)
+        )
 
 
 class Pixels(nn.Module):
@@ -48,7 +50,9 @@ class Normed(Plain):
 
 
 class Slow(Normed):
-    """Takes SLEEP_S a step; writes the file EVALUATING, then takes EVAL_SLEEP_S, a batch of the evaluation."""
+    """Takes SLEEP_S a step; writes the file EVALUATING, then takes EVAL_SLEEP_S, a batch of the
+    evaluation.
+    """
 
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
         if not self.training and "EVALUATING" in os.environ and len(rgb) > 2:
@@ -64,7 +68,9 @@ class Always(nn.Module):
 
     def __init__(self, n_out: int) -> None:
         super().__init__()
-        self.bias = nn.Parameter(100.0 * nn.functional.one_hot(torch.tensor(int(os.environ["ALWAYS"])), n_out))
+        self.bias = nn.Parameter(
+            100.0 * nn.functional.one_hot(torch.tensor(int(os.environ["ALWAYS"])), n_out)
+        )
 
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
         shape = (len(rgb), len(self.bias), *(rgb.shape[-2:] if "PIXELS" in os.environ else ()))

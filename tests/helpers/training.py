@@ -1,4 +1,6 @@
-"""Runs of training: tables they leave, whether two are the same, and one in a process that is killed."""
+"""Runs of training: tables they leave, whether two are the same, and one in a process that is
+killed.
+"""
 
 import csv
 import os
