@@ -21,7 +21,7 @@ from helpers.loaders import KINDS, METHODS, expected, first_line, make, same, st
 from loader import loader as loader_module
 from loader.buffers import N_BUFFERS
 from loader.producers import ThreadProducer
-from shards.errors import UserError
+from shards.errors import RemoteSet
 from stores import mounted as mount
 from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
@@ -302,7 +302,7 @@ def test_a_set_on_a_fuse_mount_is_refused_unless_insisted(
     monkeypatch.setattr(mount, "MOUNTS", mounts)
     assert len(ShardDataset(small_set, allow_remote=True)) > 0
     if refused:
-        with pytest.raises(UserError, match="make pull"):
+        with pytest.raises(RemoteSet, match="is on a mounted Drive"):
             create_dataloaders(drive / small_set.name)
     else:
         assert len(ShardDataset(drive / small_set.name)) > 0

@@ -423,7 +423,6 @@ def evaluation_split(found: ShardSet, eval_split: str) -> str:
     split = found.column("split")
     for name in ("val", "test"):
         if np.any(split == SPLITS.index(name)):
-            log(f"evaluation: on the {name} rows")
             return name
     raise MissingSet(
         found.path, "has neither val nor test rows", "Give its rows a split (--split-by)"
@@ -510,7 +509,10 @@ def create_dataloaders(
     if len(train_set) < world:
         what = f"has {len(train_set)} train rows for world {world}"
         raise WrongSetting("world", world, f"{found.path} {what}: choose a smaller one")
-    val_set = dataset_of(evaluation_split(found, eval_split), None)
+    val_split = evaluation_split(found, eval_split)
+    if eval_split == "auto":
+        log(f"evaluation: on the {val_split} rows")
+    val_set = dataset_of(val_split, None)
     train_loader = loader_of(train_set, seed, transform, prefetch and place is None)
     return train_loader, loader_of(val_set, None, val_transform, prefetch)
 
