@@ -27,6 +27,7 @@ Never do this:
   is dropped, inside a garbage collection too.
 """
 
+import ctypes
 import math
 import mmap
 import os
@@ -123,6 +124,11 @@ def _can_pin() -> bool:
     return not torch.cuda._is_in_bad_fork()  # noqa: SLF001 (torch has no public name for it)
 
 
+def _never_free(value: object) -> None:
+    """Not at exit either: one reference too many is held by nobody."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
 class BufferPool:
     """N_BUFFERS buffers, each known by its number; their life is drawn at the top of this file.
 
@@ -168,8 +174,13 @@ class BufferPool:
     # ---------------------------------------------------------------- forks
 
     def forget(self) -> None:
-        """In a forked child, which cannot use the parent's GPU: nothing is unregistered there."""
+        """In a forked child, which cannot use the parent's GPU: nothing is unregistered there.
+
+        Freeing an event asks the GPU too, which ends such a process: they stay for ever.
+        """
         self.is_pinned = False  # and no event is recorded
+        for event in self.events.values():
+            _never_free(event)
         self.events.clear()
         for pin in self.pins:
             pin.detach()

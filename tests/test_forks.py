@@ -7,6 +7,7 @@ fails the test.
 
 import atexit
 import copy
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -29,8 +30,9 @@ from helpers.loaders import KINDS, METHODS, expected, first_line, make, same, st
 from torch.utils.data import DataLoader
 
 from loader import forks
+from loader.buffers import BufferPool
 from loader.loader import Loader
-from train.data import ShardDataset
+from train.data import ShardDataset, create_dataloaders
 from train.order import Batches
 
 WAIT_S = 60
@@ -473,3 +475,43 @@ def test_the_order_of_rows_needs_no_process(small_set: Path) -> None:
     assert in_a_fork(lambda: [part.tolist() for part in batches(3)]) == [
         part.tolist() for part in batches(3)
     ]
+
+
+class GpuEvent:
+    """Frees itself as torch's does: in a forked child that ends the process."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.owner:
+            os._exit(13)
+
+
+def test_what_the_parent_noted_of_its_gpu_is_never_freed_in_a_child() -> None:
+    pool = BufferPool(64, is_shared=False)
+    pool.events[0] = GpuEvent()
+    pid = os.fork()
+    if not pid:
+        del pool
+        gc.collect()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    pool.events.clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_start_after_batches_went_to_the_gpu_are_right(
+    small_set: Path, method: str
+) -> None:
+    ahead, _ = create_dataloaders(small_set, batch_size=8, num_workers=0, normalize=False)
+    for batch in ahead:
+        assert batch[0].is_pinned()
+        batch[0].to("cuda", non_blocking=True)
+    with_workers, _ = create_dataloaders(
+        small_set, batch_size=8, num_workers=2, normalize=False, start_method=method
+    )
+    ahead.set_epoch(0)
+    for before, got in zip(ahead, with_workers, strict=True):
+        assert all(torch.equal(a.cuda().cpu(), b) for a, b in zip(got, before, strict=True))
