@@ -22,6 +22,7 @@ from shards.errors import (
     IncompleteDownload,
     MissingField,
     MissingSet,
+    NewerSet,
     OldSet,
     OtherSet,
     SeveralSets,
@@ -285,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # What to type next, by what went wrong; the first that fits counts.
 NEXT: tuple[tuple[type[UserError], str], ...] = (
     (OldSet, "Run: make convert"),
+    (NewerSet, "Run: make convert OUT=/another/folder, or install that version"),
     (MissingSet, "Run: make convert"),
     (Busy, "Wait for it, then run: make convert"),
     (OtherSet, "Then run: make convert"),

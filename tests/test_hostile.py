@@ -442,7 +442,7 @@ def remake(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 def rename_file(manifest: dict[str, Any], old: str, new: str) -> None:
-    for files in (manifest["columns"], *(s["files"] for s in manifest["shards"])):
+    for files in (manifest["column_files"], *(s["files"] for s in manifest["shards"])):
         if old in files:
             files[new] = files.pop(old)
 
@@ -455,7 +455,7 @@ def pickled(directory: Path) -> None:
     path = directory / "rows-split.npy"
     np.save(path, np.array([Evil()], object), allow_pickle=True)
     manifest = manifest_json(directory)
-    manifest["columns"]["rows-split.npy"] = {
+    manifest["column_files"]["rows-split.npy"] = {
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
     }
@@ -485,8 +485,8 @@ SETS: dict[str, Callable[[Path], Any]] = {
     "unknown setting": remake(lambda m: m["settings"].update(x=1)),
     "version": remake(lambda m: m.update(format_version=99)),
     "fields": remake(lambda m: m["fields"].pop("rgb")),
-    "names": remake(lambda m: m["names"].update(scenes=[])),
-    "bytes": remake(lambda m: m["columns"]["rows-split.npy"].update(bytes="x")),
+    "names": remake(lambda m: m.update(scenes=[])),
+    "bytes": remake(lambda m: m["column_files"]["rows-split.npy"].update(bytes="x")),
     "deep": lambda d: (d / MANIFEST).write_text("[" * 100_000),
     "not text": lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe\x00"),
     "a list": lambda d: (d / MANIFEST).write_text("[]"),
@@ -533,7 +533,7 @@ def test_a_manifest_of_any_values_is_refused_or_read(small_set: Path, tmp_path: 
         write_manifest_json(directory, manifest)
         with suppress(UserError):
             found = open_set(directory)
-            for field in found.manifest["fields"]:
+            for field in found.manifest.fields:
                 found.shards(field)
             for name in COLUMNS:
                 found.column(name)

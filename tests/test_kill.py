@@ -19,8 +19,9 @@ from conftest import REPO, SMALL
 from helpers.cgroup import drop_from_cache, memory_group
 from helpers.commands import Run, conversion, ends_in_one_line
 from helpers.disks import make_read_only, small_disk
-from helpers.sets import committed, convert, files_of, manifest_json, verify
+from helpers.sets import committed, convert, files_of, verify
 
+from convert.__main__ import read_set
 from convert.verify import verify_all
 from shards.dataset import finished_sets, open_set, resolve_set
 from shards.errors import UserError
@@ -90,7 +91,7 @@ def kill_at_random(mat: Path, whole: Path, root: Path, n_kills: int, *more: obje
 
 
 def verify_all_but_leftovers(directory: Path) -> bool:
-    files = files_of(manifest_json(directory))
+    files = files_of(directory)
     return not [name for name, problem in verify(directory) if problem and name in files]
 
 
@@ -172,7 +173,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_keeps_what_is_done(
         done = command("convert", "run", mat, "--out", disk / "out", *SLOW)
         assert done.returncode == 0, done.stderr
         assert "shards are done already" in done.stderr
-        assert verify_all(Path(done.stdout.strip()))
+        assert verify_all(read_set(Path(done.stdout.strip())))
 
 
 def test_a_read_only_disk_serves_a_finished_set_and_refuses_another(
@@ -251,7 +252,7 @@ def test_paths_with_spaces_other_scripts_and_bytes_that_are_no_text(
     )
     assert done.returncode == 0, done.stderr
     made = where / os.fsdecode(done.stdout.strip())
-    assert verify_all(made)
+    assert verify_all(read_set(made))
     verified = subprocess.run(
         [sys.executable, "-m", "convert", "verify", made], cwd=REPO, capture_output=True
     )
@@ -345,4 +346,4 @@ def test_the_full_size_converts_in_512_mb(tmp_path: Path) -> None:
     if not source.exists():
         write_sample(source, 1449)
     print(memory_limited(source, tmp_path / "out", 512 << 20))
-    assert verify_all(resolve_set(tmp_path / "out"))
+    assert verify_all(read_set(tmp_path / "out"))
