@@ -152,7 +152,7 @@ class BufferPool:
         self.unmapped = set(self.free) if is_shared else set[int]()  # pages not seen here yet
 
         self.events: dict[int, Any] = {}  # what copies to the GPU wait for
-        self.pins: list[weakref.finalize[Any, Any]] = []
+        self.pins: list[weakref.finalize] = []
         self.is_pinned = _can_pin() and all(self._pin(buffer) for buffer in self.buffers)
 
         HOLDERS.add(self)

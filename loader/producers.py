@@ -353,7 +353,7 @@ class ThreadProducer(Producer):
         self.pool = pool
         self._turns = SimpleQueue[bool]()
         self._ready = SimpleQueue[Delivery]()
-        self._end: weakref.finalize[Any, Any] | None = None  # of the thread that runs
+        self._end: weakref.finalize | None = None  # of the thread that runs
         HOLDERS.add(self)
 
     def seek(self, plan: Plan) -> None:

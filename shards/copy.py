@@ -48,7 +48,9 @@ def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
         raise WrongSetting("codec", codec, choices)
     if container == "npy":
         if codec != "none":
-            raise WrongSetting("codec", codec, ".npy files are never compressed, use format zarr")
+            raise WrongSetting(
+                "codec", codec, ".npy files are never compressed; with --format zarr they are"
+            )
         return None
     return {name: given.get(name, "none") for name in names}
 

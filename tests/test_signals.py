@@ -24,8 +24,6 @@ from shards.lock import hold
 from train.__main__ import main
 from train.report import command
 
-WORDS = {"is_held": "it is held by", "then": "Wait", "elsewhere": "Go elsewhere"}
-
 
 @pytest.fixture(scope="module")
 def alone(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -207,7 +205,7 @@ def test_a_second_run_into_a_directory_is_told_who_trains_there(
 def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from shards.lock import hold\n"
-        "with hold(Path(sys.argv[1]), is_held='', then='', elsewhere=''):\n"
+        "with hold(Path(sys.argv[1]), Path(sys.argv[1]), 'held'):\n"
         "    child = os.fork()\n"
         "    if child: print(child, flush=True)\n"
         "    time.sleep(60)\n"
@@ -218,14 +216,14 @@ def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) 
         child = int(process.stdout.readline())
         try:
             with (
-                pytest.raises(UserError, match=f"held by pid {process.pid}"),
-                hold(tmp_path / ".lock", **WORDS),
+                pytest.raises(UserError, match=f"is being held by pid {process.pid}"),
+                hold(tmp_path / ".lock", tmp_path, "held"),
             ):
                 pass
             process.kill()
             process.wait()
             os.kill(child, 0)
-            with hold(tmp_path / ".lock", **WORDS):
+            with hold(tmp_path / ".lock", tmp_path, "held"):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
@@ -238,5 +236,5 @@ def test_a_file_system_without_locks_is_no_obstacle(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with hold(tmp_path / ".lock", **WORDS):
+    with hold(tmp_path / ".lock", tmp_path, "held"):
         assert (tmp_path / ".lock").read_text().startswith(f"pid {os.getpid()} ")
