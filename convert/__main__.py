@@ -41,36 +41,49 @@ SOURCES = (".mat", ".h5", ".hdf5")
 
 def run(args: argparse.Namespace) -> None:
     """Convert a source, or copy a finished set into another format."""
-    from convert.pipeline import convert
-    from convert.session import prepare
-    from convert.upgrade import is_old, read_version_1, upgrade
-    from stores.http import READERS, RemoteFile
-
     fields = tuple(args.fields.split(","))
     settings = ConversionSettings(
         fields, args.size, args.crop, args.depth_resize, args.rows_per_shard, args.axes
     )
-    if isinstance(args.source, Path) and args.source.is_dir() and args.source.suffix != ".mat":
-        path = resolve_set(args.source)
-        if is_old(path):
-            _check_settings(path, settings, read_version_1(path).settings)  # or it stays as it is
-            found = upgrade(path)
-        else:
-            found = open_set(path)
-            _check_settings(path, settings, found.settings)
-        codecs = codecs_of(args.format, args.codec, found.manifest.fields)
-        print(copy_set(found, args.out, codecs).path)
-        return
+    is_set = isinstance(args.source, Path) and args.source.is_dir()
+    if is_set and args.source.suffix != ".mat":
+        print(_copied(args, settings))
+    else:
+        print(_converted(args, settings))
+
+
+def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
+    """A copy of a finished set; one of version 1 with these settings is upgraded first."""
+    from convert.upgrade import is_old, read_version_1, upgrade
+
+    path = resolve_set(args.source)
+    if is_old(path):
+        _check_settings(path, settings, read_version_1(path).settings)
+        found = upgrade(path)
+    else:
+        found = open_set(path)
+        _check_settings(path, settings, found.settings)
+    codecs = codecs_of(args.format, args.codec, found.manifest.fields)
+    return copy_set(found, args.out, codecs).path
+
+
+def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
+    """The set of a given source, or the cheapest way to one."""
+    from convert.pipeline import convert
+    from convert.session import prepare
+    from stores.http import READERS, RemoteFile
+
     codecs = codecs_of(args.format, args.codec, settings.fields)
-    workers = args.workers or (READERS if isinstance(args.source, RemoteFile) else None)
+    is_remote = isinstance(args.source, RemoteFile)
+    workers = args.workers or (READERS if is_remote else None)
     if args.source and not args.drive:
         how: Any = {"workers": workers, "codecs": codecs, "repair": args.repair}
         made = Path(convert(args.source, args.out, settings, **how))
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
-    if isinstance(args.source, RemoteFile):
+    if is_remote:
         print(args.source.report(), file=sys.stderr)
-    print(made)
+    return made
 
 
 def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSettings) -> None:
@@ -258,29 +271,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         args.function(args)
         return 0
-    except KeyboardInterrupt:
-        status, message = (
-            INTERRUPTED,
-            "interrupted: what is finished is kept. Run the same command again to go on",
-        )
-    except MemoryError:
-        status, message = (
-            2,
-            "out of memory: what is finished is kept. Run the same command with fewer --workers",
-        )
-    except UserError as error:
-        status, message = 2, with_next_command(error, _as_typed(args))
     except BrokenPipeError:  # such as | head: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        status, message = (
-            2,
-            f"{error}. What is finished is kept: mend that, then run the same command again",
-        )
-    if sys.stderr:  # else it would go to standard output, where the set's path is read
-        print(message.replace("\n", " "), file=sys.stderr)
-    return status
+    except (KeyboardInterrupt, MemoryError, UserError, OSError) as error:
+        if sys.stderr:  # else it would go to standard output, where the set's path is read
+            print(explained(error, args).replace("\n", " "), file=sys.stderr)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2
+
+
+def explained(error: BaseException, args: argparse.Namespace | None) -> str:
+    """What went wrong, and what to do."""
+    if isinstance(error, UserError):
+        return with_next_command(error, _as_typed(args))
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: what is finished is kept. Run the same command again to go on"
+    if isinstance(error, MemoryError):
+        return "out of memory: what is finished is kept. Run the same command with fewer --workers"
+    return f"{error}. What is finished is kept: mend that, then run the same command again"
 
 
 # What to type next, by what went wrong; the first that fits counts.

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -112,7 +113,7 @@ class LocalExecutor:
         # After Ctrl-C threads may be waiting for a server that says nothing.
         may_hang = kind is KeyboardInterrupt and self._source.may_hang
         self._pool.shutdown(wait=not may_hang, cancel_futures=True)
-        self._writer.shutdown(cancel_futures=True)
+        self._writer.shutdown(wait=not may_hang, cancel_futures=True)
         self._bar.close()
         while not self._helpers.empty():
             self._helpers.get().close()
@@ -143,7 +144,8 @@ class LocalExecutor:
 
     def _note_failure(self, facts: "Future[Any]") -> None:
         if not facts.cancelled() and facts.exception():
-            self._submit(self._writer, facts.result)
+            with suppress(RuntimeError):  # everything ended already, for another reason
+                self._submit(self._writer, facts.result)
 
     def _prepare(self, scratch: Path) -> None:
         """Helpers load while the indexes are read; then they get them."""

@@ -9,9 +9,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,9 +26,9 @@ from convert.sources.base import RowFacts, RowReader, Source, SourceFilter, fill
 from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import Elsewhere
 from convert.statistics import statistics, train_sums
-from convert.upgrade import is_old, upgrade, upgraded_if_it_fits
+from convert.upgrade import is_old, read_version_1, upgrade, upgraded_if_it_fits
 from shards.containers import check_codecs, write_field
-from shards.dataset import ShardSet, finished_sets, verify
+from shards.dataset import ShardSet, finished_sets, open_set, verify
 from shards.errors import DamagedSet, SeveralSets, UserError, WrongSetting, WrongSource
 from shards.files import FileEntry, log, mebibytes, write_json
 from shards.lock import only_one
@@ -80,6 +80,7 @@ def convert(
         wanted = SourceFilter(name=mat.name)
         found = find_set(root, settings, wanted, ("" if codecs is None else ".zarr",))
         if found is not None:
+            open_set(found.path)  # the size of every file, the header of every shard
             log(f"{mat} is not there, nor needed: {found.path} is complete")
             return str(found.path)
     with closing(NyuSource(mat, settings)) as opened:
@@ -204,14 +205,14 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
     check_space(directory, n_todo * plan.row_bytes + scratch_bytes)
 
     with (
-        ThreadPoolExecutor(1) as beside,  # text is read while pictures are decoded
+        _thread_beside(source) as beside,  # text is read while pictures are decoded
         LocalExecutor(plan, source, readers, tasks, workers) as executor,
     ):
         facts: Future[RowFacts] = beside.submit(source.row_facts)
 
         def write(k: int, arrays: Mapping[str, np.ndarray]) -> Receipt:
-            is_train = np.asarray(facts.result().columns["split"]) == TRAIN
-            return write_shard(plan, k, arrays, is_train, directory)
+            split = facts.result().columns.get("split", np.full(plan.n_rows, TRAIN))
+            return write_shard(plan, k, arrays, np.asarray(split) == TRAIN, directory)
 
         for k, receipt in executor.run(directory, write, facts):
             done[k] = receipt
@@ -224,6 +225,20 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
         receipts=[done[k] for k in range(len(plan.bounds))],
         peak_memory=executor.peak_memory,
     )
+
+
+@contextmanager
+def _thread_beside(source: Source) -> Iterator[ThreadPoolExecutor]:
+    """A thread of its own; after Ctrl-C it is not waited for where a server may say nothing."""
+    beside = ThreadPoolExecutor(1)
+    wait = True
+    try:
+        yield beside
+    except KeyboardInterrupt:
+        wait = not source.may_hang
+        raise
+    finally:
+        beside.shutdown(wait=wait, cancel_futures=True)
 
 
 def write_shard(
@@ -327,6 +342,7 @@ def _is_taken_back(directory: Path) -> bool:
         found = ShardSet(directory, read_manifest(directory))
     except DamagedSet as error:
         log(str(error))
+        _keep_shards_of_version_1(directory)
         (directory / MANIFEST).unlink()
         return True
     wrong = {name: problem for name, problem in verify(found) if problem}
@@ -336,3 +352,11 @@ def _is_taken_back(directory: Path) -> bool:
         write_receipts(directory, found.manifest, wrong)
         (directory / MANIFEST).unlink()
     return bool(wrong)
+
+
+def _keep_shards_of_version_1(directory: Path) -> None:
+    """Receipts of its shards, which are checked again: only something else may be damaged."""
+    with suppress(DamagedSet):
+        old = read_version_1(directory)
+        for k, shard in enumerate(old.shards):
+            write_receipt(directory, k, Receipt(entry=shard, codecs=old.codecs))

@@ -107,7 +107,10 @@ def upgrade(directory: Path) -> ShardSet:
 
 def _upgraded(directory: Path) -> ShardSet:
     old = read_version_1(directory)
-    manifest = _with_columns(directory, old)
+    try:
+        manifest = _with_columns(directory, old)
+    except (ValueError, KeyError) as error:  # signed, and yet of no set
+        raise DamagedSet(directory / MANIFEST, f"is damaged: {error}") from None
     _replace_manifest(directory, manifest)
     _remove_renamed(directory, old)
     _remove_unfinished(directory)
@@ -134,12 +137,17 @@ def _parsed(value: JsonObject) -> Version1:
     names = value.object("names")
     codecs = value.object("codecs") if "codecs" in value else None
     has_metadata = "metadata" in value
+    n_rows = value.whole("rows")
+    shards = [ShardEntry.from_json(shard) for shard in value.objects("shards")]
+    n_shards = -(-n_rows // settings.rows_per_shard)
+    if not n_rows or len(shards) != n_shards:
+        raise ValueError(f"it has {n_rows} rows in {len(shards)} shards")
     return Version1(
         settings=settings,
         source=source,
-        n_rows=value.whole("rows"),
+        n_rows=n_rows,
         fields=_fields(value.object("fields"), settings),
-        shards=[ShardEntry.from_json(shard) for shard in value.objects("shards")],
+        shards=shards,
         scenes=names.texts("scenes"),
         dataset=_dataset(names),
         column_files=files_from_json(value.object("columns")),
@@ -160,13 +168,15 @@ def _source(value: JsonObject) -> SourceIdentity:
 def _fields(value: JsonObject, settings: ConversionSettings) -> dict[str, Field]:
     fields = {}
     for name, each in value.items():
-        if name not in settings.fields:
+        if name not in settings.fields or name not in KNOWN_FIELDS:
             raise ValueError("its fields are not those of its settings")
         known = KNOWN_FIELDS[name]
         if known.kind == "depth":
             known = replace(known, resampling=settings.depth_resize)
         stored = each.object_or_none("statistics")
         fields[name] = replace(known, statistics=Statistics.from_json(stored) if stored else None)
+    if fields.keys() != set(settings.fields):
+        raise ValueError("its fields are not those of its settings")
     return fields
 
 

@@ -16,7 +16,7 @@ from convert.sources.base import Source
 from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import check_opens, sampled_identity
 from shards.dataset import ShardSet, verify
-from shards.errors import DamagedSet, WrongSource
+from shards.errors import DamagedSet, OtherSet, WrongSource
 from shards.manifest import shard_file
 
 SHOWN = 3  # of the wrong files
@@ -40,6 +40,10 @@ class WrongFiles(DamagedSet):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.found, self.wrong)
+
+
+class OtherRows(OtherSet):
+    """Rows that are not what the source gives, in a set whose every byte is as it was written."""
 
 
 def verify_all(found: ShardSet) -> int:
@@ -69,7 +73,7 @@ def against_mat(found: ShardSet, path: Path, n_rows: int) -> int:
 def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
     """Re-read random rows from the source and compare them with the stored ones, byte for byte.
 
-    Returns how many rows were compared; raises DamagedSet for the first one that differs.
+    Returns how many rows were compared; raises OtherRows for the first one that differs.
     """
     n_compared = min(n_rows, found.n_rows)
     rows = np.random.default_rng().choice(found.n_rows, n_compared, replace=False)
@@ -96,7 +100,8 @@ def _compare(found: ShardSet, field: str, source: Source, rows: list[int]) -> No
             if not np.array_equal(small, shards[shard][place]):
                 file = shard_file(found.field(field), shard, found.manifest.is_zarr)
                 what = f"row {row} is not what {source} gives"
-                raise DamagedSet(found.path, what, subject=f"{found.path / file}:")
+                subject = f"{found.path / file}:"
+                raise OtherRows(found.path, what, f"Delete {found.path}", subject=subject)
 
 
 def _resizer(found: ShardSet, field: str, source: Source) -> Resizer:

@@ -33,6 +33,9 @@ NOT_CONTENT = re.compile(
 )
 
 
+MAX_TEXT_BYTES = 1 << 16  # of one row's text
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """A finished set: where it is and what its manifest says. Arrays are mapped on request."""
@@ -95,7 +98,9 @@ class ShardSet:
         offsets = self._array(offsets_name, column).astype(np.int64)
         data = self._array(bytes_name, column).tobytes()
         is_right = len(offsets) == self.n_rows + 1 and offsets[0] == 0 and offsets[-1] == len(data)
-        if not is_right or np.any(np.diff(offsets) < 0):
+        # Every row takes as much memory as the longest text.
+        lengths = np.diff(offsets)
+        if not is_right or np.any((lengths < 0) | (lengths > MAX_TEXT_BYTES)):
             raise DamagedSet(self._column_path(offsets_name, column), "is damaged")
         bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
         try:

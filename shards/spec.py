@@ -78,6 +78,10 @@ class Statistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def has_channels(self, n: int) -> bool:
+        """Whether there is one of each a channel."""
+        return len(self.count) == len(self.mean) == len(self.std) == n
+
     def to_json(self) -> dict[str, Any]:
         return {"count": list(self.count), "mean": list(self.mean), "std": list(self.std)}
 
@@ -143,6 +147,9 @@ class Field:
             statistics=Statistics.from_json(statistics) if statistics else None,
         )
         dtypes = {KINDS[kind].dtype, "|u1"} if kind == "id" else {KINDS[kind].dtype}
+        n_channels = found.planes[0] if found.planes else 1
+        if found.statistics and not found.statistics.has_channels(n_channels):
+            raise ValueError(f"field {name} has statistics of another number of channels")
         if found.dtype not in dtypes or value.wholes("shape") != found.row_shape(size):
             raise ValueError(f"field {name} has another type or shape than its kind")
         return found

@@ -47,8 +47,8 @@ class JsonObject:
 
     def number(self, key: str) -> float:
         value = self._get(key)
-        if type(value) is int:
-            return float(value)
+        if type(value) in (int, float):
+            return _float(value, f"{self._where}.{key}")
         return self._of_type(key, float)
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -63,9 +63,7 @@ class JsonObject:
 
     def numbers(self, key: str) -> tuple[float, ...]:
         values = self._list(key)
-        if any(type(value) not in (int, float) for value in values):
-            raise ValueError(f"{self._where}.{key} holds something that is no number")
-        return tuple(map(float, values))
+        return tuple(_float(value, f"{self._where}.{key}") for value in values)
 
     def table(self, key: str) -> tuple[tuple[int, ...], ...]:
         """A list of lists of whole numbers."""
@@ -109,3 +107,10 @@ def _whole(value: Any, where: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_WHOLE:
         raise ValueError(f"{where} has the wrong type")
     return value
+
+
+def _float(value: Any, where: str) -> float:
+    """Neither NaN nor infinite, nor beyond what anything here can be."""
+    if type(value) not in (int, float) or not abs(value) <= MAX_WHOLE:
+        raise ValueError(f"{where} holds something that is no number")
+    return float(value)

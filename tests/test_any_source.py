@@ -30,10 +30,10 @@ from convert.inspect import describe, picture
 from convert.resize import Resizer
 from convert.sources.base import RowReader, Source
 from convert.sources.errors import Unreadable
-from convert.verify import against_source
+from convert.verify import OtherRows, against_source
 from loader.loader import Loader
 from shards.dataset import ShardSet, open_set
-from shards.errors import DamagedSet, DamagedSource, MissingSet, WrongSetting
+from shards.errors import DamagedSource, MissingSet, WrongSetting
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, ConversionSettings
 from train.__main__ import main, parse
 from train.data import ShardDataset, create_dataloaders
@@ -237,7 +237,7 @@ def test_verify_finds_every_byte_right_and_rows_as_the_source_gives_them(
     assert against_source(found, lab, N_ROWS) == N_ROWS
     other = LabSource()
     other.arrays["thermal"] = 255 - other.arrays["thermal"]
-    with pytest.raises(DamagedSet, match=r"thermal-0000\d.npy: row \d+ is not what the lab gives"):
+    with pytest.raises(OtherRows, match=r"thermal-0000\d.npy: row \d+ is not what the lab gives"):
         against_source(found, other, N_ROWS)
 
 

@@ -72,6 +72,7 @@ def test_losses_equal_one_process_with_the_same_global_batch(
         torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.stress
 def test_losses_are_those_of_one_process_where_ranks_have_unequal_shares_of_known_pixels(
     small_set: Path, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_compiling_leaves_an_unsafe_network_in_its_layout(monkeypatch: pytest.Mo
     assert given == [{"layout_optimization": False}, None]
 
 
+@pytest.mark.stress
 def test_width_8_trains_at_224_pixels(small_set: Path, tmp_path: Path, command: Run) -> None:
     flags = [
         "--width",

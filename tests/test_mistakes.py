@@ -193,6 +193,7 @@ def test_a_batch_of_one_value_a_channel_is_refused(
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+@pytest.mark.stress
 def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(
     small_set: Path, tmp_path: Path
 ) -> None:

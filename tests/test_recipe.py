@@ -144,6 +144,7 @@ def test_every_recipe_is_made_of_settings_that_can_be_trained() -> None:
         Settings("data", "run", **values)
 
 
+@pytest.mark.stress
 def test_a_finished_first_stage_is_taken_and_its_weights_are_those_that_are_continued(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

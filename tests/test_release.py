@@ -1,5 +1,6 @@
 """What a release is made of: everything that runs, its licence and its changes, and no data."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -51,7 +52,10 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-W", "ignore", "-c", BUILD, out]
-    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=120)
+    # What a test or torch put into the environment (SETUPTOOLS_USE_DISTUTILS) changes no release.
+    names = ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
+    env = {name: os.environ[name] for name in names if name in os.environ}
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 

@@ -223,10 +223,14 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
 )
 
 
+FLAGS = {"target": "--task", "dataset_path": "--data"}  # that are called otherwise in Python
+
+
 def with_command(error: UserError) -> str:
     """The error's text, and the command to run next where there is one."""
     if isinstance(error, WrongSetting):
-        return f"{flag_of(error.name)} {error.given}: {error.choices}"
+        flag = FLAGS.get(error.name, flag_of(error.name))
+        return f"{flag} {error.given}: {error.choices}"
     for kind, command_after in COMMANDS:
         if isinstance(error, kind):
             return ". ".join(filter(None, [str(error), command_after(error)]))

@@ -108,10 +108,16 @@ def _torch_save(state: dict[str, Any], file: Any) -> None:
         raise
 
 
+def _columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the last row, then those of earlier ones alone: a run may come to score other rows."""
+    names = [*rows[-1], *(name for row in rows for name in row)]
+    return list(dict.fromkeys(names))
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table with the columns of its last row. Raises CannotWrite."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[-1]))
+    writer = csv.DictWriter(text, fieldnames=_columns_of(rows), restval="")
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, lambda file: file.write(text.getvalue().encode()))

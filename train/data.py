@@ -62,7 +62,10 @@ def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False
     and that is not allowed.
     """
     if isinstance(path, ShardSet):
-        return path
+        is_mapped = set((path.codecs or {}).values()) <= {"none"}
+        if path.path.is_absolute() and is_mapped:
+            return path
+        return open_set(unpacked(path.path).absolute())
     check_path(path)
     found = resolve_set(path)
     if not allow_remote:

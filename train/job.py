@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shards.dataset import ShardSet
+from shards.errors import MissingSet
 from shards.files import log
-from shards.spec import SPLITS
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset, create_dataloaders, evaluation_split, open_for_training
@@ -93,6 +93,7 @@ def make_job(
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
     job = TrainingJob(settings, train_set, make_task(settings, train_set), device)
     job.eval_split = evaluation_split(found, settings.eval_split)
+    rows_of_split(job, job.eval_split)  # one without rows to score shows before anything is removed
 
     # A user's own network gets depth as one plane, and so does ours where no camera is known.
     sees_depth = settings.inputs != "rgb" and not job.learns_depth
@@ -118,8 +119,23 @@ def _depth_field(settings: Settings, found: ShardSet) -> str:
 
 def reported_split(job: TrainingJob) -> str:
     """What a finished run is reported on: test where the set has such rows, else as scored."""
-    split = job.train_set.shard_set.column("split")
-    return "test" if np.any(split == SPLITS.index("test")) else job.eval_split
+    try:
+        rows_of_split(job, "test")
+    except MissingSet:
+        return job.eval_split
+    return "test"
+
+
+def rows_of_split(job: TrainingJob, split: str) -> ShardDataset:
+    """The rows of another split, to the same task. Raises MissingSet where it has none for it."""
+    train_set = job.train_set
+    return ShardDataset(
+        train_set.shard_set,
+        split=split,
+        fields=train_set.fields,
+        target=train_set.target,
+        num_classes=train_set.num_classes,
+    )
 
 
 def open_loaders(job: TrainingJob) -> None:

@@ -432,6 +432,7 @@ def _finish(run: Run, job: TrainingJob, mirror: Mirror) -> TrainingResult:
     out = Path(job.settings.out)
     eval_split = job.eval_split
     best = _best(run.history, f"{eval_split}_{job.task.main}")
+    baseline = _baseline(job)
     test = _scores_of_test(run, job) if eval_split != "test" else {}
     if ranks.RANK == 0:  # again: of a run that starts from the mirror there is only the checkpoint
         write_csv(out / METRICS, run.history)
@@ -443,7 +444,7 @@ def _finish(run: Run, job: TrainingJob, mirror: Mirror) -> TrainingResult:
         best=best,
         eval_split=eval_split,
         test=test,
-        baseline=_baseline(job),
+        baseline=baseline,
         files=(out / CHECKPOINT, out / METRICS),
         mirror=mirror,
     )
@@ -460,7 +461,7 @@ def _scores_of_test(run: Run, job: TrainingJob) -> dict[str, float]:
 
 def _best(history: list[dict[str, float]], column: str) -> dict[str, float]:
     """The row of the best epoch, the first of equals; the last one where nothing was scored."""
-    scored = [row for row in history if not math.isnan(row[column])]
+    scored = [row for row in history if not math.isnan(row.get(column, math.nan))]
     if not scored:
         return history[-1]
     if column.endswith("_rmse"):

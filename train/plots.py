@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,9 @@ def _draw_curve(axes: Axes, history: Sequence[Mapping[str, float]], name: str) -
     for split in ("train", "val", "test"):
         column = f"{split}_{name}"
         if column in history[-1]:
-            axes.plot(epochs, [row[column] for row in history], label=split, marker=marker)
+            axes.plot(
+                epochs, [row.get(column, math.nan) for row in history], label=split, marker=marker
+            )
     top = None if name in ERRORS else 1
     axes.set(xlabel="epoch", title=name.replace("_", " "), ylim=(0, top))
     axes.grid(alpha=0.3)

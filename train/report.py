@@ -287,7 +287,7 @@ def print_summary(result: TrainingResult, files: Sequence[Path]) -> None:
     main = f"{split}_{result.job.task.main}"
     print(f"last  {epoch_line(result.last, settings.epochs)}")
 
-    score = result.best[main]
+    score = result.best.get(main, math.nan)
     if math.isnan(score):
         print(f"best  of no epoch: nothing is known of the {split} rows to score by")
     else:
