@@ -22,8 +22,10 @@ from convert.__main__ import main
 from convert.pipeline import SourceFilter, convert, find_set
 from convert.sample import write_sample
 from convert.session import prepare
+from convert.sources.nyu_mat import sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import push
+from convert.upgrade import read_version_1
 from shards.dataset import finished_sets, open_set
 from shards.errors import SeveralSets, StoreFailed
 from shards.manifest import MANIFEST, read_manifest, shard_file
@@ -317,6 +319,8 @@ def test_of_a_half_synced_set_of_version_1_what_is_right_is_used(
 ) -> None:
     write_sample(tmp_path / "rooms.mat", 12, size_wh=(64, 48))
     there = old_set(tmp_path / "drive", "")
+    if sampled_identity(tmp_path / "rooms.mat").sha256 != read_version_1(there).source.sha256:
+        pytest.skip("this h5py writes another .mat")
     (there / "rgb-00001.npy").unlink()
     done = run(tmp_path / "rooms.mat", *OLD_ARGS)
     assert done.returncode == 0, done.stderr
