@@ -10,6 +10,7 @@ import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
 
+# Colab's Python, before anything is installed, has pip and perhaps no packaging of its own.
 from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.utils import canonicalize_name
 from pip._vendor.packaging.version import InvalidVersion, Version

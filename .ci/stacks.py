@@ -16,6 +16,7 @@ import sys
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,12 +186,24 @@ def run_stack(name: str, available: dict[Version, str], races: int, arguments: l
     return result
 
 
+HEADS = ("stack", "Python", "passed", "failed", "skipped", "seconds", "")
+WIDTHS = (-18, -7, 7, 7, 8, 8, 0)  # negative: from the left
+
+
+def table_line(cells: Sequence[object]) -> str:
+    padded = []
+    for cell, width in zip(cells, WIDTHS, strict=True):
+        text = str(cell)
+        padded.append(text.ljust(-width) if width <= 0 else text.rjust(width))
+    return " ".join(padded).rstrip()
+
+
 def show(results: list[Result]) -> None:
-    print(f"\n{'stack':18} {'Python':7} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
-    for r in results:
-        counts = f"{r.passed:7} {r.failed:7} {r.skipped:8}"
-        line = f"{r.stack:18} {r.python:7} {counts} {r.seconds:8.0f}  {r.remark}"
-        print(line.rstrip())
+    print("\n" + table_line(HEADS))
+    for result in results:
+        counts = (result.passed, result.failed, result.skipped)
+        seconds = f"{result.seconds:.0f}"
+        print(table_line((result.stack, result.python, *counts, seconds, result.remark)))
 
 
 def main() -> int:

@@ -34,7 +34,9 @@ fill the buffers.
 The files, from what you hold to what carries it:
 
     loader.py     Loader, an iteration over it, how many workers a loader needs
-    producers.py  who makes a batch: the caller, a thread, worker processes
+    batches.py    which rows a batch is of, and how it is made
+    producers.py  who makes it: the caller, a thread
+    workers.py    or worker processes
     buffers.py    four buffers that are used again and again
     messages.py   what a worker says of a batch
     forks.py      what a fork must not share

@@ -8,22 +8,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from loader.batches import (
+    BatchMaker,
+    BatchOrder,
+    Position,
+    RowDataset,
+    Transform,
+    plan_from,
+)
 from loader.buffers import N_BUFFERS, BufferPool
 from loader.forks import HOLDERS, ProcessLock
 from loader.memory import check_room
 from loader.messages import Raised
-from loader.producers import (
-    BatchMaker,
-    BatchOrder,
-    InlineProducer,
-    Position,
-    ProcessProducer,
-    Producer,
-    RowDataset,
-    ThreadProducer,
-    Transform,
-    plan_from,
-)
+from loader.producers import InlineProducer, Producer, ThreadProducer
+from loader.workers import ProcessProducer
 
 __all__ = [
     "BatchMaker",

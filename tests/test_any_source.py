@@ -274,7 +274,7 @@ def test_inspect_draws_val_rows_and_the_datasets_names(
     assert drawn["captions"][4] == "row 4: room 1 (bench, val)"
     assert drawn["captions"][16] == "row 16: room 5 (no type, val)"
 
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     picture(found, tmp_path / "sheet.png", 3)
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 

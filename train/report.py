@@ -251,11 +251,11 @@ def _dense_panels(job: TrainingJob, prediction: Prediction) -> list[np.ndarray]:
 
 
 def _caption(table_row: dict[str, Any]) -> str:
-    """The picture's name, and below it the answer or the first two scores."""
+    """The picture's name, and below it the truth and the answer, or the first two scores."""
     picture = table_row["picture"]
     if "true" in table_row:
-        answer = f"{table_row['true']}, predicted {table_row['named']}"
-        return f"{picture}\n{answer} {table_row['confidence']:.0%}"
+        answer = f"predicted {table_row['named']} {table_row['confidence']:.0%}"
+        return f"{picture}\n{table_row['true']}\n{answer}"  # side by side they met the next title
     scores = [f"{name.replace('_', ' ')} {value}" for name, value in list(table_row.items())[1:3]]
     return f"{picture}\n" + ", ".join(scores)
 

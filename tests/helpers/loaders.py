@@ -11,7 +11,7 @@ import torch
 
 from helpers.commands import REPO
 from loader.loader import Loader
-from loader.producers import ProcessProducer
+from loader.workers import ProcessProducer
 from train.data import ShardDataset
 from train.order import Batches
 
