@@ -388,9 +388,8 @@ def report(args: argparse.Namespace) -> None:
         raise UserError(f"{path} has {len(dataset)} rows. Use a set with {BATCH} rows or more")
 
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    torch.set_num_threads(
-        1
-    )  # with more, torch.stack in the DataLoader can be 100 times slower here
+    # With more, torch.stack in the DataLoader can be 100 times slower here.
+    torch.set_num_threads(1)
     batches = Batches(len(dataset), BATCH, 0)(0)
     limit = memcpy_limit(dataset, batches)
     limit()

@@ -48,9 +48,8 @@ def endless(job: TrainingJob) -> Iterator[Any]:
 def repeated(job: TrainingJob) -> Iterator[Any]:
     """One batch, over and over."""
     first = next(iter(job.train_loader))
-    return itertools.repeat(
-        tuple(part.clone() for part in first)
-    )  # the loader's memory is used again
+    # The loader's memory is used again.
+    return itertools.repeat(tuple(part.clone() for part in first))
 
 
 def time_steps(batches: Iterator[Any], run: Run, job: TrainingJob, n_steps: int) -> float:

@@ -63,9 +63,8 @@ class LocalExecutor:
         self._n_workers = workers
         self._readers = readers
         self._open: dict[int, OpenShard] = {}
-        self._lock = (
-            threading.Lock()
-        )  # of what is missing of the open shards, and of the count below
+        # Of what is missing of the open shards, and of the count below.
+        self._lock = threading.Lock()
         self._n_running = 0
         self._ended = SimpleQueue[Future[Receipts]]()
         self._helpers = SimpleQueue[Helper]()

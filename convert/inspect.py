@@ -136,9 +136,8 @@ def contact_sheet(
     inch = 1 / (3.3 * len(rgb_nchw_u8) + 1.2)
     figure, cells = _new_sheet(len(rgb_nchw_u8), inch, out)
     measured = depth_nhw_mm[depth_nhw_mm > 0]
-    low, high = (
-        np.percentile(measured, (1, 99)) / 1000 if measured.size else (0, 10)
-    )  # one scale for the sheet
+    # One scale for the sheet.
+    low, high = np.percentile(measured, (1, 99)) / 1000 if measured.size else (0, 10)
     for line, rgb, depth, label, caption in zip(
         cells, rgb_nchw_u8, depth_nhw_mm, label_nhw, captions, strict=True
     ):

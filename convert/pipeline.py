@@ -69,11 +69,11 @@ def convert(
 
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
-    started = time.perf_counter()
-    _check_arguments(settings, workers, codecs)
+    how = How(workers=workers, codecs=codecs, repair=repair)
+    _check_arguments(settings, how)
     root = _path("out", out)
     if isinstance(source, Source):
-        return str(_convert_source(source, root, settings, workers, codecs, repair, started))
+        return str(_convert_source(source, root, settings, how))
 
     mat = source if isinstance(source, Elsewhere) else _path("source", source)
     if not mat.exists():
@@ -84,8 +84,16 @@ def convert(
             log(f"{mat} is not there, nor needed: {found.path} is complete")
             return str(found.path)
     with closing(NyuSource(mat, settings)) as opened:
-        made = _convert_source(opened, root, opened.settings(), workers, codecs, repair, started)
-        return str(made)
+        return str(_convert_source(opened, root, opened.settings(), how))
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What decides how a set is made, and not what is in it. See `convert`."""
+
+    workers: int | None
+    codecs: Codecs
+    repair: bool
 
 
 def _path(name: str, given: Any) -> Path:
@@ -94,43 +102,38 @@ def _path(name: str, given: Any) -> Path:
     return Path(given)
 
 
-def _check_arguments(settings: Any, workers: Any, codecs: Codecs) -> None:
+def _check_arguments(settings: Any, how: How) -> None:
     """Before anything is opened: a mistake from Python shows as one line too."""
     if not isinstance(settings, ConversionSettings):
         raise WrongSetting(
             "settings", repr(settings), "expected shards.spec.ConversionSettings(...)"
         )
+    workers = how.workers
     if workers is not None and not (is_whole(workers) and 1 <= workers <= MAX_WORKERS):
         choices = f"choose 1 to {MAX_WORKERS}, or None for one a core"
         raise WrongSetting("workers", repr(workers), choices)
-    if codecs is not None:
-        check_codecs(codecs, list(codecs) if isinstance(codecs, dict) else settings.fields)
+    # Which fields need one is known once the source is open.
+    named = list(how.codecs) if isinstance(how.codecs, dict) else settings.fields
+    check_codecs(how.codecs, named)
 
 
-def _convert_source(
-    source: Source,
-    root: Path,
-    settings: ConversionSettings,
-    workers: int | None,
-    codecs: Codecs,
-    repair: bool,
-    started: float,
-) -> Path:
+def _convert_source(source: Source, root: Path, settings: ConversionSettings, how: How) -> Path:
+    started = time.perf_counter()
     before = source.stamp()
-    plan = make_plan(source, settings, codecs)
+    plan = make_plan(source, settings, how.codecs)
     directory = root / plan.directory_name
-    if not repair and _is_finished(directory, plan):
+    if not how.repair and _is_finished(directory, plan):
         return directory
 
     with only_one(root, directory.name):
-        if repair and _is_taken_back(directory):
+        if how.repair and _is_taken_back(directory):
             log(f"{directory} is made again where it is wrong")
         elif _is_finished(directory, plan):  # by another run, meanwhile
             return directory
         directory.mkdir(exist_ok=True)
         remove_receipts(directory, older_than_ns=before[-1])
 
-        made = run_plan(plan, source, directory, workers or n_cores())
+        made = run_plan(plan, source, directory, how.workers or n_cores())
         if (source.stamp(), source.identity()) != (before, plan.source):
             remove_receipts(directory)
             raise WrongSource(source, "changed while it was read", "Wait until it is whole")

@@ -63,9 +63,8 @@ class Task:
     first_row: int
     field: str = dataclasses.field(compare=False)
     groups: range = dataclasses.field(compare=False)
-    shards: tuple[int, ...] = dataclasses.field(
-        compare=False
-    )  # that its rows fall in and that are not done
+    # That its rows fall in and that are not done.
+    shards: tuple[int, ...] = dataclasses.field(compare=False)
 
 
 def plan_tasks(plan: Plan, group_rows: Mapping[str, int], done: Collection[int]) -> list[Task]:

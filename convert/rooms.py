@@ -68,12 +68,13 @@ N_SIDES = 6  # of the room; they are the first of its surfaces
 
 # Pixels of a 640x480 picture between which something is stored: left, right, top, bottom.
 FRAMED_LRTB = (7, 632, 6, 473)  # the originals have a white frame around this
+# The Kinect's depth, projected into the colour camera, ends here.
 MEASURED_LRTB = (
     41,
     601,
     45,
     471,
-)  # the Kinect's depth, projected into the colour camera, ends here
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +215,8 @@ def _place(piece: Piece, far_m: np.ndarray, rng: np.random.Generator) -> np.ndar
 
     parts = np.array(PARTS.get(piece.label, (WHOLE,)))
     around_centre_m = (parts - (0.5, 0, 0.5)) * size_m
-    corners_m = np.sort(
-        around_centre_m @ turn.T, axis=1
-    )  # turned, the lowest corner may be another
+    # Turned, the lowest corner may be another.
+    corners_m = np.sort(around_centre_m @ turn.T, axis=1)
     return corners_m + np.array([centre_m[0], piece.base_m, centre_m[2]])
 
 

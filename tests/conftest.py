@@ -18,13 +18,11 @@ from helpers.sets import SMALL, convert
 from convert.sample import write_sample
 
 SHARED = REPO.parent / "shared"
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's `&` ignores Ctrl-C, and processes inherit that
-for name in re.findall(
-    r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M
-):  # make test PYTHON=... ARGS=...
-    os.environ.pop(name, None)  # is for this make, not for those that tests start
+# A shell's `&` ignores Ctrl-C, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# What is given to this make (PYTHON=..., ARGS=...) is not for those that tests start.
+for name in re.findall(r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M):
+    os.environ.pop(name, None)
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"):
     os.environ.pop(name, None)
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")

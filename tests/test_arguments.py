@@ -249,7 +249,7 @@ right: dict[str, st.SearchStrategy[Any]] = {
 }
 few = (
     st.integers(-3, 0) | st.floats() | st.text(max_size=3).filter(lambda text: not text.isdecimal())
-)  # workers
+)
 mostly_right = st.fixed_dictionaries(
     {},
     optional={name: one | (few if name == "num_workers" else junk) for name, one in right.items()},

@@ -76,10 +76,11 @@ def test_normalisation_has_the_stated_scale_and_maps_holes_to_exactly_zero() -> 
 def test_a_surface_has_its_height_and_its_normal_also_in_a_mirrored_picture() -> None:
     x, y = (plane[None] for plane in nyu_rays(64, "none"))
     far = torch.full_like(x, 8.0)
+    # 1 m to the right, 1.2 m below.
     wall, floor = (
         torch.where(x > 0.2, 1 / x, far),
         torch.where(y > 0.2, 1.2 / y, far),
-    )  # 1 m to the right, 1.2 m below
+    )
     wall_mm, floor_mm, front_mm = ((1000 * z).round().to(torch.int16) for z in (wall, floor, far))
     right, low, flat = (
         (slice(None), slice(52, 62)),

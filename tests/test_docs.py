@@ -19,9 +19,8 @@ from convert.sample import write_sample
 TORCH = find_spec("torch") is not None
 MAT = "nyu_depth_v2_labeled.mat"
 QUICK = {"train": ["--epochs", "1", "--size", "32", "--width", "8", "--batch-size", "8"]}
-ELSEWHERE = re.compile(
-    r"https?://|/machine|/drive/|photos|\.\.\."
-)  # a server, a Drive, pictures that nobody has here
+# A server, a Drive, pictures that nobody has here.
+ELSEWHERE = re.compile(r"https?://|/machine|/drive/|photos|\.\.\.")
 
 
 @pytest.fixture(scope="module")

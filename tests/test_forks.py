@@ -310,9 +310,8 @@ def test_batches_held_through_a_fork_are_nobody_elses(
 
     kept, fork = held[0], Fork(child)
     held = []
-    n_left = sum(1 for _ in batches) + sum(
-        1 for _ in loader
-    )  # the second one's buffer is filled again
+    # The second one's buffer is filled again.
+    n_left = sum(1 for _ in batches) + sum(1 for _ in loader)
     parent_is_done[1].send(True)
     assert child_has_written[0].poll(WAIT_S)
     assert same([kept], want[:1])

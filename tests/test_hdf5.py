@@ -255,9 +255,8 @@ def test_bombs_in_every_chunk_are_one_line_and_are_never_unpacked(
         done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
         assert "depths: none of the chunks that were looked at can be unpacked" in done.stderr
         assert "Traceback" not in done.stderr
-        assert (
-            int(done.stdout.split()[-1]) < 200 << 20
-        )  # not ru_maxrss, which counts the parent that forked
+        # Not ru_maxrss, which counts the parent that forked.
+        assert int(done.stdout.split()[-1]) < 200 << 20
 
 
 def test_a_field_that_is_the_same_everywhere_is_read_right(mat: Path, tmp_path: Path) -> None:
@@ -387,9 +386,8 @@ def test_pictures_stored_in_the_other_order_give_the_same_bytes(
     for file in small_set.glob("*.npy"):
         assert (made / file.name).read_bytes() == file.read_bytes()
     assert "taken as height x width" in capsys.readouterr().err
-    assert (
-        made.name == convert(path, tmp_path / "out", SMALL).name
-    )  # the same set whether it was said or seen
+    # The same set whether it was said or seen.
+    assert made.name == convert(path, tmp_path / "out", SMALL).name
 
 
 def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(

@@ -133,9 +133,8 @@ def test_of_two_runs_one_works_and_the_other_says_who(
         assert " since 20" in other.stderr
         process.kill()
         process.wait()
-    done = command(
-        "convert", "run", mat, "--out", tmp_path, *SLOW
-    )  # a dead process's lock holds nobody up
+    # A dead process's lock holds nobody up.
+    done = command("convert", "run", mat, "--out", tmp_path, *SLOW)
     assert done.returncode == 0, done.stderr
     assert "shards are done already" in done.stderr
 

@@ -117,9 +117,8 @@ def test_a_run_starts_from_another_run(
     assert len(weights) == 2 * (1 + 8)
     for key in weights:
         torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=0)
-    (tmp_path / "parts" / "last.pt").rename(
-        tmp_path / "moved.pt"
-    )  # a run that goes on does not need it
+    # A run that goes on does not need it.
+    (tmp_path / "parts" / "last.pt").rename(tmp_path / "moved.pt")
     assert (
         main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"])
         == 0

@@ -136,9 +136,8 @@ def test_pip_with_an_old_python_refuses(folder: Path) -> None:
 
 @pytest.mark.parametrize("module", ["convert", "train"])
 def test_a_command_on_windows_is_one_line_that_names_wsl(module: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\nos.name = 'nt'\n"
-    )  # as early as a user's code can run
+    # As early as a user's code can run.
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.name = 'nt'\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", module, "run"], cwd=REPO, env=env, capture_output=True, text=True
@@ -276,9 +275,8 @@ def test_make_on_colab_replaces_nothing_and_adds_what_fits(folder: Path, tmp_pat
     python = tmp_path / "colab" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "colab"], check=True)
     site = next((tmp_path / "colab").glob("lib/*/site-packages"))
-    (site / "pip").symlink_to(
-        Path(pip.__file__).parent
-    )  # in a moment, where making one takes ten seconds
+    # In a moment, where making one takes ten seconds.
+    (site / "pip").symlink_to(Path(pip.__file__).parent)
     command = [
         python,
         "-m",

@@ -109,9 +109,8 @@ def test_converting_from_a_url_gives_the_same_set_and_reads_only_what_is_asked_f
     assert made.name == expected.name  # the same fingerprint: the same identity
     for path in expected.glob("*.npy"):
         assert (made / path.name).read_bytes() == path.read_bytes()
-    assert source.n_bytes_read < 0.7 * len(
-        data
-    )  # a small file: mostly its index, in blocks of 64 KB
+    # A small file: mostly its index, in blocks of 64 KB.
+    assert source.n_bytes_read < 0.7 * len(data)
     assert "MB" in source.report()
 
 

@@ -201,9 +201,8 @@ def test_a_mirror_that_hangs_does_not_hold_the_run(
     monkeypatch.setattr(loop, "MIRROR_WAIT_S", 0.2)
     mirror = tmp_path / "drive"
     mirror.mkdir()
-    os.mkfifo(
-        pipe := mirror / f".metrics.csv.{os.getpid()}.tmp"
-    )  # opening it waits for a reader, for ever
+    # Opening it waits for a reader, for ever.
+    os.mkfifo(pipe := mirror / f".metrics.csv.{os.getpid()}.tmp")
     train(settings(small_set, tmp_path / "run", mirror=str(mirror)))
     assert "not done after" in capsys.readouterr().err
     assert_same(whole, tmp_path / "run")

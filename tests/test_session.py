@@ -449,9 +449,8 @@ def test_make_on_colab_leaves_what_is_installed_as_it_is(tmp_path: Path) -> None
             [python, "-c", "import h5py; print(h5py.__path__[0])"], text=True
         ).strip()
     ).parent
-    (site / "system.pth").write_text(
-        sysconfig.get_paths()["purelib"]
-    )  # behind the venv's own packages
+    # Behind the venv's own packages.
+    (site / "system.pth").write_text(sysconfig.get_paths()["purelib"])
     repo = copy_of_the_checkout(tmp_path / "my repo")
     shutil.copy(REPO / "README.md", repo)
     (repo / ".installed-colab").unlink()

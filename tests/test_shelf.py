@@ -233,9 +233,8 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     drive.fail(0)
     for finished in finished_sets(root):  # never a wrong byte under a manifest
         assert shard_bytes(finished) == right
-    for there in finished_sets(
-        drive.back / "set"
-    ):  # on Drive there may be one, and it is never taken for right
+    # On Drive there may be one, and it is never taken for right.
+    for there in finished_sets(drive.back / "set"):
         with suppress(IncompleteCopy):
             packed = pull(set_on_mount(there), base / "other")
             assert shard_bytes(copy_set(packed, base / "other", None).path) == right

@@ -113,9 +113,8 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
     assert task.scores(task.count(out, true)) == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 1.0}
     out[0, 0, 45, 41] = 1.0
     assert task.scores(task.count(out, true))["rmse"] > 0
-    without_frame = depth_task(
-        2.0, "border"
-    )  # 6 rows and 7 columns before the first one are cut off
+    # 6 rows and 7 columns before the first one are cut off.
+    without_frame = depth_task(2.0, "border")
     out, true = out[:, :, 6:473, 7:632], true[:, :, 6:473, 7:632]
     assert without_frame.scores(without_frame.count(out, true))["rmse"] > 0
     out[0, 0, 45 - 6, 41 - 7] = 0.0

@@ -81,9 +81,8 @@ def surface(
     depth_m = depth_mm_b1hw * METRES_PER_MM
     is_known = depth_mm_b1hw > 0
 
-    to_the_right = torch.sign(
-        x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1]
-    )  # -1 in a mirrored picture
+    # -1 in a mirrored picture.
+    to_the_right = torch.sign(x_b1hw[..., :1, -1:] - x_b1hw[..., :1, :1])
     x_b1hw = x_b1hw * to_the_right
     points_b4hw = torch.cat((depth_m * x_b1hw, depth_m * y_b1hw, depth_m, is_known), dim=1)
 

@@ -72,9 +72,8 @@ class Settings:
     inputs: str = _flag(
         "rgbd", "what the network sees (depth is learnt from rgb)", choices=["rgbd", "rgb", "depth"]
     )
-    size: int = _number(
-        128, "training resolution, 0 = as stored", 32, 1024, also=0
-    )  # the network halves it five times
+    # The network halves it five times.
+    size: int = _number(128, "training resolution, 0 = as stored", 32, 1024, also=0)
     epochs: int = _number(90, "passes over the train rows", 1, 1_000_000)
     batch_size: int = _number(128, "rows a step and process", 1, 100_000)
     num_workers: int | str = _number(

@@ -49,9 +49,8 @@ def cache_folder() -> Path | None:
     """$XDG_CACHE_HOME/nyuv2-shards, by default under ~/.cache; None for a user without a home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        above = (
-            Path(named) if os.path.isabs(named) else Path.home() / ".cache"
-        )  # relative ones are invalid by XDG
+        # Relative ones are invalid by XDG.
+        above = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
     except RuntimeError:
         return None
     return above / CACHE
@@ -95,9 +94,8 @@ def _unpack(path: Path, root: Path, digest: str) -> None:
     """
     copy = root / path.with_suffix("").name
     log(f"{path} is compressed: unpacking it once, into {copy}")
-    if (copy / MANIFEST).exists() and not is_copy(
-        copy, digest
-    ):  # in this order: it is not being made right now
+    # In this order: it is not being made right now.
+    if (copy / MANIFEST).exists() and not is_copy(copy, digest):
         (copy / MANIFEST).unlink(missing_ok=True)
     command = ["-m", "shards.copy", str(path.absolute()), str(root)]
     done = subprocess.run(

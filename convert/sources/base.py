@@ -66,9 +66,8 @@ class Source(Protocol):
     dataset: DatasetSpec
     fields: Mapping[str, Field]
     n_rows: int
-    handle: (
-        int | None
-    )  # a file descriptor that readers travel with; None: they stay in this process
+    # A file descriptor that readers travel with; None: they stay in this process.
+    handle: int | None
     advice: str  # what to do first where bytes of it are damaged
     may_hang: bool  # whether reading waits for a server
 

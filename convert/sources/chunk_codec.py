@@ -34,9 +34,8 @@ class FileBytes:
     """
 
     def __init__(self, handle: int | PRead) -> None:
-        self.has_descriptor = isinstance(
-            handle, int
-        )  # another process of this machine can be given it
+        # Another process of this machine can be given it.
+        self.has_descriptor = isinstance(handle, int)
         self.pread: PRead = partial(os.pread, handle) if isinstance(handle, int) else handle
 
     def read(self, n_bytes: int, offset: int) -> memoryview:

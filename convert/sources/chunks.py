@@ -73,9 +73,10 @@ class Reader:
 
         self.codec = ChunkCodec(dataset.filters, self.dtype, chunk_shape, self.chunk_bytes)
         self.file_bytes = FileBytes(handle)
+        # None in a helper process, which does without HDF5.
         self.access: ChunkAccess | None = ChunkAccess(
             dataset=dataset, grid=self.grid, codec=self.codec, file_bytes=self.file_bytes
-        )  # None in a helper process, which does without HDF5
+        )
         self.index: ChunkIndex | None = None  # None: the chunks come through h5py
         self.scratch: IO[bytes] | None = None
         self.n_decoded = 0
@@ -216,9 +217,8 @@ class Reader:
         """
         self.scratch = tempfile.TemporaryFile(dir=directory, buffering=0)
         firsts = range(0, self.grid.n_chunks, self.chunks_per_read)
-        for _ in run(
-            self._copy_to_scratch, firsts
-        ):  # a map does nothing until it is asked for its results
+        # A map does nothing until it is asked for its results.
+        for _ in run(self._copy_to_scratch, firsts):
             pass
 
     def _copy_to_scratch(self, first_chunk: int) -> None:

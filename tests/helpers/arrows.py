@@ -154,9 +154,8 @@ class _Visitor(ast.NodeVisitor):
 def _string(node: ast.expr) -> str | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
-    if isinstance(
-        node, ast.JoinedStr
-    ):  # what is filled in becomes a name, so that the rest can be parsed
+    # What is filled in becomes a name, so that the rest can be parsed.
+    if isinstance(node, ast.JoinedStr):
         return "".join(_string(part) or "filled_in" for part in node.values)
     return None
 
