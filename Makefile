@@ -57,6 +57,9 @@ else
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py all $(USED))
 endif
 
+# Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+
 .PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given
 .DEFAULT_GOAL := help
 
@@ -101,7 +104,7 @@ predict: $(READY)  ## what a run says about pictures, or about the test rows: ma
 	$(PY) -m train predict "$(RUN)" $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
 test: .venv/dev  ## every test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
 
 verify: $(READY)  ## check every byte of the shards
 	$(PY) -m convert verify "$(DATA)" $(ARGS)

@@ -25,9 +25,10 @@ LISTS = REPO / "tests" / "stacks"
 VENVS = REPO / ".stacks"
 USUAL = ("lowest", "colab")
 EXTRAS = ("fast", "show", "remote")
-TOOLS = ("pytest", "hypothesis", "setuptools")  # all that the tests without torch need
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "setuptools")  # all that tests without torch need
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 LOWEST_PYTHON = (3, 11)
+IN_PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")  # as make test
 Version = tuple[int, int]
 
 
@@ -139,6 +140,7 @@ def run_tests(python: Path, report: Path, arguments: list[str]) -> int:
         python,
         "-m",
         "pytest",
+        *IN_PARALLEL,
         "-rs",
         f"--junitxml={report}",
         "-o",
