@@ -293,7 +293,6 @@ def explained(error: BaseException, args: argparse.Namespace | None) -> str:
 
 # What to type next, by what went wrong; the first that fits counts.
 NEXT: tuple[tuple[type[UserError], str], ...] = (
-    (OldSet, "Run: make convert"),
     (NewerSet, "Run: make convert OUT=/another/folder, or install that version"),
     (MissingSet, "Run: make convert"),
     (Busy, "Wait for it, then run: make convert"),
@@ -320,6 +319,8 @@ def with_next_command(error: UserError, command: str) -> str:
         return f"--{error.name.replace('_', '-')} {error.given}: {error.choices}"
     if isinstance(error, WrongFiles):
         return f"{error}. Run: {repair_commands(error)}"
+    if isinstance(error, OldSet):
+        return f"{error}. Run: {upgrade_commands(error)}"
     if isinstance(error, MissingField):
         fields = ",".join((*error.fields, error.field))
         return f"{error}. Run: make convert ARGS='--fields {fields}'"
@@ -343,6 +344,21 @@ def with_next_command(error: UserError, command: str) -> str:
         return f"{error}. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
     advice = next((text for kind, text in NEXT if isinstance(error, kind)), "")
     return f"{error}. {advice}" if advice else str(error)
+
+
+def upgrade_commands(error: OldSet) -> str:
+    """What brings this very set to this version: `make convert` alone is for the usual settings."""
+    there = Path(str(error.path)).resolve()
+    before = ""
+    if not os.access(there, os.W_OK):
+        copy = Path("/another/disk") / there.name
+        before = f"cp -r {shlex.quote(str(there))} {copy.parent} && chmod -R u+w {copy} && "
+        there = copy
+    words = ["make", "convert", f"MAT={there}", f"OUT={there.parent}"]
+    if error.codecs is not None:
+        codecs = ",".join(f"{field}={codec}" for field, codec in error.codecs.items())
+        words.append(f"ARGS=--format zarr --codec {codecs}")
+    return before + shlex.join(words)
 
 
 def repair_commands(error: Any) -> str:

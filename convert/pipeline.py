@@ -76,7 +76,7 @@ def convert(
         return str(_convert_source(source, root, settings, how))
 
     mat = source if isinstance(source, Elsewhere) else _path("source", source)
-    if not mat.exists():
+    if not _is_there(mat):
         wanted = SourceFilter(name=mat.name)
         found = find_set(root, settings, wanted, ("" if codecs is None else ".zarr",))
         if found is not None:
@@ -96,6 +96,14 @@ class How:
     repair: bool
 
 
+def _is_there(mat: Elsewhere | Path) -> bool:
+    """Also where that cannot be told (no permission, a name too long): opening it says why."""
+    try:
+        return mat.exists()
+    except OSError:
+        return True
+
+
 def _path(name: str, given: Any) -> Path:
     if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
         raise WrongSetting(name, repr(given), "expected a path")
@@ -112,6 +120,8 @@ def _check_arguments(settings: Any, how: How) -> None:
     if workers is not None and not (is_whole(workers) and 1 <= workers <= MAX_WORKERS):
         choices = f"choose 1 to {MAX_WORKERS}, or None for one a core"
         raise WrongSetting("workers", repr(workers), choices)
+    if not isinstance(how.repair, bool):
+        raise WrongSetting("repair", repr(how.repair), "True or False")
     # Which fields need one is known once the source is open.
     named = list(how.codecs) if isinstance(how.codecs, dict) else settings.fields
     check_codecs(how.codecs, named)

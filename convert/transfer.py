@@ -4,11 +4,13 @@ The manifest goes last. Also `fetch`: the .mat from its home, or from any web se
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from convert.sources.nyu_tables import NYU_DOWNLOAD
+from convert.upgrade import is_old, read_version_1
 from shards.dataset import ShardSet
 from shards.errors import (
     DamagedSet,
@@ -24,7 +26,7 @@ from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest,
 from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
 from stores.local import LocalStore
-from stores.mounted import MountedStore, check_mounted
+from stores.mounted import MountedStore, check_mounted, patiently
 
 Files = Mapping[str, FileEntry]
 
@@ -77,8 +79,9 @@ def missing_files(folder: Folder, files: Files) -> list[str]:
 def push(found: ShardSet, drive: Path) -> ShardSet:
     """Copy a finished set to the folder `drive`: only what is missing or wrong there; the copy.
 
-    Every file is read back. Raises StoreFailed (IncompleteCopy where a file of the set itself is
-    damaged) and WrongPlace where the copy would not fit.
+    Every file is read back. A set that is there stays whole until the first of its files has to
+    change: over one of version 1 of the same rows, to the end. Raises StoreFailed (IncompleteCopy
+    where a file of the set itself is damaged) and WrongPlace where the copy would not fit.
     """
     check_mounted(drive)
     MountedStore(drive).create()
@@ -90,8 +93,13 @@ def push(found: ShardSet, drive: Path) -> ShardSet:
         target.upload(found.path / name, name, entry)
 
     files = found.manifest.files
-    _prepare(source, target, files)
-    _copy_files(files, "writing", copy)
+    changed = _files_to_change(source, target, files)
+    _make_room(target, files)
+    kept = {name: entry for name, entry in files.items() if name not in changed}
+    _copy_files(kept, "writing", copy)
+    if changed:
+        target.delete(MANIFEST)
+        _copy_files(changed, "writing", copy)
     for name in (PROVENANCE, MANIFEST):
         if source.size(name) >= 0:
             copy(name, None)
@@ -157,13 +165,38 @@ def pull_right_files(found: ShardSet, root: Path) -> Path:
 
 
 def _prepare(source: Folder, target: Store, files: Files) -> None:
-    """Before files are copied: room for what is missing, and nothing there that is in the way.
-
-    That is a manifest of other content, and what copies that were killed left behind.
-    """
+    """Before files are copied: room for what is missing, and no manifest of other content."""
     if target.size(MANIFEST) >= 0 and not _have_same_manifest(source, target):
         refuse_newer(target)
         target.delete(MANIFEST)
+    _make_room(target, files)
+
+
+def _files_to_change(source: Folder, target: MountedStore, files: Files) -> dict[str, FileEntry]:
+    """Those of `files` of which the manifest there says something else.
+
+    A damaged manifest is withdrawn at once. Raises NewerSet.
+    """
+    if target.size(MANIFEST) < 0 or _have_same_manifest(source, target):
+        return {}
+    refuse_newer(target)
+    try:
+        there = patiently(partial(_files_of, target.path), f"reading {target.path / MANIFEST}")
+    except DamagedSet:
+        target.delete(MANIFEST)
+        return {}
+    return {name: entry for name, entry in files.items() if there.get(name, entry) != entry}
+
+
+def _files_of(directory: Path) -> Files:
+    """What the manifest of a set names, of this version or the first."""
+    if is_old(directory):
+        return read_version_1(directory).files
+    return read_manifest(directory).files
+
+
+def _make_room(target: Store, files: Files) -> None:
+    """Remove what copies that were killed left behind. Raises WrongPlace without room."""
     for folder in sorted({str(Path(name).parent) for name in files}):
         target.remove_unfinished(folder)
 

@@ -20,7 +20,7 @@ from convert.sources.base import SourceFilter, filled_columns
 from convert.sources.nyu_tables import nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
 from shards.dataset import ShardSet
-from shards.errors import DamagedSet, WrongSetting
+from shards.errors import DamagedSet, OldSet, WrongSetting
 from shards.files import FileEntry, LocalFolder, log, write_atomically, write_bytes
 from shards.manifest import (
     COLUMNS,
@@ -49,6 +49,7 @@ from stores.mounted import is_right
 
 VERSION_1 = 1
 MANIFEST_TRIES = 4
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 KEPT_COLUMNS = {"split": "|u1", "scene": "<u4", "scene_type": "<u2", "accel": "<f4"}
 RENAMED_COLUMNS = {"raw_rgb": "rgb_file", "raw_depth": "depth_file"}
 
@@ -67,6 +68,14 @@ class Version1:
     column_files: Mapping[str, FileEntry]
     metadata_files: Mapping[str, FileEntry]
     codecs: Codecs
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Every file of the set but the manifest itself."""
+        files = {**self.column_files, **self.metadata_files}
+        for shard in self.shards:
+            files |= shard.files
+        return files
 
 
 def is_old(directory: Path) -> bool:
@@ -93,16 +102,24 @@ def upgrade(directory: Path) -> ShardSet:
     May be called again after a failure, and works on a mount: few small files are written and read
     back, and no shard is looked at, as a copy on a mount may not be whole: what reads them says so.
     Two processes may do it at once: they write the same bytes.
-    Raises DamagedSet where the manifest or a column is not as it was written, and OSError.
+    Raises DamagedSet where the manifest or a column is not as it was written, OldSet where the set
+    cannot be written to, and OSError.
     """
     if not is_old(directory):
         return ShardSet(directory, read_manifest(directory))
     try:
         return _upgraded(directory)
-    except (DamagedSet, OSError):
+    except (DamagedSet, OSError) as error:
         if is_old(directory):
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                raise _unwritable(directory, error) from error
             raise
         return ShardSet(directory, read_manifest(directory))  # another process was faster
+
+
+def _unwritable(directory: Path, error: OSError) -> OldSet:
+    codecs = read_version_1(directory).codecs
+    return OldSet(directory, VERSION_1, dict(codecs) if codecs else None, error.strerror or "")
 
 
 def _upgraded(directory: Path) -> ShardSet:

@@ -5,7 +5,7 @@
       MissingSet              path                      there is no finished set
         UnfinishedSet         path, n_shards_done       a conversion has begun there
       SeveralSets             path, found               more than one: which is meant?
-      OldSet                  path, version             made by an earlier version, right as it is
+      OldSet                  path, version, codecs     made by an earlier version, right as it is
       NewerSet                path, version             made by a later version
       DamagedSet              path                      bytes that are not what the manifest says
       OtherSet                path                      in its place lies another set
@@ -107,13 +107,25 @@ class SeveralSets(PathError):
 
 
 class OldSet(PathError):
-    """A set of an earlier version of the format: every byte of it is right."""
+    """A set of an earlier version of the format: every byte of it is right.
 
-    def __init__(self, path: Any, version: int) -> None:
+    codecs: of a Zarr set, a field; None: .npy. unwritable: why nothing can be written beside its
+    shards; "" where that is not known, or can be done.
+    """
+
+    def __init__(
+        self, path: Any, version: int, codecs: dict[str, str] | None = None, unwritable: str = ""
+    ) -> None:
         what = f"is a set of version {version} of the format, and right as it is"
-        super().__init__(path, what, "It is brought to this version without decoding a row")
+        right = "It is brought to this version without decoding a row"
+        if unwritable:
+            what += f", but cannot be written to ({unwritable})"
+            right = "Copy it to another disk: the copy is brought to this version, without decoding"
+        super().__init__(path, what, right)
         self.version = version
-        self._arguments = (path, version)
+        self.codecs = codecs
+        self.unwritable = unwritable
+        self._arguments = (path, version, codecs, unwritable)
 
 
 class NewerSet(PathError):

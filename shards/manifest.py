@@ -331,12 +331,20 @@ def read_manifest(place: Path | Folder) -> Manifest:
     try:
         version = value.whole("format_version")
         if version < FORMAT_VERSION:
-            raise OldSet(address(folder), version)
+            raise OldSet(address(folder), version, _codecs_of_old(value))
         if version > FORMAT_VERSION:
             raise NewerSet(address(folder), version, FORMAT_VERSION)
         return Manifest.from_json(value)
     except (ValueError, WrongSetting) as error:
         raise DamagedSet(where, f"is damaged: {error}") from None
+
+
+def _codecs_of_old(value: JsonObject) -> dict[str, str] | None:
+    """As in a manifest of version 1; None: .npy."""
+    if "codecs" not in value:
+        return None
+    codecs = value.object("codecs")
+    return {name: codecs.text(name) for name in codecs.keys()}  # noqa: SIM118
 
 
 def read_signed(place: Path | Folder) -> JsonObject:

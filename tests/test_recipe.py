@@ -18,6 +18,8 @@ from helpers.sets import convert
 from shards.dataset import open_set
 from shards.errors import UserError, WrongSetting
 from train.__main__ import main, parse
+from train.checkpoint import restore
+from train.job import make_job, new_run
 from train.recipe import RECIPES, plan, stages
 from train.settings import Settings
 
@@ -92,6 +94,40 @@ def test_each_stage_has_a_mirror_of_its_own(small_set: Path) -> None:
     runs = planned(small_set, *DEFAULT, "--mirror", "/drive/scene/")
     assert [run.mirror for run in runs] == ["/drive/scene-parts", "/drive/scene/"]
     assert [run.mirror for run in planned(small_set, *DEFAULT)] == [None, None]
+
+
+def test_a_reset_is_for_both_stages_but_not_for_a_run_that_is_named(
+    small_set: Path, tmp_path: Path
+) -> None:
+    """A finished first stage was kept: the scenes started from what another set had taught."""
+    settings, recipe, _ = parse([f"--data={small_set}", f"--out={tmp_path}/scene", *DEFAULT])
+    other = str(tmp_path / "other")
+    for run in ("scene-parts", "other"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "classes.csv").touch()  # it was reported
+    found = open_set(small_set)
+    reset = replace(settings, reset=True)
+    for given, start, is_done in (
+        (settings, "auto", True),
+        (reset, "auto", False),
+        (settings, other, True),
+        (reset, other, True),
+    ):
+        first, second = plan(given, found, recipe, start)
+        assert (first.is_done(), second.is_done()) == (is_done, False)
+        assert first.settings.reset == (given.reset and start == "auto")
+        assert second.settings.reset == given.reset
+
+
+def test_a_run_that_is_reset_is_no_reported_one_any_more(small_set: Path, tmp_path: Path) -> None:
+    """Else a first stage that was killed in its reset would be taken for a finished one."""
+    for name in ("last.pt", "previous.pt", "classes.csv"):
+        (tmp_path / name).touch()
+    given = ["--data", str(small_set), "--out", str(tmp_path), "--reset", *QUICK]
+    settings, _, _ = parse(given)
+    job = make_job(settings, torch.device("cpu"))
+    assert not restore(new_run(job), settings, job.train_set.fingerprint)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_go_together_is_refused(small_set: Path) -> None:

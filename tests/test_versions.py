@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPO, needs_torch
+from helpers.disks import make_read_only, small_disk
 from helpers.sets import flip, is_whole, manifest_json, verify, write_manifest_json
 
 from convert.pipeline import convert
@@ -26,8 +27,10 @@ from convert.upgrade import KEPT_COLUMNS, is_old, read_version_1, upgrade
 from shards.containers import column_file
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, NewerSet, OldSet, WrongSource
+from shards.files import FileEntry, HashingFile, write_atomically
 from shards.manifest import COLUMNS, FORMAT_VERSION, MANIFEST, read_manifest
 from shards.spec import ConversionSettings
+from stores import mounted
 
 # zarr-python warns of files in a group that are not Zarr's, which are there on purpose
 pytestmark = pytest.mark.filterwarnings(
@@ -362,9 +365,68 @@ def test_every_other_command_says_one_line_and_touches_nothing(
     done = command(*words_on(old, tmp_path)[verb])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "is a set of version 1 of the format, and right as it is" in done.stderr
-    assert done.stderr.endswith("Run: make convert\n")
+    assert said_command(done.stderr).startswith("make convert MAT=")
     assert content(tmp_path) == before
     assert os.listdir(tmp_path) == ["sets"]
+
+
+def said_command(stderr: str) -> str:
+    return stderr.rstrip("\n").rpartition(" Run: ")[2]
+
+
+def run_as_said(line: str) -> subprocess.CompletedProcess[str]:
+    """In a shell, in the checkout, which needs no .venv of its own for it."""
+    given = {"COLAB_RELEASE_TAG": "test", "MAKEFLAGS": f" -- READY= PYTHON={sys.executable}"}
+    return subprocess.run(
+        line, shell=True, cwd=REPO, env=os.environ | given, capture_output=True, text=True
+    )
+
+
+@each_form
+@pytest.mark.parametrize("verb", ["verify", pytest.param("train", marks=needs_torch)])
+def test_the_command_that_is_said_upgrades_this_very_set_and_makes_no_other(
+    verb: str, form: str, tmp_path: Path, command: Run
+) -> None:
+    """Of other settings than the usual ones, in a folder of another name, with its source gone."""
+    old = old_set(tmp_path / "my sets", form)
+    said = command(*words_on(old, tmp_path)[verb]).stderr
+    done = run_as_said(said_command(said))
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, str(old)), done.stderr
+    assert is_whole(old)
+    assert [path for path in old.parent.iterdir() if not path.name.endswith(".lock")] == [old]
+
+
+@each_form
+@pytest.mark.parametrize("verb", ["verify", pytest.param("train", marks=needs_torch)])
+def test_of_a_set_that_cannot_be_written_to_a_command_is_said_that_copies_it(
+    verb: str, form: str, tmp_path: Path, command: Run
+) -> None:
+    with small_disk(tmp_path / "read only", 8 << 20) as disk:
+        old = old_set(disk, form)
+        before = bytes_of(old)
+        make_read_only(disk)
+        said = command(*words_on(old, tmp_path)[verb]).stderr
+        other = tmp_path / "other"
+        other.mkdir()
+        line = said_command(said).replace("/another/disk", str(other))
+        done = run_as_said(line)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, str(other / old.name)), line
+        assert is_whole(other / old.name)
+        assert bytes_of(old) == before
+
+
+def test_a_conversion_says_that_an_old_set_cannot_be_written_to(
+    tmp_path: Path, command: Run
+) -> None:
+    words = ("convert", "run", tmp_path / MAT, "--out")
+    with small_disk(tmp_path / "disk", 8 << 20) as disk:
+        old = old_set(disk)
+        make_read_only(disk)
+        for more in ((disk,), (tmp_path / "root", "--drive", disk)):
+            done = command(*words, *more, *ARGS)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "but cannot be written to (Read-only file system)" in done.stderr
+            assert said_command(done.stderr).startswith(f"cp -r {old} /another/disk && ")
 
 
 @needs_torch
@@ -375,7 +437,7 @@ def test_prediction_on_a_set_of_version_1_says_the_same(tmp_path: Path, command:
     done = command("train", "predict", run, "--data", old)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is a set of version 1" in done.stderr
-    assert done.stderr.endswith("Run: make convert\n")
+    assert said_command(done.stderr).startswith("make convert MAT=")
     assert content(tmp_path) == before
 
 
@@ -469,6 +531,60 @@ def test_an_unpacked_copy_of_version_1_is_not_taken_away(tmp_path: Path) -> None
     assert content(copy) == before
     assert unpacked.is_relative_to(tmp_path / "cache")
     assert is_whole(unpacked)
+
+
+# ---------------------------------------------------------------- pushed over
+
+
+@each_form
+def test_a_push_over_a_set_of_version_1_leaves_one_that_is_whole_at_every_moment(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drive may fill up in the middle, or the machine go: its only set was unusable then."""
+    there = old_set(tmp_path / "drive", form)
+    found = upgrade(old_set(tmp_path / "here", form))
+    seen = []
+
+    def watching(path: Path, write: Callable[[HashingFile], object]) -> FileEntry:
+        assert is_whole_in_version_1_or_2(there)
+        seen.append(path.name)
+        return write_atomically(path, write)
+
+    monkeypatch.setattr(mounted, "write_atomically", watching)
+    push(found, there.parent)
+    assert len(seen) > 5
+    assert is_whole(there)
+    assert open_set(there).manifest == found.manifest
+
+
+def is_whole_in_version_1_or_2(path: Path) -> bool:
+    if manifest_json(path)["format_version"] == 1:
+        names = {*read_version_1(path).files, MANIFEST}
+        now, then = bytes_of(path), bytes_of(VERSION_1 / path.name)
+        return all(now[name] == then[name] for name in names)
+    return is_whole(path)
+
+
+def test_a_push_over_a_set_of_other_bytes_withdraws_it_before_the_first_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = old_set(tmp_path / "drive")
+    value = manifest_json(there)
+    value["shards"][1]["files"]["rgb-00001.npy"]["sha256"] = "0" * 64
+    write_manifest_json(there, value)
+    flip(there / "rgb-00001.npy", -1)
+    had_manifest = {}
+
+    def watching(path: Path, write: Callable[[HashingFile], object]) -> FileEntry:
+        had_manifest[path.name] = (there / MANIFEST).exists()
+        return write_atomically(path, write)
+
+    monkeypatch.setattr(mounted, "write_atomically", watching)
+    push(upgrade(old_set(tmp_path / "here")), there.parent)
+    withdrawn = {name for name, was_there in had_manifest.items() if not was_there}
+    assert withdrawn == {"rgb-00001.npy", "provenance.json", MANIFEST}
+    assert len(had_manifest) > len(withdrawn)
+    assert is_whole(there)
 
 
 # ---------------------------------------------------------------- a later version

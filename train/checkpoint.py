@@ -235,8 +235,8 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
     last = Path(settings.out, CHECKPOINT)
     if settings.reset:
         if ranks.RANK == 0:
-            last.unlink(missing_ok=True)
-            last.with_name(PREVIOUS).unlink(missing_ok=True)
+            for name in (CHECKPOINT, PREVIOUS, CLASS_TABLE):  # it is no reported run any more
+                last.with_name(name).unlink(missing_ok=True)
         return False
 
     found = ranks.broadcast_from_first(lambda: newest(settings))

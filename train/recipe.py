@@ -26,14 +26,18 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training of a recipe. `is_skipped_once_done`: a finished run there is taken as it is."""
+    """One training of a recipe.
+
+    `is_skipped_once_done`: a finished run there is taken as it is, unless it is to be reset.
+    """
 
     settings: Settings
     is_skipped_once_done: bool = False
 
     def is_done(self) -> bool:
         """Whether the run was trained and reported before."""
-        return self.is_skipped_once_done and Path(self.settings.out, CLASS_TABLE).is_file()
+        is_kept = self.is_skipped_once_done and not self.settings.reset
+        return is_kept and Path(self.settings.out, CLASS_TABLE).is_file()
 
 
 def defaults(recipe: str | None) -> dict[str, Any]:
@@ -52,7 +56,8 @@ def plan(
 
     dataset: the opened set. recipe: a key of RECIPES, whose `defaults` are in `settings` already;
     None: one training. start: the run that learns the pixels first, "" for none; "auto": OUT-parts,
-    where that can help. Raises UserError for what does not go together.
+    where that can help. A run that is named is the user's: --reset is not for it. Raises UserError
+    for what does not go together.
     """
     defaults(recipe)  # raises for an unknown one
     settings.check_out()
@@ -60,10 +65,11 @@ def plan(
         if start not in (AUTO, ""):
             raise UserError(f"--start {start} is for a recipe", "Add --recipe default")
         return [Stage(settings=settings)]
-    if start == AUTO:
+    is_named = start != AUTO
+    if not is_named:
         helps = may_start_from_pixels(settings) and "label" in dataset.manifest.fields
         start = settings.out.rstrip("/") + PARTS_SUFFIX if helps else ""
-    return stages(settings, start, pixels_task(dataset))
+    return stages(settings, start, pixels_task(dataset), is_named=is_named)
 
 
 def pixels_task(dataset: ShardSet) -> str:
@@ -77,8 +83,10 @@ def may_start_from_pixels(settings: Settings) -> bool:
     return settings.model == BUILT_IN and not settings.weights
 
 
-def stages(settings: Settings, start: str, task: str) -> list[Stage]:
+def stages(settings: Settings, start: str, task: str, *, is_named: bool = False) -> list[Stage]:
     """The run `start`, which learns `task`, then `settings` from its weights; "": only these.
+
+    is_named: `start` is a run of the user's choice, which is never reset.
 
     Raises UserError where `settings` already start from something else.
     """
@@ -94,6 +102,7 @@ def stages(settings: Settings, start: str, task: str) -> list[Stage]:
         task=task,
         out=start,
         mirror=mirror.rstrip("/") + PARTS_SUFFIX if mirror else None,
+        reset=settings.reset and not is_named,
     )
     second = replace(settings, weights=start)
     return [Stage(settings=first, is_skipped_once_done=True), Stage(settings=second)]

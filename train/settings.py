@@ -104,7 +104,9 @@ class Settings:
     mirror: str | None = _flag(
         None, "copy checkpoints there in the background, and start from it", metavar="DIR"
     )
-    reset: bool = _flag(False, "forget the checkpoints in --out and start over")
+    reset: bool = _flag(
+        False, "forget the checkpoints in --out (and OUT-parts of a recipe) and start over"
+    )
     allow_remote: bool = _flag(False, "read a set on a mounted Drive (FUSE) all the same")
 
     def __post_init__(self) -> None:
