@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shards.copy import codecs_of, copy_set
-from shards.dataset import ShardSet, open_set, resolve_set
+from shards.dataset import ShardSet, finished_sets, open_set, resolve_set
 from shards.errors import (
     Busy,
     DamagedSet,
@@ -32,6 +32,7 @@ from shards.errors import (
     WrongSetting,
     WrongSource,
 )
+from shards.files import log
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 
@@ -54,14 +55,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """A copy of a finished set; one of version 1 with these settings is upgraded first."""
-    from convert.upgrade import is_old, read_version_1, upgrade
+    from convert.upgrade import read_version_1, upgrade
 
     path = resolve_set(args.source)
-    if is_old(path):
+    try:
+        found = open_set(path)
+    except OldSet:
         _check_settings(path, settings, read_version_1(path).settings)
         found = upgrade(path)
     else:
-        found = open_set(path)
         _check_settings(path, settings, found.settings)
     codecs = codecs_of(args.format, args.codec, found.manifest.fields)
     return copy_set(found, args.out, codecs).path
@@ -77,13 +79,25 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     is_remote = isinstance(args.source, RemoteFile)
     workers = args.workers or (READERS if is_remote else None)
     if args.source and not args.drive:
-        how: Any = {"workers": workers, "codecs": codecs, "repair": args.repair}
-        made = Path(convert(args.source, args.out, settings, **how))
+        directory = convert(
+            args.source, args.out, settings, workers=workers, codecs=codecs, repair=args.repair
+        )
+        made = Path(directory)
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
+        _say_which_to_train(made)
     if is_remote:
         print(args.source.report(), file=sys.stderr)
     return made
+
+
+def _say_which_to_train(made: Path) -> None:
+    """`make train` finds a set by itself where it is the only one."""
+    if len(finished_sets(made.parent)) > 1:
+        log(
+            f"{made.parent} has other sets too, which are kept. "
+            f"Train on this one with: make train DATA={made}"
+        )
 
 
 def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSettings) -> None:

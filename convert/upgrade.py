@@ -20,7 +20,7 @@ from convert.sources.base import SourceFilter, filled_columns
 from convert.sources.nyu_tables import nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
 from shards.dataset import ShardSet
-from shards.errors import DamagedSet, WrongSetting
+from shards.errors import DamagedSet, OldSet, WrongSetting
 from shards.files import FileEntry, LocalFolder, log, write_atomically, write_bytes
 from shards.manifest import (
     COLUMNS,
@@ -85,6 +85,14 @@ def upgraded_if_it_fits(
     if not settings.fits(old.settings) or not wanted.accepts(old.source):
         return None
     return upgrade(directory)
+
+
+def read_or_upgrade(directory: Path) -> ShardSet:
+    """The set, of which only the manifest is read; one of version 1 is brought to this version."""
+    try:
+        return ShardSet(directory, read_manifest(directory))
+    except OldSet:
+        return upgrade(directory)
 
 
 def upgrade(directory: Path) -> ShardSet:

@@ -6,7 +6,7 @@ device.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from loader.buffers import arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
 from loader.loader import BatchMaker, Loader, Transform, worker_count
 from loader.messages import Layout
-from shards.dataset import ShardSet, open_set, resolve_set
+from shards.dataset import ShardSet, check_files, open_set, resolve_set
 from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
+from shards.manifest import read_manifest
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
 from stores.mounted import refuse_remote
 from train.arguments import (
@@ -44,7 +45,7 @@ from train.arguments import (
 )
 from train.augment import normalize_depth, normalize_rgb
 from train.order import Batches
-from train.unpack import unpacked
+from train.unpack import is_unpacked, unpacked
 
 MM_A_METRE = np.float32(1000)
 SMALLEST_STD_M = 1e-6
@@ -61,17 +62,18 @@ def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False
     Raises UserError where there is none, where it is damaged, or where it lies on a mounted Drive
     and that is not allowed.
     """
+    # Maps are opened later, perhaps from another working directory: the path is absolute.
     if isinstance(path, ShardSet):
-        is_mapped = set((path.codecs or {}).values()) <= {"none"}
-        if path.path.is_absolute() and is_mapped:
-            return path
-        return open_set(unpacked(path.path).absolute())
+        return unpacked(replace(path, path=path.path.absolute()))
     check_path(path)
-    found = resolve_set(path)
+    directory = resolve_set(path)
     if not allow_remote:
-        refuse_remote(found)
-    # Maps are opened later, perhaps from another working directory.
-    return open_set(unpacked(found).absolute())
+        refuse_remote(directory)
+    directory = directory.absolute()
+    found = ShardSet(directory, read_manifest(directory))
+    if is_unpacked(found):
+        check_files(found)
+    return unpacked(found)
 
 
 @dataclass(frozen=True, kw_only=True)
