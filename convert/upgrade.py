@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.sources.base import SourceFilter, filled_columns
-from convert.sources.nyu_tables import nyu
+from convert.sources.nyu_tables import NYU_FIELDS, nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
 from shards.dataset import ShardSet
 from shards.errors import DamagedSet, OldSet, WrongSetting
@@ -34,7 +34,6 @@ from shards.manifest import (
     signed,
 )
 from shards.spec import (
-    KNOWN_FIELDS,
     Codecs,
     ConversionSettings,
     DatasetSpec,
@@ -176,9 +175,9 @@ def _source(value: JsonObject) -> SourceIdentity:
 def _fields(value: JsonObject, settings: ConversionSettings) -> dict[str, Field]:
     fields = {}
     for name, each in value.items():
-        if name not in settings.fields or name not in KNOWN_FIELDS:
+        if name not in settings.fields or name not in NYU_FIELDS:
             raise ValueError("its fields are not those of its settings")
-        known = KNOWN_FIELDS[name]
+        known = NYU_FIELDS[name]
         if known.kind == "depth":
             known = replace(known, resampling=settings.depth_resize)
         stored = each.object_or_none("statistics")
