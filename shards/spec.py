@@ -525,10 +525,9 @@ def rows_per_shard_for(n_rows: int, fields: Iterable[Field], size: int) -> int:
     row_bytes = [each.row_bytes(size) for each in fields]
     while rows < MAX_ROWS_PER_SHARD:
         doubled = 2 * rows
-        if (
-            doubled * max(row_bytes) >= MAX_FILE_BYTES
-            or doubled * sum(row_bytes) >= MAX_SHARD_BYTES
-        ):
+        fits_file = doubled * max(row_bytes) < MAX_FILE_BYTES
+        fits_shard = doubled * sum(row_bytes) < MAX_SHARD_BYTES
+        if not (fits_file and fits_shard):
             break
         rows = doubled
     return rows
