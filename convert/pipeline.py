@@ -187,7 +187,7 @@ def _as_resized(field: Field, settings: ConversionSettings) -> Field:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class ConvertedShards:
     """All shards of a plan, durable, and what was found out meanwhile."""
 
     facts: RowFacts
@@ -214,7 +214,7 @@ class Made:
         )
 
 
-def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
+def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> ConvertedShards:
     """Make the shards that no receipt in `directory` says are done."""
     done = resume(directory, plan.bounds, plan.fields, plan.codecs)
     readers: dict[str, RowReader] = {field.name: source.reader(field.name) for field in plan.fields}
@@ -239,7 +239,7 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
         columns = filled_columns(
             facts.result().columns, plan.n_rows, facts.result().dataset, plan.settings.crop
         )
-    return Made(
+    return ConvertedShards(
         facts=facts.result(),
         columns=columns,
         receipts=[done[k] for k in range(len(plan.bounds))],

@@ -55,9 +55,8 @@ class Found:
 
     here: ShardSet | None  # under ROOT
     there: ShardSet | None  # on Drive
-    is_shelved: (
-        bool  # Drive has a copy that needs no mending, as far as the sizes of its files tell
-    )
+    # Drive has a copy that needs no mending, as far as the sizes of its files tell.
+    is_shelved: bool
 
 
 def prepare(
