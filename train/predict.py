@@ -96,20 +96,20 @@ def load_run(
     if found is None:
         raise NoCheckpoint(f"{directory} has no checkpoint", run=directory)
 
-    path, state = found
+    path = found.path
     try:
-        settings = Settings(**state["settings"])
+        settings = Settings(**found.settings)
         if data:
             settings = replace(settings, data=data)
         job = make_job(settings, torch.device("cpu"), (opened or {}).get(settings.data))
         if opened is not None:
             opened[settings.data] = job.train_set.shard_set
         run = new_run(job)
-        run.model.load_state_dict(state["model"])
+        run.model.load_state_dict(found.model)
     except (TypeError, RuntimeError) as error:
         what = f"{path} is of another version or network ({one_line(error)})"
         raise WrongCheckpoint(what, run=directory, path=path) from None
-    print(f"{path}: {state['epoch']} epochs")
+    print(f"{path}: {found.epoch} epochs")
     return LoadedRun(directory=directory, job=job, run=run)
 
 
