@@ -35,6 +35,7 @@ from shards.errors import (
 from shards.files import log
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
+from stores.http import READERS, RemoteFile
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 SOURCES = (".mat", ".h5", ".hdf5")
@@ -73,7 +74,6 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """The set of a given source, or the cheapest way to one."""
     from convert.pipeline import convert
     from convert.session import prepare
-    from stores.http import READERS, RemoteFile
 
     codecs = codecs_of(args.format, args.codec, settings.fields)
     is_remote = isinstance(args.source, RemoteFile)
@@ -158,8 +158,6 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _source(text: str) -> object:
-    from stores.http import RemoteFile
-
     return RemoteFile(text) if text.startswith(("http://", "https://")) else path(text)
 
 

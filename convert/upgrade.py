@@ -71,7 +71,7 @@ class Version1:
 def is_old(directory: Path) -> bool:
     """Whether a set of version 1 lies there. Raises MissingSet or DamagedSet."""
     try:
-        return read_signed(directory).whole("format_version") == VERSION_1
+        return read_signed(LocalFolder(directory)).whole("format_version") == VERSION_1
     except ValueError:
         return False  # reading it as one of this version says what is wrong
 
@@ -127,11 +127,11 @@ def _upgraded(directory: Path) -> ShardSet:
 
 def read_version_1(directory: Path) -> Version1:
     """Every value of its manifest checked. Raises DamagedSet."""
-    value = read_signed(directory)
+    value = read_signed(LocalFolder(directory))
     try:
         return _parsed(value)
     except (ValueError, WrongSetting) as error:
-        raise DamagedSet(directory / "manifest.json", f"is damaged: {error}") from None
+        raise DamagedSet(directory / MANIFEST, f"is damaged: {error}") from None
 
 
 def _parsed(value: JsonObject) -> Version1:
@@ -287,7 +287,7 @@ def _content(directory: Path, file: str, old: Version1) -> bytes:
     """The values in a column's file, after its hash was checked."""
     entry = old.column_files.get(file)
     if entry is None:
-        raise DamagedSet(directory / "manifest.json", f"is damaged: it has no {file}")
+        raise DamagedSet(directory / MANIFEST, f"is damaged: it has no {file}")
     data = LocalFolder(directory).read(file)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise DamagedSet(directory / file, "is damaged")
