@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shards.copy import codecs_of, copy_set
-from shards.dataset import ShardSet, open_set, resolve_set
+from shards.dataset import ShardSet, finished_sets, open_set, resolve_set
 from shards.errors import (
     Busy,
     DamagedSet,
@@ -32,8 +32,10 @@ from shards.errors import (
     WrongSetting,
     WrongSource,
 )
+from shards.files import log
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
+from stores.http import READERS, RemoteFile
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 SOURCES = (".mat", ".h5", ".hdf5")
@@ -54,14 +56,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """A copy of a finished set; one of version 1 with these settings is upgraded first."""
-    from convert.upgrade import is_old, read_version_1, upgrade
+    from convert.upgrade import read_version_1, upgrade
 
     path = resolve_set(args.source)
-    if is_old(path):
+    try:
+        found = open_set(path)
+    except OldSet:
         _check_settings(path, settings, read_version_1(path).settings)
         found = upgrade(path)
     else:
-        found = open_set(path)
         _check_settings(path, settings, found.settings)
     codecs = codecs_of(args.format, args.codec, found.manifest.fields)
     return copy_set(found, args.out, codecs).path
@@ -71,19 +74,30 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """The set of a given source, or the cheapest way to one."""
     from convert.pipeline import convert
     from convert.session import prepare
-    from stores.http import READERS, RemoteFile
 
     codecs = codecs_of(args.format, args.codec, settings.fields)
     is_remote = isinstance(args.source, RemoteFile)
     workers = args.workers or (READERS if is_remote else None)
     if args.source and not args.drive:
-        how: Any = {"workers": workers, "codecs": codecs, "repair": args.repair}
-        made = Path(convert(args.source, args.out, settings, **how))
+        directory = convert(
+            args.source, args.out, settings, workers=workers, codecs=codecs, repair=args.repair
+        )
+        made = Path(directory)
     else:
         made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
+        _say_which_to_train(made)
     if is_remote:
         print(args.source.report(), file=sys.stderr)
     return made
+
+
+def _say_which_to_train(made: Path) -> None:
+    """`make train` finds a set by itself where it is the only one."""
+    if len(finished_sets(made.parent)) > 1:
+        log(
+            f"{made.parent} has other sets too, which are kept. "
+            f"Train on this one with: make train DATA={made}"
+        )
 
 
 def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSettings) -> None:
@@ -144,8 +158,6 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _source(text: str) -> object:
-    from stores.http import RemoteFile
-
     return RemoteFile(text) if text.startswith(("http://", "https://")) else path(text)
 
 
@@ -189,76 +201,62 @@ def parser() -> argparse.ArgumentParser:
 
     def command(
         function: Callable[[argparse.Namespace], None], text: str, example: str, *paths: str
-    ) -> _Parser:
+    ) -> argparse.ArgumentParser:
         verb = function.__name__
-        p = commands.add_parser(
-            verb, help=text, epilog=f"example: python -m convert {verb} {example}"
-        )
-        p.set_defaults(function=function)
+        epilog = f"example: python -m convert {verb} {example}"
+        made = commands.add_parser(verb, help=text, epilog=epilog)
+        made.set_defaults(function=function)
         for name in paths:
-            p.add_argument(name, type=path, metavar=name.upper())
-        return p
+            made.add_argument(name, type=path, metavar=name.upper())
+        return made
 
-    p = command(
-        run, "convert a .mat into shards, or a finished set into another format", "X.mat --out data"
-    )
-    p.add_argument(
-        "source",
-        type=_source,
-        nargs="?",
-        help=".mat, URL or finished set (default: found, else fetched)",
-    )
-    p.add_argument(
-        "--drive",
-        type=path,
-        metavar="DIR",
-        help="take a finished set from there, or leave one there",
-    )
+    what = "convert a .mat into shards, or a finished set into another format"
+    _add_run_flags(command(run, what, "X.mat --out data"))
+    _add_verify_flags(command(verify, "check every byte of a set", "data", "directory"))
+    _add_inspect_flags(command(inspect, "what is in a set", "data --picture a.png", "directory"))
+    command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2", "directory", "drive")
+    command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data", "drive", "root")
+    of_sample = command(sample, "write a small .mat of made-up rooms", "rooms.mat", "file")
+    of_sample.add_argument("--rows", type=number(10_000), default=48)
+    return top
+
+
+def _add_run_flags(p: argparse.ArgumentParser) -> None:
+    """What is read, where it goes, and what is stored of it."""
+    source_help = ".mat, URL or finished set (default: found, else fetched)"
+    p.add_argument("source", type=_source, nargs="?", help=source_help)
+    drive_help = "take a finished set from there, or leave one there"
+    p.add_argument("--drive", type=path, metavar="DIR", help=drive_help)
     p.add_argument("--url", help="where to fetch the .mat (default: its home at NYU)")
     p.add_argument("--out", type=path, required=True, metavar="ROOT")
     p.add_argument("--format", choices=("npy", "zarr"), default="npy")
-    p.add_argument(
-        "--codec",
-        default="none",
-        metavar="none|zstd|blosc",
-        help="with zarr; or depth=blosc,label=zstd",
-    )
+    codec_help = "with zarr; or depth=blosc,label=zstd"
+    p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help=codec_help)
+
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--fields", default=",".join(KNOWN_FIELDS), help="default: %(default)s")
     p.add_argument("--crop", default="none", metavar="none|border|eigen")
     p.add_argument("--depth-resize", default="nearest", metavar="nearest|area")
     p.add_argument("--rows-per-shard", type=int, default=128)
-    p.add_argument(
-        "--axes",
-        default="auto",
-        metavar="wh|hw",
-        help="how square pictures lie; others are wider than tall",
-    )
-    p.add_argument(
-        "--workers", type=number(256), metavar="N", help="processes (default: one a core)"
-    )
-    p.add_argument(
-        "--repair", action="store_true", help="redo the shards of a finished set that are wrong"
-    )
+    axes_help = "how square pictures lie; others are wider than tall"
+    p.add_argument("--axes", default="auto", metavar="wh|hw", help=axes_help)
 
-    p = command(verify, "check every byte of a set", "data", "directory")
-    p.add_argument(
-        "--against", type=path, metavar="SOURCE", help="also compare random rows with the .mat"
-    )
-    p.add_argument(
-        "--rows", type=number(1_000_000), default=16, help="how many (default: %(default)s)"
-    )
+    workers_help = "processes (default: one a core)"
+    p.add_argument("--workers", type=number(256), metavar="N", help=workers_help)
+    repair_help = "redo the shards of a finished set that are wrong"
+    p.add_argument("--repair", action="store_true", help=repair_help)
 
-    p = command(inspect, "what is in a set", "data --picture a.png", "directory")
+
+def _add_verify_flags(p: argparse.ArgumentParser) -> None:
+    against_help = "also compare random rows with the .mat"
+    p.add_argument("--against", type=path, metavar="SOURCE", help=against_help)
+    rows_help = "how many (default: %(default)s)"
+    p.add_argument("--rows", type=number(1_000_000), default=16, help=rows_help)
+
+
+def _add_inspect_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--picture", type=path, metavar="FILE.png", help="also draw a contact sheet")
     p.add_argument("--rows", type=number(100), default=8, help="rows in the picture")
-
-    command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2", "directory", "drive")
-    command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data", "drive", "root")
-
-    p = command(sample, "write a small .mat of made-up rooms", "rooms.mat", "file")
-    p.add_argument("--rows", type=number(10_000), default=48)
-    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:

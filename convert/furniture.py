@@ -7,9 +7,8 @@ of the sample: a changed value, and also a changed order of pieces or colours, g
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, NamedTuple
 
-Corners = tuple[
-    tuple[float, float, float], tuple[float, float, float]
-]  # lowest x y z, highest x y z
+Point = tuple[float, float, float]  # x y z
+Corners = tuple[Point, Point]  # the lowest, the highest
 Palette = tuple[str, ...]  # one is drawn for each thing; RRGGBB in hexadecimal
 
 

@@ -179,32 +179,35 @@ def _draw_labels(axes: Any, label: np.ndarray, class_names: list[str], most: int
     ids, counts = np.unique(label[label > 0], return_counts=True)
     largest = ids[np.argsort(-counts, kind="stable")][:most]
     taken: list[tuple[float, float]] = []
-    for i in (i for i in largest if (label == i).mean() > 0.01):
-        y, x = _inside(label == i, taken)
+    for i in largest:
+        is_i = label == i
+        if is_i.mean() <= 0.01:
+            continue
+        y, x = _inside(is_i, taken)
         taken.append((y, x))
-        side = (
-            "left"
-            if x < label.shape[1] * 0.18
-            else "right"
-            if x > label.shape[1] * 0.82
-            else "center"
-        )
-        outline = [withStroke(linewidth=2.2, foreground=INK)]
         axes.text(
             x,
             y,
             class_names[i - 1],
             color="white",
             fontsize=8.5,
-            ha=side,
+            ha=_side_with_room(x / label.shape[1]),
             va="center",
-            path_effects=outline,
+            path_effects=[withStroke(linewidth=2.2, foreground=INK)],
         )
+
+
+def _side_with_room(share_of_width: float) -> str:
+    """Which side of a name stands at this place, so that it does not reach over an edge."""
+    if share_of_width < 0.18:
+        return "left"
+    return "right" if share_of_width > 0.82 else "center"
 
 
 def _inside(mask: np.ndarray, taken: list[tuple[float, float]]) -> tuple[float, float]:
     """A pixel of the mask well inside it and away from the names already written."""
-    (h, w), (y, x) = mask.shape, np.nonzero(mask)
+    h, w = mask.shape
+    y, x = np.nonzero(mask)
     score = -6 * np.hypot((y - y.mean()) / h, (x - x.mean()) / w)
     for reach in (1, 2, 4, 8, 16):  # how much of ever wider crosses is inside
         padded = np.pad(mask, reach)

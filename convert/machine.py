@@ -34,13 +34,6 @@ def shared_memory(n_bytes: int) -> int:
         return os.dup(file.fileno())
 
 
-def drop_from_cache(handle: int) -> None:
-    """So that the next read comes from where the file lies; a hint: some systems do not take it."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def memory_of(processes: list[int]) -> int | None:
     """Bytes in memory: of all of these now, shared pages once, or the most that the first ever had.
 

@@ -26,10 +26,10 @@ from convert.sources.base import RowFacts, RowReader, Source, SourceFilter, fill
 from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import Elsewhere
 from convert.statistics import statistics, train_sums
-from convert.upgrade import is_old, read_version_1, upgrade, upgraded_if_it_fits
+from convert.upgrade import read_or_upgrade, read_version_1, upgrade, upgraded_if_it_fits
 from shards.containers import check_codecs, write_field
-from shards.dataset import ShardSet, finished_sets, open_set, verify
-from shards.errors import DamagedSet, SeveralSets, UserError, WrongSetting, WrongSource
+from shards.dataset import ShardSet, check_files, finished_sets, verify
+from shards.errors import DamagedSet, OldSet, SeveralSets, UserError, WrongSetting, WrongSource
 from shards.files import FileEntry, log, mebibytes, write_json
 from shards.lock import only_one
 from shards.manifest import (
@@ -44,8 +44,8 @@ from shards.manifest import (
     write_receipt,
     write_receipts,
 )
-from shards.spec import SPLITS, Codecs, ConversionSettings, is_whole
-from shards.writing import check_space, commit, finished_set, resume
+from shards.spec import SPLITS, Codecs, ConversionSettings, Field, is_whole
+from shards.writing import check_space, commit, finished_set, resume, take_as_finished
 
 MAX_WORKERS = 256
 TRAIN = SPLITS.index("train")
@@ -69,31 +69,42 @@ def convert(
 
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
-    how = How(workers=workers, codecs=codecs, repair=repair)
-    _check_arguments(settings, how)
+    execution = Execution(workers=workers, codecs=codecs, repair=repair)
+    return str(convert_to_set(source, out, settings, execution).path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What decides how a set is made, and not what is in it. See `convert`."""
+
+    workers: int | None = None
+    codecs: Codecs = None
+    repair: bool = False
+
+
+def convert_to_set(
+    source: Source | Elsewhere | Path | str,
+    out: Path | str,
+    settings: ConversionSettings,
+    execution: Execution,
+) -> ShardSet:
+    """`convert`, for who goes on with the set: it is handed on as it was opened or written."""
+    _check_arguments(settings, execution)
     root = _path("out", out)
     if isinstance(source, Source):
-        return str(_convert_source(source, root, settings, how))
+        return _convert_source(source, root, settings, execution)
 
     mat = source if isinstance(source, Elsewhere) else _path("source", source)
     if not _is_there(mat):
         wanted = SourceFilter(name=mat.name)
-        found = find_set(root, settings, wanted, ("" if codecs is None else ".zarr",))
+        form = "" if execution.codecs is None else ".zarr"
+        found = find_set(root, settings, wanted, (form,))
         if found is not None:
-            open_set(found.path)  # the size of every file, the header of every shard
+            check_files(found)
             log(f"{mat} is not there, nor needed: {found.path} is complete")
-            return str(found.path)
+            return found
     with closing(NyuSource(mat, settings)) as opened:
-        return str(_convert_source(opened, root, opened.settings(), how))
-
-
-@dataclass(frozen=True, kw_only=True)
-class How:
-    """What decides how a set is made, and not what is in it. See `convert`."""
-
-    workers: int | None
-    codecs: Codecs
-    repair: bool
+        return _convert_source(opened, root, opened.settings(), execution)
 
 
 def _is_there(mat: Elsewhere | Path) -> bool:
@@ -110,48 +121,54 @@ def _path(name: str, given: Any) -> Path:
     return Path(given)
 
 
-def _check_arguments(settings: Any, how: How) -> None:
+def _check_arguments(settings: Any, execution: Execution) -> None:
     """Before anything is opened: a mistake from Python shows as one line too."""
     if not isinstance(settings, ConversionSettings):
         raise WrongSetting(
             "settings", repr(settings), "expected shards.spec.ConversionSettings(...)"
         )
-    workers = how.workers
+    workers = execution.workers
     if workers is not None and not (is_whole(workers) and 1 <= workers <= MAX_WORKERS):
         choices = f"choose 1 to {MAX_WORKERS}, or None for one a core"
         raise WrongSetting("workers", repr(workers), choices)
-    if not isinstance(how.repair, bool):
-        raise WrongSetting("repair", repr(how.repair), "True or False")
+    if not isinstance(execution.repair, bool):
+        raise WrongSetting("repair", repr(execution.repair), "True or False")
     # Which fields need one is known once the source is open.
-    named = list(how.codecs) if isinstance(how.codecs, dict) else settings.fields
-    check_codecs(how.codecs, named)
+    codecs = execution.codecs
+    check_codecs(codecs, list(codecs) if isinstance(codecs, dict) else settings.fields)
 
 
-def _convert_source(source: Source, root: Path, settings: ConversionSettings, how: How) -> Path:
+def _convert_source(
+    source: Source, root: Path, settings: ConversionSettings, execution: Execution
+) -> ShardSet:
     started = time.perf_counter()
     before = source.stamp()
-    plan = make_plan(source, settings, how.codecs)
+    plan = make_plan(source, settings, execution.codecs)
     directory = root / plan.directory_name
-    if not how.repair and _is_finished(directory, plan):
-        return directory
+    if not execution.repair:
+        finished = _finished(directory, plan)
+        if finished is not None:
+            return finished
 
     with only_one(root, directory.name):
-        if how.repair and _is_taken_back(directory):
-            log(f"{directory} is made again where it is wrong")
-        elif _is_finished(directory, plan):  # by another run, meanwhile
-            return directory
+        if execution.repair:
+            finished = _right_or_taken_back(directory, plan)
+        else:
+            finished = _finished(directory, plan)  # by another run, meanwhile
+        if finished is not None:
+            return finished
         directory.mkdir(exist_ok=True)
         remove_receipts(directory, older_than_ns=before[-1])
 
-        made = run_plan(plan, source, directory, how.workers or n_cores())
+        made = run_plan(plan, source, directory, execution.workers or n_cores())
         if (source.stamp(), source.identity()) != (before, plan.source):
             remove_receipts(directory)
             raise WrongSource(source, "changed while it was read", "Wait until it is whole")
         seconds = time.perf_counter() - started
         write_json(directory / PROVENANCE, _provenance(source, seconds, made.peak_memory))
-        commit(directory, made.manifest(plan), made.columns)
+        converted = commit(directory, made.manifest(plan), made.columns)
     log(f"{plan.n_rows} rows in {seconds:.1f} s, peak memory {mebibytes(made.peak_memory)}")
-    return directory
+    return converted
 
 
 # ---------------------------------------------------------------------------------------- plan, run
@@ -175,12 +192,12 @@ def make_plan(source: Source, settings: ConversionSettings, codecs: Codecs) -> P
     )
 
 
-def _as_resized(field: Any, settings: ConversionSettings) -> Any:
+def _as_resized(field: Field, settings: ConversionSettings) -> Field:
     return replace(field, resampling=settings.depth_resize) if field.kind == "depth" else field
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class ConvertedShards:
     """All shards of a plan, durable, and what was found out meanwhile."""
 
     facts: RowFacts
@@ -207,7 +224,7 @@ class Made:
         )
 
 
-def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
+def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> ConvertedShards:
     """Make the shards that no receipt in `directory` says are done."""
     done = resume(directory, plan.bounds, plan.fields, plan.codecs)
     readers: dict[str, RowReader] = {field.name: source.reader(field.name) for field in plan.fields}
@@ -232,7 +249,7 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Made:
         columns = filled_columns(
             facts.result().columns, plan.n_rows, facts.result().dataset, plan.settings.crop
         )
-    return Made(
+    return ConvertedShards(
         facts=facts.result(),
         columns=columns,
         receipts=[done[k] for k in range(len(plan.bounds))],
@@ -330,41 +347,52 @@ def find_set(
 def _read_or_upgrade(
     path: Path, settings: ConversionSettings, wanted: SourceFilter
 ) -> ShardSet | None:
-    if is_old(path):
+    try:
+        return ShardSet(path, read_manifest(path))
+    except OldSet:
         return upgraded_if_it_fits(path, settings, wanted)
-    return ShardSet(path, read_manifest(path))
 
 
-def _is_finished(directory: Path, plan: Plan) -> bool:
-    """Whether the set is there; a set of version 1 in its place is brought to this one."""
-    if os.path.lexists(directory / MANIFEST) and is_old(directory):
+def _finished(directory: Path, plan: Plan) -> ShardSet | None:
+    """The set if it is there; a set of version 1 in its place is brought to this one."""
+    try:
+        return finished_set(directory, plan.fingerprint, plan.codecs)
+    except OldSet:
         upgrade(directory)
-    return finished_set(directory, plan.fingerprint, plan.codecs) is not None
+        return finished_set(directory, plan.fingerprint, plan.codecs)
 
 
-def _is_taken_back(directory: Path) -> bool:
-    """Make a damaged set an unfinished one again, with receipts of the shards that are right.
+def _right_or_taken_back(directory: Path, plan: Plan) -> ShardSet | None:
+    """The set if every byte of it is right; None where it has to be made.
 
-    False where there is no set, or nothing of it is wrong.
+    A damaged one is made an unfinished one again, with receipts of the shards that are right.
     """
     if not os.path.lexists(directory / MANIFEST):
-        return False
+        return None
     try:
-        if is_old(directory):
-            upgrade(directory)
-        found = ShardSet(directory, read_manifest(directory))
+        found = read_or_upgrade(directory)
     except DamagedSet as error:
         log(str(error))
         _keep_shards_of_version_1(directory)
-        (directory / MANIFEST).unlink()
-        return True
+        _take_back(directory)
+        return None
+
     wrong = {name: problem for name, problem in verify(found) if problem}
     for name, problem in wrong.items():
         log(f"{directory / name} {problem}")
     if wrong:
         write_receipts(directory, found.manifest, wrong)
-        (directory / MANIFEST).unlink()
-    return bool(wrong)
+        _take_back(directory)
+        return None
+    check_files(found)
+    take_as_finished(found, plan.fingerprint, plan.codecs)
+    return found
+
+
+def _take_back(directory: Path) -> None:
+    """Without its manifest a set is an unfinished one."""
+    (directory / MANIFEST).unlink()
+    log(f"{directory} is made again where it is wrong")
 
 
 def _keep_shards_of_version_1(directory: Path) -> None:

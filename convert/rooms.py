@@ -60,21 +60,15 @@ NEAR_M = np.float32(0.7133)
 FAR_M = np.float32(9.9955)
 DISPARITY = np.float32(351.3)  # of something 1 m away; it measures whole disparities
 
-NEAREST_HIT_M = (
-    0.45  # what is nearer than this is not seen: the camera may stand in a piece of furniture
-)
+# What is nearer than this is not seen: the camera may stand in a piece of furniture.
+NEAREST_HIT_M = 0.45
 BEHIND_M = 1.0  # how far the room goes on behind the camera's place
 N_SIDES = 6  # of the room; they are the first of its surfaces
 
 # Pixels of a 640x480 picture between which something is stored: left, right, top, bottom.
 FRAMED_LRTB = (7, 632, 6, 473)  # the originals have a white frame around this
 # The Kinect's depth, projected into the colour camera, ends here.
-MEASURED_LRTB = (
-    41,
-    601,
-    45,
-    471,
-)
+MEASURED_LRTB = (41, 601, 45, 471)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +264,8 @@ def _cast_rays(yaw: float, pitch: float, size_wh: tuple[int, int]) -> np.ndarray
     """
     w, h = size_wh
     focal = FOCAL * w
-    right = (np.arange(0, w, 2) + 1 - w / 2)[
-        :, None
-    ] / focal  # of the picture's centre, at a depth of 1
+    # Of the picture's centre, at a depth of 1.
+    right = (np.arange(0, w, 2) + 1 - w / 2)[:, None] / focal
     down = (np.arange(0, h, 2) + 1 - h / 2) / focal
 
     y = -down * np.cos(pitch) - np.sin(pitch)
@@ -382,9 +375,9 @@ def _paint(surfaces: list[Surface], view: View, rng: np.random.Generator) -> np.
     far_m = surfaces[0].ends_m[1].astype(np.float32)
     lit_share = np.array([0.8, 1, 0.9], np.float32)  # of faces across x, y, z
     shade = _pattern_tone(surfaces, view)
-    shade = (
-        shade * _lamp_light(view, far_m, rng) * _corner_shade(view, far_m) * lit_share[view.axis]
-    )
+    shade = shade * _lamp_light(view, far_m, rng)
+    shade = shade * _corner_shade(view, far_m)
+    shade = shade * lit_share[view.axis]
 
     least_light = np.array([0.92 if s.label in GLOWING else 0 for s in surfaces], np.float32)
     shade = np.maximum(shade, least_light[view.surface])

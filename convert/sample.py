@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.furniture import ROOMS
 from convert.rooms import FIELDS, draw_row, scene_type
+from convert.sources.nyu_tables import NyuTables
 from convert.sources.nyu_tables import tables as official_tables
 from shards.errors import WrongPlace, WrongSetting
 from shards.files import fsync, fsync_dir
@@ -74,7 +75,7 @@ def write_sample(
         chunks=chunks,
         seed=seed,
         size_wh=size_wh,
-        classes=tables["classes"],
+        classes=tables.classes,
         scenes=plan_scenes(rows, tables, seed),
     )
     _write_whole(path, sample)
@@ -99,7 +100,7 @@ def _write_whole(path: Path, sample: SampleFile) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def plan_scenes(rows: int, tables: dict[str, Any], seed: int) -> list[str]:
+def plan_scenes(rows: int, tables: NyuTables, seed: int) -> list[str]:
     """The scene of each row, shuffled by scene.
 
     Train and test take turns, within them the types, and after three such rounds the next scene of
@@ -109,7 +110,7 @@ def plan_scenes(rows: int, tables: dict[str, Any], seed: int) -> list[str]:
     rows_a_round = 2 * ROWS_A_SCENE * len(kinds)  # a scene of every type in both splits
     scenes = []
     for k in range(rows):
-        split = tables["test_scenes" if k % 2 else "train_scenes"]
+        split = tables.test_scenes if k % 2 else tables.train_scenes
         kind = kinds[k // 2 % len(kinds)]
         of_kind = [scene for scene in split if scene_type(scene) == kind]
         scenes.append(of_kind[(seed + k // rows_a_round) % len(of_kind)])

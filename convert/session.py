@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from convert.pipeline import SourceFilter, convert, find_set
+from convert.pipeline import Execution, convert_to_set, find_set
+from convert.sources.base import SourceFilter
 from convert.sources.nyu_mat import Source, check_opens, sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import fetch, missing_files, pull, pull_right_files, push, refuse_newer
 from shards.copy import codecs_of, copy_set
-from shards.dataset import ShardSet, finished_sets, open_set, verify
+from shards.dataset import ShardSet, open_set, verify
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
 from shards.manifest import MANIFEST, PROVENANCE
@@ -54,9 +55,8 @@ class Found:
 
     here: ShardSet | None  # under ROOT
     there: ShardSet | None  # on Drive
-    is_shelved: (
-        bool  # Drive has a copy that needs no mending, as far as the sizes of its files tell
-    )
+    # Drive has a copy that needs no mending, as far as the sizes of its files tell.
+    is_shelved: bool
 
 
 def prepare(
@@ -86,22 +86,17 @@ def prepare(
         check_mounted(drive)
     found = _look(wish)
 
-    directory = _from_this_disk(found.here)
-    if directory is None and found.there is not None:
-        directory = _from_drive(wish, found.there)
-        found = replace(found, is_shelved=directory is not None)
-    if directory is None:
-        directory = _converted(wish, found)
+    made = _from_this_disk(found.here)
+    if made is None and found.there is not None:
+        made = _from_drive(wish, found.there)
+        found = replace(found, is_shelved=made is not None)
+    if made is None:
+        made = _converted(wish, found)
 
     if drive and not found.is_shelved:
-        _shelve(directory, wish, found.there.path.suffix if found.there else PACKED)
+        _shelve(made, wish, found.there.path.suffix if found.there else PACKED)
     shutil.rmtree(root / SHELF, ignore_errors=True)
-    if len(finished_sets(root)) > 1:
-        log(
-            f"{root} has other sets too, which are kept. "
-            f"Train on this one with: make train DATA={directory}"
-        )
-    return directory
+    return made.path
 
 
 # ------------------------------------------------------------------------------- what is there
@@ -145,7 +140,7 @@ def _wanted(source: Source | None) -> SourceFilter:
 # ------------------------------------------------------------------------- one way each to a set
 
 
-def _from_this_disk(here: ShardSet | None) -> Path | None:
+def _from_this_disk(here: ShardSet | None) -> ShardSet | None:
     """The set on this disk if every byte of it is right."""
     if here is None:
         return None
@@ -163,10 +158,10 @@ def _from_this_disk(here: ShardSet | None) -> Path | None:
         f"{here.path} is on this disk and whole: {len(files)} files checked in {seconds:.1f} s. "
         f"Not needed: Drive, {_cost(here)}"
     )
-    return here.path
+    return here
 
 
-def _from_drive(wish: Wish, there: ShardSet) -> Path | None:
+def _from_drive(wish: Wish, there: ShardSet) -> ShardSet | None:
     """A copy of the set on Drive, unpacked; None where it is not whole."""
     started = time.perf_counter()
     is_packed = there.path.suffix == PACKED
@@ -185,10 +180,10 @@ def _from_drive(wish: Wish, there: ShardSet) -> Path | None:
         pulled = copy_set(pulled, wish.root, None)
     seconds = time.perf_counter() - started
     log(f"pulled and verified in {seconds:.1f} s. Not needed: {_cost(pulled)}")
-    return pulled.path
+    return pulled
 
 
-def _converted(wish: Wish, found: Found) -> Path:
+def _converted(wish: Wish, found: Found) -> ShardSet:
     """The set made from the .mat, but for what is right of a damaged one here or on Drive."""
     source = wish.source or _find_mat(wish.root, wish.drive)
     if source is None:
@@ -197,13 +192,13 @@ def _converted(wish: Wish, found: Found) -> Path:
     log(f"no whole set of these settings on {places}: converting {source}")
 
     where, codecs = _begin(wish, found)
-    path = convert(source, where, wish.settings, workers=wish.workers, codecs=codecs, repair=True)
-    made = open_set(path)
+    execution = Execution(workers=wish.workers, codecs=codecs, repair=True)
+    made = convert_to_set(source, where, wish.settings, execution)
     if where != wish.root:
         made = copy_set(made, wish.root, None)
     if found.here and found.here.path != made.path:  # damaged, and of another source
         (found.here.path / MANIFEST).unlink()
-    return made.path
+    return made
 
 
 def _find_mat(root: Path, drive: Path | None) -> Path | None:
@@ -251,15 +246,14 @@ def _cost(found: ShardSet) -> str:
 # ------------------------------------------------------------------------------ a copy on Drive
 
 
-def _shelve(directory: Path, wish: Wish, form: str) -> None:
+def _shelve(made: ShardSet, wish: Wish, form: str) -> None:
     """Push the set in this form (a suffix), PACKED unless Drive has its plain form.
 
     Packed it is 295 MB to copy instead of 727, unpacked in 5 s.
     """
     assert wish.drive is not None
-    log(f"{wish.drive} gets a copy of {directory.name} for the next session")
-    made = open_set(directory)
-    if form != directory.suffix:
+    log(f"{wish.drive} gets a copy of {made.path.name} for the next session")
+    if form != made.path.suffix:
         made = _packed(made, wish.root / SHELF)
     push(made, wish.drive)
 

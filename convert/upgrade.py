@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.sources.base import SourceFilter, filled_columns
-from convert.sources.nyu_tables import nyu
+from convert.sources.nyu_tables import NYU_FIELDS, nyu
 from shards.containers import NPY_HEADER, arrays_of_columns, write_npy_columns, zarr_columns
 from shards.dataset import ShardSet
 from shards.errors import DamagedSet, OldSet, WrongSetting
@@ -34,7 +34,6 @@ from shards.manifest import (
     signed,
 )
 from shards.spec import (
-    KNOWN_FIELDS,
     Codecs,
     ConversionSettings,
     DatasetSpec,
@@ -81,7 +80,7 @@ class Version1:
 def is_old(directory: Path) -> bool:
     """Whether a set of version 1 lies there. Raises MissingSet or DamagedSet."""
     try:
-        return read_signed(directory).whole("format_version") == VERSION_1
+        return read_signed(LocalFolder(directory)).whole("format_version") == VERSION_1
     except ValueError:
         return False  # reading it as one of this version says what is wrong
 
@@ -94,6 +93,14 @@ def upgraded_if_it_fits(
     if not settings.fits(old.settings) or not wanted.accepts(old.source):
         return None
     return upgrade(directory)
+
+
+def read_or_upgrade(directory: Path) -> ShardSet:
+    """The set, of which only the manifest is read; one of version 1 is brought to this version."""
+    try:
+        return ShardSet(directory, read_manifest(directory))
+    except OldSet:
+        return upgrade(directory)
 
 
 def upgrade(directory: Path) -> ShardSet:
@@ -137,11 +144,11 @@ def _upgraded(directory: Path) -> ShardSet:
 
 def read_version_1(directory: Path) -> Version1:
     """Every value of its manifest checked. Raises DamagedSet."""
-    value = read_signed(directory)
+    value = read_signed(LocalFolder(directory))
     try:
         return _parsed(value)
     except (ValueError, WrongSetting) as error:
-        raise DamagedSet(directory / "manifest.json", f"is damaged: {error}") from None
+        raise DamagedSet(directory / MANIFEST, f"is damaged: {error}") from None
 
 
 def _parsed(value: JsonObject) -> Version1:
@@ -185,9 +192,9 @@ def _source(value: JsonObject) -> SourceIdentity:
 def _fields(value: JsonObject, settings: ConversionSettings) -> dict[str, Field]:
     fields = {}
     for name, each in value.items():
-        if name not in settings.fields or name not in KNOWN_FIELDS:
+        if name not in settings.fields or name not in NYU_FIELDS:
             raise ValueError("its fields are not those of its settings")
-        known = KNOWN_FIELDS[name]
+        known = NYU_FIELDS[name]
         if known.kind == "depth":
             known = replace(known, resampling=settings.depth_resize)
         stored = each.object_or_none("statistics")
@@ -297,7 +304,7 @@ def _content(directory: Path, file: str, old: Version1) -> bytes:
     """The values in a column's file, after its hash was checked."""
     entry = old.column_files.get(file)
     if entry is None:
-        raise DamagedSet(directory / "manifest.json", f"is damaged: it has no {file}")
+        raise DamagedSet(directory / MANIFEST, f"is damaged: it has no {file}")
     data = LocalFolder(directory).read(file)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise DamagedSet(directory / file, "is damaged")

@@ -137,10 +137,14 @@ def raw(array: np.ndarray) -> Any:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
 
 
+CASTAGNOLI = 0x82F63B78  # the polynomial of CRC32C, lowest bit first
+
+
 @cache
 def shard_index(n_rows: int, row_bytes: int, n_slots: int) -> bytes:
-    """The end of an uncompressed Zarr shard: (offset, bytes) a row, ones where there is no row,
-    their CRC32C.
+    """The end of an uncompressed Zarr shard: (offset, bytes) a row, then their CRC32C.
+
+    Where there is no row every bit is 1.
     """
     index = np.full((n_slots, 2), 2**64 - 1, "<u8")
     index[:n_rows, 0] = np.arange(n_rows) * row_bytes
@@ -152,11 +156,12 @@ def crc32c(data: bytes) -> bytes:
     """The Castagnoli CRC, little-endian, as Zarr puts it behind a shard's index."""
     table = np.arange(256)
     for _ in range(8):
-        table = table >> 1 ^ (table & 1) * 0x82F63B78
-    steps: list[int] = table.tolist()
+        is_odd = (table & 1) == 1
+        table = (table >> 1) ^ np.where(is_odd, CASTAGNOLI, 0)
+    of_byte: list[int] = table.tolist()
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = steps[(crc ^ byte) & 0xFF] ^ crc >> 8
+        crc = of_byte[(crc ^ byte) & 0xFF] ^ (crc >> 8)
     return (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
@@ -236,9 +241,7 @@ def zarr_columns(
 
 def _axis_of(array: str) -> str:
     """Only columns with one value a row have rows as their axis: xarray wants equal lengths."""
-    if array.endswith("-offsets"):
-        return f"{array.removeprefix('rows-')}_axis"
-    if array.endswith("-bytes"):
+    if array.endswith(("-offsets", "-bytes")):
         return f"{array.removeprefix('rows-')}_axis"
     return "row"
 

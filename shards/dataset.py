@@ -148,16 +148,24 @@ def open_set(path: str | Path) -> ShardSet:
     Raises MissingSet, OldSet, NewerSet or DamagedSet.
     """
     path = Path(path)
-    manifest = read_manifest(LocalFolder(path))
-    found = ShardSet(path, manifest)
-    for name, entry in manifest.files.items():
+    found = ShardSet(path, read_manifest(LocalFolder(path)))
+    check_files(found)
+    return found
+
+
+def check_files(found: ShardSet) -> None:
+    """What `open_set` looks at after the manifest: for a set of which only that was read.
+
+    Raises DamagedSet.
+    """
+    path = found.path
+    for name, entry in found.manifest.files.items():
         if "/" in name and (path / name).parent.resolve() != (path.resolve() / name).parent:
             raise DamagedSet(path / name, "lies behind a symbolic link")
         check_file(path / name, entry.n_bytes)
-    for field in manifest.fields:
-        if is_mapped(manifest.codecs, field):
+    for field in found.manifest.fields:
+        if is_mapped(found.codecs, field):
             found.shards(field)  # checks each header, or each index of a Zarr store
-    return found
 
 
 def finished_sets(root: Path) -> list[Path]:

@@ -326,8 +326,7 @@ def read_manifest(place: Path | Folder) -> Manifest:
     Raises MissingSet (UnfinishedSet), OldSet, NewerSet or DamagedSet.
     """
     folder = LocalFolder(place) if isinstance(place, Path) else place
-    value = _read_signed(folder)
-    where = f"{folder}/{MANIFEST}"
+    value = read_signed(folder)
     try:
         version = value.whole("format_version")
         if version < FORMAT_VERSION:
@@ -336,7 +335,7 @@ def read_manifest(place: Path | Folder) -> Manifest:
             raise NewerSet(address(folder), version, FORMAT_VERSION)
         return Manifest.from_json(value)
     except (ValueError, WrongSetting) as error:
-        raise DamagedSet(where, f"is damaged: {error}") from None
+        raise DamagedSet(f"{folder}/{MANIFEST}", f"is damaged: {error}") from None
 
 
 def _codecs_of_old(value: JsonObject) -> dict[str, str] | None:
@@ -347,12 +346,11 @@ def _codecs_of_old(value: JsonObject) -> dict[str, str] | None:
     return {name: codecs.text(name) for name in codecs.keys()}  # noqa: SIM118
 
 
-def read_signed(place: Path | Folder) -> JsonObject:
-    """The manifest of any version, of which only the signature was looked at."""
-    return _read_signed(LocalFolder(place) if isinstance(place, Path) else place)
+def read_signed(folder: Folder) -> JsonObject:
+    """The manifest of any version, of which only the signature was looked at.
 
-
-def _read_signed(folder: Folder) -> JsonObject:
+    Raises MissingSet (UnfinishedSet) or DamagedSet.
+    """
     _check_is_there(folder)
     data = folder.read(MANIFEST)
     try:

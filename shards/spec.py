@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,8 @@ from shards.errors import WrongSetting, shown
 from shards.strict_json import JsonObject
 
 FORMAT_VERSION = 2  # of manifest.json
-IDENTITY_VERSION = (
-    1  # of what a fingerprint covers: unchanged since the first sets, whose names stay
-)
+# Of what a fingerprint covers: unchanged since the first sets, whose names stay.
+IDENTITY_VERSION = 1
 RESIZE_VERSION = 2
 
 MAX_DEPTH_MM = 32767
@@ -173,7 +173,7 @@ KNOWN_FIELDS = {
         field_of_kind("rgb", "colour"),
         field_of_kind("depth", "depth"),
         field_of_kind("raw_depth", "depth"),
-        field_of_kind("label", "id", unit="class id 1..894"),
+        field_of_kind("label", "id"),
         field_of_kind("instance", "id", dtype="|u1", unit="number within its class"),
     )
 }
@@ -245,13 +245,13 @@ class DatasetSpec:
     """
 
     name: str
+    width: int
+    height: int
     scene_types: tuple[str, ...] = ()
     protocols: tuple[SceneProtocol, ...] = ()
     default_n_classes: int | None = None  # of the protocol to train with; None: every type
     label_names: tuple[str, ...] = ()  # of ids 1, 2, ...
     label_tables: tuple[LabelTable, ...] = ()
-    width: int = 640
-    height: int = 480
     crops: Mapping[str, Box] = field(default_factory=dict)
     camera: Camera | None = None  # where it is one for every row
     warnings: tuple[str, ...] = ()
@@ -295,8 +295,7 @@ class DatasetSpec:
     @classmethod
     def from_json(cls, value: JsonObject) -> "DatasetSpec":
         """Raises ValueError where it is none."""
-        known = [f for f in cls.__dataclass_fields__]
-        value.only(*known)
+        value.only(*(each.name for each in dataclass_fields(cls)))
         camera = value.object_or_none("camera")
         spec = cls(
             name=value.text("name"),
@@ -409,10 +408,8 @@ class ConversionSettings:
         if not names or not are_names or len(set(names)) < len(names):
             given = ",".join(map(str, self.fields)) if is_list else repr(self.fields)
             raise WrongSetting("fields", given, f"choose from {','.join(KNOWN_FIELDS)}, each once")
-        if (
-            not isinstance(self.kinds, Mapping)
-            or not self.kinds.keys() <= set(names) - KNOWN_FIELDS.keys()
-        ):
+        may_have_kind = set(names) - KNOWN_FIELDS.keys()
+        if not isinstance(self.kinds, Mapping) or not self.kinds.keys() <= may_have_kind:
             raise WrongSetting("kinds", repr(self.kinds), "give the kind of fields that are stored")
         known_first = [name for name in KNOWN_FIELDS if name in names]
         others = [name for name in names if name not in KNOWN_FIELDS]
@@ -512,6 +509,11 @@ def fingerprint(settings: ConversionSettings, source: SourceIdentity) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+MAX_ROWS_PER_SHARD = 1024
+MAX_FILE_BYTES = 64 << 20
+MAX_SHARD_BYTES = 128 << 20  # of all its files
+
+
 def rows_per_shard_for(n_rows: int, fields: Iterable[Field], size: int) -> int:
     """128 up to 100,000 rows; beyond, the largest power of two up to 1,024 that keeps files small.
 
@@ -520,11 +522,14 @@ def rows_per_shard_for(n_rows: int, fields: Iterable[Field], size: int) -> int:
     rows = 128
     if n_rows <= 100_000:
         return rows
-    n_bytes = [each.row_bytes(size) for each in fields]
-    while (
-        rows < 1024 and 2 * rows * max(n_bytes) < 64 << 20 and 2 * rows * sum(n_bytes) < 128 << 20
-    ):
-        rows *= 2
+    row_bytes = [each.row_bytes(size) for each in fields]
+    while rows < MAX_ROWS_PER_SHARD:
+        doubled = 2 * rows
+        fits_file = doubled * max(row_bytes) < MAX_FILE_BYTES
+        fits_shard = doubled * sum(row_bytes) < MAX_SHARD_BYTES
+        if not (fits_file and fits_shard):
+            break
+        rows = doubled
     return rows
 
 

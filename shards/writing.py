@@ -33,10 +33,17 @@ def set_name(dataset: str, size: int, fingerprint: str, codecs: Codecs) -> str:
 
 
 def finished_set(directory: Path, fingerprint: str, codecs: Codecs) -> ShardSet | None:
-    """The set if it is there and whole. Raises OtherSet where another one is."""
+    """The set if it is there and whole. Raises OtherSet where another one is, OldSet."""
     if not os.path.lexists(directory / MANIFEST):
         return None
     found = open_set(directory)
+    take_as_finished(found, fingerprint, codecs)
+    return found
+
+
+def take_as_finished(found: ShardSet, fingerprint: str, codecs: Codecs) -> None:
+    """Say that an opened set is what would be made. Raises OtherSet where it is another one."""
+    directory = found.path
     if found.codecs != codecs:
         what = f"is there already, with codecs {found.codecs}"
         raise OtherSet(directory, what, "Delete it, or use another folder")
@@ -44,7 +51,6 @@ def finished_set(directory: Path, fingerprint: str, codecs: Codecs) -> ShardSet 
         raise OtherSet(directory, "holds another set, renamed", "Move it elsewhere")
     remove_receipts(directory)  # a run killed just after its commit leaves them
     log(f"{directory} is already there and complete: nothing to do")
-    return found
 
 
 def commit(directory: Path, manifest: Manifest, columns: Mapping[str, np.ndarray]) -> ShardSet:

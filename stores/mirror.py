@@ -26,8 +26,7 @@ class Mirror:
         """source, target: folders. Without a target nothing is ever copied."""
         self.source = source
         self.target = target
-        self.thread = threading.Thread()
-        self.thread.start()
+        self._thread: threading.Thread | None = None  # of the last copy
 
     def copy(self, *names: str, wait_s: float = 0.0) -> None:
         """Start copying, unless the last copy is under way: then the next checkpoint's will do.
@@ -36,15 +35,22 @@ class Mirror:
         """
         if not self.target:
             return
-        self.thread.join(wait_s)
-        if not self.thread.is_alive():
+        is_busy = self._is_copying(wait_s)
+        if not is_busy:
             arguments = (self.target, names)
-            self.thread = threading.Thread(target=self._copy, args=arguments, daemon=True)
-            self.thread.start()
-            self.thread.join(wait_s)
-        if wait_s and self.thread.is_alive():
+            self._thread = threading.Thread(target=self._copy, args=arguments, daemon=True)
+            self._thread.start()
+            is_busy = self._is_copying(wait_s)
+        if wait_s and is_busy:
             what = f"not done after {wait_s:.0f} s; the run is whole in {self.source}"
             log(f"--mirror {self.target}: {what}")
+
+    def _is_copying(self, wait_s: float) -> bool:
+        """Whether a copy is still under way, after it was waited for."""
+        if self._thread is None:
+            return False
+        self._thread.join(wait_s)
+        return self._thread.is_alive()
 
     def _copy(self, target: str, names: tuple[str, ...]) -> None:
         try:

@@ -18,7 +18,6 @@ from typing import IO, Any, TypeVar
 from shards.errors import IncompleteCopy, RemoteSet, StoreFailed, UserError
 from shards.files import FileEntry, HashingFile, drop_from_cache, write_atomically
 from stores.local import LocalStore, exists
-from stores.mirror import Mirror, copy_file  # noqa: F401  (train imports them from here)
 
 T = TypeVar("T")
 

@@ -271,11 +271,10 @@ def test_the_official_table_gives_795_and_654_rows() -> None:
 
 def test_the_tables_are_complete() -> None:
     t = tables()
-    assert [len(t[k]) for k in ("classes", "classes40", "classes13", "to40", "to13", "scene_types")] == [
-        894, 40, 13, 894, 894, 27,
-    ]  # fmt: skip
-    assert (len(t["train_scenes"]), len(t["test_scenes"])) == (249, 215)
-    assert not set(t["train_scenes"]) & set(t["test_scenes"])
+    assert [len(t.classes), len(t.classes40), len(t.classes13)] == [894, 40, 13]
+    assert [len(t.to40), len(t.to13), len(t.scene_types)] == [894, 894, 27]
+    assert (len(t.train_scenes), len(t.test_scenes)) == (249, 215)
+    assert not set(t.train_scenes) & set(t.test_scenes)
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def test_half_the_rows_are_train_and_every_type_is_in_both(sample: Path) -> None
     tables = official_tables()
     with h5py.File(sample) as file:
         scenes = strings(file, "scenes")
-    for split in ("train_scenes", "test_scenes"):
-        mine = [s for s in scenes if s in tables[split]]
+    for scenes_of_split in (tables.train_scenes, tables.test_scenes):
+        mine = [s for s in scenes if s in scenes_of_split]
         assert len(mine) == ROWS // 2
         assert {scene_type(s) for s in mine} == set(ROOMS)
 

@@ -31,6 +31,7 @@ from train import ranks
 from train.data import open_for_training
 from train.errors import NoCheckpoint, WrongCheckpoint
 from train.loop import MIRROR_WAIT_S, training
+from train.predict import predict, predict_flags
 from train.recipe import AUTO, RECIPES, defaults, plan
 from train.report import report
 from train.settings import Settings, add_flags, flag_of
@@ -119,8 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _do(words: Sequence[str]) -> None:
     if words[:1] == ["predict"]:
-        from train.predict import predict, predict_flags
-
         parser = predict_flags(Parser("train predict"))
         predict(**vars(parser.parse_args(words[1:])))
         return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.errors import UserError, WrongSetting
+from shards.spec import is_whole
 
 if TYPE_CHECKING:  # the order of rows does without it
     import torch
@@ -25,11 +26,6 @@ TARGET = re.compile(r"scene|semantic([1-9]\d{0,4})?|depth|instance")
 def refuse(name: str, given: Any, choices: str) -> WrongSetting:
     """The error for an argument that is none of `choices`."""
     return WrongSetting(name, repr(given), choices)
-
-
-def is_whole(value: Any) -> bool:
-    """A whole number of Python's or numpy's, which True is not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: Any, low: int, high: int) -> int:
@@ -96,16 +92,10 @@ def check_fields(fields: Any, known: Sequence[str]) -> tuple[str, ...]:
     if fields is None:
         return ()
     names = list(fields) if isinstance(fields, tuple | list) else []
-    if (
-        not names
-        or not all(isinstance(name, str) and name in known for name in names)
-        or len(set(names)) < len(names)
-    ):
-        raise refuse(
-            "fields",
-            fields,
-            f"a tuple such as ('rgb', 'depth'), from {', '.join(known)}, each once",
-        )
+    are_known = all(isinstance(name, str) and name in known for name in names)
+    if not names or not are_known or len(set(names)) < len(names):
+        choices = f"a tuple such as ('rgb', 'depth'), from {', '.join(known)}, each once"
+        raise refuse("fields", fields, choices)
     return tuple(names)
 
 
@@ -113,18 +103,10 @@ def check_workers(num_workers: Any) -> int | str:
     """A number, or "auto"; the command line's numbers are text."""
     if isinstance(num_workers, str) and num_workers == "auto":
         return "auto"
-    if (
-        isinstance(num_workers, str)
-        and num_workers.isascii()
-        and num_workers.isdecimal()
-        and len(num_workers) < 5
-    ):
+    if isinstance(num_workers, str) and re.fullmatch(r"[0-9]{1,4}", num_workers):
         num_workers = int(num_workers)
     if not (is_whole(num_workers) and 0 <= num_workers <= MOST_WORKERS):
-        hint = "Run: python -m train --num-workers auto"
-        raise refuse(
-            "num_workers", num_workers, f"'auto' or a whole number, 0 to {MOST_WORKERS}. {hint}"
-        )
+        raise refuse("num_workers", num_workers, f"'auto' or a whole number, 0 to {MOST_WORKERS}")
     return int(num_workers)
 
 
@@ -136,15 +118,13 @@ def check_start_method(start_method: Any) -> None:
 
 def check_target_size(target_size: Any) -> None:
     """None, a number, or two."""
-    sizes = (
-        target_size
-        if isinstance(target_size, tuple | list) and len(target_size) == 2
-        else [target_size]
-    )
-    if target_size is not None and not all(is_whole(size) and 0 < size < 2**31 for size in sizes):
-        raise refuse(
-            "target_size", target_size, "a whole number, two of them, or None for the set's own"
-        )
+    if target_size is None:
+        return
+    is_pair = isinstance(target_size, tuple | list) and len(target_size) == 2
+    sizes = target_size if is_pair else [target_size]
+    if not all(is_whole(size) and 0 < size < 2**31 for size in sizes):
+        choices = "a whole number, two of them, or None for the set's own"
+        raise refuse("target_size", target_size, choices)
 
 
 def check_cache(cache: Any, device: Any) -> None:
@@ -191,35 +171,34 @@ def one_whole_number(index: Any) -> int:
 
 def whole_numbers(indices: Any) -> np.ndarray:
     """What `batch()` takes: positions [B] of any whole type. Raises TypeError."""
+    positions = _as_array(indices)
+    kind = positions.dtype.kind
+    if kind in "iu" and positions.ndim == 1:
+        return positions
+
+    if kind == "O" and positions.ndim == 1 and len(positions) and all(map(is_whole, positions)):
+        raise IndexError(f"positions {min(positions)}..{max(positions)}: no set has so many rows")
+    given = f"{positions.dtype} of shape {positions.shape}"
+    hint = "batch([0, 1, 2])"
+    if kind == "b":
+        given = "a mask"
+        hint = "batch(np.flatnonzero(mask))"
+    raise TypeError(
+        f"batch() takes the positions of rows, whole numbers in one row, not {given}: {hint}"
+    )
+
+
+def _as_array(indices: Any) -> np.ndarray:
+    """As numpy takes them, but for [], which holds no floats, and for True among numbers."""
     try:
         positions = np.asarray(indices)
     except (ValueError, TypeError, RuntimeError):  # rows of different lengths; a tensor on a GPU
         positions = np.empty(0, object)
-    if isinstance(indices, list | tuple) and any(
-        isinstance(index, bool | np.bool_) for index in indices
-    ):
-        positions = positions.astype(bool)  # among numbers numpy makes 0 and 1 of them
-    if (
-        positions.dtype.kind == "f"
-        and positions.shape == (0,)
-        and isinstance(indices, list | tuple | range)
-    ):
-        positions = positions.astype(np.int64)  # of []
-    if (
-        positions.dtype.kind == "O"
-        and positions.ndim == 1
-        and len(positions)
-        and all(map(is_whole, positions))
-    ):
-        raise IndexError(f"positions {min(positions)}..{max(positions)}: no set has so many rows")
-    if positions.dtype.kind not in "iu" or positions.ndim != 1:
-        given = (
-            "a mask"
-            if positions.dtype.kind == "b"
-            else f"{positions.dtype} of shape {positions.shape}"
-        )
-        hint = "batch(np.flatnonzero(mask))" if positions.dtype.kind == "b" else "batch([0, 1, 2])"
-        raise TypeError(
-            f"batch() takes the positions of rows, whole numbers in one row, not {given}: {hint}"
-        )
+
+    is_sequence = isinstance(indices, list | tuple)
+    if is_sequence and any(isinstance(index, bool | np.bool_) for index in indices):
+        return positions.astype(bool)  # numpy would make 0 and 1 of them
+    is_empty = positions.dtype.kind == "f" and positions.shape == (0,)
+    if is_empty and is_sequence:
+        return positions.astype(np.int64)
     return positions

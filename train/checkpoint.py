@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,36 @@ class Run:
     def epoch(self) -> int:
         """Finished epochs, and the number of the current one."""
         return len(self.history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A run as it was stored, every byte checked.
+
+    epoch: finished ones; step: the next one in the current epoch. batch: rows of all ranks
+    together. settings: by name, as the version that wrote them knew them.
+    """
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    epoch: int
+    step: int
+    sums: Tensor
+    counts: Tensor
+    history: list[dict[str, float]]
+    settings: dict[str, Any]
+    batch: int
+    fingerprint: str
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far the run is; the greater, the farther."""
+        return self.epoch, self.step
+
+
+STORED = tuple(each.name for each in fields(Checkpoint) if each.name != "path")
 
 
 @contextmanager
@@ -156,8 +186,8 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The stored state, every byte checked; None where there is no file.
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint in a file; None where there is no file.
 
     A file that cannot be read is named, set aside and skipped.
     """
@@ -168,9 +198,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         if damaged:
             raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "fingerprint" not in state:
+        if not isinstance(state, dict) or not state.keys() >= set(STORED):
             raise ValueError("it is not a checkpoint of this program")
-        return state
+        return Checkpoint(path=path, **{name: state[name] for name in STORED})
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip or pickle raises almost anything
@@ -181,18 +211,17 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def newest(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
+def newest(settings: Settings) -> Checkpoint | None:
     """The newest valid checkpoint: last.pt, else the further one of previous.pt and --mirror's."""
-    last = Path(settings.out, CHECKPOINT)
-    state = _read(last)
-    if state is not None:
-        return last, state
+    last = _read(Path(settings.out, CHECKPOINT))
+    if last is not None:
+        return last
 
-    others = [Path(settings.out, PREVIOUS)]
+    others = [_read(Path(settings.out, PREVIOUS))]
     if settings.mirror:
-        others.append(Path(settings.mirror, CHECKPOINT))
-    found = [(path, state) for path in others if (state := _read(path)) is not None]
-    return max(found, key=lambda each: (each[1]["epoch"], each[1]["step"]), default=None)
+        others.append(_read(Path(settings.mirror, CHECKPOINT)))
+    there = [each for each in others if each is not None]
+    return max(there, key=lambda each: each.place, default=None)
 
 
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
@@ -205,11 +234,10 @@ def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[st
     }
 
 
-def _check_identity(
-    state: dict[str, Any], path: Path, settings: Settings, fingerprint: str
-) -> None:
+def _check_identity(checkpoint: Checkpoint, settings: Settings, fingerprint: str) -> None:
     """Raise OtherRun, with both values, where the checkpoint is of a run with other settings."""
-    stored = _identity(state["settings"], state["batch"], state["fingerprint"])
+    path = checkpoint.path
+    stored = _identity(checkpoint.settings, checkpoint.batch, checkpoint.fingerprint)
     given = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
     for flag in given | stored:
         before = stored.get(flag)
@@ -239,38 +267,39 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
                 last.with_name(name).unlink(missing_ok=True)
         return False
 
-    found = ranks.broadcast_from_first(lambda: newest(settings))
+    found: Checkpoint | None = ranks.broadcast_from_first(lambda: newest(settings))
     if found is None:
         return False
-    path, state = found
-    _check_identity(state, path, settings, fingerprint)
-    _load(run, state, path)
+    _check_identity(found, settings, fingerprint)
+    _load(run, found)
 
     if ranks.RANK == 0:
-        if path != last:
-            copy_file(path, last)
+        if found.path != last:
+            copy_file(found.path, last)
         at = f"epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}"
-        log(f"continuing from {path} at {at}")
+        log(f"continuing from {found.path} at {at}")
     return True
 
 
-def _load(run: Run, state: dict[str, Any], path: Path) -> None:
-    """Put a stored state into the run. Raises OtherRun where the network is another.
+def _load(run: Run, checkpoint: Checkpoint) -> None:
+    """Put what is stored into the run. Raises OtherRun where the network is another.
 
     The sums of the epoch so far go on in the first rank.
     """
     try:
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        run.model.load_state_dict(checkpoint.model)
+        run.optimizer.load_state_dict(checkpoint.optimizer)
     except (RuntimeError, ValueError) as error:
-        model = state["settings"]["model"]
+        model = checkpoint.settings["model"]
+        path = checkpoint.path
         raise OtherRun(
             f"{path} does not fit --model {model}: {one_line(error)}", "Use --reset", path=path
         ) from error
-    run.scaler.load_state_dict(state["scaler"] or run.scaler.state_dict())  # a CPU's run has none
+    if checkpoint.scaler:  # a CPU's run has none
+        run.scaler.load_state_dict(checkpoint.scaler)
 
     is_first = ranks.RANK == 0
-    run.sums.copy_(state["sums"] * is_first)
-    run.counts = state["counts"]
-    run.history = state["history"]
-    run.step = state["step"]
+    run.sums.copy_(checkpoint.sums * is_first)
+    run.counts = checkpoint.counts
+    run.history = checkpoint.history
+    run.step = checkpoint.step

@@ -6,7 +6,7 @@ device.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from loader.buffers import arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
 from loader.loader import BatchMaker, Loader, Transform, worker_count
 from loader.messages import Layout
-from shards.dataset import ShardSet, open_set, resolve_set
+from shards.dataset import ShardSet, check_files, open_set, resolve_set
 from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
+from shards.manifest import read_manifest
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
 from stores.mounted import refuse_remote
 from train.arguments import (
@@ -44,14 +45,14 @@ from train.arguments import (
 )
 from train.augment import normalize_depth, normalize_rgb
 from train.order import Batches
-from train.unpack import unpacked
+from train.unpack import is_unpacked, unpacked
 
 MM_A_METRE = np.float32(1000)
 SMALLEST_STD_M = 1e-6
 # How a stored field is handed over, by its kind. Depth is at most 32767 mm: as int16 it has the
 # bits of the uint16 on disk, and torch computes with it.
 INPUT_DTYPES = {"colour": "u1", "grey": "u1", "grey16": "u2", "depth": "i2"}
-OPENED = {"_set", "_gather", "_parts", "_rows", "_scene_ids", "_label_classes"}
+OPENED = {"_set", "_split_rows", "_gather", "_parts"}  # what a pickle leaves behind
 
 
 def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False) -> ShardSet:
@@ -61,17 +62,18 @@ def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False
     Raises UserError where there is none, where it is damaged, or where it lies on a mounted Drive
     and that is not allowed.
     """
+    # Maps are opened later, perhaps from another working directory: the path is absolute.
     if isinstance(path, ShardSet):
-        is_mapped = set((path.codecs or {}).values()) <= {"none"}
-        if path.path.is_absolute() and is_mapped:
-            return path
-        return open_set(unpacked(path.path).absolute())
+        return unpacked(replace(path, path=path.path.absolute()))
     check_path(path)
-    found = resolve_set(path)
+    directory = resolve_set(path)
     if not allow_remote:
-        refuse_remote(found)
-    # Maps are opened later, perhaps from another working directory.
-    return open_set(unpacked(found).absolute())
+        refuse_remote(directory)
+    directory = directory.absolute()
+    found = ShardSet(directory, read_manifest(directory))
+    if is_unpacked(found):
+        check_files(found)
+    return unpacked(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,20 @@ def target_of(name: str) -> Target:
         n = name.removeprefix("semantic")
         return Target(name=name, field="label", n_classes=int(n) if n else None)
     return Target(name=name, field=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRows:
+    """Which rows a dataset is of, and what turns what is stored of them into classes.
+
+    scene_ids: [N] of every row of the set, -1 = no class; label_classes: of each stored label, void
+    is -100, torch's ignore_index. Both are empty where the target is another.
+    """
+
+    rows: np.ndarray
+    classes: tuple[str, ...]
+    scene_ids: np.ndarray
+    label_classes: np.ndarray
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
@@ -129,13 +145,19 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.normalize = normalize
         self._set = open_for_training(path, allow_remote=allow_remote)
         self.path = self._set.path
+        self.size = self._set.settings.size
+        self.crop = self._set.settings.crop
+        self.fingerprint = self._set.manifest.fingerprint
+        self.depth_mean, self.depth_std = depth_statistics(self._set)
         inputs = [name for name, each in self._set.manifest.fields.items() if each.kind != "id"]
         default = ("rgb",) if target == "depth" else ("rgb", "depth")
         self.fields = check_fields(fields, inputs) or default
         self._kept: np.ndarray | None = None  # positions in the split, of a subset
         self._gather: RowGather | None = None
         self._parts: tuple[Tensor, ...] | None = None
-        self._read_facts()
+        self._split_rows = self._read_split()
+        self._input_fields = [self._set.field(name) for name in self.fields]
+        self._check_statistics()
         if device is not None:
             self._all_parts()
 
@@ -153,23 +175,37 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise MissingSet(self.path, what, "Make it again")
         self._gather = None
         self._parts = None
-        self._read_facts()
+        self._split_rows = self._read_split()
 
-    def _read_facts(self) -> None:
-        """The per-row columns; maps wait for the first row that is asked for."""
-        manifest = self._set.manifest
-        self.size = manifest.settings.size
-        self.crop = manifest.settings.crop
-        self.fingerprint = manifest.fingerprint
+    def _read_split(self) -> SplitRows:
+        """The columns of its rows; maps wait for the first row that is asked for."""
         target = target_of(self.target)
         for name in (*self.fields, *([target.field] if target.field else [])):
             self._set.field(name)
-        self._input_fields = [self._set.field(name) for name in self.fields]
-        self._rows = self._rows_of_split()
-        self._read_classes(target)
+        rows = self._rows_of_split()
+        protocol = self._set.dataset.protocol(self.num_classes)  # refused with any target
+
+        classes: tuple[str, ...] = ()
+        scene_ids = np.empty(0, np.int64)
+        label_classes = np.empty(0, np.int64)
+        if self.target == "scene":
+            classes = protocol.names
+            scene_ids = self._ids_of_scenes(protocol.ids_of(self._set.dataset.scene_types))
+            rows = self._without_those_of_no_class(rows, scene_ids)
+        elif target.field == "label":
+            table = self._set.dataset.label_table(target.n_classes)
+            classes = table.names
+            ids = np.array(table.ids, np.int64)
+            label_classes = np.where(ids > 0, ids - 1, VOID)
+
         if self._kept is not None:
-            self._rows = self._rows[self._kept]
-        self.depth_mean, self.depth_std = self._depth_statistics()
+            rows = rows[self._kept]
+        return SplitRows(
+            rows=rows, classes=classes, scene_ids=scene_ids, label_classes=label_classes
+        )
+
+    def _check_statistics(self) -> None:
+        """Raise MissingSet where depth is to be normalised and the set does not say by what."""
         sees_depth = any(field.kind == "depth" for field in self._input_fields)
         if self.normalize and sees_depth and not self.depth_mean >= 0:
             what = "has no train rows with depth to take statistics from"
@@ -186,34 +222,6 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise MissingSet(self.path, what, "Convert a source that has some")
         return rows
 
-    def _depth_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation in metres; nan where the set has none."""
-        depth = self._set.manifest.fields.get("depth")
-        if depth is None or depth.statistics is None:
-            return math.nan, math.nan
-        mean_m = depth.statistics.mean[0] / 1000
-        std_m = depth.statistics.std[0] / 1000
-        return mean_m, max(std_m, SMALLEST_STD_M)
-
-    def _read_classes(self, target: Target) -> None:
-        """The classes, and what turns a stored scene type or label into one: void is -100, torch's
-        ignore_index.
-        """
-        dataset = self._set.dataset
-        self.classes: list[str] = []
-        self._scene_ids = np.empty(0, np.int64)
-        self._label_classes = np.empty(0, np.int64)
-        protocol = dataset.protocol(self.num_classes)  # refused with any target
-        if self.target == "scene":
-            self.classes = list(protocol.names)
-            self._scene_ids = self._ids_of_scenes(protocol.ids_of(dataset.scene_types))
-            self._leave_out_rows_without_a_class()
-        elif target.field == "label":
-            table = dataset.label_table(target.n_classes)
-            self.classes = list(table.names)
-            ids = np.array(table.ids, np.int64)
-            self._label_classes = np.where(ids > 0, ids - 1, VOID)
-
     def _ids_of_scenes(self, id_of_type: np.ndarray) -> np.ndarray:
         """[N] int64 of every row of the set; -1 = no class."""
         types = self._set.column("scene_type")
@@ -222,19 +230,17 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         ids[has_type] = id_of_type[types[has_type]]
         return ids
 
-    def _leave_out_rows_without_a_class(self) -> None:
-        is_known = self._scene_ids[self._rows] >= 0
+    def _without_those_of_no_class(self, rows: np.ndarray, scene_ids: np.ndarray) -> np.ndarray:
+        """The rows whose scene type is a class; says how many are not."""
+        is_known = scene_ids[rows] >= 0
         n_unknown = int(np.sum(~is_known))
         if not n_unknown:
-            return
-        if n_unknown == len(self._rows):
+            return rows
+        if n_unknown == len(rows):
             what = f"has no {self.split} rows with a scene type"
             raise MissingSet(self.path, what, "Choose another target")
-        log(
-            f"{self.path}: {n_unknown} of {len(self._rows)} {self.split} rows "
-            "have no class: left out"
-        )
-        self._rows = self._rows[is_known]
+        log(f"{self.path}: {n_unknown} of {len(rows)} {self.split} rows have no class: left out")
+        return rows[is_known]
 
     # ---------------------------------------------------------------------------- facts of rows
 
@@ -242,7 +248,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return f"ShardDataset({str(self.path)!r}, split={self.split!r})"
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._split_rows.rows)
 
     @property
     def shard_set(self) -> ShardSet:
@@ -252,7 +258,12 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     @property
     def rows(self) -> np.ndarray:
         """[N] the numbers of these rows in the set."""
-        return self._rows
+        return self._split_rows.rows
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names, in the order of their ids; none where the target has no classes."""
+        return list(self._split_rows.classes)
 
     @property
     def camera(self) -> Camera | None:
@@ -266,13 +277,13 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def row_facts(self, column: str) -> np.ndarray:
         """[N, ...] one value a row of the split, such as its "scene"."""
-        return self._set.column(column)[self._rows]
+        return self._set.column(column)[self._split_rows.rows]
 
     def labels(self) -> np.ndarray:
         """[N] int64: the scene class of every row of the split."""
         if self.target != "scene":
             raise UserError("labels() is for target='scene'")
-        return self._scene_ids[self._rows]
+        return self._split_rows.scene_ids[self._split_rows.rows]
 
     def subset(self, positions: np.ndarray) -> "ShardDataset":
         """A dataset of some of these rows, by their positions [M] or by a mask [N]."""
@@ -292,14 +303,13 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         if len(positions) and not (positions.min() >= 0 and positions.max() < len(self)):
             found = f"positions {positions.min()}..{positions.max()}"
             raise IndexError(f"{found} of {len(self)} rows: choose from 0 to {len(self) - 1}")
-        return self._rows[positions.astype(np.int64)]
+        return self._split_rows.rows[positions.astype(np.int64)]
 
     # ---------------------------------------------------------------------------------- batches
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
-        position = range(len(self))[
-            one_whole_number(index)
-        ]  # from the end too, and an IndexError beyond
+        # A range takes numbers from the end too, and raises IndexError beyond.
+        position = range(len(self))[one_whole_number(index)]
         return tuple(part[0] for part in self.batch(np.array([position])))
 
     def __getitems__(self, indices: Any) -> list[tuple[Tensor, ...]]:
@@ -353,11 +363,11 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def _fill_target(self, target: np.ndarray, rows: np.ndarray, gather: RowGather) -> None:
         name = target_of(self.target).field
         if name is None:
-            target[:] = self._scene_ids[rows]
+            target[:] = self._split_rows.scene_ids[rows]
             return
         stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(target.shape)
         if name == "label":
-            target[:] = self._label_classes[stored]
+            target[:] = self._split_rows.label_classes[stored]
         elif name == "depth":
             target[:] = stored / MM_A_METRE
         else:
@@ -400,7 +410,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """All rows on the device; taken there on first use."""
         parts = self._parts
         if parts is None:
-            self._parts = parts = tuple(part.to(self.device) for part in self._gathered(self._rows))
+            gathered = self._gathered(self._split_rows.rows)
+            self._parts = parts = tuple(part.to(self.device) for part in gathered)
         return parts
 
 
@@ -414,6 +425,16 @@ def normalize_levels(levels_bchw: Tensor, field: Field) -> Tensor:
     mean = torch.tensor(field.statistics.mean, device=levels_bchw.device).view(shape)
     std = torch.tensor(field.statistics.std, device=levels_bchw.device).view(shape)
     return (levels_bchw.float() - mean) / std.clamp(min=1e-6)
+
+
+def depth_statistics(found: ShardSet) -> tuple[float, float]:
+    """Mean and standard deviation of depth in metres; nan where the set has none."""
+    depth = found.manifest.fields.get("depth")
+    if depth is None or depth.statistics is None:
+        return math.nan, math.nan
+    mean_m = depth.statistics.mean[0] / 1000
+    std_m = depth.statistics.std[0] / 1000
+    return mean_m, max(std_m, SMALLEST_STD_M)
 
 
 def evaluation_split(found: ShardSet, eval_split: str) -> str:

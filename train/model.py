@@ -268,8 +268,7 @@ def read_weights(spec: str) -> Mapping[str, Tensor]:
         found = newest(Settings("", spec))
         if found is None:
             raise ValueError("it has no checkpoint")
-        state = found[1]
-        return state["model"]
+        return found.model
 
     if spec == "imagenet":
         return torch.hub.load_state_dict_from_url(

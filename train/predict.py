@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shards.dataset import ShardSet
 from shards.errors import UserError, one_line
 from shards.spec import MAX_DEPTH_MM, VOID
 from train.checkpoint import Run, newest, only_writer, write_csv
@@ -49,7 +50,8 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
     the runs' set is now, or None for where it was. out: where tables and pages go.
     Raises UserError.
     """
-    loaded = [load_run(each, data) for each in run]
+    opened: dict[str, ShardSet] = {}
+    loaded = [load_run(each, data, opened) for each in run]
     for each in loaded:
         if _what_is_learnt(each.job) != _what_is_learnt(loaded[0].job):
             what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
@@ -82,27 +84,32 @@ class LoadedRun:
     run: Run
 
 
-def load_run(directory: str, data: str | None) -> LoadedRun:
+def load_run(
+    directory: str, data: str | None, opened: dict[str, ShardSet] | None = None
+) -> LoadedRun:
     """The newest checkpoint of a run; says how far it is.
 
-    data: where its set is now, or None for where it was. Raises NoCheckpoint, WrongCheckpoint.
+    data: where its set is now, or None for where it was. opened: sets by their place, to which its
+    own is added: runs of one set open it once. Raises NoCheckpoint, WrongCheckpoint.
     """
     found = newest(Settings("", directory))
     if found is None:
         raise NoCheckpoint(f"{directory} has no checkpoint", run=directory)
 
-    path, state = found
+    path = found.path
     try:
-        settings = Settings(**state["settings"])
+        settings = Settings(**found.settings)
         if data:
             settings = replace(settings, data=data)
-        job = make_job(settings, torch.device("cpu"))
+        job = make_job(settings, torch.device("cpu"), (opened or {}).get(settings.data))
+        if opened is not None:
+            opened[settings.data] = job.train_set.shard_set
         run = new_run(job)
-        run.model.load_state_dict(state["model"])
+        run.model.load_state_dict(found.model)
     except (TypeError, RuntimeError) as error:
         what = f"{path} is of another version or network ({one_line(error)})"
         raise WrongCheckpoint(what, run=directory, path=path) from None
-    print(f"{path}: {state['epoch']} epochs")
+    print(f"{path}: {found.epoch} epochs")
     return LoadedRun(directory=directory, job=job, run=run)
 
 

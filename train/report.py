@@ -21,10 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards.files import log
+from shards.spec import class_colours
 from train.checkpoint import CLASS_TABLE, Run, write_csv, write_file
 from train.data import ShardDataset
 from train.job import TrainingJob
 from train.loop import TrainingResult, epoch_line, predict_batch
+from train.plots import (
+    CaptionedPanels,
+    confusion_png,
+    curves_png,
+    depth_colours,
+    label_colours,
+    page_png,
+)
 from train.settings import Settings, flag_of
 from train.tasks import Depth
 
@@ -168,7 +178,7 @@ def tables_and_pictures(out: Path, run: Run, job: TrainingJob) -> list[str]:
         files += _mistakes(out, run, job, len(table), worst)
     except ModuleNotFoundError as error:
         missing = f"no pictures: {error.name} is not installed"
-        print(f"{missing}. Run: pip install -e .[show]", file=sys.stderr)
+        log(f"{missing}. Install the extra show: pip install 'nyuv2-shards[show]'")
     return files
 
 
@@ -209,8 +219,6 @@ def _class_table(out: Path, run: Run, job: TrainingJob) -> list[str]:
 
 
 def _confusion(out: Path, run: Run, job: TrainingJob) -> list[str]:
-    from train.plots import confusion_png
-
     if isinstance(job.task, Depth):
         return []
     counts_kk = run.counts.view(job.task.n_out, -1).long().numpy()
@@ -220,8 +228,6 @@ def _confusion(out: Path, run: Run, job: TrainingJob) -> list[str]:
 
 def page(job: TrainingJob, title: str, shown: list[Prediction]) -> bytes:
     """A PNG of every picture with its depth, and for dense tasks the truth and the answer."""
-    from train.plots import CaptionedPanels, class_colours, depth_colours, page_png
-
     heads = ["rgb", "depth"]
     if job.settings.task != "scene":
         has_truth = bool(shown) and shown[0].true is not None
@@ -241,8 +247,6 @@ def page(job: TrainingJob, title: str, shown: list[Prediction]) -> bytes:
 
 def _dense_panels(job: TrainingJob, prediction: Prediction) -> list[np.ndarray]:
     """The truth, where it is known, and the answer, in colours; of a dense task."""
-    from train.plots import depth_colours, label_colours
-
     answers = [prediction.true, prediction.predicted]
     planes = [plane for plane in answers if plane is not None and plane.ndim == 2]
     if isinstance(job.task, Depth):
@@ -271,8 +275,6 @@ def report(result: TrainingResult) -> list[Path]:
     out = Path(result.job.settings.out)
     names = tables_and_pictures(out, result.run, result.job)
     with suppress(ModuleNotFoundError):  # announced already
-        from train.plots import curves_png
-
         names.append(write(out / "curves.png", curves_png(result.run.history, result.baseline)))
 
     files = [*result.files, *(out / name for name in names)]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shards.dataset import open_set
+from shards.dataset import ShardSet, open_set
 from shards.errors import NewerSet, OldSet, UserError, WrongPlace
 from shards.files import log
 from shards.manifest import MANIFEST, read_manifest
@@ -15,31 +15,38 @@ from shards.manifest import MANIFEST, read_manifest
 CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
 
 
-def unpacked(path: Path) -> Path:
+def is_unpacked(found: ShardSet) -> bool:
+    """Whether every shard of it is mapped as it lies."""
+    return found.path.suffix != ".zarr" or set((found.codecs or {}).values()) <= {"none"}
+
+
+def unpacked(found: ShardSet) -> ShardSet:
     """The set; of a compressed one the .npy copy, made by `shards.copy` in its own process: zarr is
     never loaded here.
 
-    A copy is taken where its manifest has the same fingerprint, every file the size and every shard
-    the header that it names; the manifest is written last, so half a copy has none. Raises
-    UserError where none can be made.
+    found: its path is absolute; of a compressed one only the manifest counts. A copy is taken where
+    its manifest has the same fingerprint, every file the size and every shard the header that it
+    names; the manifest is written last, so half a copy has none. Raises UserError where none can be
+    made.
     """
-    if path.suffix != ".zarr":
-        return path
-    manifest = read_manifest(path)
-    if set((manifest.codecs or {}).values()) <= {"none"}:
-        return path
-    digest = manifest.fingerprint
+    if is_unpacked(found):
+        return found
+    path = found.path
+    digest = found.manifest.fingerprint
     name = path.with_suffix("").name
     cache = cache_folder()
-    # The last one is for a set whose name, eight digits of its fingerprint, is another's too.
-    roots = [path.parent.absolute(), *((cache, cache / digest) if cache else ())]
+    roots = [path.parent]
+    if cache is not None:
+        # The last one is for a set whose name, eight digits of its fingerprint, is another's too.
+        roots += [cache, cache / digest]
     for root in roots:
-        if is_copy(root / name, digest):
-            return path.with_suffix("") if root == roots[0] else root / name
+        copy = copy_at(root / name, digest)
+        if copy is not None:
+            return copy
     for root in roots:
         if not is_other(root / name, digest) and is_writable(root):
             _unpack(path, root, digest)
-            return path.with_suffix("") if root == roots[0] else root / name
+            return open_set(root / name)
     where = cache or "a home"
     what = f"is compressed, and neither {path.parent} nor {where} can be written to"
     raise WrongPlace(path, what, "Set XDG_CACHE_HOME=/a/writable/folder and try again")
@@ -56,12 +63,13 @@ def cache_folder() -> Path | None:
     return above / CACHE
 
 
-def is_copy(path: Path, digest: str) -> bool:
-    """A whole one of the set with this fingerprint."""
+def copy_at(path: Path, digest: str) -> ShardSet | None:
+    """The set with this fingerprint that lies there, opened; None where there is no whole one."""
     try:
-        return open_set(path).manifest.fingerprint == digest
+        found = open_set(path)
     except (UserError, OSError):
-        return False
+        return None
+    return found if found.manifest.fingerprint == digest else None
 
 
 def is_other(path: Path, digest: str) -> bool:
@@ -95,9 +103,9 @@ def _unpack(path: Path, root: Path, digest: str) -> None:
     copy = root / path.with_suffix("").name
     log(f"{path} is compressed: unpacking it once, into {copy}")
     # In this order: it is not being made right now.
-    if (copy / MANIFEST).exists() and not is_copy(copy, digest):
+    if (copy / MANIFEST).exists() and copy_at(copy, digest) is None:
         (copy / MANIFEST).unlink(missing_ok=True)
-    command = ["-m", "shards.copy", str(path.absolute()), str(root)]
+    command = ["-m", "shards.copy", str(path), str(root)]
     done = subprocess.run(
         [sys.executable, *command], cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL
     )

@@ -10,10 +10,10 @@ import numpy as np
 from convert.sources.base import RowFacts
 from convert.sources.chunks import Reader
 from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Elsewhere, Mat, sampled_identity
-from convert.sources.nyu_tables import nyu, splits_of, with_names
+from convert.sources.nyu_tables import NYU_FIELDS, nyu, splits_of, with_names
 from shards.errors import WrongSetting
 from shards.files import log
-from shards.spec import KNOWN_FIELDS, ConversionSettings, Field, SourceIdentity
+from shards.spec import ConversionSettings, Field, SourceIdentity
 
 HIGHEST_LABEL = 894
 
@@ -27,8 +27,8 @@ class NyuSource:
     def __init__(self, path: Path | Elsewhere, settings: ConversionSettings) -> None:
         self.path = path
         self.dataset = nyu()
-        self.fields: Mapping[str, Field] = KNOWN_FIELDS
-        wanted = settings.of_source(list(KNOWN_FIELDS.values()))
+        self.fields: Mapping[str, Field] = NYU_FIELDS
+        wanted = settings.of_source(list(NYU_FIELDS.values()))
         self._mat = Mat(path, wanted.fields, settings.axes)
         self._settings = wanted
         self.n_rows = self._mat.n_rows
@@ -46,8 +46,8 @@ class NyuSource:
         return sampled_identity(self.path)
 
     def stamp(self) -> tuple[int, ...]:
-        facts = self.path.stat()
-        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+        stat = self.path.stat()
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def settings(self) -> ConversionSettings:
         """Those given, without `axes` where the pictures tell them by themselves."""

@@ -6,12 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shards.files import FileEntry
-from shards.spec import SPLITS, Box, Camera, DatasetSpec, LabelTable, SceneProtocol
+from shards.spec import (
+    KNOWN_FIELDS,
+    SPLITS,
+    Box,
+    Camera,
+    DatasetSpec,
+    Field,
+    LabelTable,
+    SceneProtocol,
+)
 
 TRAIN_SHARE = 795 / 1449
 SCENE_TYPES_OF_10 = (
@@ -19,14 +27,34 @@ SCENE_TYPES_OF_10 = (
     *("home_office", "classroom", "bookstore"),
 )
 SCENE_TYPES_OF_13 = (*SCENE_TYPES_OF_10, "playroom", "study", "reception_room")
-TRAIN, TEST = SPLITS.index("train"), SPLITS.index("test")
+TRAIN = SPLITS.index("train")
+TEST = SPLITS.index("test")
+NYU_FIELDS: dict[str, Field] = {
+    **KNOWN_FIELDS,
+    "label": replace(KNOWN_FIELDS["label"], unit="class id 1..894"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NyuTables:
+    """What stands in nyu_tables.json. to40, to13: of each of the 894 classes, its group from 1."""
+
+    classes: tuple[str, ...]
+    classes40: tuple[str, ...]
+    classes13: tuple[str, ...]
+    to40: tuple[int, ...]
+    to13: tuple[int, ...]
+    train_scenes: tuple[str, ...]
+    test_scenes: tuple[str, ...]
+    scene_types: tuple[str, ...]
 
 
 @cache
-def tables() -> dict[str, Any]:
+def tables() -> NyuTables:
     """`nyu_tables.json` beside this file."""
     path = Path(__file__).parent / "nyu_tables.json"
-    return json.loads(path.read_text())
+    lists = json.loads(path.read_text())
+    return NyuTables(**{name: tuple(values) for name, values in lists.items()})
 
 
 @cache
@@ -35,14 +63,14 @@ def nyu() -> DatasetSpec:
     official = tables()
     return DatasetSpec(
         name="nyuv2",
-        scene_types=tuple(official["scene_types"]),
+        scene_types=official.scene_types,
         protocols=(
             SceneProtocol(classes=SCENE_TYPES_OF_10, others="others"),
             SceneProtocol(classes=SCENE_TYPES_OF_13, others="others"),
         ),
         default_n_classes=13,
-        label_names=tuple(official["classes"]),
-        label_tables=_label_tables(official["classes"]),
+        label_names=official.classes,
+        label_tables=_label_tables(official.classes),
         width=640,
         height=480,
         crops={
@@ -57,10 +85,13 @@ def _label_tables(label_names: Sequence[str]) -> tuple[LabelTable, ...]:
     """The 40 and the 13 classes, of these names; what is not an official name is void."""
     official = tables()
     found = []
-    for n in (40, 13):
-        of_name = dict(zip(official["classes"], official[f"to{n}"], strict=True))
-        ids = (0, *(of_name.get(name, 0) for name in label_names))
-        found.append(LabelTable(names=tuple(official[f"classes{n}"]), ids=ids))
+    for names, groups in (
+        (official.classes40, official.to40),
+        (official.classes13, official.to13),
+    ):
+        group_of = dict(zip(official.classes, groups, strict=True))
+        ids = (0, *(group_of.get(name, 0) for name in label_names))
+        found.append(LabelTable(names=names, ids=ids))
     return tuple(found)
 
 
@@ -92,8 +123,8 @@ def split_of(scene: str) -> tuple[int, bool]:
 
 @cache
 def _official_splits() -> dict[str, int]:
-    train = dict.fromkeys(tables()["train_scenes"], TRAIN)
-    test = dict.fromkeys(tables()["test_scenes"], TEST)
+    train = dict.fromkeys(tables().train_scenes, TRAIN)
+    test = dict.fromkeys(tables().test_scenes, TEST)
     return train | test
 
 
