@@ -298,10 +298,12 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_goes_on(
     leave: int,
     small_set: Path,
     small_disk: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = small_disk / "run"
+    run, whole = small_disk / "run", tmp_path / "whole"
     train(Settings(str(small_set), str(run), **TINY))  # type: ignore[arg-type]
+    train(Settings(str(small_set), str(whole), **{**TINY, "epochs": 2}))  # type: ignore[arg-type]
     (run / PREVIOUS).unlink(missing_ok=True)
     fill(small_disk, leave)
     capsys.readouterr()
