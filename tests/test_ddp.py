@@ -18,6 +18,7 @@ from conftest import REPO
 from helpers.training import rows
 
 from train.data import ShardDataset
+from train.loop import train
 from train.order import Batches
 from train.report import command
 from train.settings import Settings
@@ -33,9 +34,13 @@ SETTINGS = {
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
+def settings(data: Path, out: Path, **changes: object) -> Settings:
+    return Settings(str(data), str(out), **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
 def arguments(data: Path, out: Path, **changes: object) -> list[str]:
     """-m train and its flags."""
-    return command(Settings(str(data), str(out), **{**SETTINGS, **changes})).split()[1:]  # type: ignore[arg-type]
+    return command(settings(data, out, **changes)).split()[1:]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -58,8 +63,7 @@ def two(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_losses_equal_one_process_with_the_same_global_batch(
     two: tuple[Path, str], small_set: Path, tmp_path: Path
 ) -> None:
-    done = run(*arguments(small_set, tmp_path, batch_size=8))
-    assert done.returncode == 0, done.stderr
+    train(settings(small_set, tmp_path, batch_size=8))
     for ours, theirs in zip(
         rows(tmp_path / "metrics.csv"), rows(two[0] / "metrics.csv"), strict=True
     ):
@@ -119,12 +123,11 @@ def test_the_ranks_together_see_every_test_row_exactly_once(world: int, small_se
 
 
 def test_one_process_continues_what_two_began(
-    two: tuple[Path, str], small_set: Path, tmp_path: Path
+    two: tuple[Path, str], small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(two[0], tmp_path / "run")
-    done = run(*arguments(small_set, tmp_path / "run", batch_size=8, epochs=4))
-    assert done.returncode == 0, done.stderr
-    assert "at epoch 4 of 4, step 1" in done.stderr
+    train(settings(small_set, tmp_path / "run", batch_size=8, epochs=4))
+    assert "at epoch 4 of 4, step 1" in capsys.readouterr().err
 
 
 def test_a_dead_rank_ends_the_run_with_a_clear_error(small_set: Path, tmp_path: Path) -> None:

@@ -107,11 +107,9 @@ def test_a_run_starts_from_another_run(
         "32",
     ]
     parts, scene = str(tmp_path / "parts"), str(tmp_path / "scene")
-    assert main([*base, "--out", parts, "--task", "semantic40"]) == 0
-    assert (
-        main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"])
-        == 0
-    )
+    from_parts = [*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"]
+    for words in ([*base, "--out", parts, "--task", "semantic40"], from_parts):
+        train(parse(words)[0])
     before, after = (torch.load(Path(run) / "last.pt")["model"] for run in (parts, scene))
     weights = [key for key in before if key.endswith("conv1.weight")]
     assert len(weights) == 2 * (1 + 8)
@@ -119,10 +117,7 @@ def test_a_run_starts_from_another_run(
         torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=0)
     # A run that goes on does not need it.
     (tmp_path / "parts" / "last.pt").rename(tmp_path / "moved.pt")
-    assert (
-        main([*base, "--out", scene, "--weights", parts, "--lr", "1e-9", "--weight-decay", "0"])
-        == 0
-    )
+    train(parse(from_parts)[0])
     capsys.readouterr()
     (tmp_path / "moved.pt").rename(tmp_path / "parts" / "last.pt")
     assert main([*base, "--out", parts, "--task", "semantic40", "--weights", scene]) == 2

@@ -1,5 +1,6 @@
 """Results that are empty or perfect: every report, plot and table is made or says why not."""
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from convert.sample import write_sample
 from shards.dataset import open_set
 from shards.spec import ConversionSettings as Stored
 from train.__main__ import main
+from train.plots import CaptionedPanels, page_png
 
 Make = Callable[..., Path]
 FLAGS = [
@@ -177,3 +179,24 @@ def test_scenes_of_one_class_train(make: Make, tmp_path: Path) -> None:
     assert set(run(make(one_type=True), tmp_path)) >= set(without(ALL, "mistakes.png"))
     named: list[Any] = rows(tmp_path / "predictions.csv")
     assert {row["true"] for row in named} == {"bedroom"}
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 64), (64, 48)])
+def test_a_page_shows_every_panel_whole_and_none_twice(shape: tuple[int, int]) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    colours = [(10 * k + 5, 255 - 10 * k, 128) for k in range(20)]
+    panels = [np.full((*shape, 3), colour, np.uint8) for colour in colours]
+    pictures = [
+        CaptionedPanels(caption=f"row {k}\ntrue\nnamed", panels=panels[4 * k : 4 * k + 4])
+        for k in range(5)
+    ]
+    legend = {f"class {k}": (0.0, 0.0, k / 20) for k in range(20)}
+    drawn = page_png("the worst", ["rgb", "depth", "true", "predicted"], pictures, legend)
+    pixels = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB"))
+    for colour in colours:
+        where = np.argwhere((pixels == colour).all(-1))
+        height, width = np.ptp(where, axis=0) + 1
+        assert height * width == len(where)  # nothing lies over it
+        assert max(height, width) > 200
+        assert height / width == pytest.approx(shape[0] / shape[1], abs=0.02)

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
-from helpers.training import assert_same, run_and_kill, settings
+from helpers.training import assert_same, environment, run_and_kill, settings
 
 import train.loop as loop
 from shards.errors import UserError
@@ -36,56 +37,48 @@ def kill_until_done(data: Path, out: Path, kills: int, seed: int, longest_s: flo
     killed = 0
     for k in range(kills):
         killed += run_and_kill(data, out, random_.uniform(0.01, longest_s), k % 3) == -9
-    assert run_and_kill(data, out, None, 1) == 0
+    train(settings(data, out, num_workers=1, save_minutes=0.0))
     return killed
 
 
-@pytest.fixture(scope="module")
-def alone(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run in a process of its own, as the killed ones: sums depend on the number of
-    threads.
-    """
-    out = tmp_path_factory.mktemp("runs") / "alone"
-    assert run_and_kill(small_set, out, None, 0) == 0
-    return out
-
-
 def test_killed_twice_inside_epochs_it_ends_with_the_same_weights(
-    small_set: Path, alone: Path, tmp_path: Path
+    small_set: Path, whole: Path, tmp_path: Path
 ) -> None:
     assert kill_until_done(small_set, tmp_path / "run", 2, 0, 0.2) == 2
-    assert_same(alone, tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
 
 
 def test_sigterm_is_one_line_and_the_same_command_goes_on(
-    small_set: Path, alone: Path, tmp_path: Path
+    small_set: Path, whole: Path, tmp_path: Path
 ) -> None:
     words = command(settings(small_set, tmp_path / "run", num_workers=0, save_minutes=0.0)).split()[
         1:
     ]
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *words], cwd=REPO, env=environment, **piped) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=REPO, env=environment(), **piped
+    ) as process:  # type: ignore[call-overload]
         while not (tmp_path / "run" / "last.pt").exists():
             assert process.poll() is None
+            time.sleep(0.01)
         process.terminate()
         said = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 130
     assert "the same command continues" in said[-1]
     assert not any("Traceback" in line for line in said)
     assert run_and_kill(small_set, tmp_path / "run", None, 0) == 0
-    assert_same(alone, tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("turn", range(1, 11))
 def test_killed_twenty_times_it_ends_with_the_same_weights(
-    turn: int, small_set: Path, alone: Path, tmp_path: Path
+    turn: int, small_set: Path, whole: Path, tmp_path: Path
 ) -> None:
     for attempt in range(5):  # a run that ends before its moment was not killed: another one
         run = tmp_path / str(attempt)
         killed = kill_until_done(small_set, run, 2, 10 * turn + attempt, 0.08)
-        assert_same(alone, run)
+        assert_same(whole, run)
         if killed == 2:
             return
     raise AssertionError("not one of five runs was killed twice")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +17,42 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 from conftest import REPO
-from helpers.training import assert_same, run_and_kill, settings
+from helpers.training import assert_same, environment, settings
 
 from shards.errors import UserError
 from shards.lock import hold
 from train.__main__ import main
+from train.loop import train
 from train.report import command
 
 
 @pytest.fixture(scope="module")
 def alone(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run in a process of its own."""
+    """An undisturbed run."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    assert run_and_kill(small_set, out, None, 0) == 0
+    train(settings(small_set, out, num_workers=0))
     return out
 
 
 def begin(
-    data: Path, out: Path, *launcher: str, workers: int = 0, **changes: Any
+    data: Path,
+    out: Path,
+    *launcher: str,
+    ignored: Sequence[int] = (),
+    workers: int = 0,
+    variables: Mapping[str, str],
+    **changes: Any,
 ) -> "subprocess.Popen[str]":
     """The command in a process group of its own, with the slow network; `ignored`: signals that it
     starts with so.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
-        **changes.pop("environment", {}),
-    }
-    ignored = changes.pop("ignored", ())
     words = command(
         settings(data, out, num_workers=workers, model="helpers.networks:Slow", **changes)
     ).split()[1:]
     return subprocess.Popen(
         [sys.executable, *launcher, *words],
         cwd=REPO,
-        env=environment,
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,25 +67,28 @@ def wait_for(there: Callable[[], object], process: "subprocess.Popen[str]") -> N
         time.sleep(0.01)
 
 
+def slow_from(mark: Path, s: str = "0.4") -> dict[str, str]:
+    """Some steps into the second epoch: there is time for a signal."""
+    return {"TRAINING": str(mark), "SLEEP_S": s}
+
+
 def position(out: Path) -> tuple[int, int]:
     state = torch.load(out / "last.pt", weights_only=True)
     return state["epoch"], state["step"]
 
 
 def finish(data: Path, out: Path) -> None:
-    process = begin(data, out)
-    said = process.communicate(timeout=100)
-    assert process.returncode == 0, said
+    """What the same command does of a run that was left."""
+    train(settings(data, out, num_workers=0, model="helpers.networks:Slow"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_to_the_whole_group_saves_the_step_it_came_in(
     workers: int, small_set: Path, alone: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    process = begin(small_set, run, workers=workers, environment={"SLEEP_S": "0.2"})
-    wait_for((run / "last.pt").exists, process)
-    time.sleep(0.5)  # some steps into the second epoch
+    run, mark = tmp_path / "run", tmp_path / "training"
+    process = begin(small_set, run, workers=workers, variables=slow_from(mark))
+    wait_for(mark.exists, process)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)  # a second one changes nothing
     lines = process.communicate(timeout=60)[1].splitlines()
@@ -102,10 +106,9 @@ def test_sigterm_to_the_whole_group_saves_the_step_it_came_in(
 def test_sigusr1_saves_the_step_it_came_in_and_goes_on(
     small_set: Path, alone: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    process = begin(small_set, run, environment={"SLEEP_S": "0.2"})
-    wait_for((run / "last.pt").exists, process)
-    time.sleep(0.5)
+    run, mark = tmp_path / "run", tmp_path / "training"
+    process = begin(small_set, run, variables=slow_from(mark))
+    wait_for(mark.exists, process)
     process.send_signal(signal.SIGUSR1)
     assert process.stderr
     while "saved after step" not in (line := process.stderr.readline()):
@@ -120,7 +123,7 @@ def test_sigterm_while_it_is_evaluated_keeps_the_training_of_the_epoch(
     small_set: Path, alone: Path, tmp_path: Path
 ) -> None:
     run, mark = tmp_path / "run", tmp_path / "evaluating"
-    process = begin(small_set, run, environment={"EVALUATING": str(mark), "EVAL_SLEEP_S": "0.5"})
+    process = begin(small_set, run, variables={"EVALUATING": str(mark), "EVAL_SLEEP_S": "0.5"})
     wait_for(mark.exists, process)
     process.terminate()
     said = process.communicate(timeout=60)[1]
@@ -133,31 +136,29 @@ def test_sigterm_while_it_is_evaluated_keeps_the_training_of_the_epoch(
 
 def test_signals_that_were_ignored_stay_ignored(small_set: Path, tmp_path: Path) -> None:
     numbers = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
-    process = begin(small_set, tmp_path, epochs=2, ignored=numbers, environment={"SLEEP_S": "0.2"})
-    wait_for((tmp_path / "last.pt").exists, process)
+    run, mark = tmp_path / "run", tmp_path / "training"
+    process = begin(small_set, run, epochs=2, ignored=numbers, variables=slow_from(mark))
+    wait_for(mark.exists, process)
     for number in numbers:
         process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
-    assert position(tmp_path) == (2, 0)
+    assert position(run) == (2, 0)
 
 
 def test_torchrun_hands_sigterm_on_and_the_ranks_save_the_same_step(
     small_set: Path, tmp_path: Path
 ) -> None:
-    run, launcher = (
-        tmp_path / "run",
-        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    )
+    run, mark = tmp_path / "run", tmp_path / "training"
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     process = begin(
         small_set,
         run,
         *launcher,
         batch_size=2,
-        environment={"SLEEP_S": "0.2", "OMP_NUM_THREADS": "1"},
+        variables={**slow_from(mark), "OMP_NUM_THREADS": "1"},
     )
-    wait_for((run / "last.pt").exists, process)
-    time.sleep(0.5)
+    wait_for(mark.exists, process)
     process.terminate()
     lines = process.communicate(timeout=60)[1].splitlines()
     epoch, step = position(run)
@@ -185,9 +186,10 @@ def test_a_second_run_into_a_directory_is_told_who_trains_there(
         "--epochs",
         "1",
     ]
-    process = begin(small_set, tmp_path, environment={"SLEEP_S": "0.5"})
+    mark = tmp_path.with_suffix(".training")
+    process = begin(small_set, tmp_path, variables=slow_from(mark, "60"))
     try:
-        wait_for((tmp_path / "last.pt").exists, process)
+        wait_for(mark.exists, process)
         before = (tmp_path / "last.pt").stat().st_ino
         assert main([*flags, "--reset"]) == 2
         error = capsys.readouterr().err

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Object at (manifest|provenance).json is not recognized"
 )
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Said = pytest.CaptureFixture[str]
 
 VERSION_1 = REPO / "tests" / "fixtures" / "version-1"
 VERSION_2 = REPO / "tests" / "fixtures" / "version-2"
@@ -88,6 +89,15 @@ def kept_files(old: Path) -> set[str]:
     gone = ("rows-raw_rgb/", "rows-raw_depth/")
     names |= {name for name in version_1.metadata_files if not name.startswith(gone)}
     return names
+
+
+def train_here(said: Said, *words: object) -> subprocess.CompletedProcess[str]:
+    """`python -m train` in this process, which has torch already."""
+    from train.__main__ import main
+
+    said.readouterr()
+    status = main([str(word) for word in words])
+    return subprocess.CompletedProcess(words, status, *said.readouterr())
 
 
 # ---------------------------------------------------------------- the upgrade
@@ -358,11 +368,12 @@ def words_on(old: Path, elsewhere: Path) -> dict[str, list[object]]:
     ["verify", "inspect", "push", "pull", pytest.param("train", marks=needs_torch)],
 )
 def test_every_other_command_says_one_line_and_touches_nothing(
-    verb: str, form: str, tmp_path: Path, command: Run
+    verb: str, form: str, tmp_path: Path, command: Run, capsys: Said
 ) -> None:
     old = old_set(tmp_path / "sets", form)
     before = content(tmp_path)
-    done = command(*words_on(old, tmp_path)[verb])
+    words = words_on(old, tmp_path)[verb]
+    done = train_here(capsys, *words[1:]) if verb == "train" else command(*words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "is a set of version 1 of the format, and right as it is" in done.stderr
     assert said_command(done.stderr).startswith("make convert MAT=")
@@ -430,11 +441,11 @@ def test_a_conversion_says_that_an_old_set_cannot_be_written_to(
 
 
 @needs_torch
-def test_prediction_on_a_set_of_version_1_says_the_same(tmp_path: Path, command: Run) -> None:
+def test_prediction_on_a_set_of_version_1_says_the_same(tmp_path: Path, capsys: Said) -> None:
     old = old_set(tmp_path)
     run = shutil.copytree(VERSION_1 / "run", tmp_path / "run")
     before = content(tmp_path)
-    done = command("train", "predict", run, "--data", old)
+    done = train_here(capsys, "predict", run, "--data", old)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is a set of version 1" in done.stderr
     assert said_command(done.stderr).startswith("make convert MAT=")
@@ -610,15 +621,13 @@ def test_a_later_version_is_refused_by_its_number_and_never_called_damaged(
     ["verify", "inspect", "push", "pull", "run", pytest.param("train", marks=needs_torch)],
 )
 def test_every_command_refuses_a_later_version_in_one_line(
-    verb: str, form: str, tmp_path: Path, command: Run
+    verb: str, form: str, tmp_path: Path, command: Run, capsys: Said
 ) -> None:
     newer = newer_set(tmp_path / "sets", form)
     before = content(tmp_path)
-    words = {
-        **words_on(newer, tmp_path),
-        "run": ["convert", "run", newer, "--out", tmp_path / "out"],
-    }
-    done = command(*words[verb])
+    run = ["convert", "run", newer, "--out", tmp_path / "out"]
+    words = run if verb == "run" else words_on(newer, tmp_path)[verb]
+    done = train_here(capsys, *words[1:]) if verb == "train" else command(*words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert LATER in done.stderr
     assert "damaged" not in done.stderr
@@ -687,10 +696,10 @@ def test_a_run_of_version_1_is_continued_on_the_upgraded_set(tmp_path: Path, com
 
 
 @needs_torch
-def test_a_run_of_version_1_predicts_on_the_upgraded_set(tmp_path: Path, command: Run) -> None:
+def test_a_run_of_version_1_predicts_on_the_upgraded_set(tmp_path: Path, capsys: Said) -> None:
     old = upgrade(old_set(tmp_path)).path
     run = shutil.copytree(VERSION_1 / "run", tmp_path / "run")
-    done = command("train", "predict", run, "--data", old)
+    done = train_here(capsys, "predict", run, "--data", old)
     assert done.returncode == 0, done.stderr
 
 

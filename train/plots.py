@@ -24,6 +24,14 @@ ERRORS = ("loss", "rmse", "abs_rel")  # these may exceed 1; other scores are sha
 PANELS_ABREAST = 8
 EVALUATED = ("val_", "test_")  # one of them, in metrics.csv
 LEGEND_COLUMNS = 8
+# Of a page, in inches. A cell holds a panel and three lines of text above it.
+CELL_WIDTH = 2.1
+CELL_HEIGHT = 2.45
+PANEL_SIDE = 1.95  # at most
+TITLE_HEIGHT = 0.47
+TITLE_GAP = 0.04
+HEAD_HEIGHT = 0.4
+LEGEND_HEIGHT = 0.25
 Panel = npt.NDArray[Any]  # [H, W, 3], or what imshow takes
 
 
@@ -98,7 +106,8 @@ def confusion_png(
         share = share_kk[row, column]
         text = str(counts_kk[row, column]) if are_rows else f"{100 * share:.0f}"
         color = "white" if share > 0.5 else "black"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        digits = axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        digits.set_in_layout(False)  # inside the axes as it is; measuring them all took seconds
 
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
@@ -151,24 +160,26 @@ def page_png(
     n_abreast = max(1, PANELS_ABREAST // n_panels)
     n_lines = max(1, -(-len(pictures) // n_abreast))  # rounded up
     n_legend_lines = -(-len(legend) // LEGEND_COLUMNS)
-    width = 2.1 * n_panels * n_abreast
-    height = 2.45 * n_lines + 0.6 + 0.25 * n_legend_lines
+    width = CELL_WIDTH * n_panels * n_abreast
+    height = CELL_HEIGHT * n_lines + HEAD_HEIGHT + LEGEND_HEIGHT * n_legend_lines
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    cells = figure.subplots(n_lines, n_panels * n_abreast, squeeze=False)
-    for axes in cells.flat:
-        axes.axis("off")
+    # One pair of axes, in inches from the upper left corner: with one for every panel, and all laid
+    # out by matplotlib, a page took five times as long.
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
     for k, picture in enumerate(pictures):
-        line = cells[k // n_abreast]
-        first = k % n_abreast * n_panels
-        _draw_panels(line[first : first + n_panels], heads, picture)
+        top = HEAD_HEIGHT + CELL_HEIGHT * (k // n_abreast)
+        left = CELL_WIDTH * n_panels * (k % n_abreast)
+        _draw_panels(axes, left, top, heads, picture)
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
 
-    figure.suptitle(f"{title}: {', '.join(heads)}", fontsize=11)
+    figure.suptitle(f"{title}: {', '.join(heads)}", fontsize=11, y=1 - 0.08 / height, va="top")
     if legend:
         patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
         figure.legend(
             handles=patches,
-            loc="outside lower center",
+            loc="lower center",
             ncols=LEGEND_COLUMNS,
             fontsize=8,
             frameon=False,
@@ -176,8 +187,16 @@ def page_png(
     return _png(figure)
 
 
-def _draw_panels(cells: Sequence[Axes], heads: Sequence[str], picture: CaptionedPanels) -> None:
+def _draw_panels(
+    axes: Axes, left: float, top: float, heads: Sequence[str], picture: CaptionedPanels
+) -> None:
+    """Each as large as its cell allows, below its title."""
     titles = [picture.caption, *heads[1:]]
-    for axes, text, panel in zip(cells, titles, picture.panels, strict=False):
-        axes.imshow(panel, interpolation="nearest")
-        axes.set_title(text, fontsize=8, loc="left")
+    for k, (text, panel) in enumerate(zip(titles, picture.panels, strict=False)):
+        n_high, n_wide = panel.shape[:2]
+        inches = min(PANEL_SIDE / n_high, PANEL_SIDE / n_wide)
+        x = left + CELL_WIDTH * k + (CELL_WIDTH - inches * n_wide) / 2
+        y = top + TITLE_HEIGHT
+        extent = (x, x + inches * n_wide, y + inches * n_high, y)
+        axes.imshow(panel, interpolation="nearest", extent=extent)
+        axes.text(x, y - TITLE_GAP, text, fontsize=8, va="bottom")

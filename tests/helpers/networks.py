@@ -50,16 +50,21 @@ class Normed(Plain):
 
 
 class Slow(Normed):
-    """Takes SLEEP_S a step; writes the file EVALUATING, then takes EVAL_SLEEP_S, a batch of the
+    """Writes the file TRAINING in its seventh step, of the second epoch, and takes SLEEP_S for that
+    and the three after it; writes the file EVALUATING, then takes EVAL_SLEEP_S, a batch of the
     evaluation.
     """
 
+    steps = 0
+
     def forward(self, rgb: Tensor, depth: Tensor) -> Tensor:
+        self.steps += self.training
         if not self.training and "EVALUATING" in os.environ and len(rgb) > 2:
             Path(os.environ["EVALUATING"]).touch()
             time.sleep(float(os.environ.get("EVAL_SLEEP_S", 0)))
-        elif self.training:
-            time.sleep(float(os.environ.get("SLEEP_S", 0)))
+        elif self.training and "TRAINING" in os.environ and self.steps in range(7, 11):
+            Path(os.environ["TRAINING"]).touch()
+            time.sleep(float(os.environ["SLEEP_S"]))
         return super().forward(rgb, depth)
 
 

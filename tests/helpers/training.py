@@ -56,16 +56,23 @@ def figures(out: Path) -> list[list[str]]:
         ]
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of a command that trains a network of ours, with as many threads as this process has: sums
+    depend on their number.
+    """
+    paths = f"{REPO}:{REPO / 'tests'}"
+    threads = str(torch.get_num_threads())
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, **more}
+
+
 def run_and_kill(data: Path, out: Path, after_s: float | None, workers: int) -> int:
     """The command; killed with -9 so long after its first step began."""
     words = command(settings(data, out, num_workers=workers, save_minutes=0.0)).split()[1:]
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
-    if after_s is not None:
-        environment["KILL_AFTER_S"] = str(after_s)
+    when = {} if after_s is None else {"KILL_AFTER_S": str(after_s)}
     done = subprocess.run(
         [sys.executable, *words],
         cwd=REPO,
-        env=environment,
+        env=environment(**when),
         capture_output=True,
         text=True,
         timeout=120,
