@@ -253,6 +253,7 @@ class DatasetSpec:
     label_names: tuple[str, ...] = ()  # of ids 1, 2, ...
     label_tables: tuple[LabelTable, ...] = ()
     crops: Mapping[str, Box] = field(default_factory=dict)
+    depth_crop: str = "none"  # the crop in which depth is scored
     camera: Camera | None = None  # where it is one for every row
     warnings: tuple[str, ...] = ()
 
@@ -307,6 +308,7 @@ class DatasetSpec:
             width=value.whole("width"),
             height=value.whole("height"),
             crops={name: _box_from_json(box) for name, box in value.object("crops").items()},
+            depth_crop=value.text("depth_crop"),
             camera=_camera_from_json(camera) if camera else None,
             warnings=value.texts("warnings"),
         )
@@ -323,6 +325,8 @@ class DatasetSpec:
             is_inside = box.top < box.bottom <= self.height and box.left < box.right <= self.width
             if not NAME.fullmatch(name) or name == "none" or not is_inside:
                 raise ValueError(f"crop {shown(name)} is no part of its pictures")
+        if self.depth_crop not in ("none", *self.crops):
+            raise ValueError(f"depth_crop {shown(self.depth_crop)} is none of its crops")
         for table in self.label_tables:
             if len(table.ids) != len(self.label_names) + 1 or table.ids[0] != 0:
                 raise ValueError("a label table is not one of its labels")

@@ -37,6 +37,7 @@ from shards.errors import DamagedSource, MissingSet, WrongSetting
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, ConversionSettings
 from train.__main__ import main, parse
 from train.data import ShardDataset, create_dataloaders
+from train.geometry import scored_box_of
 from train.job import make_job
 from train.loop import TrainingResult, train
 from train.recipe import pixels_task
@@ -124,6 +125,13 @@ def test_a_crop_is_the_datasets_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored(made, "thermal"), expected)
     with pytest.raises(WrongSetting, match="none, centre"):
         convert(source, tmp_path, replace(SMALL, crop="eigen"))
+
+
+def test_depth_is_scored_in_the_datasets_own_crop(lab_set: Path) -> None:
+    box = scored_box_of(ShardDataset(lab_set, "train"))
+    assert (box.top, box.bottom, box.left, box.right) == (3, 33, 6, 38)
+    with pytest.raises(ValueError, match="depth_crop eigen is none of its crops"):
+        replace(LAB, depth_crop="eigen").check()
 
 
 def test_any_number_of_workers_gives_the_same_bytes(

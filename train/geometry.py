@@ -68,8 +68,6 @@ def rays(size: int, box: CropBox, camera: Camera) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- what a dataset says of itself
 
-SCORED_CROP = "eigen"  # in which depth is scored, where the dataset has it
-
 
 def crop_box_of(dataset: ShardDataset) -> CropBox:
     """The window of the sensor's picture that the dataset stores."""
@@ -77,11 +75,9 @@ def crop_box_of(dataset: ShardDataset) -> CropBox:
 
 
 def scored_box_of(dataset: ShardDataset) -> CropBox:
-    """The window of the sensor's picture in which depth is scored: the crop of Eigen et al., or all
-    of it.
-    """
+    """The window of the sensor's picture in which depth is scored."""
     spec = dataset.shard_set.dataset
-    return window(spec, spec.crop_box(SCORED_CROP if SCORED_CROP in spec.crops else "none"))
+    return window(spec, spec.crop_box(spec.depth_crop))
 
 
 def window(spec: DatasetSpec, box: Box) -> CropBox:

@@ -75,8 +75,9 @@ def nyu() -> DatasetSpec:
         height=480,
         crops={
             "border": Box(top=6, bottom=473, left=7, right=632),  # without the white frame
-            "eigen": Box(top=45, bottom=471, left=41, right=601),  # that depth is scored in
+            "eigen": Box(top=45, bottom=471, left=41, right=601),  # of Eigen et al.
         },
+        depth_crop="eigen",
         camera=Camera(fx=518.86, fy=519.47, cx=325.58, cy=253.74),  # from the set's toolbox
     )
 

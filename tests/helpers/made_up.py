@@ -47,6 +47,7 @@ LAB = DatasetSpec(
     width=WIDTH,
     height=HEIGHT,
     crops={"centre": Box(top=3, bottom=33, left=6, right=38)},
+    depth_crop="centre",
     camera=Camera(fx=41.5, fy=40.0, cx=22.25, cy=18.5),
     warnings=("the robot was moved by hand",),
 )
