@@ -128,7 +128,7 @@ def test_a_crop_is_the_datasets_own(tmp_path: Path) -> None:
 
 
 def test_depth_is_scored_in_the_datasets_own_crop(lab_set: Path) -> None:
-    box = scored_box_of(ShardDataset(lab_set, "train"))
+    box = scored_box_of(ShardDataset(lab_set))
     assert (box.top, box.bottom, box.left, box.right) == (3, 33, 6, 38)
     with pytest.raises(ValueError, match="depth_crop eigen is none of its crops"):
         replace(LAB, depth_crop="eigen").check()
