@@ -122,7 +122,7 @@ def test_a_run_starts_from_another_run(
     (tmp_path / "moved.pt").rename(tmp_path / "parts" / "last.pt")
     assert main([*base, "--out", parts, "--task", "semantic40", "--weights", scene]) == 2
     assert (
-        f"--weights None, this run has --weights {scene}. Use no --weights, another"
+        f"with no --weights, this run has --weights {scene}. Use no --weights, another"
         in capsys.readouterr().err
     )
     for other, words in ((tmp_path, "it has no checkpoint"), (parts, "size mismatch")):

@@ -232,7 +232,5 @@ def probe(model: nn.Module, job: TrainingJob) -> None:
     unused = unused_parameters(model, out) if ranks.WORLD > 1 else []
     if unused:
         names = ", ".join(unused[:3])
-        raise WrongNetwork(
-            f"--model {spec} does not use {names}: with several ranks it must, or freeze it",
-            model=spec,
-        )
+        what = f"does not use {names}: with several ranks it must, or freeze it"
+        raise WrongNetwork(spec, what)

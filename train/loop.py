@@ -32,14 +32,14 @@ from stores.mirror import Mirror
 from train import ranks
 from train.augment import WHOLE, Draws, augment, resize, to_input, views
 from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
-from train.errors import BatchTooSmall, Diverged, NothingToLearn
+from train.errors import BatchTooSmall, Diverged, NoKnownPixel
 from train.job import TrainingJob, make_job, new_run, open_loaders, reported_split, seed_of
 from train.model import compiled, start_from
 from train.order import common_batches
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
 
-MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
+MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to its mirror
 DENSE_ROWS = 16  # scored at once at full resolution
 Batch = tuple[Tensor, ...]
 
@@ -158,12 +158,7 @@ def _forward_to_learn(
         # Of BatchNorm, where a channel has a single value: there is nothing to normalise.
         if "Expected more than 1" not in str(error):
             raise
-        n_rows = len(rgb)
-        size = rgb.shape[-1]
-        what = f"a batch of {n_rows} at {size} px is too little for BatchNorm ({one_line(error)})"
-        raise BatchTooSmall(
-            what, "Use a larger --batch-size or --size", n_rows=n_rows, size=size
-        ) from error
+        raise BatchTooSmall(len(rgb), rgb.shape[-1], one_line(error)) from error
 
 
 def _set_learning_rate(run: Run, job: TrainingJob) -> None:
@@ -205,7 +200,7 @@ class CheckpointKeeper:
         self.save()
         where = f"after step {self.run.step} of {self.job.n_steps} of epoch {self.run.epoch + 1}"
         if wanted == STOP:
-            raise Stopped(f"stopped and saved {where}; the same command continues there")
+            raise Stopped(f"stopped and saved {where}")
         if wanted == SAVE and ranks.RANK == 0:
             log(f"saved {where}")
 
@@ -222,9 +217,8 @@ class CheckpointKeeper:
 def _train_epoch(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> dict[str, float]:
     """The rest of an epoch, with checkpoints in between; its part of the row of metrics.csv.
 
-    Raises NothingToLearn where no pixel was known, Diverged where the loss is no number.
+    Raises NoKnownPixel where no pixel was known, Diverged where the loss is no number.
     """
-    settings = job.settings
     job.train_loader.set_epoch(run.epoch, run.step)
     places = job.train_loader.batches.places(run.epoch)[run.step :]
     run.model.train()
@@ -240,15 +234,12 @@ def _train_epoch(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> dict[s
     sums = ranks.all_reduce_sum(run.sums)
     if sums[1] == 0:
         known = "measured" if job.learns_depth else "labelled"
-        what = f"{job.train_set.path}: no pixel of the train rows is {known}: nothing to learn"
-        raise NothingToLearn(what, "Use another --task", path=job.train_set.path)
+        raise NoKnownPixel(job.train_set.path, known)
 
     lr = run.optimizer.param_groups[0]["lr"]
     row = {"lr": lr, **_scores(job, "train", sums), **meter.values()}
     if not math.isfinite(row["train_loss"]):
-        epoch = run.epoch + 1
-        what = f"the loss became nan in epoch {epoch}"
-        raise Diverged(what, f"Use a smaller --lr than {settings.lr}", epoch=epoch, lr=settings.lr)
+        raise Diverged(run.epoch + 1, job.settings.lr)
     return row
 
 

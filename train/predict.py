@@ -17,7 +17,7 @@ from shards.dataset import ShardSet
 from shards.errors import UserError, one_line
 from shards.spec import MAX_DEPTH_MM, VOID
 from train.checkpoint import Run, newest, only_writer, write_csv
-from train.errors import NoCheckpoint, WrongCheckpoint
+from train.errors import MissingDepth, NoCheckpoint, WrongCheckpoint
 from train.geometry import crop_box_of
 from train.job import TrainingJob, make_job, new_run, open_loaders, reported_split
 from train.loop import Batch, evaluate
@@ -200,7 +200,7 @@ def _read_rgb(job: TrainingJob, path: Path) -> np.ndarray:
 def _read_depth_mm(job: TrainingJob, path: Path) -> np.ndarray:
     """int16 [S, S], nearest; 0 where the network does without and there is none.
 
-    Raises UserError where the network needs it.
+    Raises MissingDepth where the network needs it.
     """
     from PIL import Image
 
@@ -209,8 +209,7 @@ def _read_depth_mm(job: TrainingJob, path: Path) -> np.ndarray:
     nothing = np.zeros((size, size), np.int16)
     if not path.exists():
         if is_needed:
-            what = f"{path} is missing: the network needs it"
-            raise UserError(what, "Put it there, or train with --inputs rgb")
+            raise MissingDepth(path)
         return nothing
 
     with Image.open(path) as image:

@@ -9,11 +9,10 @@ report(result)
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from train.plots import (
     label_colours,
     page_png,
 )
-from train.settings import Settings, flag_of
 from train.tasks import Depth
 
 ROWS_AT_ONCE = 16
@@ -283,7 +281,7 @@ def report(result: TrainingResult) -> list[Path]:
 
 
 def print_summary(result: TrainingResult, files: Sequence[Path]) -> None:
-    """The last and the best epoch, the baseline, the files, and the command that goes on."""
+    """The last and the best epoch, the baseline, the files."""
     settings = result.job.settings
     split = result.eval_split
     main = f"{split}_{result.job.task.main}"
@@ -304,18 +302,3 @@ def print_summary(result: TrainingResult, files: Sequence[Path]) -> None:
         print(f"always the most frequent class: top-1 {result.baseline:.1%}")
 
     print("files:", *map(str, files))
-    print("continue:", command(settings, epochs=2 * result.epochs), flush=True)
-
-
-def command(settings: Settings, **changes: Any) -> str:
-    """The command line of these settings, defaults left out."""
-    values = {**asdict(settings), "reset": False, **changes}
-    words = ["python", "-m", "train"]
-    for each in fields(settings):
-        value = values[each.name]
-        if value == each.default:
-            continue
-        words.append(flag_of(each.name))
-        if value is not True:
-            words.append(str(value))
-    return shlex.join(words)
