@@ -57,7 +57,7 @@ def test_train_from_python_gives_its_result_and_draws_nothing(
     assert result.best["test_top1"] == max(row["test_top1"] for row in result.run.history)
     assert result.baseline is not None
     assert 0 < result.baseline < 1
-    assert result.job.settings == settings
+    assert result.setup.settings == settings
     assert all(line.startswith("epoch ") for line in capsys.readouterr().out.splitlines())
 
 

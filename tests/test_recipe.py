@@ -19,7 +19,7 @@ from shards.dataset import open_set
 from shards.errors import UserError, WrongSetting
 from train.__main__ import main, parse
 from train.checkpoint import restore
-from train.job import make_job, new_run
+from train.job import make_setup, new_run
 from train.recipe import RECIPES, plan, stages
 from train.settings import Settings
 
@@ -125,8 +125,8 @@ def test_a_run_that_is_reset_is_no_reported_one_any_more(small_set: Path, tmp_pa
         (tmp_path / name).touch()
     given = ["--data", str(small_set), "--out", str(tmp_path), "--reset", *QUICK]
     settings, _, _ = parse(given)
-    job = make_job(settings, torch.device("cpu"))
-    assert not restore(new_run(job), settings, job.train_set.fingerprint)
+    setup = make_setup(settings, torch.device("cpu"))
+    assert not restore(new_run(setup), settings, setup.train_set.fingerprint)
     assert not list(tmp_path.iterdir())
 
 

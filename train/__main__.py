@@ -145,7 +145,7 @@ def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
         if ranks.RANK > 0:
             return
         files = report(result)
-        again = command_of(result.job.settings, epochs=2 * result.epochs)
+        again = command_of(result.setup.settings, epochs=2 * result.epochs)
         print("continue:", again, flush=True)
         result.mirror.copy(*(path.name for path in files), wait_s=MIRROR_WAIT_S)
 

@@ -31,9 +31,11 @@ LOCK = ".lock"  # in a run's directory, held while something writes there
 
 @dataclass
 class Run:
-    """What changes while training, and all that a checkpoint restores."""
+    """What changes while training: `net` and `layout`, and all that a checkpoint restores."""
 
     model: nn.Module
+    net: nn.Module  # the model, compiled or wrapped for several ranks: what is trained
+    layout: torch.memory_format  # of the network and its input
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: Tensor  # float64: loss, its weight, the task's counts; of this rank's steps in this epoch
