@@ -189,7 +189,7 @@ def whole_numbers(indices: Any) -> np.ndarray:
 
 
 def _as_array(indices: Any) -> np.ndarray:
-    """As numpy takes them, but for no positions, which it makes floats, and for True among numbers."""
+    """As numpy takes them, but for [] (whole numbers here) and for True among numbers (a mask)."""
     try:
         positions = np.asarray(indices)
     except (ValueError, TypeError, RuntimeError):  # rows of different lengths; a tensor on a GPU
