@@ -17,11 +17,10 @@ from helpers.training import assert_same, environment, run_and_kill, settings
 
 import train.loop as loop
 from shards.errors import UserError
-from train.__main__ import train_and_report
+from train.__main__ import command, train_and_report
 from train.checkpoint import CHECKPOINT, PREVIOUS
 from train.errors import OtherRun
 from train.loop import train
-from train.report import command
 
 
 @pytest.fixture(scope="module")

@@ -531,14 +531,14 @@ def test_a_conversion_of_the_source_upgrades_the_set_in_its_place(tmp_path: Path
 
 def test_an_unpacked_copy_of_version_1_is_not_taken_away(tmp_path: Path) -> None:
     """Training unpacks a compressed set beside it, and once did so with version 1."""
-    from train.data import open_for_training
+    from train import unpack
 
-    packed = upgrade(old_set(tmp_path, ".zarr")).path
+    packed = upgrade(old_set(tmp_path, ".zarr"))
     copy = old_set(tmp_path)
     before = content(copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        unpacked = open_for_training(packed).path
+        unpacked = unpack.unpacked(packed).path
     assert content(copy) == before
     assert unpacked.is_relative_to(tmp_path / "cache")
     assert is_whole(unpacked)

@@ -145,12 +145,12 @@ def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
         if ranks.RANK > 0:
             return
         files = report(result)
-        again = command_of(result.setup.settings, epochs=2 * result.epochs)
+        again = command(result.setup.settings, epochs=2 * result.epochs)
         print("continue:", again, flush=True)
         result.mirror.copy(*(path.name for path in files), wait_s=MIRROR_WAIT_S)
 
 
-def command_of(settings: Settings, **changes: Any) -> str:
+def command(settings: Settings, **changes: Any) -> str:
     """The command line of these settings, defaults left out."""
     values = {**asdict(settings), "reset": False, **changes}
     words = ["python", "-m", "train"]

@@ -188,16 +188,15 @@ def whole_numbers(indices: Any) -> np.ndarray:
 
 
 def _as_array(indices: Any) -> np.ndarray:
-    """As numpy takes them, but for [], which holds no floats, and for True among numbers."""
+    """As numpy takes them, but for [] (whole numbers here) and for True among numbers (a mask)."""
     try:
         positions = np.asarray(indices)
     except (ValueError, TypeError, RuntimeError):  # rows of different lengths; a tensor on a GPU
         positions = np.empty(0, object)
 
-    is_sequence = isinstance(indices, list | tuple)
+    is_sequence = isinstance(indices, list | tuple | range)
     if is_sequence and any(isinstance(index, bool | np.bool_) for index in indices):
         return positions.astype(bool)  # numpy would make 0 and 1 of them
-    is_empty = positions.dtype.kind == "f" and positions.shape == (0,)
-    if is_empty and is_sequence:
-        return positions.astype(np.int64)
+    if is_sequence and len(indices) == 0:
+        return np.empty(0, np.int64)
     return positions
