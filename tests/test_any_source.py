@@ -249,6 +249,20 @@ def test_verify_finds_every_byte_right_and_rows_as_the_source_gives_them(
         against_source(found, other, N_ROWS)
 
 
+def test_verify_names_what_another_source_says_of_the_rows(found: ShardSet) -> None:
+    other = LabSource()
+    other.scene_type[1] = LAB.scene_types.index("yard")
+    with pytest.raises(
+        OtherRows, match="column scene_type, row 1, says no type, the lab says 'yard'"
+    ):
+        against_source(found, other, 1)
+    with pytest.raises(OtherRows, match="has 30 rows, the lab has 12"):
+        against_source(found, LabSource(n_rows=12), 1)
+    fewer = replace(LAB, label_names=LAB.label_names[:-1])
+    with pytest.raises(OtherRows, match="has 7 label names, the lab has 6"):
+        against_source(found, LabSource(dataset=fewer), 1)
+
+
 def test_verify_of_a_crop_uses_the_datasets_box(tmp_path: Path) -> None:
     source = LabSource(crop="centre")
     made = open_set(convert(source, tmp_path, replace(SMALL, crop="centre")))
