@@ -73,7 +73,7 @@ def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
 def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """The set of a given source, or the cheapest way to one."""
     from convert.pipeline import convert
-    from convert.session import prepare
+    from convert.session import SetRequest, prepare
 
     codecs = codecs_of(args.format, args.codec, settings.fields)
     is_remote = isinstance(args.source, RemoteFile)
@@ -84,7 +84,16 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
         )
         made = Path(directory)
     else:
-        made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
+        request = SetRequest(
+            root=args.out,
+            settings=settings,
+            source=args.source,
+            drive=args.drive,
+            url=args.url,
+            workers=workers,
+            codecs=codecs,
+        )
+        made = prepare(request)
         _say_which_to_train(made)
     if is_remote:
         print(args.source.report(), file=sys.stderr)

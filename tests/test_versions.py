@@ -21,7 +21,7 @@ from helpers.sets import flip, is_whole, manifest_json, verify, write_manifest_j
 
 from convert.pipeline import convert
 from convert.sample import write_sample
-from convert.session import prepare
+from convert.session import SetRequest, prepare
 from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import sampled_identity
 from convert.transfer import pull, push, set_on_mount
@@ -515,7 +515,7 @@ def test_a_set_with_other_settings_stays_of_version_1(tmp_path: Path, command: R
     before = content(old)
     write_sample(tmp_path / MAT, 12, size_wh=(64, 48))
     convert(tmp_path / MAT, tmp_path, ConversionSettings(size=16))
-    prepare(tmp_path / MAT, tmp_path, ConversionSettings(size=32), None, None)
+    prepare(SetRequest(root=tmp_path, settings=ConversionSettings(size=32), source=tmp_path / MAT))
     done = command("convert", "run", old, "--out", tmp_path / "other", "--size", 16)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "has other settings" in done.stderr
@@ -661,7 +661,7 @@ def test_a_conversion_never_takes_the_place_of_a_later_version(
     with pytest.raises(NewerSet, match=LATER):
         convert(tmp_path / MAT, tmp_path, SETTINGS, repair=repair)
     with pytest.raises(NewerSet, match=LATER):
-        prepare(tmp_path / MAT, tmp_path, SETTINGS, None, None)
+        prepare(SetRequest(root=tmp_path, settings=SETTINGS, source=tmp_path / MAT))
     assert content(made) == before
 
 
@@ -682,7 +682,7 @@ def test_a_session_never_takes_the_place_of_a_later_version(tmp_path: Path) -> N
     before = content(newer)
     shutil.copytree(VERSION_2 / f"{NAME}.zarr", tmp_path / "drive" / f"{NAME}.zarr")
     with pytest.raises(NewerSet, match=LATER):
-        prepare(None, tmp_path / "root", SETTINGS, tmp_path / "drive", None)
+        prepare(SetRequest(root=tmp_path / "root", settings=SETTINGS, drive=tmp_path / "drive"))
     assert content(newer) == before
 
 
