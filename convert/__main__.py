@@ -73,7 +73,7 @@ def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
 def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """The set of a given source, or the cheapest way to one."""
     from convert.pipeline import convert
-    from convert.session import prepare
+    from convert.session import SetRequest, prepare
 
     codecs = codecs_of(args.format, args.codec, settings.fields)
     is_remote = isinstance(args.source, RemoteFile)
@@ -84,7 +84,16 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
         )
         made = Path(directory)
     else:
-        made = prepare(args.source, args.out, settings, args.drive, args.url, workers, codecs)
+        request = SetRequest(
+            root=args.out,
+            settings=settings,
+            source=args.source,
+            drive=args.drive,
+            url=args.url,
+            workers=workers,
+            codecs=codecs,
+        )
+        made = prepare(request)
         _say_which_to_train(made)
     if is_remote:
         print(args.source.report(), file=sys.stderr)
@@ -108,14 +117,14 @@ def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSet
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Check every byte of a set, and random rows against its source."""
+    """Check every byte of a set, and its columns and random rows against its source."""
     from convert.verify import against_mat, verify_all
 
     found = read_set(args.directory)
     print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
         n_rows = against_mat(found, args.against, args.rows)
-        print(f"{n_rows} random rows are what {args.against} gives")
+        print(f"every column and {n_rows} random rows are what {args.against} gives")
 
 
 def read_set(path: Path) -> ShardSet:
@@ -248,7 +257,7 @@ def _add_run_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _add_verify_flags(p: argparse.ArgumentParser) -> None:
-    against_help = "also compare random rows with the .mat"
+    against_help = "also compare columns and random rows with the .mat"
     p.add_argument("--against", type=path, metavar="SOURCE", help=against_help)
     rows_help = "how many (default: %(default)s)"
     p.add_argument("--rows", type=number(1_000_000), default=16, help=rows_help)

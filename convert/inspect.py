@@ -2,6 +2,8 @@
 
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,6 @@ def _provenance_line(directory: Path) -> str:
 def picture(found: ShardSet, out: Path, n_rows: int) -> None:
     """Write a contact sheet of rows spread over the set, as PNG. Raises WrongPlace."""
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
-    rgb = _stored(found, "rgb", rows, planes=(3,))
-    depth = _stored(found, "depth", rows)
-    label = _stored(found, "label", rows)
     scene = found.column("scene")
     types = found.column("scene_type")
     split = found.column("split")
@@ -105,7 +104,14 @@ def picture(found: ShardSet, out: Path, n_rows: int) -> None:
         place = found.manifest.scenes[scene[row]]
         kind = _type_name(found.dataset, types[row])
         captions.append(f"row {row}: {place} ({kind}, {SPLITS[split[row]]})")
-    contact_sheet(rgb, depth, label, list(found.dataset.label_names), captions, out)
+    drawn = SheetRows(
+        rgb_nchw_u8=_stored(found, "rgb", rows, planes=(3,)),
+        depth_nhw_mm=_stored(found, "depth", rows),
+        label_nhw=_stored(found, "label", rows),
+        captions=captions,
+        label_names=found.dataset.label_names,
+    )
+    contact_sheet(drawn, out)
 
 
 def _type_name(dataset: DatasetSpec, number: int) -> str:
@@ -124,22 +130,33 @@ def _stored(
     return np.stack([shards[row // step][row % step] for row in rows])
 
 
-def contact_sheet(
-    rgb_nchw_u8: np.ndarray,
-    depth_nhw_mm: np.ndarray,
-    label_nhw: np.ndarray,
-    class_names: list[str],
-    captions: list[str],
-    out: Path,
-) -> None:
-    """Write a PNG, one line a row: picture, depth (holes black), classes from 1."""
-    inch = 1 / (3.3 * len(rgb_nchw_u8) + 1.2)
-    figure, cells = _new_sheet(len(rgb_nchw_u8), inch, out)
-    measured = depth_nhw_mm[depth_nhw_mm > 0]
+@dataclass(frozen=True, kw_only=True)
+class SheetRows:
+    """Rows to be drawn: pictures, depth (0: no measurement), labels (0: unlabelled).
+
+    captions: one a row. label_names: of the labels, from 1.
+    """
+
+    rgb_nchw_u8: np.ndarray
+    depth_nhw_mm: np.ndarray
+    label_nhw: np.ndarray
+    captions: Sequence[str]
+    label_names: Sequence[str]
+
+
+def contact_sheet(rows: SheetRows, out: Path) -> None:
+    """Write a PNG, one line a row: picture, depth (holes black), labels in colour with names.
+
+    Raises WrongPlace where it cannot be written, and UserError without matplotlib.
+    """
+    n_rows = len(rows.captions)
+    inch = 1 / (3.3 * n_rows + 1.2)
+    figure, cells = _new_sheet(n_rows, inch, out)
+    measured = rows.depth_nhw_mm[rows.depth_nhw_mm > 0]
     # One scale for the sheet.
     low, high = np.percentile(measured, (1, 99)) / 1000 if measured.size else (0, 10)
     for line, rgb, depth, label, caption in zip(
-        cells, rgb_nchw_u8, depth_nhw_mm, label_nhw, captions, strict=True
+        cells, rows.rgb_nchw_u8, rows.depth_nhw_mm, rows.label_nhw, rows.captions, strict=True
     ):
         line[0].imshow(rgb.transpose(1, 2, 0), interpolation="lanczos")
         line[0].set_title(caption, loc="left", fontsize=10, color=INK, pad=5)
@@ -148,7 +165,7 @@ def contact_sheet(
         shown = line[1].imshow(
             metres, cmap="turbo_r", vmin=low, vmax=max(high, low + 0.1), interpolation="nearest"
         )
-        _draw_labels(line[2], label, class_names)
+        _draw_labels(line[2], label, rows.label_names)
         for axes in line:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color="#c8ccd2", linewidth=0.6)
@@ -170,12 +187,12 @@ def _new_sheet(n: int, inch: float, out: Path) -> tuple[Any, Any]:
     return figure, cells
 
 
-def _draw_labels(axes: Any, label: np.ndarray, class_names: list[str], most: int = 6) -> None:
+def _draw_labels(axes: Any, label: np.ndarray, label_names: Sequence[str], most: int = 6) -> None:
     """The classes in colour, with the names of the largest where they lie."""
     from matplotlib.patheffects import withStroke
 
-    label = np.where(label <= len(class_names), label, 0)  # of a damaged set
-    axes.imshow(class_colours(len(class_names))[label], interpolation="nearest")
+    label = np.where(label <= len(label_names), label, 0)  # of a damaged set
+    axes.imshow(class_colours(len(label_names))[label], interpolation="nearest")
     ids, counts = np.unique(label[label > 0], return_counts=True)
     largest = ids[np.argsort(-counts, kind="stable")][:most]
     taken: list[tuple[float, float]] = []
@@ -188,7 +205,7 @@ def _draw_labels(axes: Any, label: np.ndarray, class_names: list[str], most: int
         axes.text(
             x,
             y,
-            class_names[i - 1],
+            label_names[i - 1],
             color="white",
             fontsize=8.5,
             ha=_side_with_room(x / label.shape[1]),

@@ -30,93 +30,84 @@ from stores.mounted import MountedStore, check_mounted, patiently
 PLAIN = ""
 PACKED = ".zarr"  # the form on Drive
 CODEC = "blosc-zstd"
-SHELF = ".shelf"  # under ROOT: that form on its way
+# A folder under ROOT, there while a session prepares a set: the packed form, on its way from Drive
+# or to it. What a session that was stopped left there is found by this name and used.
+TRANSIT = ".shelf"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is wanted, and from where it may be had."""
+class SetRequest:
+    """Which set is asked for, and from where it may be had.
 
-    source: Source | None  # the .mat; None: found, else fetched
-    root: Path  # where the set is to be, on this disk
+    source: the .mat; None: found, else fetched. root: where the set is to be, on this disk.
+    drive: a folder of finished sets on a mount. url: of the .mat; None: its home.
+    workers, codecs: where the set has to be converted, as of `convert.pipeline.convert`.
+    """
+
+    root: Path
     settings: ConversionSettings
-    drive: Path | None  # a folder of finished sets on a mount
-    url: str | None  # of the .mat; None: its home
-    workers: int | None
-    codecs: Codecs  # of the set, where it has to be converted
+    source: Source | None = None
+    drive: Path | None = None
+    url: str | None = None
+    workers: int | None = None
+    codecs: Codecs = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What is there already of the wanted settings and source.
+class ExistingSets:
+    """What is there already of the settings and the source that are asked for.
 
-    Of each only the manifest was read.
+    Of each set only the manifest was read.
     """
 
-    here: ShardSet | None  # under ROOT
-    there: ShardSet | None  # on Drive
+    local: ShardSet | None  # under ROOT
+    on_drive: ShardSet | None
     # Drive has a copy that needs no mending, as far as the sizes of its files tell.
-    is_shelved: bool
+    is_drive_whole: bool
 
 
-def prepare(
-    source: Source | None,
-    root: Path,
-    settings: ConversionSettings,
-    drive: Path | None,
-    url: str | None,
-    workers: int | None = None,
-    codecs: Codecs = None,
-) -> Path:
-    """A finished set of `settings` under `root`. Says what it chose and what that saved.
+def prepare(request: SetRequest) -> Path:
+    """The finished set that is asked for. Says what it chose and what that saved.
 
-    Arguments: see Wish. Raises UserError for anything a user can mend; what was done until then
-    is kept, and the same call goes on.
+    Raises UserError for anything a user can mend; what was done until then is kept, and the same
+    call goes on.
     """
-    wish = Wish(
-        source=source,
-        root=root,
-        settings=settings,
-        drive=drive,
-        url=url,
-        workers=workers,
-        codecs=codecs,
-    )
-    if drive:
-        check_mounted(drive)
-    found = _look(wish)
+    if request.drive:
+        check_mounted(request.drive)
+    existing = _existing_sets(request)
 
-    made = _from_this_disk(found.here)
-    if made is None and found.there is not None:
-        made = _from_drive(wish, found.there)
-        found = replace(found, is_shelved=made is not None)
+    made = _from_this_disk(existing.local)
+    if made is None and existing.on_drive is not None:
+        made = _from_drive(request, existing.on_drive)
+        existing = replace(existing, is_drive_whole=made is not None)
     if made is None:
-        made = _converted(wish, found)
+        made = _converted(request, existing)
 
-    if drive and not found.is_shelved:
-        _shelve(made, wish, found.there.path.suffix if found.there else PACKED)
-    shutil.rmtree(root / SHELF, ignore_errors=True)
+    if request.drive and not existing.is_drive_whole:
+        form = existing.on_drive.path.suffix if existing.on_drive else PACKED
+        _copy_to_drive(made, request, form)
+    shutil.rmtree(request.root / TRANSIT, ignore_errors=True)
     return made.path
 
 
 # ------------------------------------------------------------------------------- what is there
 
 
-def _look(wish: Wish) -> Found:
+def _existing_sets(request: SetRequest) -> ExistingSets:
     """Look through both places for the same.
 
     Sets of version 1 that fit are upgraded where they lie.
     """
-    wanted = _wanted(wish.source)
-    here = _set_in(wish.root, wish.settings, wanted)
-    there = None
-    is_shelved = False
-    if wish.drive:
-        find = partial(_set_in, wish.drive, wish.settings, wanted)
-        there = patiently(find, f"looking through {wish.drive}")
-    if there:
-        is_shelved = not missing_files(MountedStore(there.path), there.manifest.files)
-    return Found(here=here, there=there, is_shelved=is_shelved)
+    wanted = _wanted(request.source)
+    local = _set_in(request.root, request.settings, wanted)
+    on_drive = None
+    is_drive_whole = False
+    if request.drive:
+        find = partial(_set_in, request.drive, request.settings, wanted)
+        on_drive = patiently(find, f"looking through {request.drive}")
+    if on_drive:
+        is_drive_whole = not missing_files(MountedStore(on_drive.path), on_drive.manifest.files)
+    return ExistingSets(local=local, on_drive=on_drive, is_drive_whole=is_drive_whole)
 
 
 def _set_in(where: Path, settings: ConversionSettings, wanted: SourceFilter) -> ShardSet | None:
@@ -140,64 +131,64 @@ def _wanted(source: Source | None) -> SourceFilter:
 # ------------------------------------------------------------------------- one way each to a set
 
 
-def _from_this_disk(here: ShardSet | None) -> ShardSet | None:
+def _from_this_disk(local: ShardSet | None) -> ShardSet | None:
     """The set on this disk if every byte of it is right."""
-    if here is None:
+    if local is None:
         return None
     started = time.perf_counter()
-    files = here.manifest.files
-    checked = [(name, problem) for name, problem in verify(here) if name in files]
+    files = local.manifest.files
+    checked = [(name, problem) for name, problem in verify(local) if name in files]
     wrong = [f"{name} {problem}" for name, problem in checked if problem]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        log(f"{here.path} is damaged: {'; '.join(wrong[:3])}{more}")
+        log(f"{local.path} is damaged: {'; '.join(wrong[:3])}{more}")
         return None
 
     seconds = time.perf_counter() - started
     log(
-        f"{here.path} is on this disk and whole: {len(files)} files checked in {seconds:.1f} s. "
-        f"Not needed: Drive, {_cost(here)}"
+        f"{local.path} is on this disk and whole: {len(files)} files checked in {seconds:.1f} s. "
+        f"Not needed: Drive, {_cost(local)}"
     )
-    return here
+    return local
 
 
-def _from_drive(wish: Wish, there: ShardSet) -> ShardSet | None:
+def _from_drive(request: SetRequest, on_drive: ShardSet) -> ShardSet | None:
     """A copy of the set on Drive, unpacked; None where it is not whole."""
     started = time.perf_counter()
-    is_packed = there.path.suffix == PACKED
-    log(f"{there.path} is on Drive: copying it here instead of making it again")
+    is_packed = on_drive.path.suffix == PACKED
+    log(f"{on_drive.path} is on Drive: copying it here instead of making it again")
     try:
-        pulled = pull(there, wish.root / SHELF if is_packed else wish.root)
+        pulled = pull(on_drive, request.root / TRANSIT if is_packed else request.root)
     except IncompleteCopy as error:
         log(f"{error}: what is right of it is used, the rest is made again")
         return None
 
     if is_packed:
-        in_its_place = wish.root / there.path.stem
+        in_its_place = request.root / on_drive.path.stem
         refuse_newer(LocalFolder(in_its_place))
         # If there is a manifest, it is of a damaged set: a whole one would not be pulled.
         (in_its_place / MANIFEST).unlink(missing_ok=True)
-        pulled = copy_set(pulled, wish.root, None)
+        pulled = copy_set(pulled, request.root, None)
     seconds = time.perf_counter() - started
     log(f"pulled and verified in {seconds:.1f} s. Not needed: {_cost(pulled)}")
     return pulled
 
 
-def _converted(wish: Wish, found: Found) -> ShardSet:
+def _converted(request: SetRequest, existing: ExistingSets) -> ShardSet:
     """The set made from the .mat, but for what is right of a damaged one here or on Drive."""
-    source = wish.source or _find_mat(wish.root, wish.drive)
+    source = request.source or _find_mat(request.root, request.drive)
     if source is None:
-        source = fetch(wish.url or NYU_DOWNLOAD.url, wish.root / NYU_DOWNLOAD.name)
-    places = f"this disk or {wish.drive}" if wish.drive else "this disk"
+        source = fetch(request.url or NYU_DOWNLOAD.url, request.root / NYU_DOWNLOAD.name)
+    places = f"this disk or {request.drive}" if request.drive else "this disk"
     log(f"no whole set of these settings on {places}: converting {source}")
 
-    where, codecs = _begin(wish, found)
-    execution = Execution(workers=wish.workers, codecs=codecs, repair=True)
-    made = convert_to_set(source, where, wish.settings, execution)
-    if where != wish.root:
-        made = copy_set(made, wish.root, None)
-    if found.here and found.here.path != made.path:  # damaged, and of another source
-        (found.here.path / MANIFEST).unlink()
+    where, codecs = _begin(request, existing)
+    execution = Execution(workers=request.workers, codecs=codecs, repair=True)
+    made = convert_to_set(source, where, request.settings, execution)
+    if where != request.root:
+        made = copy_set(made, request.root, None)
+    if existing.local and existing.local.path != made.path:  # damaged, and of another source
+        (existing.local.path / MANIFEST).unlink()
     return made
 
 
@@ -221,16 +212,16 @@ def _find_mat(root: Path, drive: Path | None) -> Path | None:
     return None
 
 
-def _begin(wish: Wish, found: Found) -> tuple[Path, Codecs]:
+def _begin(request: SetRequest, existing: ExistingSets) -> tuple[Path, Codecs]:
     """(where to convert, into which codecs) so that what is right of a damaged set is kept."""
-    if found.here:
-        return wish.root, found.here.codecs
-    if found.there:
-        codecs = found.there.codecs
-        where = wish.root / SHELF if codecs else wish.root
-        pull_right_files(found.there, where)
+    if existing.local:
+        return request.root, existing.local.codecs
+    if existing.on_drive:
+        codecs = existing.on_drive.codecs
+        where = request.root / TRANSIT if codecs else request.root
+        pull_right_files(existing.on_drive, where)
         return where, codecs
-    return wish.root, wish.codecs
+    return request.root, request.codecs
 
 
 def _cost(found: ShardSet) -> str:
@@ -246,25 +237,25 @@ def _cost(found: ShardSet) -> str:
 # ------------------------------------------------------------------------------ a copy on Drive
 
 
-def _shelve(made: ShardSet, wish: Wish, form: str) -> None:
+def _copy_to_drive(made: ShardSet, request: SetRequest, form: str) -> None:
     """Push the set in this form (a suffix), PACKED unless Drive has its plain form.
 
     Packed it is 295 MB to copy instead of 727, unpacked in 5 s.
     """
-    assert wish.drive is not None
-    log(f"{wish.drive} gets a copy of {made.path.name} for the next session")
+    assert request.drive is not None
+    log(f"{request.drive} gets a copy of {made.path.name} for the next session")
     if form != made.path.suffix:
-        made = _packed(made, wish.root / SHELF)
-    push(made, wish.drive)
+        made = _packed(made, request.root / TRANSIT)
+    push(made, request.drive)
 
 
-def _packed(made: ShardSet, shelf: Path) -> ShardSet:
-    """The set in the form of Drive, in the folder `shelf`.
+def _packed(made: ShardSet, folder: Path) -> ShardSet:
+    """The set in the form of Drive, in that folder.
 
     That is what was pulled or converted there, else a copy.
     """
-    packed = shelf / f"{made.path.stem}{PACKED}"
+    packed = folder / f"{made.path.stem}{PACKED}"
     if exists(packed / MANIFEST):
         return open_set(packed)
     codecs = codecs_of("zarr", CODEC, made.manifest.fields)
-    return copy_set(made, shelf, codecs)
+    return copy_set(made, folder, codecs)

@@ -1,7 +1,7 @@
 """Is every byte of a set right, and is it what the source gives."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from convert.decode import blaming
 from convert.resize import Resizer
-from convert.sources.base import Source
+from convert.sources.base import Source, filled_columns
 from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import check_opens, sampled_identity
 from shards.dataset import ShardSet, verify
 from shards.errors import DamagedSet, OtherSet, WrongSource
-from shards.manifest import shard_file
+from shards.manifest import Column, shard_file
+from shards.spec import SPLITS, DatasetSpec
 
 SHOWN = 3  # of the wrong files
+SHOWN_LETTERS = 100  # of a text
 
 
 class WrongFiles(DamagedSet):
@@ -39,7 +41,9 @@ class WrongFiles(DamagedSet):
 
 
 class OtherRows(OtherSet):
-    """Rows that are not what the source gives, in a set whose every byte is as it was written."""
+    """Rows, columns or names that are not what the source gives, in a set whose every byte is as
+    it was written.
+    """
 
 
 def verify_all(found: ShardSet) -> int:
@@ -67,15 +71,103 @@ def against_mat(found: ShardSet, path: Path, n_rows: int) -> int:
 
 
 def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
-    """Re-read random rows from the source and compare them with the stored ones, byte for byte.
+    """Compare what is stored with the source: label names, every column, and the fields of
+    `n_rows` random rows, which are read again and have to be the same byte for byte.
 
-    Returns how many rows were compared; raises OtherRows for the first one that differs.
+    Returns how many rows were read again; raises OtherRows for the first difference.
     """
+    _compare_columns(found, source)
     n_compared = min(n_rows, found.n_rows)
     rows = np.random.default_rng().choice(found.n_rows, n_compared, replace=False)
     for field in found.manifest.fields:
         _compare(found, field, source, sorted(rows.tolist()))
     return n_compared
+
+
+# ----------------------------------------------------------------------------------------- columns
+
+
+def _compare_columns(found: ShardSet, source: Source) -> None:
+    """Raise OtherRows for the first label name, or value of a column, that is another one."""
+    if found.n_rows != source.n_rows:
+        raise _other(found, f"has {found.n_rows} rows, {source} has {source.n_rows}")
+    facts = source.row_facts()
+    _compare_label_names(found, facts.dataset, source)
+
+    crop = found.settings.crop
+    of_source = filled_columns(facts.columns, found.n_rows, facts.dataset, crop)
+    for name in found.manifest.columns:
+        if name not in of_source:
+            raise _other(found, f"has a column {name}, {source} has none")
+
+    for name, values in of_source.items():  # in the order of the format
+        column = found.manifest.columns[name]
+        stored = _meanings(column, found.column(name), found.manifest.scenes, found.dataset)
+        given = _meanings(column, values, facts.scenes, facts.dataset)
+        other_rows = np.flatnonzero(_differs(stored, given))
+        if len(other_rows):
+            row = int(other_rows[0])
+            problem = f"says {_shown(stored[row])}, {source} says {_shown(given[row])}"
+            raise _other(found, problem, f"column {name}, row {row},")
+
+
+def _compare_label_names(found: ShardSet, dataset: DatasetSpec, source: Source) -> None:
+    stored = found.dataset.label_names
+    given = dataset.label_names
+    if len(stored) != len(given):
+        raise _other(found, f"has {len(stored)} label names, {source} has {len(given)}")
+    for k, (ours, theirs) in enumerate(zip(stored, given, strict=True)):
+        if ours != theirs:
+            problem = f"says {_shown(ours)}, {source} says {_shown(theirs)}"
+            raise _other(found, problem, f"the name of label {k + 1}")
+
+
+def _meanings(
+    column: Column, values: np.ndarray, scenes: Sequence[str], dataset: DatasetSpec
+) -> np.ndarray:
+    """[N, ...] what a column says of its rows: names where its numbers stand for names, as a name
+    may have another number in the source. None is no scene type.
+    """
+    if column.name == "split":
+        return np.array(SPLITS, object)[values]
+    if column.name == "scene":
+        return np.array(scenes, object)[values]
+    if column.name == "scene_type":
+        types = np.array([*dataset.scene_types, None], object)
+        return types[np.minimum(values, len(dataset.scene_types))]
+    if column.dtype == "text":
+        return values
+    return np.ascontiguousarray(values, column.dtype)
+
+
+def _differs(stored: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """[N] of which rows the values are not the same; of numbers, not the same bytes: where the
+    source has a NaN, the same NaN is right.
+    """
+    if stored.dtype.kind in "OU":
+        return np.asarray(stored != given)
+    bytes_of_rows = (np.frombuffer(each.tobytes(), "|u1") for each in (stored, given))
+    ours, theirs = (each.reshape(len(stored), -1) for each in bytes_of_rows)
+    return np.asarray((ours != theirs).any(axis=1))
+
+
+def _shown(value: Any) -> str:
+    """One value of a column, for a message of one line."""
+    if value is None:
+        return "no type"
+    if not isinstance(value, str):
+        return str(value.tolist())
+    more = "..." if len(value) > SHOWN_LETTERS else ""
+    return repr(str(value)[:SHOWN_LETTERS]) + more
+
+
+def _other(found: ShardSet, problem: str, where: str = "") -> OtherRows:
+    """The error, to be raised. `where`: what in the set the sentence is about."""
+    subject = f"{found.path}: {where}" if where else str(found.path)
+    return OtherRows(found.path, problem, f"Delete {found.path}", subject=subject)
+
+
+# ------------------------------------------------------------------------------------------ fields
 
 
 def _compare(found: ShardSet, field: str, source: Source, rows: list[int]) -> None:

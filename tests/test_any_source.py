@@ -26,7 +26,7 @@ from helpers.made_up import (
 )
 from helpers.sets import convert, files_of, is_whole, shard_bytes
 
-from convert.inspect import describe, picture
+from convert.inspect import SheetRows, describe, picture
 from convert.resize import Resizer
 from convert.sources.base import RowReader, Source
 from convert.sources.errors import Unreadable
@@ -249,6 +249,20 @@ def test_verify_finds_every_byte_right_and_rows_as_the_source_gives_them(
         against_source(found, other, N_ROWS)
 
 
+def test_verify_names_what_another_source_says_of_the_rows(found: ShardSet) -> None:
+    other = LabSource()
+    other.scene_type[1] = LAB.scene_types.index("yard")
+    with pytest.raises(
+        OtherRows, match="column scene_type, row 1, says no type, the lab says 'yard'"
+    ):
+        against_source(found, other, 1)
+    with pytest.raises(OtherRows, match="has 30 rows, the lab has 12"):
+        against_source(found, LabSource(n_rows=12), 1)
+    fewer = replace(LAB, label_names=LAB.label_names[:-1])
+    with pytest.raises(OtherRows, match="has 7 label names, the lab has 6"):
+        against_source(found, LabSource(dataset=fewer), 1)
+
+
 def test_verify_of_a_crop_uses_the_datasets_box(tmp_path: Path) -> None:
     source = LabSource(crop="centre")
     made = open_set(convert(source, tmp_path, replace(SMALL, crop="centre")))
@@ -270,17 +284,17 @@ def test_inspect_says_what_is_in_it(found: ShardSet) -> None:
 def test_inspect_draws_val_rows_and_the_datasets_names(
     found: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: dict[str, list[str]] = {}
+    drawn: list[SheetRows] = []
 
-    def sheet(*args: object) -> None:
-        *_, drawn["names"], drawn["captions"], _ = args  # type: ignore[assignment]
+    def sheet(rows: SheetRows, out: Path) -> None:
+        drawn.append(rows)
 
     with monkeypatch.context() as patch:
         patch.setattr("convert.inspect.contact_sheet", sheet)
         picture(found, tmp_path / "sheet.png", N_ROWS)
-    assert drawn["names"] == list(LAB.label_names)
-    assert drawn["captions"][4] == "row 4: room 1 (bench, val)"
-    assert drawn["captions"][16] == "row 16: room 5 (no type, val)"
+    assert drawn[0].label_names == LAB.label_names
+    assert drawn[0].captions[4] == "row 4: room 1 (bench, val)"
+    assert drawn[0].captions[16] == "row 16: room 5 (no type, val)"
 
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     picture(found, tmp_path / "sheet.png", 3)

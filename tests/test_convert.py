@@ -255,7 +255,7 @@ def test_real_matlab_files_that_are_not_the_dataset_are_one_line(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- tables, verify, shelf
+# ---------------------------------------------------------------- tables, verify, inspect
 
 
 def test_the_official_table_gives_795_and_654_rows() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from helpers.commands import Run
 from helpers.sets import convert, entry_of, manifest_json, write_manifest_json
 
 from convert.__main__ import read_set, with_next_command
-from convert.verify import against_mat, verify_all
+from convert.verify import OtherRows, against_mat, verify_all
 from shards.containers import npy_header
 from shards.dataset import open_set
 from shards.errors import UserError
 from shards.manifest import MANIFEST, PROVENANCE
+from shards.spec import NO_SCENE_TYPE
 
 Damage = Callable[[Path, random.Random], Path]
 
@@ -226,6 +228,126 @@ def test_verify_against_finds_what_its_own_hashes_cannot(
     verify_all(read_set(directory))
     with pytest.raises(UserError, match=f"{path.name}: row .* is not what"):
         against_mat(open_set(directory), mat, 36)
+
+
+def changed_column(directory: Path, array: str, row: int, value: object) -> Path:
+    """Another value in one array of a column, and the manifest signed again: every hash is right."""
+    path = directory / f"{array}.npy"
+    values = np.load(path)
+    values[row] = value
+    np.save(path, values)
+    manifest = manifest_json(directory)
+    manifest["column_files"][path.name] = entry_of(path)
+    write_manifest_json(directory, manifest)
+    return directory
+
+
+def changed_names(directory: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Other names in a manifest that is signed again."""
+    manifest = manifest_json(directory)
+    change(manifest)
+    write_manifest_json(directory, manifest)
+    return directory
+
+
+def rename_scene(manifest: dict[str, Any]) -> None:
+    manifest["scenes"][0] = "attic_0001"
+
+
+def rename_scene_types(manifest: dict[str, Any]) -> None:
+    types = manifest["dataset"]["scene_types"]
+    first, second = types.index("bedroom"), types.index("kitchen")
+    types[first], types[second] = "kitchen", "bedroom"
+
+
+def rename_label(manifest: dict[str, Any]) -> None:
+    manifest["dataset"]["label_names"][4] = "sofa of another"
+
+
+# What is changed, and what of it the line says. Of a text the first letter of the first row's.
+CHANGED_COLUMNS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "floats": (
+        lambda d: changed_column(d, "rows-accel", 7, 0.5),
+        r"column accel, row 7, says \[0.5, 0.5, 0.5, 0.5\], \S+rooms.mat says \[",
+    ),
+    "NaN": (
+        lambda d: changed_column(d, "rows-camera", 7, np.nan),
+        r"column camera, row 7, says \[nan, nan, nan, nan\], \S+rooms.mat says \[0.8",
+    ),
+    "integers": (
+        lambda d: changed_column(d, "rows-row", 35, 3),
+        r"column row, row 35, says 3, \S+rooms.mat says 35\.",
+    ),
+    "status": (
+        lambda d: changed_column(d, "rows-status", 2, 1),
+        r"column status, row 2, says 1, \S+rooms.mat says 0\.",
+    ),
+    "text": (
+        lambda d: changed_column(d, "rows-rgb_file-bytes", 0, ord("#")),
+        r"column rgb_file, row 0, says '#\S+', \S+rooms.mat says '[^#]\S+'\.",
+    ),
+    "split": (
+        lambda d: changed_column(d, "rows-split", 3, 2),
+        r"column split, row 3, says 'val', \S+rooms.mat says '(train|test)'\.",
+    ),
+    "scene type": (
+        lambda d: changed_column(d, "rows-scene_type", 5, NO_SCENE_TYPE),
+        r"column scene_type, row 5, says no type, \S+rooms.mat says '\w+'\.",
+    ),
+    "scene types' names": (
+        lambda d: changed_names(d, rename_scene_types),
+        r"column scene_type, row \d+, says '(bedroom|kitchen)', \S+rooms.mat says '(?!\1)",
+    ),
+    "scenes' names": (
+        lambda d: changed_names(d, rename_scene),
+        r"column scene, row \d+, says 'attic_0001', \S+rooms.mat says '\w+'\.",
+    ),
+    "label names": (
+        lambda d: changed_names(d, rename_label),
+        r"the name of label 5 says 'sofa of another', \S+rooms.mat says '[^']+'\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED_COLUMNS)
+def test_verify_against_names_a_column_that_was_changed_and_signed_again(
+    kind: str, mat: Path, small_set: Path, tmp_path: Path
+) -> None:
+    change, line = CHANGED_COLUMNS[kind]
+    directory = change(Path(shutil.copytree(small_set, tmp_path / small_set.name)))
+    verify_all(read_set(directory))
+    with pytest.raises(OtherRows, match=line):
+        against_mat(open_set(directory), mat, 1)
+
+
+def test_verify_against_ends_with_the_first_difference_in_one_line_and_status_2(
+    mat: Path, small_set: Path, tmp_path: Path, command: Run
+) -> None:
+    directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
+    scene = np.load(directory / "rows-scene.npy")
+    names = manifest_json(directory)["scenes"]
+    row = int(np.flatnonzero(scene != scene[0])[0])
+    changed_column(directory, "rows-scene", row, scene[0])
+    changed_column(directory, "rows-row", 35, 3)
+    done = command("convert", "verify", directory, "--against", mat)
+    says = f"column scene, row {row}, says '{names[scene[0]]}', {mat} says '{names[scene[row]]}'"
+    assert done.returncode == 2
+    assert f"{directory}: {says}. Delete {directory}. Then run: make convert\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_against_takes_scenes_by_name_whatever_their_numbers(
+    mat: Path, small_set: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
+    scene = np.load(directory / "rows-scene.npy")
+    names = manifest_json(directory)["scenes"]
+    np.save(directory / "rows-scene.npy", (len(names) - 1 - scene).astype("<u4"))
+    manifest = manifest_json(directory)
+    manifest["scenes"] = names[::-1]
+    manifest["column_files"]["rows-scene.npy"] = entry_of(directory / "rows-scene.npy")
+    write_manifest_json(directory, manifest)
+    assert against_mat(open_set(directory), mat, 1) == 1
 
 
 @pytest.mark.parametrize("damage", ["header", "size", "link", "missing"])

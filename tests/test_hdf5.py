@@ -21,7 +21,7 @@ from helpers.sets import FIELDS, SMALL, convert, repack
 
 from convert.resize import nearest
 from convert.sample import write_sample
-from convert.session import prepare
+from convert.session import SetRequest, prepare
 from convert.sources.hdf5 import HDF5
 from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import KEYS, LOOK_FIRST, sampled_identity
@@ -396,12 +396,17 @@ def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(
     said = ConversionSettings(size=32, rows_per_shard=10, axes="wh")
     path = Path(shutil.copy(mat, tmp_path / "x.mat"))
     (tmp_path / "drive").mkdir()
-    made = prepare(path, tmp_path / "here", said, tmp_path / "drive", None)
+    made = prepare(
+        SetRequest(root=tmp_path / "here", settings=said, source=path, drive=tmp_path / "drive")
+    )
     assert list((tmp_path / "drive").glob("*.zarr/manifest.json"))
     assert repack(made, tmp_path / "zarr", "zarr", "none").suffix == ".zarr"
     path.unlink()
     assert convert(path, tmp_path / "here", said) == made
-    assert prepare(None, tmp_path / "there", said, tmp_path / "drive", None).name == made.name
+    assert (
+        prepare(SetRequest(root=tmp_path / "there", settings=said, drive=tmp_path / "drive")).name
+        == made.name
+    )
 
 
 def test_axes_that_the_pictures_contradict_are_refused(mat: Path, tmp_path: Path) -> None:

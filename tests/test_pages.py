@@ -63,10 +63,10 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
     assert [target for target in links(page) if is_dead(target, page)] == []
 
 
-def test_every_page_is_named_on_the_first_page_of_its_shelf() -> None:
-    for shelf in (USER_PAGES, JOURNAL):
-        first = shelf[0].parent / "README.md"
-        assert set(links(first)) >= {page.name for page in shelf if page != first}
+def test_every_page_is_named_on_the_first_page_of_its_folder() -> None:
+    for pages in (USER_PAGES, JOURNAL):
+        first = pages[0].parent / "README.md"
+        assert set(links(first)) >= {page.name for page in pages if page != first}
 
 
 def test_every_page_of_the_journal_has_figures_and_names_what_measures_them() -> None:

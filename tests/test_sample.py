@@ -172,7 +172,7 @@ def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
     pytest.importorskip(
         "matplotlib", reason="the extra `show` is not installed: no picture is drawn"
     )
-    from convert.inspect import contact_sheet
+    from convert.inspect import SheetRows, contact_sheet
 
     with h5py.File(sample) as file:
         shown = ("images", "rawDepths", "labels")
@@ -180,17 +180,27 @@ def test_contact_sheet_is_a_png(sample: Path, tmp_path: Path) -> None:
         names = strings(file, "names")
     out = tmp_path / "new" / "a.png"
     depth_mm = np.round(depth_m * 1000).astype("<u2")
-    contact_sheet(rgb, depth_mm, label, names, ["row 0", "row 1"], out)
+    rows = SheetRows(
+        rgb_nchw_u8=rgb,
+        depth_nhw_mm=depth_mm,
+        label_nhw=label,
+        captions=["row 0", "row 1"],
+        label_names=names,
+    )
+    contact_sheet(rows, out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convert.inspect import contact_sheet
+    from convert.inspect import SheetRows, contact_sheet
 
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     none = np.zeros((0, 1, 1), np.uint16)
+    rows = SheetRows(
+        rgb_nchw_u8=none, depth_nhw_mm=none, label_nhw=none, captions=[], label_names=[]
+    )
     with pytest.raises(UserError, match=r"pip install 'nyuv2-shards\[show\]'"):
-        contact_sheet(none, none, none, [], [], tmp_path / "a.png")
+        contact_sheet(rows, tmp_path / "a.png")

@@ -21,7 +21,7 @@ from helpers.sets import flip, is_whole, same_shards
 from convert.__main__ import main
 from convert.pipeline import SourceFilter, convert, find_set
 from convert.sample import write_sample
-from convert.session import prepare
+from convert.session import SetRequest, prepare
 from convert.sources.nyu_mat import sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import push
@@ -198,7 +198,7 @@ def test_of_a_damaged_set_here_only_what_is_wrong_is_made_again(
     made = Path(convert(mat, root, SMALL, codecs=codecs))
     before, wrong = written(made), shard_file(RGB, 1, codecs is not None)
     flip(made / wrong)
-    assert prepare(mat, root, SMALL, None, None) == made
+    assert prepare(SetRequest(root=root, settings=SMALL, source=mat)) == made
     assert "3 of 4 shards are done already" in capsys.readouterr().err
     assert is_whole(made)
     assert {name for name, when in written(made).items() if when != before[name]} == {wrong}
@@ -210,7 +210,7 @@ def test_a_damaged_manifest_here_is_mended_and_no_right_file_is_written_again(
     made = Path(convert(mat, tmp_path / "root", SMALL))
     before = written(made)
     flip(made / MANIFEST)
-    assert prepare(mat, tmp_path / "root", SMALL, None, None) == made
+    assert prepare(SetRequest(root=tmp_path / "root", settings=SMALL, source=mat)) == made
     assert written(made) == before
 
 
@@ -346,7 +346,14 @@ def test_a_dead_mount_stops_before_anything_is_fetched(
     with pytest.raises(
         StoreFailed, match=r"ENOTCONN 2 times while looking for .*force_remount=True"
     ):
-        prepare(None, tmp_path / "root", SMALL, tmp_path / "drive", "http://127.0.0.1:9/")
+        prepare(
+            SetRequest(
+                root=tmp_path / "root",
+                settings=SMALL,
+                drive=tmp_path / "drive",
+                url="http://127.0.0.1:9/",
+            )
+        )
 
 
 # ---------------------------------------------------------------- the Makefile

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from helpers.sets import flip, is_whole, manifest_json, verify, write_manifest_j
 
 from convert.pipeline import convert
 from convert.sample import write_sample
-from convert.session import prepare
+from convert.session import SetRequest, prepare
+from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import sampled_identity
 from convert.transfer import pull, push, set_on_mount
 from convert.upgrade import KEPT_COLUMNS, is_old, read_version_1, upgrade
+from convert.verify import against_source
 from shards.containers import column_file
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, NewerSet, OldSet, WrongSource
@@ -143,6 +146,19 @@ def test_an_upgraded_set_is_whole_and_keeps_name_and_fingerprint(form: str, tmp_
     assert [name for name, problem in verify(old) if problem] == []
     assert open_set(old).manifest == found.manifest
     assert len(found.column("rgb_file")) == 12
+
+
+@each_form
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_set_of_any_version_is_what_its_source_gives(
+    version: int, form: str, tmp_path: Path
+) -> None:
+    write_sample(tmp_path / MAT, 12, size_wh=(64, 48))
+    found = (
+        upgrade(old_set(tmp_path, form)) if version == 1 else open_set(VERSION_2 / f"{NAME}{form}")
+    )
+    with closing(NyuSource(tmp_path / MAT, SETTINGS)) as source:
+        assert against_source(found, source, 12) == 12
 
 
 def test_the_new_columns_say_what_the_old_ones_said(tmp_path: Path) -> None:
@@ -499,7 +515,7 @@ def test_a_set_with_other_settings_stays_of_version_1(tmp_path: Path, command: R
     before = content(old)
     write_sample(tmp_path / MAT, 12, size_wh=(64, 48))
     convert(tmp_path / MAT, tmp_path, ConversionSettings(size=16))
-    prepare(tmp_path / MAT, tmp_path, ConversionSettings(size=32), None, None)
+    prepare(SetRequest(root=tmp_path, settings=ConversionSettings(size=32), source=tmp_path / MAT))
     done = command("convert", "run", old, "--out", tmp_path / "other", "--size", 16)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "has other settings" in done.stderr
@@ -645,7 +661,7 @@ def test_a_conversion_never_takes_the_place_of_a_later_version(
     with pytest.raises(NewerSet, match=LATER):
         convert(tmp_path / MAT, tmp_path, SETTINGS, repair=repair)
     with pytest.raises(NewerSet, match=LATER):
-        prepare(tmp_path / MAT, tmp_path, SETTINGS, None, None)
+        prepare(SetRequest(root=tmp_path, settings=SETTINGS, source=tmp_path / MAT))
     assert content(made) == before
 
 
@@ -666,7 +682,7 @@ def test_a_session_never_takes_the_place_of_a_later_version(tmp_path: Path) -> N
     before = content(newer)
     shutil.copytree(VERSION_2 / f"{NAME}.zarr", tmp_path / "drive" / f"{NAME}.zarr")
     with pytest.raises(NewerSet, match=LATER):
-        prepare(None, tmp_path / "root", SETTINGS, tmp_path / "drive", None)
+        prepare(SetRequest(root=tmp_path / "root", settings=SETTINGS, drive=tmp_path / "drive"))
     assert content(newer) == before
 
 

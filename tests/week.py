@@ -60,8 +60,8 @@ def new_machine(base: Path) -> Path:
 
 
 def week(base: Path, drive: Drive, server: Server, url: str) -> None:
-    shelf = drive.mount / "nyuv2"
-    convert = ("convert", "run", "--drive", shelf, "--url", url, "--rows-per-shard", 16, "--out")
+    on_drive = drive.mount / "nyuv2"
+    convert = ("convert", "run", "--drive", on_drive, "--url", url, "--rows-per-shard", 16, "--out")
     print("== Monday: nothing anywhere; the web server drops connections")
     root = new_machine(base)
     shell(*convert, root)
@@ -89,12 +89,12 @@ def week(base: Path, drive: Drive, server: Server, url: str) -> None:
     shell(*convert, root)
     drive.fail(0)
     shell("convert", "verify", root)
-    shell("convert", "verify", next(shelf.glob("nyuv2-*")))
+    shell("convert", "verify", next(on_drive.glob("nyuv2-*")))
 
     print("== Sunday: the same machine, other settings")
     shell(*convert, root, "--size", 96, "--fields", "rgb,depth")
     print("on this disk:", *sorted(p.name for p in root.glob("nyuv2-*")))
-    print("on Drive:", *sorted(p.name for p in shelf.glob("nyuv2-*")), size(drive.back))
+    print("on Drive:", *sorted(p.name for p in on_drive.glob("nyuv2-*")), size(drive.back))
 
 
 def main() -> None:

@@ -226,7 +226,9 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     drive.fail(chance.choice([0.002, 0.01, 0.05]), *kinds)
     root = base / "root"
     try:
-        session.prepare(mat, root, SMALL, drive.mount / "set", None)
+        session.prepare(
+            session.SetRequest(root=root, settings=SMALL, source=mat, drive=drive.mount / "set")
+        )
         happened = "done"
     except (UserError, OSError):
         happened = "refused"
@@ -242,7 +244,9 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     if chance.random() < 0.5:
         shutil.rmtree(root, ignore_errors=True)  # the machine is gone
     spoil(drive.back, chance)
-    made = session.prepare(mat, root, SMALL, drive.mount / "set", None)
+    made = session.prepare(
+        session.SetRequest(root=root, settings=SMALL, source=mat, drive=drive.mount / "set")
+    )
     assert shard_bytes(made) == right
     if chance.random() < 0.5:
         shutil.rmtree(root)
@@ -272,9 +276,17 @@ def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_p
         kinds = random.Random(seed).sample([*ERRORS, "short", "forget", "stall"], 4)
         drive.fail(0.03, *kinds)
         with suppress(UserError, OSError):
-            session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
+            session.prepare(
+                session.SetRequest(
+                    root=tmp_path / "root", settings=settings, source=mat, drive=drive.mount / "set"
+                )
+            )
         drive.fail(0)
-        made = session.prepare(mat, tmp_path / "root", settings, drive.mount / "set", None)
+        made = session.prepare(
+            session.SetRequest(
+                root=tmp_path / "root", settings=settings, source=mat, drive=drive.mount / "set"
+            )
+        )
         assert shard_bytes(made).items() >= right.items()
         shutil.rmtree(tmp_path / "root")
         for there in finished_sets(drive.back / "set"):
