@@ -26,7 +26,7 @@ from loader.loader import Loader
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
-from train.job import TrainingJob, make_job, new_run
+from train.job import Loaders, TaskSetup, make_setup, new_run
 from train.loop import evaluate, train_step
 from train.model import start_from
 from train.order import Batches
@@ -58,48 +58,52 @@ def loader_over(dataset: ShardDataset, batch_size: int, seed: int | None) -> Loa
     return Loader(dataset, Batches(len(dataset), batch_size, seed))
 
 
-def fold_job(settings: Settings, fold: int, n_folds: int) -> TrainingJob:
+def fold_setup(settings: Settings, fold: int, n_folds: int) -> tuple[TaskSetup, Loaders]:
     """Trains without this fold of the train scenes, and is judged by it."""
-    job = make_job(settings, ranks.join())
-    folds = fold_of_rows(job.train_set, n_folds)
-    left_in = job.train_set.subset(folds != fold)
-    left_out = job.train_set.subset(folds == fold)
-    job.train_loader = loader_over(left_in, settings.batch_size, settings.seed)
-    job.eval_loader = loader_over(left_out, BATCH_OF_SCORING, None)
-    job.train_set = left_in
-    return job
+    setup = make_setup(settings, ranks.join())
+    folds = fold_of_rows(setup.train_set, n_folds)
+    left_in = setup.train_set.subset(folds != fold)
+    left_out = setup.train_set.subset(folds == fold)
+    loaders = Loaders(
+        train=loader_over(left_in, settings.batch_size, settings.seed),
+        eval=loader_over(left_out, BATCH_OF_SCORING, None),
+        split=setup.eval_split,
+    )
+    return replace(setup, train_set=left_in), loaders
 
 
-def learn(job: TrainingJob, n_epochs: int, weights: str | None = None) -> tuple[Run, Scores]:
+def learn(
+    setup: TaskSetup, loaders: Loaders, n_epochs: int, weights: str | None = None
+) -> tuple[Run, Scores]:
     """The run, and the scores of the fold left out, after n_epochs."""
-    run = new_run(job)
+    run = new_run(setup)
     start_from(run.model, weights)
-    job.net = run.model
     for epoch in range(n_epochs):
-        job.train_loader.set_epoch(epoch)
+        loaders.train.set_epoch(epoch)
         run.model.train()
-        for batch in job.train_loader:
-            train_step(run, job, batch, slice(None))
+        for batch in loaders.train:
+            train_step(run, setup, batch, slice(None))
         run.history.append({})  # a run counts its epochs by these
         run.step = 0
-    return run, evaluate(run, job)
+    return run, evaluate(run, setup, loaders)
 
 
 def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> None:
     """Train on the pixels' classes of the same rows first; the weights go to `path`."""
     n_epochs = plan.n_semantic_epochs
     semantic = replace(settings, task="semantic40", epochs=n_epochs)
-    run, scores = learn(fold_job(semantic, fold, plan.n_folds), n_epochs, settings.weights)
+    setup, loaders = fold_setup(semantic, fold, plan.n_folds)
+    run, scores = learn(setup, loaders, n_epochs, settings.weights)
     torch.save(run.model.state_dict(), path)
     print(f"fold {fold}: semantic classes:", as_text(scores), flush=True)
 
 
-def epochs_within(minutes: float, job: TrainingJob, settings: Settings) -> int:
+def epochs_within(minutes: float, setup: TaskSetup, loaders: Loaders) -> int:
     """How many fit, by the time that one takes."""
-    job.settings = replace(settings, epochs=1)
-    learn(job, 1)  # warm: files, caches of the convolutions
+    one = replace(setup, settings=replace(setup.settings, epochs=1))
+    learn(one, loaders, 1)  # warm: files, caches of the convolutions
     started = time.perf_counter()
-    learn(job, 1)
+    learn(one, loaders, 1)
     epoch_s = time.perf_counter() - started
     return max(1, int(60 * minutes / epoch_s))
 
@@ -115,12 +119,12 @@ def judge(settings: Settings, fold: int, plan: Plan) -> Scores:
             learn_semantic(settings, fold, plan, path)
             weights = str(path)
 
-        job = fold_job(settings, fold, plan.n_folds)
+        setup, loaders = fold_setup(settings, fold, plan.n_folds)
         if plan.minutes:
-            n_epochs = epochs_within(plan.minutes, job, settings)
-            job.settings = replace(settings, epochs=n_epochs)
+            n_epochs = epochs_within(plan.minutes, setup, loaders)
+            setup = replace(setup, settings=replace(settings, epochs=n_epochs))
             started = time.perf_counter()
-        _, scores = learn(job, n_epochs, weights)
+        _, scores = learn(setup, loaders, n_epochs, weights)
     return {"epochs": n_epochs, "seconds": time.perf_counter() - started, **scores}
 
 

@@ -23,9 +23,10 @@ import torch
 from bench.command import exit_status, make_parser
 from bench.figures import median_interval
 from bench.train_flags import parse_with_settings
+from loader.loader import Loader
 from train import ranks
 from train.checkpoint import Run
-from train.job import TrainingJob, make_job, new_run, open_loaders
+from train.job import TaskSetup, make_setup, new_run, open_loaders
 from train.loop import train_step
 
 N_UNTIMED = 4  # steps, more than the loader holds ready
@@ -39,52 +40,52 @@ class Pair:
     one_batch_s: float
 
 
-def endless(job: TrainingJob) -> Iterator[Any]:
+def endless(loader: Loader) -> Iterator[Any]:
     """Epoch after epoch of the real loader."""
     while True:
-        yield from job.train_loader
+        yield from loader
 
 
-def repeated(job: TrainingJob) -> Iterator[Any]:
+def repeated(loader: Loader) -> Iterator[Any]:
     """One batch, over and over."""
-    first = next(iter(job.train_loader))
+    first = next(iter(loader))
     # The loader's memory is used again.
     return itertools.repeat(tuple(part.clone() for part in first))
 
 
-def time_steps(batches: Iterator[Any], run: Run, job: TrainingJob, n_steps: int) -> float:
+def time_steps(batches: Iterator[Any], run: Run, setup: TaskSetup, n_steps: int) -> float:
     """Seconds a step."""
     started = 0.0
     for k, batch in enumerate(itertools.islice(batches, N_UNTIMED + n_steps)):
         if k == N_UNTIMED:  # with the batch of the first timed step at hand
-            synchronize(job)
+            synchronize(setup)
             started = time.perf_counter()
-        train_step(run, job, batch, slice(None))
-    synchronize(job)
+        train_step(run, setup, batch, slice(None))
+    synchronize(setup)
     return (time.perf_counter() - started) / n_steps
 
 
-def synchronize(job: TrainingJob) -> None:
+def synchronize(setup: TaskSetup) -> None:
     """Wait for what a GPU still has to do."""
-    if job.device.type == "cuda":
+    if setup.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def time_pairs(job: TrainingJob, n_pairs: int, n_steps: int) -> Iterator[Pair]:
+def time_pairs(setup: TaskSetup, n_pairs: int, n_steps: int) -> Iterator[Pair]:
     """The halves in an order that alternates, beginning with the one batch."""
-    run = new_run(job)
-    job.net = run.model.train()
-    open_loaders(job)
-    real = endless(job)
-    one = repeated(job)
+    run = new_run(setup)
+    run.model.train()
+    loader = open_loaders(setup, setup.eval_split).train
+    real = endless(loader)
+    one = repeated(loader)
 
     for k in range(n_pairs):
         if k % 2:
-            with_loader_s = time_steps(real, run, job, n_steps)
-            one_batch_s = time_steps(one, run, job, n_steps)
+            with_loader_s = time_steps(real, run, setup, n_steps)
+            one_batch_s = time_steps(one, run, setup, n_steps)
         else:
-            one_batch_s = time_steps(one, run, job, n_steps)
-            with_loader_s = time_steps(real, run, job, n_steps)
+            one_batch_s = time_steps(one, run, setup, n_steps)
+            with_loader_s = time_steps(real, run, setup, n_steps)
         yield Pair(with_loader_s=with_loader_s, one_batch_s=one_batch_s)
 
 
@@ -104,12 +105,12 @@ def report(argv: Sequence[str] | None) -> None:
     defaults = {"batch_size": 32, "size": 96, "width": 16, "num_classes": 10}
     settings, args = parse_with_settings(parser, argv, **defaults)
 
-    job = make_job(settings, ranks.join())
-    pairs = list(time_pairs(job, args.pairs, args.steps))
+    setup = make_setup(settings, ranks.join())
+    pairs = list(time_pairs(setup, args.pairs, args.steps))
     print_table(pairs)
     ratio = median_interval([pair.with_loader_s / pair.one_batch_s for pair in pairs])
     network = f"size {settings.size}, width {settings.channels}"
-    machine = f"{torch.get_num_threads()} threads, {job.device}"
+    machine = f"{torch.get_num_threads()} threads, {setup.device}"
     where = f"batches of {settings.batch_size}, {network}, {machine}"
     bounds = f"({ratio.low:.3f}-{ratio.high:.3f}, 95 %)"
     print(f"ratio {ratio.median:.3f} {bounds}, {args.pairs} pairs of {args.steps} steps, {where}")

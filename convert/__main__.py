@@ -29,10 +29,10 @@ from shards.errors import (
     StoreFailed,
     UserError,
     WrongPlace,
-    WrongSetting,
     WrongSource,
 )
 from shards.files import log
+from shards.flags import as_flag, flag_of
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 from stores.http import READERS, RemoteFile
@@ -298,6 +298,8 @@ def explained(error: BaseException, args: argparse.Namespace | None) -> str:
     return f"{error}. What is finished is kept: mend that, then run the same command again"
 
 
+WITH_THE_FILE = "make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
+
 # What to type next, by what went wrong; the first that fits counts.
 NEXT: tuple[tuple[type[UserError], str], ...] = (
     (NewerSet, "Run: make convert OUT=/another/folder, or install that version"),
@@ -319,38 +321,40 @@ def _as_typed(args: argparse.Namespace | None) -> str:
 
 
 def with_next_command(error: UserError, command: str) -> str:
-    """The error in one line, and what to type next; `command` is the one that was run."""
+    """The error in one line, with settings as flags, and what to type next.
+
+    command: the one that was run.
+    """
     from convert.verify import WrongFiles
 
-    if isinstance(error, WrongSetting):
-        return f"--{error.name.replace('_', '-')} {error.given}: {error.choices}"
+    text = error.told(as_flag)
     if isinstance(error, WrongFiles):
-        return f"{error}. Run: {repair_commands(error)}"
+        return f"{text}. Run: {repair_commands(error)}"
     if isinstance(error, OldSet):
-        return f"{error}. Run: {upgrade_commands(error)}"
+        return f"{text}. Run: {upgrade_commands(error)}"
     if isinstance(error, MissingField):
         fields = ",".join((*error.fields, error.field))
-        return f"{error}. Run: make convert ARGS='--fields {fields}'"
+        return f"{text}. Run: make convert ARGS='--fields {fields}'"
     if isinstance(error, SeveralSets):
-        return f"{error} (with make: DATA={error.found[0]})"
+        return f"{text} (with make: DATA={error.found[0]})"
     if isinstance(error, IncompleteCopy):
         then = "make push there" if error.missing else f"make verify, {command}"
-        return f"{error}. Run: {then}"
+        return f"{text}. Run: {then}"
     if isinstance(error, IncompleteDownload):
-        return f"{error}. Run: make convert (it resumes)"
+        return f"{text}. Run: make convert (it resumes), or {WITH_THE_FILE}"
     if isinstance(error, StoreFailed):
-        return f"{error}, then: {command}"
+        return f"{text}, then: {command}"
     if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:
-        return f"{error}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
+        return f"{text}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
     if isinstance(error, WrongPlace):
         is_of_run = command.startswith("make convert")
-        return f"{error}. Run: make convert OUT=/another/disk" if is_of_run else str(error)
+        return f"{text}. Run: make convert OUT=/another/disk" if is_of_run else text
     if isinstance(error, WrongSource):
         if error.right:
-            return f"{error}, then run: make convert"
-        return f"{error}. Run: make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
-    advice = next((text for kind, text in NEXT if isinstance(error, kind)), "")
-    return f"{error}. {advice}" if advice else str(error)
+            return f"{text}, then run: make convert"
+        return f"{text}. Run: {WITH_THE_FILE}"
+    advice = next((then for kind, then in NEXT if isinstance(error, kind)), "")
+    return f"{text}. {advice}" if advice else text
 
 
 def upgrade_commands(error: OldSet) -> str:
@@ -393,7 +397,7 @@ def repair_command(found: ShardSet) -> list[str]:
     for name, value in found.settings.to_json().items():
         if value != defaults.get(name) and name != "kinds":
             text = ",".join(value) if name == "fields" else str(value)
-            command += [f"--{name.replace('_', '-')}", text]
+            command += [flag_of(name), text]
     return command
 
 

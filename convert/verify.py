@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -39,9 +38,6 @@ class WrongFiles(DamagedSet):
         self.found = found
         self.wrong = dict(wrong)
         self.foreign = [name for name in wrong if name not in found.manifest.files]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.found, self.wrong)
 
 
 class OtherRows(OtherSet):

@@ -20,8 +20,9 @@ from shards.containers import (
     write_field,
 )
 from shards.dataset import ShardSet, open_set
-from shards.errors import DamagedSet, UserError, WrongSetting
+from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting
 from shards.files import FileEntry, what_is_wrong, write_bytes
+from shards.flags import as_flag
 from shards.lock import only_one
 from shards.manifest import (
     PROVENANCE,
@@ -33,10 +34,10 @@ from shards.writing import check_space, commit, finished_set, resume, set_name
 
 
 def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
-    """`--format` and `--codec` -> a codec a field; None for .npy.
+    """A codec a field; None for .npy.
 
-    codec: one for all fields, or "depth=blosc,label=zstd" and none for the rest. Raises
-    WrongSetting.
+    container: "npy" or "zarr". codec: one for all fields, or "depth=blosc,label=zstd" and none for
+    the rest. Raises WrongSetting.
     """
     names = list(fields)
     if "=" in codec:
@@ -48,9 +49,8 @@ def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
         raise WrongSetting("codec", codec, choices)
     if container == "npy":
         if codec != "none":
-            raise WrongSetting(
-                "codec", codec, ".npy files are never compressed; with --format zarr they are"
-            )
+            advice = "Files of .npy are never compressed"
+            raise NeedsSetting("codec", codec, "container", "zarr", advice)
         return None
     return {name: given.get(name, "none") for name in names}
 
@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(copy_set(found, args.root, codecs).path)
         return 0
     except (UserError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        text = error.told(as_flag) if isinstance(error, UserError) else str(error)
+        print(" ".join(text.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what is copied is kept, and the same command goes on", file=sys.stderr)

@@ -2,6 +2,7 @@
 
     UserError                 problem, right
       WrongSetting            name, given, choices      a value that no set or run can be made from
+        NeedsSetting          other, needed             it goes with that value of another one alone
       MissingSet              path                      there is no finished set
         UnfinishedSet         path, n_shards_done       a conversion has begun there
       SeveralSets             path, found               more than one: which is meant?
@@ -20,12 +21,13 @@
         IncompleteDownload                              a download that ended before its file
 
 Errors say what is wrong and which value or act would be right. Which command to run next is the
-command line's to add: whoever calls from Python has none to run.
+command line's to add: whoever calls from Python has none to run. Settings are called as in Python,
+`batch_size=64`; a command line has the same text told with its flags, `told(shards.flags.as_flag)`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 def one_line(error: BaseException) -> str:
@@ -38,10 +40,24 @@ def shown(value: Any) -> str:
     return " ".join(str(value).split())[:80]
 
 
+class Naming(Protocol):
+    """How a text calls a setting: by its name alone, or with a value."""
+
+    def __call__(self, name: str, value: Any = ..., /) -> str: ...
+
+
+def as_argument(name: str, value: Any = ...) -> str:
+    """As whoever calls from Python writes it: `batch_size`, `batch_size=64`."""
+    return name if value is ... else f"{name}={value!r}"
+
+
 class UserError(Exception):
     """A user's mistake or a broken input, in one line.
 
     problem: what is wrong. right: what would be right, "" where the problem says it.
+
+    A subclass whose text names settings says it in `words`, from its facts, and gives
+    `words(as_argument)` to this one's __init__.
     """
 
     def __init__(self, problem: str, right: str = "") -> None:
@@ -49,8 +65,27 @@ class UserError(Exception):
         self.problem = problem
         self.right = right
 
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """`problem` and `right`, with every setting called as `naming` calls it."""
+        return self.problem, self.right
+
+    def told(self, naming: Naming) -> str:
+        """The text, with every setting called as `naming` calls it."""
+        problem, right = self.words(naming)
+        return f"{problem}. {right}" if right else problem
+
     def __str__(self) -> str:
-        return f"{self.problem}. {self.right}" if self.right else self.problem
+        return self.told(as_argument)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With all its facts, whatever its __init__ takes: ranks and workers hand theirs on."""
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(kind: type[UserError], args: tuple[Any, ...], facts: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class WrongSetting(UserError):
@@ -59,13 +94,33 @@ class WrongSetting(UserError):
     """
 
     def __init__(self, name: str, given: Any, choices: str) -> None:
-        super().__init__(f"{name} {shown(given)}: {choices}")
         self.name = name
         self.given = given
         self.choices = choices
+        super().__init__(*self.words(as_argument))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.given, self.choices)
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """The setting, what was given, what can be."""
+        return f"{naming(self.name)} {shown(self.given)}: {self.choices}", ""
+
+
+class NeedsSetting(WrongSetting):
+    """A value that goes with the value `needed` of the setting `other`, and with no other one.
+
+    advice: what to do; "" where adding that, or leaving this one out, is all.
+    """
+
+    def __init__(self, name: str, given: Any, other: str, needed: Any, advice: str = "") -> None:
+        self.other = other
+        self.needed = needed
+        self.advice = advice
+        super().__init__(name, given, f"for {as_argument(other, needed)} alone")
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """What it is for."""
+        needed = naming(self.other, self.needed)
+        advice = self.advice or f"Add that, or leave {naming(self.name)} out"
+        return f"{naming(self.name, self.given)} is for {needed}", advice
 
 
 class PathError(UserError):
@@ -75,10 +130,6 @@ class PathError(UserError):
         """`subject`: what the sentence begins with, the path by itself otherwise."""
         super().__init__(f"{subject or path} {problem}", right)
         self.path = path
-        self._arguments: tuple[Any, ...] = (path, problem, right, subject)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments
 
 
 class MissingSet(PathError):
@@ -92,7 +143,6 @@ class UnfinishedSet(MissingSet):
         what = f"the conversion did not finish ({n_shards_done} shards are done)"
         super().__init__(path, what, subject=f"no manifest.json in {path}:")
         self.n_shards_done = n_shards_done
-        self._arguments = (path, n_shards_done)
 
 
 class SeveralSets(PathError):
@@ -103,7 +153,6 @@ class SeveralSets(PathError):
         UserError.__init__(self, f"{len(found)} sets under {path}: {names}", f"Use {found[0]}")
         self.path = path
         self.found = list(found)
-        self._arguments = (path, self.found)
 
 
 class OldSet(PathError):
@@ -125,7 +174,6 @@ class OldSet(PathError):
         self.version = version
         self.codecs = codecs
         self.unwritable = unwritable
-        self._arguments = (path, version, codecs, unwritable)
 
 
 class NewerSet(PathError):
@@ -137,7 +185,6 @@ class NewerSet(PathError):
         )
         super().__init__(path, what, "Use a newer version of this package")
         self.version = version
-        self._arguments = (path, version, newest)
 
 
 class DamagedSet(PathError):
@@ -155,7 +202,6 @@ class MissingField(PathError):
         super().__init__(path, f"has no field {field}", f"It has {', '.join(fields)}")
         self.field = field
         self.fields = tuple(fields)
-        self._arguments = (path, field, self.fields)
 
 
 class WrongSource(UserError):
@@ -164,10 +210,6 @@ class WrongSource(UserError):
     def __init__(self, source: Any, problem: str, right: str = "") -> None:
         super().__init__(f"{source}{problem if problem.startswith(':') else f' {problem}'}", right)
         self.source = source
-        self._arguments = (source, problem, right)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments
 
 
 class DamagedSource(WrongSource):
@@ -185,7 +227,6 @@ class RemoteSet(WrongPlace):
         what = f"is on a mounted Drive ({kind})"
         super().__init__(path, f"{what}: training would read it over the network, row by row")
         self.kind = kind
-        self._arguments = (path, kind)
 
 
 class Busy(PathError):
@@ -194,7 +235,6 @@ class Busy(PathError):
     def __init__(self, path: Any, problem: str, who: str, right: str = "") -> None:
         super().__init__(path, f"{problem} {who}", right)
         self.who = who
-        self._arguments = (path, problem, who, right)
 
 
 class StoreFailed(UserError):

@@ -17,7 +17,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 class Mirror:
-    """Copies a run to --mirror in a thread of its own.
+    """Copies a run to another folder in a thread of its own.
 
     A Drive that fails is announced, one that hangs is left behind.
     """
@@ -43,7 +43,7 @@ class Mirror:
             is_busy = self._is_copying(wait_s)
         if wait_s and is_busy:
             what = f"not done after {wait_s:.0f} s; the run is whole in {self.source}"
-            log(f"--mirror {self.target}: {what}")
+            log(f"mirror {self.target}: {what}")
 
     def _is_copying(self, wait_s: float) -> bool:
         """Whether a copy is still under way, after it was waited for."""
@@ -59,4 +59,4 @@ class Mirror:
                 copy_file(Path(self.source, name), Path(target, name))
         except Exception as error:  # a mounted Drive fails in many ways
             what = f"{one_line(error)}; training goes on, the run is whole in {self.source}"
-            log(f"--mirror {target}: {what}")
+            log(f"mirror {target}: {what}")

@@ -38,7 +38,7 @@ from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, ConversionSettings
 from train.__main__ import main, parse
 from train.data import ShardDataset, create_dataloaders
 from train.geometry import scored_box_of
-from train.job import make_job
+from train.job import make_setup
 from train.loop import TrainingResult, train
 from train.recipe import pixels_task
 from train.settings import Settings
@@ -437,7 +437,7 @@ def test_the_second_loader_is_of_the_test_rows_where_there_is_no_val(
 
 def test_a_set_without_val_and_test_rows_cannot_be_scored(tmp_path: Path) -> None:
     made = convert(LabSource(splits=("train",)), tmp_path, SMALL)
-    with pytest.raises(MissingSet, match=r"has neither val nor test rows.*--split-by"):
+    with pytest.raises(MissingSet, match=r"has neither val nor test rows\. Its source has to say which"):
         create_dataloaders(made, batch_size=4, num_workers=0)
 
 
@@ -507,7 +507,7 @@ def test_where_there_are_no_test_rows_a_run_is_reported_on_the_val_rows(
     without_pictures(monkeypatch)
     made = convert(LabSource(splits=("train", "val")), tmp_path, SMALL)
     result = quickly(made, tmp_path / "run")
-    assert (result.eval_split, result.test) == ("val", {})
+    assert (result.setup.eval_split, result.test) == ("val", {})
     assert main(["predict", str(tmp_path / "run")]) == 0
     assert "on the val rows: val_loss" in capsys.readouterr().out
 
@@ -537,8 +537,8 @@ def test_rays_are_those_of_the_datasets_camera_and_crop(crop: str, tmp_path: Pat
     columns = box.left + centres * (box.right - box.left)
     lines = box.top + centres * (box.bottom - box.top)
 
-    job = make_job(Settings(str(made), str(tmp_path / "run")), CPU)
-    x, y = (plane[0].numpy() for plane in job.rays)
+    setup = make_setup(Settings(str(made), str(tmp_path / "run")), CPU)
+    x, y = (plane[0].numpy() for plane in setup.rays)
     np.testing.assert_allclose(x[5], (columns - 22.25) / 41.5, rtol=1e-5)
     np.testing.assert_allclose(y[:, 5], (lines - 18.5) / 40.0, rtol=1e-5)
 
@@ -555,7 +555,7 @@ def test_a_dataset_without_a_camera_trains_on_plain_depth(tmp_path: Path) -> Non
     assert made.name.startswith("lab_blind-32-")
     assert not open_set(made).column("camera").any()
     result = quickly(made, tmp_path / "run")
-    assert result.job.rays == ()
+    assert result.setup.rays == ()
     assert result.last["val_top1"] >= 0
 
 

@@ -17,10 +17,10 @@ import torch
 from conftest import REPO
 from helpers.training import rows
 
+from train.__main__ import command
 from train.data import ShardDataset
 from train.loop import train
 from train.order import Batches
-from train.report import command
 from train.settings import Settings
 
 SETTINGS = {

@@ -410,7 +410,7 @@ def test_axes_that_were_said_and_seen_find_the_same_set_everywhere(
 
 
 def test_axes_that_the_pictures_contradict_are_refused(mat: Path, tmp_path: Path) -> None:
-    with pytest.raises(WrongSetting, match="wider than tall: that is --axes wh"):
+    with pytest.raises(WrongSetting, match=r"axes hw: .*wider than tall: choose wh, or auto"):
         convert(mat, tmp_path, ConversionSettings(size=32, axes="hw"))
 
 
@@ -418,7 +418,9 @@ def test_square_pictures_need_axes_and_the_two_answers_are_each_others_transpose
     mat: Path, tmp_path: Path
 ) -> None:
     path = other_order(tmp_path / "square.mat", mat, lambda values: values[..., :48, :])
-    with pytest.raises(WrongSetting, match=r"--axes wh .*or --axes hw"):
+    with pytest.raises(
+        WrongSetting, match=r"axes auto: .*: choose wh \(as MATLAB writes pictures\), or hw"
+    ):
         convert(path, tmp_path / "out", SMALL)
     made = [
         convert(path, tmp_path / "out", ConversionSettings(size=32, rows_per_shard=10, axes=a))

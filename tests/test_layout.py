@@ -12,7 +12,7 @@ import torch
 from helpers.commands import Run
 from torch import nn
 
-from train.job import make_job, new_run
+from train.job import make_setup, new_run
 from train.model import TwoStreamResNet, compiled, layout_for, overruns
 from train.settings import Settings
 
@@ -35,9 +35,10 @@ LAST, PLAIN, CPU = torch.channels_last, torch.contiguous_format, torch.device("c
 def test_the_built_in_network_is_in_channels_last_where_its_channels_are_whole_blocks_or_many(
     width: int, layout: torch.memory_format, small_set: Path
 ) -> None:
-    job = make_job(Settings(str(small_set), "", width=width, size=32), CPU)
-    weight = new_run(job).model.rgb.layer1[0].conv1.weight
-    assert job.layout is layout
+    setup = make_setup(Settings(str(small_set), "", width=width, size=32), CPU)
+    run = new_run(setup)
+    weight = run.model.rgb.layer1[0].conv1.weight
+    assert run.layout is layout
     assert weight.is_contiguous(memory_format=layout)
 
 

@@ -57,7 +57,7 @@ def test_train_from_python_gives_its_result_and_draws_nothing(
     assert result.best["test_top1"] == max(row["test_top1"] for row in result.run.history)
     assert result.baseline is not None
     assert 0 < result.baseline < 1
-    assert result.job.settings == settings
+    assert result.setup.settings == settings
     assert all(line.startswith("epoch ") for line in capsys.readouterr().out.splitlines())
 
 
@@ -122,7 +122,7 @@ def test_a_run_starts_from_another_run(
     (tmp_path / "moved.pt").rename(tmp_path / "parts" / "last.pt")
     assert main([*base, "--out", parts, "--task", "semantic40", "--weights", scene]) == 2
     assert (
-        f"--weights None, this run has --weights {scene}. Use no --weights, another"
+        f"with no --weights, this run has --weights {scene}. Use no --weights, another"
         in capsys.readouterr().err
     )
     for other, words in ((tmp_path, "it has no checkpoint"), (parts, "size mismatch")):

@@ -206,7 +206,7 @@ def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(
         (
             "Eleven",
             "scene",
-            r"answers two pictures with float32 \[2, 11\], expected floats \[2, 10\] for --task scene",
+            r"answers two pictures with float32 \[2, 11\], expected floats \[2, 10\] for the task scene",
         ),
         ("OnlyRgb", "scene", r"called with pictures \[2, 3, 32, 32\], \[2, 1, 32, 32\]: TypeError"),
         ("Lazy", "scene", r"the shape of head\.weight is not known yet \(a lazy layer\)"),
@@ -214,7 +214,7 @@ def test_a_batch_of_one_row_trains_where_every_channel_has_more_values(
         (
             "Right",
             "semantic13",
-            r"float32 \[2, 13\], expected floats \[2, 13, H, W\] for --task semantic13",
+            r"float32 \[2, 13\], expected floats \[2, 13, H, W\] for the task semantic13",
         ),
         ("Right", "depth", r"called with pictures \[2, 3, 32, 32\]: TypeError"),
         ("Whole", "scene", r"int64 \[2, 10\], expected floats"),

@@ -19,7 +19,7 @@ from shards.dataset import open_set
 from shards.errors import UserError, WrongSetting
 from train.__main__ import main, parse
 from train.checkpoint import restore
-from train.job import make_job, new_run
+from train.job import make_setup, new_run
 from train.recipe import RECIPES, plan, stages
 from train.settings import Settings
 
@@ -125,8 +125,8 @@ def test_a_run_that_is_reset_is_no_reported_one_any_more(small_set: Path, tmp_pa
         (tmp_path / name).touch()
     given = ["--data", str(small_set), "--out", str(tmp_path), "--reset", *QUICK]
     settings, _, _ = parse(given)
-    job = make_job(settings, torch.device("cpu"))
-    assert not restore(new_run(job), settings, job.train_set.fingerprint)
+    setup = make_setup(settings, torch.device("cpu"))
+    assert not restore(new_run(setup), settings, setup.train_set.fingerprint)
     assert not list(tmp_path.iterdir())
 
 
@@ -136,11 +136,11 @@ def test_what_does_not_go_together_is_refused(small_set: Path) -> None:
     with pytest.raises(WrongSetting, match="recipe best: choose one of default") as error:
         plan(settings, found, "best")
     assert (error.value.name, error.value.given) == ("recipe", "best")
-    with pytest.raises(UserError, match="--start x is for a recipe"):
+    with pytest.raises(UserError, match="start='x' is for recipe='default'"):
         plan(settings, found, None, "x")
-    with pytest.raises(UserError, match="--start x does not go with --weights imagenet"):
+    with pytest.raises(UserError, match="start='x' does not go with weights='imagenet'"):
         stages(replace(settings, weights="imagenet"), "x", "semantic40")
-    with pytest.raises(UserError, match="--start x does not go with --model mine:Net"):
+    with pytest.raises(UserError, match="start='x' does not go with model='mine:Net'"):
         stages(replace(settings, model="mine:Net"), "x", "semantic40")
 
 
@@ -149,8 +149,14 @@ def test_what_does_not_go_together_is_refused(small_set: Path) -> None:
     [
         (["--recipe=pretrained"], "invalid choice: 'pretrained'"),
         (["--recipe="], "invalid choice: ''"),
-        (["--start=runs/x"], "--start runs/x is for a recipe. Add --recipe default"),
-        ([*DEFAULT, "--weights=imagenet", "--start=x"], "does not go with --weights imagenet"),
+        (
+            ["--start=runs/x"],
+            "--start runs/x is for --recipe default. Add that, or leave --start out",
+        ),
+        (
+            [*DEFAULT, "--weights=imagenet", "--start=x"],
+            "--start x does not go with --weights imagenet",
+        ),
         ([*DEFAULT, "--data=nowhere"], "nowhere is not a finished set"),
         ([*DEFAULT, "--out="], "--out '': name a directory"),
         ([*DEFAULT, "--epochs=0"], "--epochs 0: choose"),

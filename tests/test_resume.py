@@ -17,10 +17,10 @@ from helpers.training import assert_same, environment, run_and_kill, settings
 
 import train.loop as loop
 from shards.errors import UserError
-from train.__main__ import train_and_report
+from train.__main__ import command, train_and_report
 from train.checkpoint import CHECKPOINT, PREVIOUS
+from train.errors import OtherRun
 from train.loop import train
-from train.report import command
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +139,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continued(
 
 
 @pytest.mark.parametrize(
-    ("change", "stored"),
+    ("name", "stored", "given", "words"),
     [
-        ({"lr": 0.5}, "--lr 0.001"),
-        ({"num_classes": 13}, "--num-classes 10"),
-        ({"batch_size": 8}, "times ranks 4"),
+        ("lr", 0.001, 0.5, "trained with lr=0.001, this run has lr=0.5. Use lr=0.001, another out"),
+        ("num_classes", 10, 13, "with num_classes=10, this run has num_classes=13"),
+        (
+            "batch_size",
+            4,
+            8,
+            "with batch_size times ranks 4, this run has batch_size times ranks 8",
+        ),
     ],
 )
 def test_other_settings_are_refused_with_both_values(
-    change: dict[str, float], stored: str, small_set: Path, whole: Path
+    name: str, stored: float, given: float, words: str, small_set: Path, whole: Path
 ) -> None:
-    with pytest.raises(UserError, match=stored) as error:
-        train(settings(small_set, whole, **change))
-    assert f"this run has {stored.rpartition(' ')[0].split('times')[0].strip()}" in str(error.value)
-    assert str(next(iter(change.values()))) in str(error.value)
+    with pytest.raises(OtherRun, match=words) as error:
+        train(settings(small_set, whole, **{name: given}))
+    facts = error.value
+    assert (facts.path, facts.name, facts.stored, facts.given) == (
+        whole / CHECKPOINT,
+        name,
+        stored,
+        given,
+    )
 
 
 def test_another_set_is_refused_with_both_fingerprints(small_set: Path, whole: Path) -> None:

@@ -21,9 +21,8 @@ from helpers.training import assert_same, environment, settings
 
 from shards.errors import UserError
 from shards.lock import hold
-from train.__main__ import main
+from train.__main__ import command, main
 from train.loop import train
-from train.report import command
 
 
 @pytest.fixture(scope="module")

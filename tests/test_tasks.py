@@ -18,7 +18,7 @@ from convert.sources.nyu_tables import nyu
 from shards.spec import VOID
 from train.augment import normalize_rgb, resize, views
 from train.geometry import CropBox, window
-from train.job import make_job, new_run
+from train.job import make_setup, new_run
 from train.loop import predict_batch, train_step, training
 from train.report import report
 from train.settings import Settings
@@ -123,16 +123,17 @@ def test_depth_is_scored_inside_the_eigen_crop_only() -> None:
 
 @pytest.mark.parametrize("task", ["scene", "semantic13"])
 def test_a_picture_and_its_mirror_image_get_the_same_answer(task: str, small_set: Path) -> None:
-    job = make_job(
+    setup = make_setup(
         Settings(str(small_set), "", task=task, inputs="rgb", width=8, size=32), torch.device("cpu")
     )
-    net = new_run(job).model.eval()
+    run = new_run(setup)
+    net = run.model.eval()
     torch.nn.init.normal_((net.decoder.head if task != "scene" else net.fc).weight)
-    rgb, depth, target = job.train_set.stored(np.arange(4))
+    rgb, depth, target = setup.train_set.stored(np.arange(4))
     mirrored = rgb.flip(-1), depth.flip(-1), target.flip(-1) if target.ndim > 1 else target
     with torch.inference_mode():
         out, again = (
-            predict_batch(net, job, batch)[0] for batch in ((rgb, depth, target), mirrored)
+            predict_batch(run, setup, batch)[0] for batch in ((rgb, depth, target), mirrored)
         )
     assert out.std() > 1e-3
     torch.testing.assert_close(
@@ -143,16 +144,17 @@ def test_a_picture_and_its_mirror_image_get_the_same_answer(task: str, small_set
 def test_an_answer_with_test_time_augmentation_is_the_mean_over_the_picture_and_its_crops(
     small_set: Path,
 ) -> None:
-    job = make_job(
+    setup = make_setup(
         Settings(str(small_set), "", inputs="rgb", width=8, size=32, crop=0.5), torch.device("cpu")
     )
-    net = new_run(job).model.eval()
+    run = new_run(setup)
+    net = run.model.eval()
     torch.nn.init.normal_(net.fc.weight)
-    rgb, depth, target = job.train_set.stored(np.arange(4))
+    rgb, depth, target = setup.train_set.stored(np.arange(4))
     with torch.inference_mode():
         batch = (rgb, depth, target)
-        quick, _ = predict_batch(net, job, batch, test_time_augmentation=False)
-        augmented, _ = predict_batch(net, job, batch)
+        quick, _ = predict_batch(run, setup, batch, test_time_augmentation=False)
+        augmented, _ = predict_batch(run, setup, batch)
         outs = [quick]
         for top, left, side in views(0.5)[1:]:
             small, _ = resize(rgb, [depth], 32, (top, left, side))
@@ -165,12 +167,15 @@ def test_an_answer_with_test_time_augmentation_is_the_mean_over_the_picture_and_
 def test_dense_outputs_are_scored_as_stored_at_the_end_and_at_training_size_in_between(
     task: str, small_set: Path
 ) -> None:
-    job = make_job(Settings(str(small_set), "", task=task, width=8, size=48), torch.device("cpu"))
-    net = new_run(job).model.eval()
-    batch = job.train_set.stored(np.arange(4))
+    setup = make_setup(
+        Settings(str(small_set), "", task=task, width=8, size=48), torch.device("cpu")
+    )
+    run = new_run(setup)
+    run.model.eval()
+    batch = setup.train_set.stored(np.arange(4))
     with torch.inference_mode():
         for at_the_end, size in ((False, 48), (True, 32)):
-            out, (*_, target) = predict_batch(net, job, batch, test_time_augmentation=at_the_end)
+            out, (*_, target) = predict_batch(run, setup, batch, test_time_augmentation=at_the_end)
             assert out.shape[-2:] == target.shape[-2:] == (size, size)
 
 
@@ -201,9 +206,11 @@ def test_every_task_trains_and_names_its_classes(
 def test_a_batch_in_which_nothing_is_known_leaves_a_network_that_can_go_on(
     task: str, unknown: float, small_set: Path
 ) -> None:
-    job = make_job(Settings(str(small_set), "", task=task, width=4, size=32), torch.device("cpu"))
-    run = new_run(job)
-    job.net = run.model.train()
-    rgb, depth, target = job.train_set.batch(np.arange(4))
-    train_step(run, job, (rgb, depth, torch.full_like(target, unknown)), slice(None))
+    setup = make_setup(
+        Settings(str(small_set), "", task=task, width=4, size=32), torch.device("cpu")
+    )
+    run = new_run(setup)
+    run.model.train()
+    rgb, depth, target = setup.train_set.batch(np.arange(4))
+    train_step(run, setup, (rgb, depth, torch.full_like(target, unknown)), slice(None))
     assert all(p.isfinite().all() for p in run.model.parameters())

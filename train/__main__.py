@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,17 +25,17 @@ from shards.errors import (
     UnfinishedSet,
     UserError,
     WrongPlace,
-    WrongSetting,
     one_line,
 )
+from shards.flags import as_flag, flag_of
 from train import ranks
 from train.data import open_for_training
-from train.errors import NoCheckpoint, WrongCheckpoint
+from train.errors import CannotUnpack, CannotWrite, NoCheckpoint, WrongCheckpoint
 from train.loop import MIRROR_WAIT_S, training
 from train.predict import predict, predict_flags
 from train.recipe import AUTO, RECIPES, defaults, plan
 from train.report import report
-from train.settings import Settings, add_flags, flag_of
+from train.settings import Settings, add_flags
 from train.signals import REQUESTS, Stopped
 
 EPILOG = """examples:
@@ -144,7 +145,23 @@ def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
         if ranks.RANK > 0:
             return
         files = report(result)
+        again = command(result.setup.settings, epochs=2 * result.epochs)
+        print("continue:", again, flush=True)
         result.mirror.copy(*(path.name for path in files), wait_s=MIRROR_WAIT_S)
+
+
+def command(settings: Settings, **changes: Any) -> str:
+    """The command line of these settings, defaults left out."""
+    values = {**asdict(settings), "reset": False, **changes}
+    words = ["python", "-m", "train"]
+    for each in fields(settings):
+        value = values[each.name]
+        if value == each.default:
+            continue
+        words.append(flag_of(each.name))
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
 
 
 # ---------------------------------------------------------------- what went wrong
@@ -158,7 +175,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, UserError):
         return 2, with_command(error)
     if isinstance(error, Stopped):
-        return 130, str(error)
+        return 130, f"{error}; the same command continues there"
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped; the same command continues from the last checkpoint"
     if isinstance(error, NoRoom):
@@ -222,6 +239,11 @@ def _after_remote(error: RemoteSet) -> str:
     return f"Run: make pull DRIVE={drive} (or insist: --allow-remote)"
 
 
+def _after_unpacking(error: CannotUnpack) -> str:
+    words = ["python", "-m", "shards.copy", str(error.path), str(error.root)]
+    return f"To see it again: {shlex.join(words)}"
+
+
 # What to run after an error of the library, which itself knows no commands: the first that fits.
 COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (UnfinishedSet, lambda error: "Run: make convert"),
@@ -232,24 +254,21 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (MissingField, _after_missing_field),
     (Busy, lambda error: "Wait for it, or use another --out"),
     (RemoteSet, _after_remote),
+    (CannotUnpack, _after_unpacking),
     (WrongPlace, lambda error: "" if error.right else "Use another --out"),
     (NoCheckpoint, lambda error: f"Run: make train RUN={error.run}"),
     (WrongCheckpoint, lambda error: f"Run: make train RUN={error.run} ARGS=--reset"),
+    (CannotWrite, lambda error: "Then run the same command again"),
 )
 
 
-FLAGS = {"target": "--task", "dataset_path": "--data"}  # that are called otherwise in Python
-
-
 def with_command(error: UserError) -> str:
-    """The error's text, and the command to run next where there is one."""
-    if isinstance(error, WrongSetting):
-        flag = FLAGS.get(error.name, flag_of(error.name))
-        return f"{flag} {error.given}: {error.choices}"
+    """The error's text, with settings as flags, and the command to run next where there is one."""
+    text = error.told(as_flag)
     for kind, command_after in COMMANDS:
         if isinstance(error, kind):
-            return ". ".join(filter(None, [str(error), command_after(error)]))
-    return str(error)
+            return ". ".join(filter(None, [text, command_after(error)]))
+    return text
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.errors import UserError, WrongSetting
+from shards.errors import WrongSetting
 from shards.spec import is_whole
 
 if TYPE_CHECKING:  # the order of rows does without it
@@ -82,9 +82,8 @@ def check_path(path: Any) -> None:
     except FileNotFoundError:
         pass  # what to do about it is said where sets are looked for
     except OSError as error:
-        raise UserError(
-            f"dataset_path {str(path)[:80]} cannot be read ({error.strerror}): choose another"
-        ) from None
+        what = f"cannot be read ({error.strerror}): choose another"
+        raise WrongSetting("dataset_path", path, what) from None
 
 
 def check_fields(fields: Any, known: Sequence[str]) -> tuple[str, ...]:

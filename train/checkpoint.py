@@ -19,8 +19,8 @@ from shards.files import log, write_atomically
 from shards.lock import hold
 from stores.mirror import copy_file
 from train import ranks
-from train.errors import CannotWrite, OtherRun
-from train.settings import MAY_CHANGE, Settings, flag_of
+from train.errors import CannotWrite, OtherNetwork, OtherRun
+from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"
@@ -31,9 +31,11 @@ LOCK = ".lock"  # in a run's directory, held while something writes there
 
 @dataclass
 class Run:
-    """What changes while training, and all that a checkpoint restores."""
+    """What changes while training: `net` and `layout`, and all that a checkpoint restores."""
 
     model: nn.Module
+    net: nn.Module  # the model, compiled or wrapped for several ranks: what is trained
+    layout: torch.memory_format  # of the network and its input
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: Tensor  # float64: loss, its weight, the task's counts; of this rank's steps in this epoch
@@ -99,11 +101,7 @@ def write_file(path: Path, write: Callable[[Any], object]) -> None:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the disk is full" if is_full else error.strerror or one_line(error)
         mend = "Make room" if is_full else "Mend that"
-        raise CannotWrite(
-            f"{path} cannot be written: {what}",
-            f"{mend}, then run the same command again",
-            path=path,
-        ) from error
+        raise CannotWrite(f"{path} cannot be written: {what}", mend, path=path) from error
 
 
 class _RememberingFile:
@@ -212,7 +210,7 @@ def _read(path: Path) -> Checkpoint | None:
 
 
 def newest(settings: Settings) -> Checkpoint | None:
-    """The newest valid checkpoint: last.pt, else the further one of previous.pt and --mirror's."""
+    """The newest valid checkpoint: last.pt, else the further of previous.pt and the mirror's."""
     last = _read(Path(settings.out, CHECKPOINT))
     if last is not None:
         return last
@@ -225,34 +223,20 @@ def newest(settings: Settings) -> Checkpoint | None:
 
 
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
-    """What must not change when a run is continued, by flag."""
-    kept = {flag_of(name): value for name, value in settings.items() if name not in MAY_CHANGE}
-    return {
-        "--data with shards": fingerprint[:8],
-        "--batch-size times ranks": batch,
-        **kept,
-    }
+    """What must not change when a run is continued, by setting: see OtherRun."""
+    kept = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    return {"data": fingerprint[:8], "batch_size": batch, **kept}
 
 
 def _check_identity(checkpoint: Checkpoint, settings: Settings, fingerprint: str) -> None:
     """Raise OtherRun, with both values, where the checkpoint is of a run with other settings."""
-    path = checkpoint.path
     stored = _identity(checkpoint.settings, checkpoint.batch, checkpoint.fingerprint)
     given = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
-    for flag in given | stored:
-        before = stored.get(flag)
-        now = given.get(flag)
-        if before == now:
-            continue
-        same = f"no {flag}" if before is None else f"{flag} {before}"
-        raise OtherRun(
-            f"{path} was trained with {flag} {before}, this run has {flag} {now}",
-            f"Use {same}, another --out, or --reset",
-            path=path,
-            flag=flag,
-            stored=before,
-            given=now,
-        )
+    for name in given | stored:
+        before = stored.get(name)
+        now = given.get(name)
+        if before != now:
+            raise OtherRun(checkpoint.path, name, before, now)
 
 
 def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
@@ -282,7 +266,7 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
 
 
 def _load(run: Run, checkpoint: Checkpoint) -> None:
-    """Put what is stored into the run. Raises OtherRun where the network is another.
+    """Put what is stored into the run. Raises OtherNetwork where the network is another.
 
     The sums of the epoch so far go on in the first rank.
     """
@@ -291,10 +275,7 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
         run.optimizer.load_state_dict(checkpoint.optimizer)
     except (RuntimeError, ValueError) as error:
         model = checkpoint.settings["model"]
-        path = checkpoint.path
-        raise OtherRun(
-            f"{path} does not fit --model {model}: {one_line(error)}", "Use --reset", path=path
-        ) from error
+        raise OtherNetwork(checkpoint.path, model, one_line(error)) from error
     if checkpoint.scaler:  # a CPU's run has none
         run.scaler.load_state_dict(checkpoint.scaler)
 

@@ -449,7 +449,7 @@ def evaluation_split(found: ShardSet, eval_split: str) -> str:
         if np.any(split == SPLITS.index(name)):
             return name
     raise MissingSet(
-        found.path, "has neither val nor test rows", "Give its rows a split (--split-by)"
+        found.path, "has neither val nor test rows", "Its source has to say which rows are"
     )
 
 

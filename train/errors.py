@@ -1,39 +1,76 @@
 """What ends a training or a prediction, as a small tree below `shards.errors.UserError`.
 
-    WrongSetting            name, given, choices    of shards.errors; a flag, or a field of Settings
-    WrongNetwork            model                   --model: it cannot be made, or is no answer
-    WrongWeights            weights                 --weights: cannot be read, or do not fit
+    WrongSetting            name, given, choices    of shards.errors; a field of Settings, say
+      ConflictingSettings   other, other_given      two that do not go together
+    WrongNetwork            model                   it cannot be made, or is no answer
+    WrongWeights            weights                 they cannot be read, or do not fit
     NoCheckpoint            run                     there is no run to predict with
     WrongCheckpoint         run, path               made by another version, or by another network
-    OtherRun                path, flag, stored, given   the run that is there has other settings
-    NothingToLearn          path                    no row, or no pixel, that this task could use
+    OtherRun                path, name, stored, given   the run that is there has other settings
+      OtherNetwork          path, stored            ... or another network of the same name
+    NothingToLearn          path                    no row that this task could use
+      NoKnownPixel          path, known             ... or no pixel
     BatchTooSmall           n_rows, size            for the network's BatchNorm
     Diverged                epoch, lr               the loss is not a number any more
+    MissingDepth            path                    of a picture, for a network that needs it
     CannotWrite             path                    a full disk, or no permission
+    CannotUnpack            path, root              a compressed set, for training
 
-The facts are keywords with defaults, so that every error can be pickled: ranks hand theirs on.
+Settings are called as in Python; the command line has the same texts told with its flags.
 """
 
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import Naming, UserError, WrongPlace, WrongSetting, as_argument
+
+
+class ConflictingSettings(WrongSetting):
+    """Two settings of which each is right by itself, and that do not go together."""
+
+    def __init__(self, name: str, given: Any, other: str, other_given: Any) -> None:
+        self.other = other
+        self.other_given = other_given
+        super().__init__(name, given, f"not together with {as_argument(other, other_given)}")
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Both of them."""
+        other = naming(self.other, self.other_given)
+        what = f"{naming(self.name, self.given)} does not go with {other}"
+        return what, "Leave one of them out"
 
 
 class WrongNetwork(UserError):
-    """A network that cannot be made from its name, or that does not answer as the task needs."""
+    """A network that cannot be made from its name, or that does not answer as the task needs.
 
-    def __init__(self, problem: str, right: str = "", *, model: str = "") -> None:
-        super().__init__(problem, right)
+    what: of the network `model`, as "returned int" or ": KeyError".
+    """
+
+    def __init__(self, model: str, what: str, right: str = "") -> None:
         self.model = model
+        self.what = what
+        self.right = right
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """The network, and what is wrong with it."""
+        what = self.what if self.what.startswith(":") else f" {self.what}"
+        return f"{naming('model', self.model)}{what}", self.right
 
 
 class WrongWeights(UserError):
     """Weights to start from that cannot be read, or do not fit the network."""
 
-    def __init__(self, problem: str, right: str = "", *, weights: str = "") -> None:
-        super().__init__(problem, right)
+    def __init__(self, weights: str, what: str) -> None:
         self.weights = weights
+        self.what = what
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Which they are, and which would fit."""
+        standard = f"a ResNet-18 (and {naming('width', 64)})"
+        run = f"a run with this one's {naming('width')} and {naming('inputs')}"
+        return f"{naming('weights', self.weights)}: {self.what}", f"Give {standard}, or {run}"
 
 
 class NoCheckpoint(UserError):
@@ -55,24 +92,48 @@ class WrongCheckpoint(UserError):
         self.path = path
 
 
-class OtherRun(UserError):
-    """The run that would be continued has another value of a setting that must not change."""
+# What is compared of settings whose own values may change.
+COMPARED = {"data": "with shards", "batch_size": "times ranks"}
 
-    def __init__(
-        self,
-        problem: str,
-        right: str = "",
-        *,
-        path: Path | None = None,
-        flag: str = "",
-        stored: Any = None,
-        given: Any = None,
-    ) -> None:
-        super().__init__(problem, right)
+
+class OtherRun(UserError):
+    """The run that would be continued has another value of a setting that must not change.
+
+    path: its checkpoint. name: of the setting, with its value there and now. Of `data` these are
+    fingerprints, of `batch_size` the rows of all ranks together.
+    """
+
+    def __init__(self, path: Path, name: str, stored: Any, given: Any) -> None:
         self.path = path
-        self.flag = flag
+        self.name = name
         self.stored = stored
         self.given = given
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Both values, and the three ways on."""
+        stored = self._called(naming, self.stored)
+        what = f"{self.path} was trained with {stored}, this run has"
+        others = f"another {naming('out')}, or {naming('reset', True)}"
+        return f"{what} {self._called(naming, self.given)}", f"Use {stored}, {others}"
+
+    def _called(self, naming: Naming, value: Any) -> str:
+        if self.name in COMPARED:
+            return f"{naming(self.name)} {COMPARED[self.name]} {value}"
+        return naming(self.name, value)
+
+
+class OtherNetwork(OtherRun):
+    """The run that would be continued has another network of the same name."""
+
+    def __init__(self, path: Path, model: str, what: str) -> None:
+        self.what = what
+        super().__init__(path, "model", model, model)
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """What does not fit."""
+        what = f"{self.path} does not fit {naming('model', self.stored)}: {self.what}"
+        return what, f"Use {naming('reset', True)}"
 
 
 class NothingToLearn(UserError):
@@ -83,22 +144,64 @@ class NothingToLearn(UserError):
         self.path = path
 
 
+class NoKnownPixel(NothingToLearn):
+    """No pixel of the train rows is `known`: measured, or labelled."""
+
+    def __init__(self, path: Path, known: str) -> None:
+        self.path = path
+        self.known = known
+        super().__init__(*self.words(as_argument), path=path)
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """What another task could know."""
+        what = f"no pixel of the train rows is {self.known}: nothing to learn"
+        return f"{self.path}: {what}", f"Use another {naming('task')}"
+
+
 class BatchTooSmall(UserError):
     """A channel has a single value in a whole batch: BatchNorm has nothing to normalise by."""
 
-    def __init__(self, problem: str, right: str = "", *, n_rows: int = 0, size: int = 0) -> None:
-        super().__init__(problem, right)
+    def __init__(self, n_rows: int, size: int, why: str) -> None:
         self.n_rows = n_rows
         self.size = size
+        self.why = why
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """What there is, and of which there should be more."""
+        batch = f"a batch of {self.n_rows} at {self.size} px"
+        what = f"{batch} is too little for BatchNorm ({self.why})"
+        return what, f"Use a larger {naming('batch_size')} or {naming('size')}"
 
 
 class Diverged(UserError):
-    """The loss became infinite or not a number."""
+    """The loss became infinite or not a number. epoch: the first is 1."""
 
-    def __init__(self, problem: str, right: str = "", *, epoch: int = 0, lr: float = 0.0) -> None:
-        super().__init__(problem, right)
+    def __init__(self, epoch: int, lr: float) -> None:
         self.epoch = epoch
         self.lr = lr
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """When, and at which rate."""
+        what = f"the loss became nan in epoch {self.epoch}"
+        return what, f"Use a smaller {naming('lr')} than {self.lr}"
+
+
+class MissingDepth(UserError):
+    """A picture without the depth that the network needs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Where it should be."""
+        without = naming("inputs", "rgb")
+        return (
+            f"{self.path} is missing: the network needs it",
+            f"Put it there, or train with {without}",
+        )
 
 
 class CannotWrite(UserError):
@@ -107,3 +210,12 @@ class CannotWrite(UserError):
     def __init__(self, problem: str, right: str = "", *, path: Path | None = None) -> None:
         super().__init__(problem, right)
         self.path = path
+
+
+class CannotUnpack(WrongPlace):
+    """A compressed set cannot be unpacked into `root`."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        what = f"could not be unpacked into {root}"
+        super().__init__(path, what, "What `shards.copy` said of it is on standard error")
+        self.root = root

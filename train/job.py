@@ -1,12 +1,12 @@
 """What a training is made of before its first step: data, task, device, network, optimizer."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loader.loader import Loader
 from shards.dataset import ShardSet
 from shards.errors import MissingSet
 from shards.files import log
@@ -16,32 +16,24 @@ from train.data import ShardDataset, create_dataloaders, evaluation_split, open_
 from train.errors import NothingToLearn, WrongNetwork
 from train.geometry import crop_box_of, rays
 from train.model import BUILT_IN, ask, build, check_answer, layout_for, unused_parameters
-from train.order import steps_per_epoch
+from train.order import Batches, steps_per_epoch
 from train.settings import Settings
 from train.tasks import Task, make_task
 
 SURFACE_PLANES = 5  # of augment.surface
 
 
-@dataclass
-class TrainingJob:
-    """What stays the same while a run trains.
-
-    `make_job` gives the first four and the rays, `new_run` the layout, `open_loaders` the loaders,
-    and whoever trains sets `net`.
-    """
+@dataclass(frozen=True, kw_only=True)
+class TaskSetup:
+    """What is learnt, from which rows and where: the same from a run's first step to its last."""
 
     settings: Settings
     train_set: ShardDataset
     task: Task
     device: torch.device
+    eval_split: str  # the rows that are scored after each epoch: val or test
     # Of the stored pixels, where the network sees surfaces: x and y, [1, S, S] each; else empty.
     rays: tuple[Tensor, ...] = ()
-    layout: torch.memory_format = torch.contiguous_format  # of the network and its input
-    net: Any = None  # the run's model, compiled or wrapped
-    eval_split: str = "test"  # the rows that are scored: val or test
-    train_loader: Any = None
-    eval_loader: Any = None
 
     @property
     def n_steps(self) -> int:
@@ -70,15 +62,37 @@ class TrainingJob:
         return self.settings.model == BUILT_IN
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loaders:
+    """Of the train rows, and of those that are scored. split: which these are, val or test."""
+
+    train: Loader
+    eval: Loader
+    split: str
+
+    @property
+    def eval_set(self) -> ShardDataset:
+        """The rows that are scored."""
+        dataset = self.eval.dataset
+        assert isinstance(dataset, ShardDataset)
+        return dataset
+
+    def train_places(self, epoch: int) -> list[np.ndarray]:
+        """Where the rows of each train batch stand in the batch of all ranks."""
+        batches = self.train.batches
+        assert isinstance(batches, Batches)
+        return batches.places(epoch)
+
+
 def seed_of(*parts: int) -> int:
     """One 63-bit seed for (seed, epoch, step)."""
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
-def make_job(
+def make_setup(
     settings: Settings, device: torch.device, found: ShardSet | None = None
-) -> TrainingJob:
+) -> TaskSetup:
     """Everything but the network and the loaders: a mistake shows before they do anything.
 
     found: the set, where it is open already. Raises UserError for one that cannot be trained from.
@@ -91,20 +105,26 @@ def make_job(
 
     fields = ("rgb", _depth_field(settings, found))
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
-    job = TrainingJob(settings, train_set, make_task(settings, train_set), device)
-    job.eval_split = evaluation_split(found, settings.eval_split)
-    rows_of_split(job, job.eval_split)  # one without rows to score shows before anything is removed
+    setup = TaskSetup(
+        settings=settings,
+        train_set=train_set,
+        task=make_task(settings, train_set),
+        device=device,
+        eval_split=evaluation_split(found, settings.eval_split),
+    )
+    # One without rows to score shows before anything is removed.
+    rows_of_split(setup, setup.eval_split)
 
     # A user's own network gets depth as one plane, and so does ours where no camera is known.
-    sees_depth = settings.inputs != "rgb" and not job.learns_depth
-    if job.is_built_in and sees_depth and train_set.camera is not None:
+    sees_depth = settings.inputs != "rgb" and not setup.learns_depth
+    if setup.is_built_in and sees_depth and train_set.camera is not None:
         planes = rays(train_set.size, crop_box_of(train_set), train_set.camera)
-        job.rays = tuple(plane.to(device) for plane in planes)
+        setup = replace(setup, rays=tuple(plane.to(device) for plane in planes))
 
-    if job.n_steps == 0:
+    if setup.n_steps == 0:
         what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
         raise NothingToLearn(what, "Use fewer ranks", path=train_set.path)
-    return job
+    return setup
 
 
 def _depth_field(settings: Settings, found: ShardSet) -> str:
@@ -117,18 +137,18 @@ def _depth_field(settings: Settings, found: ShardSet) -> str:
     return "depth"
 
 
-def reported_split(job: TrainingJob) -> str:
+def reported_split(setup: TaskSetup) -> str:
     """What a finished run is reported on: test where the set has such rows, else as scored."""
     try:
-        rows_of_split(job, "test")
+        rows_of_split(setup, "test")
     except MissingSet:
-        return job.eval_split
+        return setup.eval_split
     return "test"
 
 
-def rows_of_split(job: TrainingJob, split: str) -> ShardDataset:
+def rows_of_split(setup: TaskSetup, split: str) -> ShardDataset:
     """The rows of another split, to the same task. Raises MissingSet where it has none for it."""
-    train_set = job.train_set
+    train_set = setup.train_set
     return ShardDataset(
         train_set.shard_set,
         split=split,
@@ -138,65 +158,74 @@ def rows_of_split(job: TrainingJob, split: str) -> ShardDataset:
     )
 
 
-def open_loaders(job: TrainingJob) -> None:
-    """The loaders of the train rows and of those that are scored, as they are stored.
+def open_loaders(setup: TaskSetup, split: str) -> Loaders:
+    """The loaders of the train rows and of `split`, which is scored, as they are stored.
 
     They are normalised on the device.
     """
-    settings = job.settings
-    job.train_loader, job.eval_loader = create_dataloaders(
-        job.train_set.shard_set,
+    settings = setup.settings
+    train_loader, eval_loader = create_dataloaders(
+        setup.train_set.shard_set,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         num_classes=settings.num_classes,
-        eval_split=job.eval_split,
+        eval_split=split,
         seed=settings.seed,
-        fields=job.train_set.fields,
+        fields=setup.train_set.fields,
         target=settings.task,
         rank=ranks.RANK,
         world=ranks.WORLD,
         normalize=False,
     )
+    return Loaders(train=train_loader, eval=eval_loader, split=split)
 
 
 # ---------------------------------------------------------------- the network and its optimizer
 
 
-def new_run(job: TrainingJob) -> Run:
+def new_run(setup: TaskSetup) -> Run:
     """Fresh weights, optimizer and counts. Raises WrongNetwork for one that is no answer."""
-    torch.manual_seed(seed_of(job.settings.seed))
-    model = _new_model(job)
-    if not job.is_built_in:
-        probe(model, job)
+    torch.manual_seed(seed_of(setup.settings.seed))
+    model, layout = _new_model(setup)
+    if not setup.is_built_in:
+        probe(model, setup)
 
-    optimizer = _new_optimizer(model, job.settings)
-    is_scaled = job.autocast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
-    sums = torch.zeros(2 + job.task.n_counts, dtype=torch.float64, device=job.device)
-    return Run(model, optimizer, scaler, sums, counts=sums[2:], history=[])
+    optimizer = _new_optimizer(model, setup.settings)
+    is_scaled = setup.autocast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=is_scaled)
+    sums = torch.zeros(2 + setup.task.n_counts, dtype=torch.float64, device=setup.device)
+    return Run(
+        model=model,
+        net=model,
+        layout=layout,
+        optimizer=optimizer,
+        scaler=scaler,
+        sums=sums,
+        counts=sums[2:],
+        history=[],
+    )
 
 
-def _new_model(job: TrainingJob) -> nn.Module:
-    """On the job's device and in its layout, which is chosen here."""
-    settings = job.settings
+def _new_model(setup: TaskSetup) -> tuple[nn.Module, torch.memory_format]:
+    """On the setup's device, and the layout that it is in."""
+    settings = setup.settings
     model = build(
         settings.model,
-        job.task.n_out,
+        setup.task.n_out,
         width=settings.channels,
-        inputs="rgb" if job.learns_depth else settings.inputs,
-        depth_planes=SURFACE_PLANES if job.rays else 1,
+        inputs="rgb" if setup.learns_depth else settings.inputs,
+        depth_planes=SURFACE_PLANES if setup.rays else 1,
         dense=settings.task != "scene",
     )
     # A network of a user's own may flatten its features, which channels_last forbids.
-    if job.is_built_in:
-        job.layout = layout_for(model, job.device)
-    model = model.to(job.device, memory_format=job.layout)  # type: ignore[call-overload]
+    layout = layout_for(model, setup.device) if setup.is_built_in else torch.contiguous_format
+    model = model.to(setup.device, memory_format=layout)  # type: ignore[call-overload]
 
-    if job.device.type == "cuda":
+    if setup.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         if ranks.WORLD > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    return model, layout
 
 
 def _new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -210,29 +239,27 @@ def _new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
-def probe(model: nn.Module, job: TrainingJob) -> None:
+def probe(model: nn.Module, setup: TaskSetup) -> None:
     """Refuse a network of a user's own that does not answer as the task needs.
 
     It is asked about two grey pictures, in evaluation mode, and torch's random numbers are put
     back: what it learns afterwards does not change. Raises WrongNetwork.
     """
-    spec = job.settings.model
-    size = job.settings.size or job.train_set.size
-    planes = (3,) if job.learns_depth else (3, 1)
-    pictures = [torch.full((2, n, size, size), 0.5, device=job.device) for n in planes]
+    spec = setup.settings.model
+    size = setup.settings.size or setup.train_set.size
+    planes = (3,) if setup.learns_depth else (3, 1)
+    pictures = [torch.full((2, n, size, size), 0.5, device=setup.device) for n in planes]
 
-    devices = [job.device] if job.device.type == "cuda" else []
+    devices = [setup.device] if setup.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         model.eval()
         out = ask(spec, model, pictures)
         model.train()
-    check_answer(spec, out, job.task.n_out, job.settings.task)
+    check_answer(spec, out, setup.task.n_out, setup.settings.task)
 
     # DistributedDataParallel waits for the gradient of every parameter that can learn.
     unused = unused_parameters(model, out) if ranks.WORLD > 1 else []
     if unused:
         names = ", ".join(unused[:3])
-        raise WrongNetwork(
-            f"--model {spec} does not use {names}: with several ranks it must, or freeze it",
-            model=spec,
-        )
+        what = f"does not use {names}: with several ranks it must, or freeze it"
+        raise WrongNetwork(spec, what)

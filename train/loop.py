@@ -1,8 +1,8 @@
 """The training loop: a converted set in, checkpoints, metrics.csv and a TrainingResult out.
 
     train(settings)
-      make_job, only_writer        data and task; the directory is this process's
-      _begin                       a new run, or the one that was left, and its loaders
+      make_setup, only_writer        data and task; the directory is this process's
+      _begin                       a new run, or the one that was left
       _train_epochs                for each epoch: _train_epoch (train_step ...), evaluate, save
 
 What is drawn and tabulated of a finished run is `report`'s, which imports this and not the other
@@ -32,16 +32,25 @@ from stores.mirror import Mirror
 from train import ranks
 from train.augment import WHOLE, Draws, augment, resize, to_input, views
 from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
-from train.errors import BatchTooSmall, Diverged, NothingToLearn
-from train.job import TrainingJob, make_job, new_run, open_loaders, reported_split, seed_of
+from train.errors import BatchTooSmall, Diverged, NoKnownPixel
+from train.job import (
+    Loaders,
+    TaskSetup,
+    make_setup,
+    new_run,
+    open_loaders,
+    reported_split,
+    seed_of,
+)
 from train.model import compiled, start_from
 from train.order import common_batches
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
 
-MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to --mirror
+MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to its mirror
 DENSE_ROWS = 16  # scored at once at full resolution
 Batch = tuple[Tensor, ...]
+Pictures = tuple[Tensor, list[Tensor]]  # rgb, and the planes that go with it: depth and the rays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +58,19 @@ class TrainingResult:
     """A finished training.
 
     epochs: finished ones. last, best: their rows of metrics.csv; best is by the task's main score
-    on the rows of `eval_split`, the first of equals, and the last row where nothing could be
-    scored. test: the scores of the test rows, where epochs were scored on others. baseline: top-1
+    on the rows of `setup.eval_split`, the first of equals, and the last row where nothing could be
+    scored. test: the scores of the test rows, once, where epochs were scored on others. loaders:
+    of the rows that a report shows, which are the test rows where there are some. baseline: top-1
     of always naming the most frequent train class; None for other tasks than scenes. files: what
     `train` itself wrote. mirror: where copies of the run's files go.
     """
 
     run: Run
-    job: TrainingJob
+    setup: TaskSetup
+    loaders: Loaders
     epochs: int
     last: dict[str, float]
     best: dict[str, float]
-    eval_split: str
     test: dict[str, float]
     baseline: float | None
     files: tuple[Path, ...]
@@ -79,16 +89,20 @@ def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
 
 
 def _forward(
-    job: TrainingJob, net: nn.Module, rgb: Tensor, planes: list[Tensor], target: Tensor
+    net: nn.Module, run: Run, setup: TaskSetup, pictures: Pictures, target: Tensor
 ) -> Tensor:
-    """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution."""
-    statistics = (job.train_set.depth_mean, job.train_set.depth_std)
-    rgb_input, depth_input = to_input(rgb, planes, statistics)
-    inputs = [rgb_input] if job.learns_depth else [rgb_input, depth_input]
-    inputs = [picture.contiguous(memory_format=job.layout) for picture in inputs]
+    """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution.
 
-    dtype = job.autocast_dtype
-    with torch.autocast(job.device.type, dtype=dtype, enabled=dtype is not None):
+    net: the run's `net` where it learns, else its model itself.
+    """
+    rgb, planes = pictures
+    statistics = (setup.train_set.depth_mean, setup.train_set.depth_std)
+    rgb_input, depth_input = to_input(rgb, planes, statistics)
+    inputs = [rgb_input] if setup.learns_depth else [rgb_input, depth_input]
+    inputs = [picture.contiguous(memory_format=run.layout) for picture in inputs]
+
+    dtype = setup.autocast_dtype
+    with torch.autocast(setup.device.type, dtype=dtype, enabled=dtype is not None):
         out: Tensor = net(*inputs)
     out = out.float()
     if target.ndim == 1:
@@ -96,34 +110,34 @@ def _forward(
     return F.interpolate(out, target.shape[-2:], mode="bilinear")
 
 
-def _to_device(job: TrainingJob, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+def _to_device(setup: TaskSetup, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
     """RGB; depth and the rays; the target, a depth only where the sensor measured."""
-    rgb, depth, target = (part.to(job.device, non_blocking=True) for part in batch)
-    if job.learns_depth:
+    rgb, depth, target = (part.to(setup.device, non_blocking=True) for part in batch)
+    if setup.learns_depth:
         target = torch.where(depth > 0, target, 0.0)
-    rays = [plane.expand_as(depth) for plane in job.rays]
+    rays = [plane.expand_as(depth) for plane in setup.rays]
     return rgb, [depth, *rays], target
 
 
-def _sums(job: TrainingJob, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+def _sums(setup: TaskSetup, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     """What is added up over batches and ranks: loss, its weight, the task's counts; float64."""
-    return torch.cat((torch.stack((loss, weight)).double(), job.task.count(out, target)))
+    return torch.cat((torch.stack((loss, weight)).double(), setup.task.count(out, target)))
 
 
-def train_step(run: Run, job: TrainingJob, batch: Batch, mine: Any) -> None:
+def train_step(run: Run, setup: TaskSetup, batch: Batch, mine: Any) -> None:
     """One step; every draw in it comes from (seed, epoch, step).
 
     mine: where the batch's rows stand in the batch of all ranks. Raises BatchTooSmall.
     """
-    at = (job.settings.seed, run.epoch, run.step)
+    at = (setup.settings.seed, run.epoch, run.step)
     torch.manual_seed(seed_of(*at, ranks.RANK))  # dropout
-    draws = Draws(seed_of(*at), len(batch[0]) * ranks.WORLD, mine, job.device)
-    rgb, planes, target = _augmented(job, batch, draws)
+    draws = Draws(seed_of(*at), len(batch[0]) * ranks.WORLD, mine, setup.device)
+    rgb, planes, target = _augmented(setup, batch, draws)
 
-    out = _forward_to_learn(job, rgb, planes, target)
-    loss, weight = job.task.loss(out, target)
+    out = _forward_to_learn(run, setup, rgb, planes, target)
+    loss, weight = setup.task.loss(out, target)
 
-    _set_learning_rate(run, job)
+    _set_learning_rate(run, setup)
     run.optimizer.zero_grad(set_to_none=True)
     # Ranks average their gradients: times their number it is the mean over the batch of all.
     mean_loss = loss * ranks.WORLD / ranks.all_reduce_sum(weight)
@@ -131,14 +145,14 @@ def train_step(run: Run, job: TrainingJob, batch: Batch, mine: Any) -> None:
     run.scaler.step(run.optimizer)
     run.scaler.update()
 
-    run.sums += _sums(job, out.detach(), target, loss.detach(), weight)
+    run.sums += _sums(setup, out.detach(), target, loss.detach(), weight)
     run.step += 1
 
 
-def _augmented(job: TrainingJob, batch: Batch, draws: Draws) -> tuple[Tensor, list[Tensor], Tensor]:
+def _augmented(setup: TaskSetup, batch: Batch, draws: Draws) -> tuple[Tensor, list[Tensor], Tensor]:
     """RGB, planes and target of a batch, changed at random; a dense target as its picture."""
-    settings = job.settings
-    rgb, planes, target = _to_device(job, batch)
+    settings = setup.settings
+    rgb, planes, target = _to_device(setup, batch)
     size = settings.size or rgb.shape[-1]
     if target.ndim == 1:
         rgb, planes = augment(rgb, planes, draws, size, settings)
@@ -150,27 +164,22 @@ def _augmented(job: TrainingJob, batch: Batch, draws: Draws) -> tuple[Tensor, li
 
 
 def _forward_to_learn(
-    job: TrainingJob, rgb: Tensor, planes: list[Tensor], target: Tensor
+    run: Run, setup: TaskSetup, rgb: Tensor, planes: list[Tensor], target: Tensor
 ) -> Tensor:
     try:
-        return _forward(job, job.net, rgb, planes, target)
+        return _forward(run.net, run, setup, (rgb, planes), target)
     except (ValueError, RuntimeError) as error:
         # Of BatchNorm, where a channel has a single value: there is nothing to normalise.
         if "Expected more than 1" not in str(error):
             raise
-        n_rows = len(rgb)
-        size = rgb.shape[-1]
-        what = f"a batch of {n_rows} at {size} px is too little for BatchNorm ({one_line(error)})"
-        raise BatchTooSmall(
-            what, "Use a larger --batch-size or --size", n_rows=n_rows, size=size
-        ) from error
+        raise BatchTooSmall(len(rgb), rgb.shape[-1], one_line(error)) from error
 
 
-def _set_learning_rate(run: Run, job: TrainingJob) -> None:
-    settings = job.settings
+def _set_learning_rate(run: Run, setup: TaskSetup) -> None:
+    settings = setup.settings
     n_warmup_epochs = min(settings.warmup_epochs, settings.epochs // 4)
-    step = run.epoch * job.n_steps + run.step
-    lr = lr_at(step, n_warmup_epochs * job.n_steps, settings.epochs * job.n_steps, settings.lr)
+    step = run.epoch * setup.n_steps + run.step
+    lr = lr_at(step, n_warmup_epochs * setup.n_steps, settings.epochs * setup.n_steps, settings.lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
@@ -184,9 +193,9 @@ class CheckpointKeeper:
     All ranks do the same, whichever of them got the signal.
     """
 
-    def __init__(self, run: Run, job: TrainingJob, mirror: Mirror) -> None:
+    def __init__(self, run: Run, setup: TaskSetup, mirror: Mirror) -> None:
         self.run = run
-        self.job = job
+        self.setup = setup
         self.mirror = mirror
         self.saved_at = time.perf_counter()
 
@@ -196,22 +205,22 @@ class CheckpointKeeper:
         Raises Stopped, once the run is saved, where a signal wants it to end.
         """
         since_saved_s = time.perf_counter() - self.saved_at
-        is_due = not can_wait and since_saved_s >= 60 * self.job.settings.save_minutes
+        is_due = not can_wait and since_saved_s >= 60 * self.setup.settings.save_minutes
         own = max(REQUESTS.take(), DUE if is_due else NOTHING)
-        wanted = ranks.all_reduce_max(own, self.job.device)
+        wanted = ranks.all_reduce_max(own, self.setup.device)
         if wanted == NOTHING:
             return
 
         self.save()
-        where = f"after step {self.run.step} of {self.job.n_steps} of epoch {self.run.epoch + 1}"
+        where = f"after step {self.run.step} of {self.setup.n_steps} of epoch {self.run.epoch + 1}"
         if wanted == STOP:
-            raise Stopped(f"stopped and saved {where}; the same command continues there")
+            raise Stopped(f"stopped and saved {where}")
         if wanted == SAVE and ranks.RANK == 0:
             log(f"saved {where}")
 
     def save(self, *files: str) -> None:
         """A checkpoint, and copies of it and `files` to the mirror."""
-        save(self.run, self.job.settings, self.job.train_set.fingerprint)
+        save(self.run, self.setup.settings, self.setup.train_set.fingerprint)
         self.mirror.copy(*files, CHECKPOINT)
         self.saved_at = time.perf_counter()
 
@@ -219,53 +228,51 @@ class CheckpointKeeper:
 # ---------------------------------------------------------------- one epoch
 
 
-def _train_epoch(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> dict[str, float]:
+def _train_epoch(
+    run: Run, setup: TaskSetup, loaders: Loaders, keeper: CheckpointKeeper
+) -> dict[str, float]:
     """The rest of an epoch, with checkpoints in between; its part of the row of metrics.csv.
 
-    Raises NothingToLearn where no pixel was known, Diverged where the loss is no number.
+    Raises NoKnownPixel where no pixel was known, Diverged where the loss is no number.
     """
-    settings = job.settings
-    job.train_loader.set_epoch(run.epoch, run.step)
-    places = job.train_loader.batches.places(run.epoch)[run.step :]
+    loaders.train.set_epoch(run.epoch, run.step)
+    places = loaders.train_places(run.epoch)[run.step :]
     run.model.train()
 
-    with _progress_bar(run, job) as bar:
+    with _progress_bar(run, setup) as bar:
         meter = Meter(bar, ranks.WORLD)
-        for batch, mine in zip(job.train_loader, places, strict=False):
-            train_step(run, job, batch, mine)
-            is_last = run.step == job.n_steps
+        for batch, mine in zip(loaders.train, places, strict=False):
+            train_step(run, setup, batch, mine)
+            is_last = run.step == setup.n_steps
             meter.show(len(batch[0]), is_last, lambda: float(run.sums[0] / run.sums[1]))
             keeper.look(can_wait=is_last)
 
     sums = ranks.all_reduce_sum(run.sums)
     if sums[1] == 0:
-        known = "measured" if job.learns_depth else "labelled"
-        what = f"{job.train_set.path}: no pixel of the train rows is {known}: nothing to learn"
-        raise NothingToLearn(what, "Use another --task", path=job.train_set.path)
+        known = "measured" if setup.learns_depth else "labelled"
+        raise NoKnownPixel(setup.train_set.path, known)
 
     lr = run.optimizer.param_groups[0]["lr"]
-    row = {"lr": lr, **_scores(job, "train", sums), **meter.values()}
+    row = {"lr": lr, **_scores(setup, "train", sums), **meter.values()}
     if not math.isfinite(row["train_loss"]):
-        epoch = run.epoch + 1
-        what = f"the loss became nan in epoch {epoch}"
-        raise Diverged(what, f"Use a smaller --lr than {settings.lr}", epoch=epoch, lr=settings.lr)
+        raise Diverged(run.epoch + 1, setup.settings.lr)
     return row
 
 
-def _progress_bar(run: Run, job: TrainingJob) -> Any:
+def _progress_bar(run: Run, setup: TaskSetup) -> Any:
     """Rank 0's alone, and only on a terminal."""
     return tqdm(
-        total=job.n_steps,
+        total=setup.n_steps,
         initial=run.step,
-        desc=f"epoch {run.epoch + 1}/{job.settings.epochs}",
+        desc=f"epoch {run.epoch + 1}/{setup.settings.epochs}",
         disable=True if ranks.RANK > 0 else None,
         leave=False,
     )
 
 
-def _scores(job: TrainingJob, split: str, sums: Tensor) -> dict[str, float]:
+def _scores(setup: TaskSetup, split: str, sums: Tensor) -> dict[str, float]:
     """Mean loss and the task's scores, as columns of metrics.csv."""
-    scores = {"loss": float(sums[0] / sums[1]), **job.task.scores(sums[2:])}
+    scores = {"loss": float(sums[0] / sums[1]), **setup.task.scores(sums[2:])}
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 
@@ -273,7 +280,7 @@ def _scores(job: TrainingJob, split: str, sums: Tensor) -> dict[str, float]:
 
 
 def predict_batch(
-    net: nn.Module, job: TrainingJob, batch: Batch, *, test_time_augmentation: bool = True
+    run: Run, setup: TaskSetup, batch: Batch, *, test_time_augmentation: bool = True
 ) -> tuple[Tensor, Batch]:
     """Outputs for pictures as stored, averaged over each and its mirror image.
 
@@ -281,20 +288,21 @@ def predict_batch(
     at the stored resolution, not the network's. Returns the outputs, and (rgb, depth, target) on
     the device, at the outputs' resolution where they are dense.
     """
-    rgb, planes, target = _to_device(job, batch)
+    rgb, planes, target = _to_device(setup, batch)
     is_dense = target.ndim > 1
-    size = job.settings.size or rgb.shape[-1]
+    size = setup.settings.size or rgb.shape[-1]
     if is_dense and not test_time_augmentation:
         rgb, planes = resize(rgb, [*planes, target], size)
         *planes, target = planes
 
     is_cropped = test_time_augmentation and not is_dense
     outs = []
-    for view in views(job.settings.crop) if is_cropped else [WHOLE]:
-        pictures, planes_small = resize(rgb, planes, size, view)
-        outs.append(_forward(job, net, pictures, planes_small, target))
+    for view in views(setup.settings.crop) if is_cropped else [WHOLE]:
+        rgb_small, planes_small = resize(rgb, planes, size, view)
+        outs.append(_forward(run.model, run, setup, (rgb_small, planes_small), target))
         mirrored_planes = [plane.flip(-1) for plane in planes_small]
-        mirrored = _forward(job, net, pictures.flip(-1), mirrored_planes, target)
+        mirrored_pictures = (rgb_small.flip(-1), mirrored_planes)
+        mirrored = _forward(run.model, run, setup, mirrored_pictures, target)
         outs.append(mirrored.flip(-1) if is_dense else mirrored)
 
     mean = sum(outs[1:], outs[0]) / len(outs)
@@ -304,11 +312,12 @@ def predict_batch(
 @torch.inference_mode()
 def evaluate(
     run: Run,
-    job: TrainingJob,
+    setup: TaskSetup,
+    loaders: Loaders,
     test_time_augmentation: bool = True,
     keeper: CheckpointKeeper | None = None,
 ) -> dict[str, float]:
-    """Every row of `job.eval_split` once over all ranks -> its part of the row of metrics.csv.
+    """Every row of `loaders.split` once over all ranks -> its part of the row of metrics.csv.
 
     Leaves the counts in the run. `keeper` looks after every batch.
     """
@@ -317,21 +326,21 @@ def evaluate(
         _share_statistics(run.model)
 
     sums = torch.zeros_like(run.sums)
-    n_common = common_batches(len(job.eval_loader.dataset), job.settings.batch_size, ranks.WORLD)
-    for k, batch in enumerate(job.eval_loader):
+    n_common = common_batches(len(loaders.eval_set), setup.settings.batch_size, ranks.WORLD)
+    for k, batch in enumerate(loaders.eval):
         for part in _parts(batch):
             out, (_, _, target) = predict_batch(
-                run.model, job, part, test_time_augmentation=test_time_augmentation
+                run, setup, part, test_time_augmentation=test_time_augmentation
             )
-            loss, weight = job.task.loss(out, target)
-            sums += _sums(job, out, target, loss, weight)
+            loss, weight = setup.task.loss(out, target)
+            sums += _sums(setup, out, target, loss, weight)
         # Looking is one all_reduce: every rank must come to it as often as the others.
         if keeper and k < n_common:
             keeper.look(can_wait=True)
 
     sums = ranks.all_reduce_sum(sums).cpu()
     run.counts = sums[2:]
-    return _scores(job, job.eval_split, sums)
+    return _scores(setup, loaders.split, sums)
 
 
 def _share_statistics(model: nn.Module) -> None:
@@ -371,15 +380,42 @@ def training(settings: Settings, found: ShardSet | None = None) -> Iterator[Trai
     the first one's `counts` and files count.
     """
     settings.check_out()
-    job = make_job(settings, ranks.join(), found)
+    setup = make_setup(settings, ranks.join(), found)
     with ExitStack() as held:
         lock = only_writer(Path(settings.out), "trained")
         ranks.broadcast_from_first(lambda: held.enter_context(lock))
 
-        run, mirror = _begin(job)
-        with REQUESTS.training():
-            _train_epochs(run, job, CheckpointKeeper(run, job, mirror))
-        yield _finish(run, job, mirror)
+        yield _train_to_the_end(setup)
+
+
+def _train_to_the_end(setup: TaskSetup) -> TrainingResult:
+    """A run, begun or continued, and what it ends with."""
+    run, mirror = _begin(setup)
+    loaders = open_loaders(setup, setup.eval_split)
+    with REQUESTS.training():
+        _train_epochs(run, setup, loaders, CheckpointKeeper(run, setup, mirror))
+
+    baseline = _baseline(setup, loaders)
+    test: dict[str, float] = {}
+    if setup.eval_split != "test" and reported_split(setup) == "test":
+        loaders = open_loaders(setup, "test")  # the others, and their workers, end here
+        test = evaluate(run, setup, loaders)
+
+    out = Path(setup.settings.out)
+    if ranks.RANK == 0:  # again: of a run that starts from the mirror there is only the checkpoint
+        write_csv(out / METRICS, run.history)
+    return TrainingResult(
+        run=run,
+        setup=setup,
+        loaders=loaders,
+        epochs=run.epoch,
+        last=run.history[-1],
+        best=_best(run.history, f"{setup.eval_split}_{setup.task.main}"),
+        test=test,
+        baseline=baseline,
+        files=(out / CHECKPOINT, out / METRICS),
+        mirror=mirror,
+    )
 
 
 def train(settings: Settings) -> TrainingResult:
@@ -394,30 +430,29 @@ def train(settings: Settings) -> TrainingResult:
         return result
 
 
-def _begin(job: TrainingJob) -> tuple[Run, Mirror]:
-    """The run as it was left, or a new one, and its loaders."""
-    settings = job.settings
-    run = new_run(job)
+def _begin(setup: TaskSetup) -> tuple[Run, Mirror]:
+    """The run as it was left, or a new one."""
+    settings = setup.settings
+    run = new_run(setup)
     mirror = Mirror(settings.out, settings.mirror if ranks.RANK == 0 else None)
-    is_continued = restore(run, settings, job.train_set.fingerprint)
+    is_continued = restore(run, settings, setup.train_set.fingerprint)
     if not is_continued:
         start_from(run.model, settings.weights)
 
-    job.net = ranks.wrap(run.model, job.device)
+    run.net = ranks.wrap(run.model, setup.device)
     if settings.compile:
-        job.net = compiled(job.net)
-    open_loaders(job)
+        run.net = compiled(run.net)
     return run, mirror
 
 
-def _train_epochs(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> None:
-    n_epochs = job.settings.epochs
+def _train_epochs(run: Run, setup: TaskSetup, loaders: Loaders, keeper: CheckpointKeeper) -> None:
+    n_epochs = setup.settings.epochs
     while run.epoch < n_epochs:
         started = time.perf_counter()
         is_last = run.epoch + 1 == n_epochs
         row: dict[str, float] = {"epoch": run.epoch + 1}
-        row |= _train_epoch(run, job, keeper)
-        row |= evaluate(run, job, test_time_augmentation=is_last, keeper=keeper)
+        row |= _train_epoch(run, setup, loaders, keeper)
+        row |= evaluate(run, setup, loaders, test_time_augmentation=is_last, keeper=keeper)
         row["seconds"] = time.perf_counter() - started
 
         run.history.append(row)
@@ -426,37 +461,6 @@ def _train_epochs(run: Run, job: TrainingJob, keeper: CheckpointKeeper) -> None:
         keeper.save(METRICS)
         if ranks.RANK == 0:
             print(epoch_line(row, n_epochs), flush=True)
-
-
-def _finish(run: Run, job: TrainingJob, mirror: Mirror) -> TrainingResult:
-    out = Path(job.settings.out)
-    eval_split = job.eval_split
-    best = _best(run.history, f"{eval_split}_{job.task.main}")
-    baseline = _baseline(job)
-    test = _scores_of_test(run, job) if eval_split != "test" else {}
-    if ranks.RANK == 0:  # again: of a run that starts from the mirror there is only the checkpoint
-        write_csv(out / METRICS, run.history)
-    return TrainingResult(
-        run=run,
-        job=job,
-        epochs=run.epoch,
-        last=run.history[-1],
-        best=best,
-        eval_split=eval_split,
-        test=test,
-        baseline=baseline,
-        files=(out / CHECKPOINT, out / METRICS),
-        mirror=mirror,
-    )
-
-
-def _scores_of_test(run: Run, job: TrainingJob) -> dict[str, float]:
-    """Of the test rows, once, at the end; a report shows these rows then. {}: there are none."""
-    if reported_split(job) != "test":
-        return {}
-    job.eval_split = "test"
-    open_loaders(job)
-    return evaluate(run, job)
 
 
 def _best(history: list[dict[str, float]], column: str) -> dict[str, float]:
@@ -469,9 +473,9 @@ def _best(history: list[dict[str, float]], column: str) -> dict[str, float]:
     return max(scored, key=lambda row: row[column])
 
 
-def _baseline(job: TrainingJob) -> float | None:
+def _baseline(setup: TaskSetup, loaders: Loaders) -> float | None:
     """Top-1 on the scored rows of always naming the most frequent train class."""
-    if job.settings.task != "scene":
+    if setup.settings.task != "scene":
         return None
-    most_frequent = np.bincount(job.train_set.labels()).argmax()
-    return float((job.eval_loader.dataset.labels() == most_frequent).mean())
+    most_frequent = np.bincount(setup.train_set.labels()).argmax()
+    return float((loaders.eval_set.labels() == most_frequent).mean())

@@ -209,7 +209,7 @@ def compiled(net: nn.Module) -> nn.Module:
 
 
 def start_from(model: nn.Module, weights: str | None) -> None:
-    """Put what --weights names into a new model, if anything.
+    """Put what `weights` names into a new model, if anything.
 
     Raises WrongWeights where it cannot be read or does not fit.
     """
@@ -218,11 +218,7 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     try:
         load_trunks(model, read_weights(weights))  # type: ignore[arg-type]
     except Exception as error:  # a missing file, no network, a pickle of anything else
-        raise WrongWeights(
-            f"--weights {weights}: {one_line(error)}",
-            "Give a ResNet-18 (and --width 64), or a run with this one's --width and --inputs",
-            weights=weights,
-        ) from error
+        raise WrongWeights(weights, one_line(error)) from error
 
 
 def load_trunks(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
@@ -289,7 +285,7 @@ def read_weights(spec: str) -> Mapping[str, Tensor]:
 
 
 def build(spec: str, n_out: int, **shape: object) -> nn.Module:
-    """The network that --model names, for `n_out` outputs.
+    """The network that `spec` names, for `n_out` outputs.
 
     spec: "resnet18", the built-in one of this `shape` (keywords of TwoStreamResNet), or
     `package.module:callable`, which is called with n_out. Raises WrongNetwork.
@@ -301,12 +297,12 @@ def build(spec: str, n_out: int, **shape: object) -> nn.Module:
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise WrongNetwork(
-            f"--model {spec}: the shape of {lazy[0]} is not known yet (a lazy layer)",
+            spec,
+            f": the shape of {lazy[0]} is not known yet (a lazy layer)",
             "Give its layer the number of inputs, or call the network once before it is returned",
-            model=spec,
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise WrongNetwork(f"--model {spec} has no parameters that can learn", model=spec)
+        raise WrongNetwork(spec, "has no parameters that can learn")
     return model
 
 
@@ -319,18 +315,18 @@ def _made_by_user(spec: str, n_out: int) -> nn.Module:
             "expected resnet18 or package.module:callable. "
             "Run from the folder that holds the package, or install it"
         )
-        raise WrongNetwork(f"--model {spec}: {said(error)}; {hint}", model=spec) from error
+        raise WrongNetwork(spec, f": {said(error)}; {hint}") from error
 
     try:
         model = factory(n_out) if callable(factory) else factory
     except (Exception, SystemExit) as error:
-        what = f"called with {n_out}, the number of outputs: {said(error)}"
-        raise WrongNetwork(f"--model {spec}: {what}", model=spec) from error
+        what = f": called with {n_out}, the number of outputs: {said(error)}"
+        raise WrongNetwork(spec, what) from error
 
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         expected = "expected a torch.nn.Module taking (rgb, depth)"
-        raise WrongNetwork(f"--model {spec} returned {kind}, {expected}", model=spec)
+        raise WrongNetwork(spec, f"returned {kind}, {expected}")
     return model
 
 
@@ -353,11 +349,11 @@ def ask(spec: str, model: nn.Module, pictures: list[Tensor]) -> Any:
     try:
         return model(*pictures)
     except UserError as error:
-        raise WrongNetwork(f"--model {spec}: {error.problem}", error.right, model=spec) from error
+        raise WrongNetwork(spec, f": {error.problem}", error.right) from error
     except (Exception, SystemExit) as error:
         shapes = ", ".join(str(list(picture.shape)) for picture in pictures)
-        what = f"called with pictures {shapes}: {said(error)}"
-        raise WrongNetwork(f"--model {spec}: {what}", model=spec) from error
+        what = f": called with pictures {shapes}: {said(error)}"
+        raise WrongNetwork(spec, what) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -372,7 +368,7 @@ def _refuse_overrun(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
     x = inputs[0]
     is_last = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu" and is_last and not x.is_contiguous():
-        raise WrongNetwork(
+        raise UserError(
             f"{layer} gets its input in channels_last, in which oneDNN writes beyond its memory",
             "Leave it in the layout that it is given",
         )
@@ -385,27 +381,22 @@ def check_answer(spec: str, out: Any, n_out: int, task: str) -> None:
     """
     is_dense = task != "scene"
     shape = f"[2, {n_out}, H, W]" if is_dense else f"[2, {n_out}]"
-    expected = f"expected floats {shape} for --task {task}"
+    expected = f"expected floats {shape} for the task {task}"
 
     if not isinstance(out, Tensor):
         kind = type(out).__name__
-        raise WrongNetwork(f"--model {spec} answers with {kind}, {expected}", model=spec)
+        raise WrongNetwork(spec, f"answers with {kind}, {expected}")
 
     n_dims = 4 if is_dense else 2
     is_right_shape = out.ndim == n_dims and out.shape[:2] == (2, n_out)
     if not out.is_floating_point() or not is_right_shape:
         dtype = str(out.dtype).removeprefix("torch.")
         found = f"{dtype} {list(out.shape)}"
-        raise WrongNetwork(
-            f"--model {spec} answers two pictures with {found}, {expected}", model=spec
-        )
+        raise WrongNetwork(spec, f"answers two pictures with {found}, {expected}")
 
     if not out.requires_grad:
-        raise WrongNetwork(
-            f"--model {spec}: its answer depends on no parameter that can learn",
-            "Leave one unfrozen",
-            model=spec,
-        )
+        what = ": its answer depends on no parameter that can learn"
+        raise WrongNetwork(spec, what, "Leave one unfrozen")
 
 
 def unused_parameters(model: nn.Module, out: Tensor) -> list[str]:

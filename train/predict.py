@@ -17,9 +17,9 @@ from shards.dataset import ShardSet
 from shards.errors import UserError, one_line
 from shards.spec import MAX_DEPTH_MM, VOID
 from train.checkpoint import Run, newest, only_writer, write_csv
-from train.errors import NoCheckpoint, WrongCheckpoint
+from train.errors import MissingDepth, NoCheckpoint, WrongCheckpoint
 from train.geometry import crop_box_of
-from train.job import TrainingJob, make_job, new_run, open_loaders, reported_split
+from train.job import TaskSetup, make_setup, new_run, open_loaders, reported_split
 from train.loop import Batch, evaluate
 from train.report import MOST_PICTURES, page, predictions, tables_and_pictures, write
 from train.settings import Settings
@@ -53,22 +53,21 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
     opened: dict[str, ShardSet] = {}
     loaded = [load_run(each, data, opened) for each in run]
     for each in loaded:
-        if _what_is_learnt(each.job) != _what_is_learnt(loaded[0].job):
+        if _what_is_learnt(each.setup) != _what_is_learnt(loaded[0].setup):
             what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
             raise UserError(what, "Name runs that do")
-    together, job = _together(loaded)
-    job.eval_split = reported_split(job)
-    open_loaders(job)
+    together, setup = _together(loaded)
+    loaders = open_loaders(setup, reported_split(setup))
 
     target = Path(out or f"{run[0]}/predict")
     with only_writer(target, "written"):
         if images:
-            files = _predict_folder(together, job, Path(images), target)
+            files = _predict_folder(together, setup, Path(images), target)
         else:
-            scores = evaluate(together, job)
+            scores = evaluate(together, setup, loaders)
             listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            print(f"on the {job.eval_split} rows:", listed)
-            files = tables_and_pictures(target, together, job)
+            print(f"on the {loaders.split} rows:", listed)
+            files = tables_and_pictures(target, together, setup, loaders.eval_set)
     print("files:", *(str(target / name) for name in files))
 
 
@@ -80,7 +79,7 @@ class LoadedRun:
     """A run with the weights of its newest checkpoint, on the CPU."""
 
     directory: str
-    job: TrainingJob
+    setup: TaskSetup
     run: Run
 
 
@@ -101,28 +100,28 @@ def load_run(
         settings = Settings(**found.settings)
         if data:
             settings = replace(settings, data=data)
-        job = make_job(settings, torch.device("cpu"), (opened or {}).get(settings.data))
+        setup = make_setup(settings, torch.device("cpu"), (opened or {}).get(settings.data))
         if opened is not None:
-            opened[settings.data] = job.train_set.shard_set
-        run = new_run(job)
+            opened[settings.data] = setup.train_set.shard_set
+        run = new_run(setup)
         run.model.load_state_dict(found.model)
     except (TypeError, RuntimeError) as error:
         what = f"{path} is of another version or network ({one_line(error)})"
         raise WrongCheckpoint(what, run=directory, path=path) from None
     print(f"{path}: {found.epoch} epochs")
-    return LoadedRun(directory=directory, job=job, run=run)
+    return LoadedRun(directory=directory, setup=setup, run=run)
 
 
-def _what_is_learnt(job: TrainingJob) -> tuple[Any, ...]:
+def _what_is_learnt(setup: TaskSetup) -> tuple[Any, ...]:
     """What networks must have in common to answer together."""
-    settings = job.settings
+    settings = setup.settings
     return (
         settings.task,
         settings.num_classes,
         settings.inputs,
         settings.size,
-        len(job.rays),
-        job.train_set.fingerprint,
+        len(setup.rays),
+        setup.train_set.fingerprint,
     )
 
 
@@ -138,20 +137,20 @@ class Average(nn.Module):
         return torch.stack([member(*inputs) for member in self.members]).mean(dim=0)
 
 
-def _together(loaded: list[LoadedRun]) -> tuple[Run, TrainingJob]:
-    """A run whose network is the mean of all, and a job that fits it."""
-    together = loaded[-1].run
-    together.model = Average([each.run.model for each in loaded])
+def _together(loaded: list[LoadedRun]) -> tuple[Run, TaskSetup]:
+    """A run whose network is the mean of all, and a setup that fits it."""
     # A layout that all of them can take: the plain one, unless every network is in channels_last.
-    plain = [each.job for each in loaded if each.job.layout is not torch.channels_last]
-    job = plain[0] if plain else loaded[0].job
-    return together, job
+    plain = [each for each in loaded if each.run.layout is not torch.channels_last]
+    chosen = plain[0] if plain else loaded[0]
+    mean = Average([each.run.model for each in loaded])
+    together = replace(loaded[-1].run, model=mean, net=mean, layout=chosen.run.layout)
+    return together, chosen.setup
 
 
 # ---------------------------------------------------------------- a folder of pictures
 
 
-def _predict_folder(run: Run, job: TrainingJob, folder: Path, target: Path) -> list[str]:
+def _predict_folder(run: Run, setup: TaskSetup, folder: Path, target: Path) -> list[str]:
     """predictions.csv and page.png of DIR/rgb/NAME with DIR/depth/NAME.png; their names.
 
     Dense answers also as NAME.png. Raises UserError for pictures that are missing or unfit.
@@ -164,53 +163,52 @@ def _predict_folder(run: Run, job: TrainingJob, folder: Path, target: Path) -> l
             f"put NAME.png or NAME.jpg there, depth in {folder / 'depth'}"
         )
 
-    batches = _image_batches(job, paths, folder / "depth")
+    batches = _image_batches(setup, paths, folder / "depth")
     names = [path.name for path in paths]
-    found = list(predictions(run, job, names, batches, is_judged=False))
+    found = list(predictions(run, setup, names, batches, is_judged=False))
 
     write_csv(target / "predictions.csv", [each.table_row for each in found])
     files = ["predictions.csv"]
     for path, each in zip(paths, found, strict=True):
         if each.predicted.ndim == 2:
             files.append(write(target / f"{path.stem}.png", _answer_png(each.predicted)))
-    files.append(write(target / "page.png", page(job, str(folder), found[:MOST_PICTURES])))
+    files.append(write(target / "page.png", page(setup, str(folder), found[:MOST_PICTURES])))
     return files
 
 
-def _image_batches(job: TrainingJob, paths: Sequence[Path], depths: Path) -> Iterator[Batch]:
+def _image_batches(setup: TaskSetup, paths: Sequence[Path], depths: Path) -> Iterator[Batch]:
     """Batches of one, as the set stores them: RGB antialiased, depth nearest."""
     for path in paths:
-        rgb_3hw = torch.from_numpy(_read_rgb(job, path))
-        depth_hw = torch.from_numpy(_read_depth_mm(job, depths / f"{path.stem}.png"))
-        yield rgb_3hw[None], depth_hw[None, None], _placeholder_target(job)
+        rgb_3hw = torch.from_numpy(_read_rgb(setup, path))
+        depth_hw = torch.from_numpy(_read_depth_mm(setup, depths / f"{path.stem}.png"))
+        yield rgb_3hw[None], depth_hw[None, None], _placeholder_target(setup)
 
 
-def _read_rgb(job: TrainingJob, path: Path) -> np.ndarray:
+def _read_rgb(setup: TaskSetup, path: Path) -> np.ndarray:
     """uint8 [3, S, S]: the part of the picture that the set stores."""
     from PIL import Image
 
-    size = job.train_set.size
+    size = setup.train_set.size
     with Image.open(path) as image:
-        box = crop_box_of(job.train_set).scaled_to(image.height, image.width)
+        box = crop_box_of(setup.train_set).scaled_to(image.height, image.width)
         part = (box.left, box.top, box.right, box.bottom)
         resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, part)
         return np.array(resized).transpose(2, 0, 1).copy()
 
 
-def _read_depth_mm(job: TrainingJob, path: Path) -> np.ndarray:
+def _read_depth_mm(setup: TaskSetup, path: Path) -> np.ndarray:
     """int16 [S, S], nearest; 0 where the network does without and there is none.
 
-    Raises UserError where the network needs it.
+    Raises MissingDepth where the network needs it.
     """
     from PIL import Image
 
-    size = job.train_set.size
-    is_needed = not job.learns_depth and job.settings.inputs != "rgb"
+    size = setup.train_set.size
+    is_needed = not setup.learns_depth and setup.settings.inputs != "rgb"
     nothing = np.zeros((size, size), np.int16)
     if not path.exists():
         if is_needed:
-            what = f"{path} is missing: the network needs it"
-            raise UserError(what, "Put it there, or train with --inputs rgb")
+            raise MissingDepth(path)
         return nothing
 
     with Image.open(path) as image:
@@ -221,19 +219,19 @@ def _read_depth_mm(job: TrainingJob, path: Path) -> np.ndarray:
             raise UserError(f"{path}: {expected}")
         return nothing
 
-    box = crop_box_of(job.train_set).scaled_to(*stored.shape)
+    box = crop_box_of(setup.train_set).scaled_to(*stored.shape)
     centres = (np.arange(size) + 0.5) / size
     rows = box.rows_at(centres).astype(np.int64)
     columns = box.columns_at(centres).astype(np.int64)
     return stored[rows][:, columns].astype(np.int16)
 
 
-def _placeholder_target(job: TrainingJob) -> Tensor:
+def _placeholder_target(setup: TaskSetup) -> Tensor:
     """Of the shape that the task's targets have, for a batch of one; nothing is known."""
-    size = job.train_set.size
-    if job.learns_depth:
+    size = setup.train_set.size
+    if setup.learns_depth:
         return torch.zeros((1, 1, size, size))
-    shape = (1,) if job.settings.task == "scene" else (1, size, size)
+    shape = (1,) if setup.settings.task == "scene" else (1, size, size)
     return torch.full(shape, VOID, dtype=torch.int64)
 
 

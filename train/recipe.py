@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from shards.dataset import ShardSet
-from shards.errors import UserError, WrongSetting
+from shards.errors import NeedsSetting, WrongSetting
 from train.checkpoint import CLASS_TABLE
+from train.errors import ConflictingSettings
 from train.model import BUILT_IN
 from train.settings import Settings
 
-# What a recipe puts in the place of the flags' defaults; a flag that is given is kept.
+# What a recipe puts in the place of the settings' defaults; what is given is kept.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"size": 64, "width": 16, "batch_size": 32, "lr": 2e-3, "epochs": 40},
 }
@@ -41,7 +42,7 @@ class Stage:
 
 
 def defaults(recipe: str | None) -> dict[str, Any]:
-    """The values that take the place of the flags' defaults. Raises WrongSetting."""
+    """The values that take the place of the settings' defaults. Raises WrongSetting."""
     if recipe is None:
         return {}
     if recipe not in RECIPES:
@@ -56,14 +57,14 @@ def plan(
 
     dataset: the opened set. recipe: a key of RECIPES, whose `defaults` are in `settings` already;
     None: one training. start: the run that learns the pixels first, "" for none; "auto": OUT-parts,
-    where that can help. A run that is named is the user's: --reset is not for it. Raises UserError
-    for what does not go together.
+    where that can help. A run that is named is the user's: `reset` is not for it. Raises
+    WrongSetting for what does not go together.
     """
     defaults(recipe)  # raises for an unknown one
     settings.check_out()
     if recipe is None:
         if start not in (AUTO, ""):
-            raise UserError(f"--start {start} is for a recipe", "Add --recipe default")
+            raise NeedsSetting("start", start, "recipe", "default")
         return [Stage(settings=settings)]
     is_named = start != AUTO
     if not is_named:
@@ -88,13 +89,13 @@ def stages(settings: Settings, start: str, task: str, *, is_named: bool = False)
 
     is_named: `start` is a run of the user's choice, which is never reset.
 
-    Raises UserError where `settings` already start from something else.
+    Raises ConflictingSettings where `settings` already start from something else.
     """
     if not start:
         return [Stage(settings=settings)]
     if not may_start_from_pixels(settings):
-        given = f"--weights {settings.weights}" if settings.weights else f"--model {settings.model}"
-        raise UserError(f"--start {start} does not go with {given}", "Leave one of them out")
+        other = "weights" if settings.weights else "model"
+        raise ConflictingSettings("start", start, other, getattr(settings, other))
 
     mirror = settings.mirror
     first = replace(

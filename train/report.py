@@ -9,11 +9,10 @@ report(result)
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from shards.files import log
 from shards.spec import class_colours
 from train.checkpoint import CLASS_TABLE, Run, write_csv, write_file
 from train.data import ShardDataset
-from train.job import TrainingJob
+from train.job import TaskSetup
 from train.loop import TrainingResult, epoch_line, predict_batch
 from train.plots import (
     CaptionedPanels,
@@ -35,7 +34,6 @@ from train.plots import (
     label_colours,
     page_png,
 )
-from train.settings import Settings, flag_of
 from train.tasks import Depth
 
 ROWS_AT_ONCE = 16
@@ -64,28 +62,28 @@ class Prediction:
 
 @torch.inference_mode()
 def predictions(
-    run: Run, job: TrainingJob, names: Sequence[str], batches: Iterator[Batch], *, is_judged: bool
+    run: Run, setup: TaskSetup, names: Sequence[str], batches: Iterator[Batch], *, is_judged: bool
 ) -> Iterator[Prediction]:
     """One a picture; `names` are theirs. Unless `is_judged`, the targets are only placeholders."""
     run.model.eval()
     name_of_next = iter(names)
     for batch in batches:
-        out, (rgb, depth, target) = predict_batch(run.model, job, batch)
+        out, (rgb, depth, target) = predict_batch(run, setup, batch)
         for k in range(len(rgb)):
             true = target[k] if is_judged else None
-            yield _prediction(job, next(name_of_next), out[k], (rgb[k], depth[k]), true)
+            yield _prediction(setup, next(name_of_next), out[k], (rgb[k], depth[k]), true)
 
 
 def _prediction(
-    job: TrainingJob, name: str, out: Tensor, pictures: tuple[Tensor, Tensor], true: Tensor | None
+    setup: TaskSetup, name: str, out: Tensor, pictures: tuple[Tensor, Tensor], true: Tensor | None
 ) -> Prediction:
     """Of one picture: `pictures` are rgb [3, H, W] and depth in millimetres [1, H, W]."""
     rgb_chw, depth_mm_1hw = pictures
-    predicted, answer = _answer(job, out)
+    predicted, answer = _answer(setup, out)
     judgement: dict[str, Any] = {}
     loss = 0.0
     if true is not None:
-        judgement, loss = _judgement(job, out[None], true[None])
+        judgement, loss = _judgement(setup, out[None], true[None])
     return Prediction(
         table_row={"picture": name, **judgement, **answer},
         loss=loss,
@@ -102,34 +100,34 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array.astype(np.int16) if array.dtype == np.int64 else array
 
 
-def _answer(job: TrainingJob, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+def _answer(setup: TaskSetup, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     """What the network says of one picture: to be drawn, and for the table.
 
     The column of the predicted class is called "named": programs of users read it.
     """
-    if isinstance(job.task, Depth):
-        metres = _array(job.task.metres(out))
+    if isinstance(setup.task, Depth):
+        metres = _array(setup.task.metres(out))
         return metres, {"median_m": round(float(np.median(metres)), 3)}
 
     confidence, ids = out.softmax(0).max(0)
     most_frequent = int(torch.bincount(ids.flatten()).argmax())
     columns = {
-        "named": job.task.names[most_frequent],
+        "named": setup.task.names[most_frequent],
         "confidence": round(float(confidence.mean()), 4),
     }
     return _array(ids), columns
 
 
-def _judgement(job: TrainingJob, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
+def _judgement(setup: TaskSetup, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
     """The true class, or the scores, of this one picture; and its loss."""
-    loss_sum, weight = job.task.loss(out, target)
+    loss_sum, weight = setup.task.loss(out, target)
     loss = float(loss_sum / weight) if weight > 0 else 0.0
     if target.ndim > 1:
-        scores = job.task.scores(job.task.count(out, target))
+        scores = setup.task.scores(setup.task.count(out, target))
         return {name: round(value, 4) for name, value in scores.items()}, loss
 
     is_right = bool(out.argmax() == target)
-    return {"true": job.task.names[int(target)]}, 0.0 if is_right else loss
+    return {"true": setup.task.names[int(target)]}, 0.0 if is_right else loss
 
 
 def _names_of_rows(dataset: ShardDataset) -> list[str]:
@@ -141,12 +139,11 @@ def _names_of_rows(dataset: ShardDataset) -> list[str]:
     ]
 
 
-def _test_predictions(run: Run, job: TrainingJob) -> Iterator[Prediction]:
-    dataset = job.eval_loader.dataset
+def _test_predictions(run: Run, setup: TaskSetup, dataset: ShardDataset) -> Iterator[Prediction]:
     positions = np.arange(len(dataset))
     parts = np.split(positions, range(ROWS_AT_ONCE, len(dataset), ROWS_AT_ONCE))
     batches = (dataset.stored(part) for part in parts)
-    return predictions(run, job, _names_of_rows(dataset), batches, is_judged=True)
+    return predictions(run, setup, _names_of_rows(dataset), batches, is_judged=True)
 
 
 # ---------------------------------------------------------------- tables and pages
@@ -158,24 +155,24 @@ def write(path: Path, data: bytes) -> str:
     return path.name
 
 
-def tables_and_pictures(out: Path, run: Run, job: TrainingJob) -> list[str]:
-    """predictions.csv, classes.csv, confusion.png and mistakes.png of the test rows: their names.
+def tables_and_pictures(out: Path, run: Run, setup: TaskSetup, dataset: ShardDataset) -> list[str]:
+    """predictions.csv, classes.csv, confusion.png and mistakes.png of the rows scored: their names.
 
     Without matplotlib no pictures, which is said.
     """
     table = []
     worst: list[Prediction] = []
-    for prediction in _test_predictions(run, job):
+    for prediction in _test_predictions(run, setup, dataset):
         table.append(prediction.table_row)
         worst.append(prediction)
         worst.sort(key=lambda each: -each.loss)
         del worst[MOST_PICTURES:]
     write_csv(out / "predictions.csv", table)
 
-    files = ["predictions.csv", *_class_table(out, run, job)]
+    files = ["predictions.csv", *_class_table(out, run, setup)]
     try:
-        files += _confusion(out, run, job)
-        files += _mistakes(out, run, job, len(table), worst)
+        files += _confusion(out, run, setup, dataset.split)
+        files += _mistakes(out, run, setup, dataset, worst)
     except ModuleNotFoundError as error:
         missing = f"no pictures: {error.name} is not installed"
         log(f"{missing}. Install the extra show: pip install 'nyuv2-shards[show]'")
@@ -183,75 +180,75 @@ def tables_and_pictures(out: Path, run: Run, job: TrainingJob) -> list[str]:
 
 
 def _mistakes(
-    out: Path, run: Run, job: TrainingJob, n_rows: int, worst: list[Prediction]
+    out: Path, run: Run, setup: TaskSetup, dataset: ShardDataset, worst: list[Prediction]
 ) -> list[str]:
     """mistakes.png; where there is none to show, it says so, and an older one is removed."""
     wrong = [prediction for prediction in worst if prediction.loss > 0]
     path = out / "mistakes.png"
     if wrong:
-        title = f"the {len(wrong)} worst of {n_rows} {job.eval_split} rows"
-        return [write(path, page(job, title, wrong))]
+        title = f"the {len(wrong)} worst of {len(dataset)} {dataset.split} rows"
+        return [write(path, page(setup, title, wrong))]
 
     path.unlink(missing_ok=True)
     is_anything_known = float(run.counts.sum()) > 0
     if is_anything_known:
-        why = f"all {n_rows} {job.eval_split} rows are right"
+        why = f"all {len(dataset)} {dataset.split} rows are right"
     else:
-        why = f"nothing is known of the {job.eval_split} rows"
+        why = f"nothing is known of the {dataset.split} rows"
     print(f"no mistakes.png: {why}", file=sys.stderr)
     return []
 
 
-def _class_table(out: Path, run: Run, job: TrainingJob) -> list[str]:
+def _class_table(out: Path, run: Run, setup: TaskSetup) -> list[str]:
     """classes.csv: for each class its true rows or pixels, accuracy and intersection over union."""
-    if isinstance(job.task, Depth):
+    if isinstance(setup.task, Depth):
         return []
-    true_k = run.counts.view(job.task.n_out, -1).sum(1).long().tolist()
-    accuracy_k, iou_k = job.task.per_class(run.counts)
+    true_k = run.counts.view(setup.task.n_out, -1).sum(1).long().tolist()
+    accuracy_k, iou_k = setup.task.per_class(run.counts)
     accuracy = np.round(accuracy_k.numpy(), 4).tolist()
     iou = np.round(iou_k.numpy(), 4).tolist()
     table = [
         {"class": name, "true": true_k[k], "accuracy": accuracy[k], "iou": iou[k]}
-        for k, name in enumerate(job.task.names)
+        for k, name in enumerate(setup.task.names)
     ]
     write_csv(out / CLASS_TABLE, table)
     return [CLASS_TABLE]
 
 
-def _confusion(out: Path, run: Run, job: TrainingJob) -> list[str]:
-    if isinstance(job.task, Depth):
+def _confusion(out: Path, run: Run, setup: TaskSetup, split: str) -> list[str]:
+    if isinstance(setup.task, Depth):
         return []
-    counts_kk = run.counts.view(job.task.n_out, -1).long().numpy()
-    png = confusion_png(counts_kk, job.task.names, job.eval_split)
+    counts_kk = run.counts.view(setup.task.n_out, -1).long().numpy()
+    png = confusion_png(counts_kk, setup.task.names, split)
     return [write(out / "confusion.png", png)]
 
 
-def page(job: TrainingJob, title: str, shown: list[Prediction]) -> bytes:
+def page(setup: TaskSetup, title: str, shown: list[Prediction]) -> bytes:
     """A PNG of every picture with its depth, and for dense tasks the truth and the answer."""
     heads = ["rgb", "depth"]
-    if job.settings.task != "scene":
+    if setup.settings.task != "scene":
         has_truth = bool(shown) and shown[0].true is not None
         heads += ["true", "predicted"] if has_truth else ["predicted"]
 
     pictures = []
     for each in shown:
-        panels = [each.rgb_hwc, depth_colours(each.depth_m_hw), *_dense_panels(job, each)]
+        panels = [each.rgb_hwc, depth_colours(each.depth_m_hw), *_dense_panels(setup, each)]
         pictures.append(CaptionedPanels(caption=_caption(each.table_row), panels=panels))
 
     legend = {}
-    if job.settings.task.startswith("semantic"):
-        colours = class_colours(job.task.n_out)[1:]  # the first is of void
-        legend = dict(zip(job.task.names, colours, strict=True))
+    if setup.settings.task.startswith("semantic"):
+        colours = class_colours(setup.task.n_out)[1:]  # the first is of void
+        legend = dict(zip(setup.task.names, colours, strict=True))
     return page_png(title, heads, pictures, legend)
 
 
-def _dense_panels(job: TrainingJob, prediction: Prediction) -> list[np.ndarray]:
+def _dense_panels(setup: TaskSetup, prediction: Prediction) -> list[np.ndarray]:
     """The truth, where it is known, and the answer, in colours; of a dense task."""
     answers = [prediction.true, prediction.predicted]
     planes = [plane for plane in answers if plane is not None and plane.ndim == 2]
-    if isinstance(job.task, Depth):
+    if isinstance(setup.task, Depth):
         return [depth_colours(plane) for plane in planes]
-    return [label_colours(plane, job.task.n_out) for plane in planes]
+    return [label_colours(plane, setup.task.n_out) for plane in planes]
 
 
 def _caption(table_row: dict[str, Any]) -> str:
@@ -272,8 +269,8 @@ def report(result: TrainingResult) -> list[Path]:
 
     Returns all files of the run, those of `train` first. Raises CannotWrite.
     """
-    out = Path(result.job.settings.out)
-    names = tables_and_pictures(out, result.run, result.job)
+    out = Path(result.setup.settings.out)
+    names = tables_and_pictures(out, result.run, result.setup, result.loaders.eval_set)
     with suppress(ModuleNotFoundError):  # announced already
         names.append(write(out / "curves.png", curves_png(result.run.history, result.baseline)))
 
@@ -283,10 +280,10 @@ def report(result: TrainingResult) -> list[Path]:
 
 
 def print_summary(result: TrainingResult, files: Sequence[Path]) -> None:
-    """The last and the best epoch, the baseline, the files, and the command that goes on."""
-    settings = result.job.settings
-    split = result.eval_split
-    main = f"{split}_{result.job.task.main}"
+    """The last and the best epoch, the baseline, the files."""
+    settings = result.setup.settings
+    split = result.setup.eval_split
+    main = f"{split}_{result.setup.task.main}"
     print(f"last  {epoch_line(result.last, settings.epochs)}")
 
     score = result.best.get(main, math.nan)
@@ -304,18 +301,3 @@ def print_summary(result: TrainingResult, files: Sequence[Path]) -> None:
         print(f"always the most frequent class: top-1 {result.baseline:.1%}")
 
     print("files:", *map(str, files))
-    print("continue:", command(settings, epochs=2 * result.epochs), flush=True)
-
-
-def command(settings: Settings, **changes: Any) -> str:
-    """The command line of these settings, defaults left out."""
-    values = {**asdict(settings), "reset": False, **changes}
-    words = ["python", "-m", "train"]
-    for each in fields(settings):
-        value = values[each.name]
-        if value == each.default:
-            continue
-        words.append(flag_of(each.name))
-        if value is not True:
-            words.append(str(value))
-    return shlex.join(words)

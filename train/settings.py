@@ -7,7 +7,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from shards.errors import UserError, WrongSetting
+from shards.errors import NeedsSetting, WrongSetting
+from shards.flags import flag_of
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
 MAY_CHANGE = {
@@ -15,11 +16,6 @@ MAY_CHANGE = {
     "compile", "batch_size", "eval_split",
 }  # fmt: skip
 TASK = re.compile(r"scene|depth|semantic([1-9]\d{0,4})?")
-
-
-def flag_of(name: str) -> str:
-    """A field's name -> its flag on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def _flag(default: Any, help: str, **more: Any) -> Any:
@@ -113,7 +109,8 @@ class Settings:
         for each in fields(self):
             object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
         if self.weights and self.model != "resnet18":
-            raise UserError(f"--weights is for --model resnet18; load them inside {self.model}")
+            advice = f"Load them inside {self.model}"
+            raise NeedsSetting("weights", self.weights, "model", "resnet18", advice)
 
     @property
     def channels(self) -> int:

@@ -11,6 +11,7 @@ from shards.dataset import ShardSet, open_set
 from shards.errors import NewerSet, OldSet, UserError, WrongPlace
 from shards.files import log
 from shards.manifest import MANIFEST, read_manifest
+from train.errors import CannotUnpack
 
 CACHE = "nyuv2-shards"  # under $XDG_CACHE_HOME, else ~/.cache
 
@@ -98,7 +99,7 @@ def _unpack(path: Path, root: Path, digest: str) -> None:
     """A second process waits for the first, inside `shards.copy`, and takes what it made.
 
     A damaged copy loses its manifest: it is half a copy then, which `shards.copy` goes on with,
-    file by file.
+    file by file. Raises CannotUnpack.
     """
     copy = root / path.with_suffix("").name
     log(f"{path} is compressed: unpacking it once, into {copy}")
@@ -110,5 +111,4 @@ def _unpack(path: Path, root: Path, digest: str) -> None:
         [sys.executable, *command], cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL
     )
     if done.returncode:
-        right = f"To see why: {' '.join(['python', *command])}"
-        raise WrongPlace(path, "could not be unpacked", right)
+        raise CannotUnpack(path, root)

@@ -179,16 +179,16 @@ class Mat:
         if first == second:
             if wanted == "auto":
                 square = f"the pictures of {self.path} are square ({first}x{second})"
-                what = f"{square}: which axis comes first cannot be seen"
-                right = "Add --axes wh (as MATLAB writes pictures), or --axes hw"
-                raise WrongSetting("axes", wanted, f"{what}. {right}")
+                what = f"{square}, which axis comes first cannot be seen"
+                right = "choose wh (as MATLAB writes pictures), or hw"
+                raise WrongSetting("axes", wanted, f"{what}: {right}")
             return wanted
 
         found = "wh" if first > second else "hw"
         if wanted not in ("auto", found):
             lie = f"the pictures of {self.path} lie as {first}x{second}"
-            what = f"{lie}, and pictures are wider than tall: that is --axes {found}"
-            raise WrongSetting("axes", wanted, f"{what}. Leave --axes {wanted} out")
+            what = f"{lie}, and pictures are wider than tall"
+            raise WrongSetting("axes", wanted, f"{what}: choose {found}, or auto")
         if found == "hw":
             log(f"{self.path}: pictures lie as {first}x{second}: taken as height x width")
         return found

@@ -165,5 +165,5 @@ NYU_DOWNLOAD = PublishedFile(
   a mirror               academictorrents.com 47a9a46bb784b394e398228d4c85a8d61d01dfa8
                          kaggle.com rmzhang0526/nyu-depth-v2-labeled
   somebody's copy        2972037809 bytes, md5 520609c519fba3ba5ac58c8fefcc3530
-then put it into your Drive folder as nyu_depth_v2_labeled.mat, or say where it is with MAT=""",
+then put it into your Drive folder as nyu_depth_v2_labeled.mat, or give its path""",
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from helpers.commands import REPO
+from train.__main__ import command
 from train.checkpoint import CHECKPOINT
-from train.report import command
 from train.settings import Settings
 
 SETTINGS = {
