@@ -437,7 +437,9 @@ def test_the_second_loader_is_of_the_test_rows_where_there_is_no_val(
 
 def test_a_set_without_val_and_test_rows_cannot_be_scored(tmp_path: Path) -> None:
     made = convert(LabSource(splits=("train",)), tmp_path, SMALL)
-    with pytest.raises(MissingSet, match=r"has neither val nor test rows\. Its source has to say which"):
+    with pytest.raises(
+        MissingSet, match=r"has neither val nor test rows\. Its source has to say which"
+    ):
         create_dataloaders(made, batch_size=4, num_workers=0)
 
 
