@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.command import exit_status, make_parser
-from shards.containers import CODECS, write_field
+from shards.containers import CODECS, ShardForm, write_field
 from shards.dataset import ShardSet, open_set, resolve_set
 from shards.files import FileEntry
 from shards.manifest import read_manifest
@@ -58,14 +58,14 @@ def containers_for(fields: Sequence[str]) -> list[Container]:
 
 def write(found: ShardSet, directory: Path, codecs: Codecs) -> Figures:
     """Write the set into `directory`; seconds a field, and of the rest."""
-    n_slots = found.settings.rows_per_shard
+    form = ShardForm(codecs=codecs, n_slots=found.settings.rows_per_shard)
     files_of_shard: list[dict[str, FileEntry]] = [{} for _ in found.manifest.shards]
     write_s: Figures = {}
     for name, field in found.manifest.fields.items():
         rows = [np.array(shard) for shard in found.shards(name)]  # in memory: reading is not timed
         started = time.perf_counter()
         for k, files in enumerate(files_of_shard):
-            files |= write_field(directory, field, k, rows[k], n_slots, codecs)
+            files |= write_field(directory, field, k, rows[k], form)
         write_s[name] = time.perf_counter() - started
 
     started = time.perf_counter()

@@ -284,8 +284,7 @@ def write_shard(
     sums: dict[str, tuple[ChannelSums, ...]] = {}
     for field in plan.fields:
         rows = arrays[field.name]
-        n_slots = plan.settings.rows_per_shard
-        files |= write_field(directory, field, k, rows, n_slots, plan.codecs)
+        files |= write_field(directory, field, k, rows, plan.form)
         sums[field.name] = train_sums(field, (rows[place] for place in train_rows))
     entry = ShardEntry(start=start, stop=stop, files=files, sums=sums)
     receipt = Receipt(entry=entry, codecs=plan.codecs, decoder=plan.decoder)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from shards.containers import ShardForm
 from shards.manifest import bounds_of
 from shards.spec import Box, Codecs, ConversionSettings, Field, SourceIdentity, fingerprint
 from shards.writing import set_name
@@ -40,6 +41,11 @@ class Plan:
     def bounds(self) -> list[tuple[int, int]]:
         """(first row, row after the last) of each shard."""
         return bounds_of(self.n_rows, self.settings.rows_per_shard)
+
+    @property
+    def form(self) -> ShardForm:
+        """How its shards are stored."""
+        return ShardForm(codecs=self.codecs, n_slots=self.settings.rows_per_shard)
 
     @property
     def row_bytes(self) -> int:

@@ -14,6 +14,7 @@ columns are zarr-python's own output.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,31 @@ def check_codecs(codecs: Codecs, fields: Sequence[str]) -> None:
 # ----------------------------------------------------------------------------------------- writing
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardForm:
+    """How every shard of a set is stored.
+
+    codecs: of each field of a Zarr set; None: .npy. n_slots: the rows that a shard of a Zarr array
+    has room for; a set's last one may hold fewer.
+    """
+
+    codecs: Codecs
+    n_slots: int
+
+
 def write_field(
-    directory: Path, field: Field, shard: int, rows: np.ndarray, n_slots: int, codecs: Codecs
+    directory: Path, field: Field, shard: int, rows: np.ndarray, form: ShardForm
 ) -> dict[str, FileEntry]:
-    """Write rows [n, ...] as a shard that has room for `n_slots` of them; the entry of its file."""
+    """Write rows [n, ...], at most `form.n_slots` of them, as that shard: the entry of its file."""
+    codecs = form.codecs
     name = shard_file(field, shard, codecs is not None)
     if codecs is None:
         parts = npy_parts(rows)
     elif codecs[field.name] == "none":
-        parts = raw(rows), shard_index(len(rows), rows[0].nbytes, n_slots)
+        parts = raw(rows), shard_index(len(rows), rows[0].nbytes, form.n_slots)
     else:
         files: dict[str, Any] = {}
-        _create_field(files, field, rows.shape, n_slots, codecs[field.name])[:] = rows
+        _create_field(files, field, rows.shape, form.n_slots, codecs[field.name])[:] = rows
         parts = (files[shard_file(field, 0, True)].to_bytes(),)
     return {name: write_bytes(directory / name, *parts)}
 

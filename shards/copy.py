@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from shards.containers import (
     CODECS,
+    ShardForm,
     is_mapped,
     write_field,
 )
@@ -78,12 +79,12 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
     todo = [k for k in range(found.n_shards) if k not in done]
     check_space(directory, _bytes_to_write(found, len(todo), codecs))
 
+    form = ShardForm(codecs=codecs, n_slots=found.settings.rows_per_shard)
     for k in tqdm(todo, desc="copy", unit="shard", disable=None):
         files: dict[str, FileEntry] = {}
         for name, field in fields.items():
             rows = found.shard(name, k)
-            n_slots = found.settings.rows_per_shard
-            files |= write_field(directory, field, k, rows, n_slots, codecs)
+            files |= write_field(directory, field, k, rows, form)
         entry = replace(found.manifest.shards[k], files=files)
         done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
         write_receipt(directory, k, done[k])
