@@ -32,7 +32,7 @@ from shards.errors import (
     WrongSource,
 )
 from shards.files import log
-from shards.flags import as_flag, flag_of
+from shards.flags import as_flag, flag_of, upgrade_commands
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 from stores.http import READERS, RemoteFile
@@ -355,21 +355,6 @@ def with_next_command(error: UserError, command: str) -> str:
         return f"{text}. Run: {WITH_THE_FILE}"
     advice = next((then for kind, then in NEXT if isinstance(error, kind)), "")
     return f"{text}. {advice}" if advice else text
-
-
-def upgrade_commands(error: OldSet) -> str:
-    """What brings this very set to this version: `make convert` alone is for the usual settings."""
-    there = Path(str(error.path)).resolve()
-    before = ""
-    if not os.access(there, os.W_OK):
-        copy = Path("/another/disk") / there.name
-        before = f"cp -r {shlex.quote(str(there))} {copy.parent} && chmod -R u+w {copy} && "
-        there = copy
-    words = ["make", "convert", f"MAT={there}", f"OUT={there.parent}"]
-    if error.codecs is not None:
-        codecs = ",".join(f"{field}={codec}" for field, codec in error.codecs.items())
-        words.append(f"ARGS=--format zarr --codec {codecs}")
-    return before + shlex.join(words)
 
 
 def repair_commands(error: Any) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from shards.errors import (
     WrongPlace,
     one_line,
 )
-from shards.flags import as_flag, flag_of
+from shards.flags import as_flag, flag_of, upgrade_commands
 from train import ranks
 from train.data import open_for_training
 from train.errors import CannotUnpack, CannotWrite, NoCheckpoint, WrongCheckpoint
@@ -215,21 +214,6 @@ def _after_missing(error: MissingSet) -> str:
     return "Run: make convert"
 
 
-def _after_old(error: OldSet) -> str:
-    """As in convert/__main__.py, which needs what training does without."""
-    there = Path(str(error.path)).resolve()
-    before = ""
-    if not os.access(there, os.W_OK):
-        copy = Path("/another/disk") / there.name
-        before = f"cp -r {shlex.quote(str(there))} {copy.parent} && chmod -R u+w {copy} && "
-        there = copy
-    words = ["make", "convert", f"MAT={there}", f"OUT={there.parent}"]
-    if error.codecs is not None:
-        codecs = ",".join(f"{field}={codec}" for field, codec in error.codecs.items())
-        words.append(f"ARGS=--format zarr --codec {codecs}")
-    return f"Run: {before}{shlex.join(words)}"
-
-
 def _after_missing_field(error: MissingField) -> str:
     return f"Run: make convert ARGS='--fields {','.join((*error.fields, error.field))}'"
 
@@ -249,7 +233,7 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (UnfinishedSet, lambda error: "Run: make convert"),
     (MissingSet, _after_missing),
     (SeveralSets, lambda error: f"With make: DATA={error.found[0]}"),
-    (OldSet, _after_old),
+    (OldSet, lambda error: f"Run: {upgrade_commands(error)}"),
     (DamagedSet, lambda error: "Run: make convert ARGS=--repair, or make pull"),
     (MissingField, _after_missing_field),
     (Busy, lambda error: "Wait for it, or use another --out"),
