@@ -24,7 +24,7 @@ PACKAGES = {*PROJECT["tool"]["setuptools"]["packages"], "bench"}
 WHOLE_FILES_NEED_TORCH = {
     f"tests/test_{name}.py"
     for name in (
-        *("any_dataset", "any_source", "arguments", "augment", "data", "ddp", "elsewhere"),
+        *("any_dataset", "any_source", "arguments", "augment", "data", "ddp", "other_systems"),
         *("forks", "gather", "layout", "loader"),
         *(
             "loop",
@@ -173,7 +173,9 @@ def test_without_torch_every_test_is_collected_but_those_of_the_files_that_need_
 
 
 def test_a_file_that_is_skipped_whole_imports_what_needs_torch() -> None:
-    in_other_processes = {f"tests/test_{name}.py" for name in ("notebook", "elsewhere", "results")}
+    in_other_processes = {
+        f"tests/test_{name}.py" for name in ("notebook", "other_systems", "results")
+    }
     for name in WHOLE_FILES_NEED_TORCH - in_other_processes:
         assert re.search(r"^import torch$", (REPO / name).read_text(), re.M), name
 
