@@ -118,12 +118,13 @@ def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSet
 
 def verify(args: argparse.Namespace) -> None:
     """Check every byte of a set, and its columns and random rows against its source."""
-    from convert.verify import against_mat, verify_all
+    from convert.sources.opening import SourceOptions
+    from convert.verify import against, verify_all
 
     found = read_set(args.directory)
     print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
-        n_rows = against_mat(found, args.against, args.rows)
+        n_rows = against(found, args.against, SourceOptions(), args.rows)
         print(f"every column and {n_rows} random rows are what {args.against} gives")
 
 

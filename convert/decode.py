@@ -1,4 +1,4 @@
-"""Decode and resize rows of one field into their shards' buffers: in a thread, or in a process.
+"""Decode and resize rows into their shards' buffers: in a thread, or in a process.
 
 The labelled set has 103,000 chunks of 60 KB, and threads of one process hand Python's lock to each
 other around each of them. Helper processes do not (figures: docs/measurements/converting.md). They
@@ -6,7 +6,6 @@ get the chunk index through a pipe, read the source by themselves and write into
 helper ends when its pipe does, so that none outlives a killed parent.
 """
 
-import math
 import mmap
 import os
 import pickle
@@ -25,7 +24,7 @@ import numpy as np
 from convert.machine import shared_memory
 from convert.resize import Resizer, ValueRangeError
 from convert.sources.base import RowReader
-from convert.sources.errors import Damaged, Unreadable
+from convert.sources.errors import BadRow, Damaged, Unreadable
 from shards.errors import DamagedSource, UserError, WrongSource, one_line
 from shards.spec import Field
 
@@ -35,10 +34,15 @@ KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
 }
 CACHE_LINE = 64
+SIZES = "*sizes"  # no name of a field
+SIZE_BYTES = 4  # two <u2 a row
 
 
 class Buffers:
-    """Shards being filled, in memory without a name that helpers map too: `arrays[slot][field]`."""
+    """Shards being filled, in memory without a name that helpers map too: `arrays[slot][field]`.
+
+    SIZES is there beside the fields: [n_rows, 2] height and width of each original picture.
+    """
 
     def __init__(self, fields: Sequence[Field], size: int, n_slots: int, n_rows: int) -> None:
         self.fields = tuple(fields)
@@ -56,8 +60,9 @@ class Buffers:
         self.arrays = self._map()
 
     def _field_bytes(self) -> dict[str, int]:
-        """Of each field in one slot, in whole cache lines."""
+        """Of each field, and of the sizes, in one slot, in whole cache lines."""
         sizes = {field.name: self.n_rows * field.row_bytes(self.size) for field in self.fields}
+        sizes[SIZES] = self.n_rows * SIZE_BYTES
         return {name: -(-size // CACHE_LINE) * CACHE_LINE for name, size in sizes.items()}
 
     def _map(self) -> list[dict[str, np.ndarray]]:
@@ -71,6 +76,8 @@ class Buffers:
                 shape = (self.n_rows, *field.row_shape(self.size))
                 slot[field.name] = np.ndarray(shape, field.dtype, memory, offset)
                 offset += sizes[field.name]
+            slot[SIZES] = np.ndarray((self.n_rows, 2), "<u2", memory, offset)
+            offset += sizes[SIZES]
             arrays.append(slot)
         return arrays
 
@@ -78,49 +85,79 @@ class Buffers:
         os.close(self.fd)
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What became of some rows: of each shard how many it got, and what is wrong with which."""
+
+    n_placed: Mapping[int, int]
+    failed: Mapping[int, str]  # by the row's number in the set
+
+
 @dataclass
 class Decoder:
     """What decoding needs; all of it can travel to a helper."""
 
     source: str
-    names: Mapping[str, str]  # what the fields are called there
     advice: str  # for whose source is damaged
     rows_per_shard: int
-    readers: Mapping[str, RowReader]
-    resizers: Mapping[str, Resizer]
+    readers: Mapping[int, RowReader]  # by their place among all
+    resizers: Mapping[str, Resizer]  # by field
     buffers: Buffers
 
-    def decode(self, field: str, groups: range, slots: Mapping[int, int]) -> dict[int, int]:
-        """Put the rows of some groups into the open shards (number -> slot).
-
-        Returns how many rows each of them got.
-        """
-        reader = self.readers[field]
+    def decode(self, reader: int, groups: range, slots: Mapping[int, int]) -> Decoded:
+        """Put the rows of some groups into the open shards (number -> slot)."""
         n_placed = dict.fromkeys(slots, 0)
+        failed: dict[int, str] = {}
         for group in groups:
-            first = group * reader.group_rows
-            with self.blaming(field, first):
-                rows = reader.read_group(group)
-            for number, row in enumerate(rows, first):
-                shard, place = divmod(number, self.rows_per_shard)
-                if shard in slots:  # else it was finished in an earlier run
-                    with self.blaming(field, number):
-                        small = self.resizers[field](row)
-                    self.buffers.arrays[slots[shard]][field][place] = small
-                    n_placed[shard] += 1
-        return n_placed
+            try:
+                self._decode_group(self.readers[reader], group, slots, n_placed)
+            except BadRow as error:  # its group is that row
+                failed[group] = one_line(error)
+                self._leave_empty(self.readers[reader], group, slots, n_placed)
+        return Decoded(n_placed=n_placed, failed=failed)
 
-    def blaming(self, field: str, row: int | None = None) -> AbstractContextManager[None]:
-        return blaming(self.source, self.names[field], row, self.advice)
+    def _decode_group(
+        self, reader: RowReader, group: int, slots: Mapping[int, int], n_placed: dict[int, int]
+    ) -> None:
+        first = group * reader.group_rows
+        with self.blaming(reader, first):
+            pictures = reader.read_group(group)
+        n_rows = len(pictures[reader.fields[0]])
+        for place_in_group in range(n_rows):
+            row = first + place_in_group
+            shard, place = divmod(row, self.rows_per_shard)
+            if shard not in slots:  # it was finished in an earlier run
+                continue
+            arrays = self.buffers.arrays[slots[shard]]
+            for field in reader.fields:
+                picture = pictures[field][place_in_group]
+                with self.blaming(reader, row):
+                    arrays[field][place] = self.resizers[field](picture)
+            if reader.is_hw:
+                arrays[SIZES][place] = pictures[reader.fields[0]][place_in_group].shape[:2]
+            n_placed[shard] += 1
+
+    def _leave_empty(
+        self, reader: RowReader, row: int, slots: Mapping[int, int], n_placed: dict[int, int]
+    ) -> None:
+        """A row that failed is all 0: buffers hold what was in them before."""
+        shard, place = divmod(row, self.rows_per_shard)
+        arrays = self.buffers.arrays[slots[shard]]
+        for name in (*reader.fields, SIZES):
+            arrays[name][place] = 0
+        n_placed[shard] += 1
+
+    def blaming(self, reader: RowReader, row: int | None = None) -> AbstractContextManager[None]:
+        return blaming(self.source, reader.called(row), self.advice)
 
 
 @contextmanager
-def blaming(source: str, name: str, row: int | None, advice: str) -> Iterator[None]:
-    """One line that names the field, and the row where one is known, for what is wrong with them.
+def blaming(source: str, called: str, advice: str) -> Iterator[None]:
+    """One line that names what was read (`called`) for what is wrong with it.
 
     Errors of other kinds are this program's: they go on as they are, and blame no file.
     """
-    where = f": {name}" if row is None else f": {name} row {row}"
+    where = f": {called}"
     try:
         yield
     except (Damaged, ValueRangeError, Unreadable) as error:
@@ -164,12 +201,12 @@ class Helper:
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
 
-    def decode(self, field: str, groups: range, slots: Mapping[int, int]) -> dict[int, int]:
+    def decode(self, reader: int, groups: range, slots: Mapping[int, int]) -> Decoded:
         """Decoder.decode over there; raises what it raises, and HelperLost."""
         assert self.process.stdout
-        self.send((field, groups, slots))
+        self.send((reader, groups, slots))
         try:
-            answer: dict[int, int] | Exception = pickle.load(self.process.stdout)
+            answer: Decoded | Exception = pickle.load(self.process.stdout)
         except (EOFError, pickle.UnpicklingError):  # nothing, or half an answer
             raise self._lost() from None
         if isinstance(answer, Exception):
@@ -203,8 +240,3 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, answers)
             answers.flush()
-
-
-def unpacked_bytes(reader: RowReader) -> int:
-    """Of one decoded row."""
-    return math.prod(reader.row_shape) * reader.dtype.itemsize

@@ -4,8 +4,10 @@ Threads decode, or helper processes for them; one writer thread makes full shard
 shards are held, or as many as one task touches: memory does not depend on the number of rows.
 """
 
+import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.decode import Buffers, Decoder, Helper, unpacked_bytes
+from convert.decode import SIZES, Buffers, Decoder, Helper
 from convert.machine import memory_of
 from convert.plan import Plan, Task
 from convert.resize import Resizer
@@ -27,18 +29,35 @@ from shards.manifest import Receipt
 
 HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
 MIN_SLOTS = 2  # one shard is filled while another is written
-WriteShard = Callable[[int, Mapping[str, np.ndarray]], Receipt]
+SECONDS_BETWEEN_LINES = 5  # where there is no terminal
+WriteShard = Callable[["FullShard"], Receipt]
 Receipts = list[tuple[int, Receipt]]
 
 
 @dataclass
 class OpenShard:
-    """A shard being filled: its buffers, and how many rows of all fields are still to come."""
+    """A shard being filled: its buffers, and how many rows of all readers are still to come."""
 
     number: int
     slot: int
     n_rows: int
     n_missing: int
+    failed: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullShard:
+    """A shard whose every row was decoded.
+
+    arrays: of each field, [n, ...]. sizes: [n, 2] <u2 height and width of each original picture; of
+    planes as MATLAB stores them nothing is put down. failed: by the row's number in the set, what
+    is wrong with it.
+    """
+
+    number: int
+    arrays: Mapping[str, np.ndarray]
+    sizes: np.ndarray
+    failed: Mapping[int, str]
 
 
 class LocalExecutor:
@@ -48,11 +67,11 @@ class LocalExecutor:
         self,
         plan: Plan,
         source: Source,
-        readers: Mapping[str, RowReader],
+        readers: Sequence[RowReader],
         tasks: Sequence[Task],
         workers: int,
     ) -> None:
-        """readers: of every field; closed at the end. tasks: those that are still to do.
+        """readers: of all fields; closed at the end. tasks: those that are still to do.
 
         workers: threads, and as many helper processes where there is enough to do for them.
         """
@@ -68,7 +87,7 @@ class LocalExecutor:
         self._n_running = 0
         self._ended = SimpleQueue[Future[Receipts]]()
         self._helpers = SimpleQueue[Helper]()
-        self._fields_of_helpers: set[str] = set()
+        self._readers_of_helpers: set[int] = set()
         self._processes = [os.getpid()]
 
         n_slots = max(MIN_SLOTS, *(len(task.shards) for task in tasks), 0)
@@ -79,12 +98,11 @@ class LocalExecutor:
         self._pool = ThreadPoolExecutor(workers)
         self._writer = ThreadPoolExecutor(1)
         self._n_todo = sum(plan.n_rows_of(k) for k in {k for task in tasks for k in task.shards})
-        self._bar = tqdm(
-            total=self._n_todo, unit="row", desc="convert", disable=None, smoothing=0.05
-        )
+        self._progress = RowsProgress(self._n_todo, len(readers))
 
     def _new_decoder(self) -> Decoder:
         settings = self._plan.settings
+        is_hw = {name: reader.is_hw for reader in self._readers for name in reader.fields}
         resizers = {
             field.name: Resizer(
                 field=field,
@@ -92,15 +110,15 @@ class LocalExecutor:
                 box=self._plan.box,
                 depth_resize=settings.depth_resize,
                 highest_id=self._source.highest_id(field.name),
+                is_hw=is_hw[field.name],
             )
             for field in self._plan.fields
         }
         return Decoder(
             source=str(self._source),
-            names={name: self._source.name_of(name) for name in resizers},
             advice=self._source.advice,
             rows_per_shard=settings.rows_per_shard,
-            readers=self._readers,
+            readers=dict(enumerate(self._readers)),
             resizers=resizers,
             buffers=self._buffers,
         )
@@ -113,10 +131,10 @@ class LocalExecutor:
         may_hang = kind is KeyboardInterrupt and self._source.may_hang
         self._pool.shutdown(wait=not may_hang, cancel_futures=True)
         self._writer.shutdown(wait=not may_hang, cancel_futures=True)
-        self._bar.close()
+        self._progress.close()
         while not self._helpers.empty():
             self._helpers.get().close()
-        for reader in self._readers.values():
+        for reader in self._readers:
             reader.close()
         self._buffers.close()
 
@@ -151,24 +169,24 @@ class LocalExecutor:
         if not self._tasks:
             return
         self._start_helpers()
-        for name, reader in self._readers.items():
-            with self._decoder.blaming(name):
+        for reader in self._readers:
+            with self._decoder.blaming(reader):
                 reader.read_index()
         self._send_decoder()
-        for name, reader in self._readers.items():
+        for reader in self._readers:
             if reader.scratch_bytes:
-                called = self._source.name_of(name)
-                log(f"{called} is chunked across rows: unpacking it into a scratch file first")
-                with self._decoder.blaming(name):
+                what = "is chunked across rows: unpacking it into a scratch file first"
+                log(f"{reader.called()} {what}")
+                with self._decoder.blaming(reader):
                     reader.fill_scratch(scratch, self._pool.map)
 
     def _start_helpers(self) -> None:
         """One a thread, where that pays and several processes can read the source."""
-        n_bytes = self._n_todo * sum(map(unpacked_bytes, self._readers.values()))
-        if self._source.handle is None or self._n_workers < 2 or n_bytes < HELPERS_FROM:
+        n_bytes = self._n_todo * sum(reader.row_bytes for reader in self._readers)
+        if self._source.handles is None or self._n_workers < 2 or n_bytes < HELPERS_FROM:
             return
         for _ in range(self._n_workers):
-            helper = Helper((self._source.handle, self._buffers.fd))
+            helper = Helper((*self._source.handles, self._buffers.fd))
             self._helpers.put(helper)
             self._processes.append(helper.process.pid)
 
@@ -176,8 +194,8 @@ class LocalExecutor:
         n_helpers = self._helpers.qsize()
         if not n_helpers:
             return
-        travelling = {name: each for name, each in self._readers.items() if each.can_travel}
-        self._fields_of_helpers = set(travelling)
+        travelling = {k: each for k, each in enumerate(self._readers) if each.can_travel}
+        self._readers_of_helpers = set(travelling)
         for _ in range(n_helpers):
             helper = self._helpers.get()
             self._helpers.put(helper)
@@ -207,27 +225,34 @@ class LocalExecutor:
             yield k, receipt
 
     def _decode(self, task: Task, slots: dict[int, int], write: WriteShard) -> Receipts:
-        """Some groups of one field into their shards; those that are full now are written."""
-        if task.field in self._fields_of_helpers:
+        """Some groups of one reader into their shards; those that are full now are written."""
+        if task.reader in self._readers_of_helpers:
             helper = self._helpers.get()
             try:
-                n_placed = helper.decode(task.field, task.groups, slots)
+                decoded = helper.decode(task.reader, task.groups, slots)
             finally:
                 self._helpers.put(helper)
         else:
-            n_placed = self._decoder.decode(task.field, task.groups, slots)
+            decoded = self._decoder.decode(task.reader, task.groups, slots)
 
-        for k, n_rows in n_placed.items():
+        self._progress.add(sum(decoded.n_placed.values()))
+        for k, n_rows in decoded.n_placed.items():
+            start, stop = self._plan.bounds_of(k)
             with self._lock:
-                self._open[k].n_missing -= n_rows
-                is_full = self._open[k].n_missing == 0
+                shard = self._open[k]
+                shard.n_missing -= n_rows
+                shard.failed |= {r: why for r, why in decoded.failed.items() if start <= r < stop}
+                is_full = shard.n_missing == 0
             if is_full:
-                self._submit(self._writer, self._write, self._open[k], write)
+                self._submit(self._writer, self._write, shard, write)
         return []
 
     def _write(self, shard: OpenShard, write: WriteShard) -> Receipts:
         arrays = self._buffers.arrays[shard.slot]
-        receipt = write(shard.number, {name: rows[: shard.n_rows] for name, rows in arrays.items()})
+        rows = {name: rows[: shard.n_rows] for name, rows in arrays.items()}
+        sizes = rows.pop(SIZES)
+        failed = dict(sorted(shard.failed.items()))
+        receipt = write(FullShard(number=shard.number, arrays=rows, sizes=sizes, failed=failed))
         now = memory_of(self._processes)
         if now is None or self.peak_memory is None:
             self.peak_memory = None
@@ -237,9 +262,53 @@ class LocalExecutor:
 
     def _end(self, k: int) -> None:
         """Its buffers can be used again."""
-        shard = self._open.pop(k)
-        self._free_slots.append(shard.slot)
-        self._bar.update(shard.n_rows)
-        if self._bar.disable:
-            start, stop = self._plan.bounds[k]
-            log(f"shard {k + 1} of {len(self._plan.bounds)}: rows {start}..{stop - 1}")
+        self._free_slots.append(self._open.pop(k).slot)
+
+
+class RowsProgress:
+    """Rows counted as they are decoded: a bar in a terminal, elsewhere a line now and then.
+
+    A row of several readers counts once all of them have decoded one. Threads may call `add`.
+    """
+
+    def __init__(self, n_rows: int, n_readers: int) -> None:
+        self._n_rows = n_rows
+        self._n_readers = n_readers
+        self._n_decoded = 0  # rows of each reader, added up
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._said = self._started
+        self._bar = tqdm(
+            total=n_rows,
+            unit="row",
+            desc="convert",
+            disable=None,
+            smoothing=0.05,
+            dynamic_ncols=True,
+        )
+
+    def add(self, n_decoded: int) -> None:
+        """So many rows of one reader more."""
+        with self._lock:
+            self._n_decoded += n_decoded
+            n_done = self._n_decoded // self._n_readers
+            if not self._bar.disable:
+                self._bar.update(n_done - self._bar.n)
+                return
+            now = time.monotonic()
+            if now - self._said >= SECONDS_BETWEEN_LINES and 0 < n_done < self._n_rows:
+                self._said = now
+                left_s = (now - self._started) / n_done * (self._n_rows - n_done)
+                log(f"{n_done} of {self._n_rows} rows, {duration(left_s)} left")
+
+    def close(self) -> None:
+        """The bar stays as it is."""
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """For a message: "40 s", "3 min", "2 h 10 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,12 +19,29 @@ from typing import Any
 
 import numpy as np
 
-from convert.executors import LocalExecutor
+from convert.executors import FullShard, LocalExecutor
+from convert.failed import (
+    MANY_FAILED,
+    FailedRows,
+    columns_of_rows_read,
+    most_failed,
+    rows_read_of,
+    say_failed,
+    shards_with_failed_rows,
+    try_failed_again,
+    write_failed,
+)
 from convert.machine import n_cores
 from convert.plan import Plan, plan_tasks
-from convert.sources.base import RowFacts, RowReader, Source, SourceFilter, filled_columns
-from convert.sources.nyu import NyuSource
+from convert.sources.base import (
+    RowFacts,
+    Source,
+    SourceFilter,
+    camera_shares_of,
+    filled_columns,
+)
 from convert.sources.nyu_mat import Elsewhere
+from convert.sources.opening import open_source
 from convert.statistics import statistics, train_sums
 from convert.upgrade import read_or_upgrade, read_version_1, upgrade, upgraded_if_it_fits
 from shards.containers import check_codecs, write_field
@@ -33,18 +50,29 @@ from shards.errors import DamagedSet, OldSet, SeveralSets, UserError, WrongSetti
 from shards.files import FileEntry, log, mebibytes, write_json
 from shards.lock import only_one
 from shards.manifest import (
+    FAILED,
     MANIFEST,
     PROVENANCE,
     ChannelSums,
+    ColumnValues,
     Manifest,
     Receipt,
+    RowsRead,
     ShardEntry,
     read_manifest,
     remove_receipts,
     write_receipt,
     write_receipts,
 )
-from shards.spec import SPLITS, Codecs, ConversionSettings, Field, is_whole
+from shards.spec import (
+    SPLITS,
+    Codecs,
+    ConversionSettings,
+    DatasetSpec,
+    Field,
+    is_number,
+    is_whole,
+)
 from shards.writing import check_space, commit, finished_set, resume, take_as_finished
 
 MAX_WORKERS = 256
@@ -59,17 +87,20 @@ def convert(
     workers: int | None = None,
     codecs: Codecs = None,
     repair: bool = False,
+    max_failed: float = 0.0,
 ) -> str:
     """Convert `source` into a directory under `out`: its path. A finished one stays as it is.
 
-    source: the path of a .mat, one that lies elsewhere, or any open Source, which stays open.
+    source: the path of a .mat, of a table of frames or of a directory of a known layout; a .mat
+    that lies elsewhere; or any open Source, which stays open.
     workers: threads and processes; None: one a core. codecs: one for each field of a Zarr set;
-    None: .npy. repair: check a finished set byte for byte, and make the shards that are wrong
-    again.
+    None: .npy. repair: check a finished set byte for byte, and make the shards that are wrong, or
+    have rows that failed, again. max_failed: the share of rows that may fail in a set that is
+    published; they are in it, empty, with a status that training leaves out.
 
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
-    execution = Execution(workers=workers, codecs=codecs, repair=repair)
+    execution = Execution(workers=workers, codecs=codecs, repair=repair, max_failed=max_failed)
     return str(convert_to_set(source, out, settings, execution).path)
 
 
@@ -80,6 +111,7 @@ class Execution:
     workers: int | None = None
     codecs: Codecs = None
     repair: bool = False
+    max_failed: float = 0.0
 
 
 def convert_to_set(
@@ -94,23 +126,23 @@ def convert_to_set(
     if isinstance(source, Source):
         return _convert_source(source, root, settings, execution)
 
-    mat = source if isinstance(source, Elsewhere) else _path("source", source)
-    if not _is_there(mat):
-        wanted = SourceFilter(name=mat.name)
+    place = source if isinstance(source, Elsewhere) else _path("source", source)
+    if not _is_there(place):
+        wanted = SourceFilter(name=place.name)
         form = "" if execution.codecs is None else ".zarr"
         found = find_set(root, settings, wanted, (form,))
         if found is not None:
             check_files(found)
-            log(f"{mat} is not there, nor needed: {found.path} is complete")
+            log(f"{place} is not there, nor needed: {found.path} is complete")
             return found
-    with closing(NyuSource(mat, settings)) as opened:
-        return _convert_source(opened, root, opened.settings(), execution)
+    with closing(open_source(place, settings)) as opened:
+        return _convert_source(opened, root, settings, execution)
 
 
-def _is_there(mat: Elsewhere | Path) -> bool:
+def _is_there(place: Elsewhere | Path) -> bool:
     """Also where that cannot be told (no permission, a name too long): opening it says why."""
     try:
-        return mat.exists()
+        return place.exists()
     except OSError:
         return True
 
@@ -133,6 +165,8 @@ def _check_arguments(settings: Any, execution: Execution) -> None:
         raise WrongSetting("workers", repr(workers), choices)
     if not isinstance(execution.repair, bool):
         raise WrongSetting("repair", repr(execution.repair), "True or False")
+    if not is_number(execution.max_failed) or not 0 <= execution.max_failed <= 1:
+        raise WrongSetting("max_failed", repr(execution.max_failed), "choose a share, 0 to 1")
     # Which fields need one is known once the source is open.
     codecs = execution.codecs
     check_codecs(codecs, list(codecs) if isinstance(codecs, dict) else settings.fields)
@@ -160,13 +194,18 @@ def _convert_source(
         directory.mkdir(exist_ok=True)
         remove_receipts(directory, older_than_ns=before[-1])
 
-        made = run_plan(plan, source, directory, execution.workers or n_cores())
+        made = run_plan(plan, source, directory, execution)
         if (source.stamp(), source.identity()) != (before, plan.source):
             remove_receipts(directory)
             raise WrongSource(source, "changed while it was read", "Wait until it is whole")
+        write_failed(directory, made.failed, made.columns)
+        if len(made.failed) > most_failed(plan.n_rows, execution.max_failed):
+            listed = directory / FAILED
+            raise FailedRows(source, made.failed, plan.n_rows, listed, is_early=False)
         seconds = time.perf_counter() - started
         write_json(directory / PROVENANCE, _provenance(source, seconds, made.peak_memory))
         converted = commit(directory, made.manifest(plan), made.columns)
+    say_failed(made.failed, plan.n_rows, directory)
     log(f"{plan.n_rows} rows in {seconds:.1f} s, peak memory {mebibytes(made.peak_memory)}")
     return converted
 
@@ -176,7 +215,7 @@ def _convert_source(
 
 def make_plan(source: Source, settings: ConversionSettings, codecs: Codecs) -> Plan:
     """What a conversion of this source with these settings will do. Raises WrongSetting."""
-    chosen = settings.of_source(list(source.fields.values()))
+    chosen = source.resolved(settings)
     check_codecs(codecs, chosen.fields)
     source.check_crop(chosen.crop)
     box = None if chosen.crop == "none" else source.dataset.crop_box(chosen.crop)
@@ -189,6 +228,8 @@ def make_plan(source: Source, settings: ConversionSettings, codecs: Codecs) -> P
         n_rows=source.n_rows,
         box=box,
         codecs=codecs,
+        decoder=source.decoder,
+        rows_differ=source.rows_differ,
     )
 
 
@@ -201,9 +242,14 @@ class ConvertedShards:
     """All shards of a plan, durable, and what was found out meanwhile."""
 
     facts: RowFacts
-    columns: Mapping[str, np.ndarray]
+    columns: Mapping[str, ColumnValues]
     receipts: Sequence[Receipt]
     peak_memory: int | None  # bytes; None where the system does not tell
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """By a row's number in the set, what is wrong with it."""
+        return failed_of(self.receipts)
 
     def manifest(self, plan: Plan) -> Manifest:
         """Without the columns, which are written with it."""
@@ -212,7 +258,7 @@ class ConvertedShards:
             sums = [receipt.entry.sums[field.name] for receipt in self.receipts]
             fields[field.name] = replace(field, statistics=statistics(sums))
         return Manifest(
-            dataset=self.facts.dataset,
+            dataset=self._dataset(),
             source=plan.source,
             settings=plan.settings,
             n_rows=plan.n_rows,
@@ -223,38 +269,83 @@ class ConvertedShards:
             decoder=plan.decoder,
         )
 
+    def _dataset(self) -> DatasetSpec:
+        """With a name for every label: where the source has none, its number."""
+        dataset = self.facts.dataset
+        rows = [receipt.rows for receipt in self.receipts if receipt.rows]
+        highest = [each.highest["label"] for each in rows if "label" in each.highest]
+        if dataset.label_names or not highest:
+            return dataset
+        return replace(dataset, label_names=tuple(str(k) for k in range(1, max(highest) + 1)))
 
-def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> ConvertedShards:
-    """Make the shards that no receipt in `directory` says are done."""
-    done = resume(directory, plan.bounds, plan.fields, plan.codecs)
-    readers: dict[str, RowReader] = {field.name: source.reader(field.name) for field in plan.fields}
-    group_rows = {name: reader.group_rows for name, reader in readers.items()}
-    tasks = plan_tasks(plan, group_rows, done)
+
+def failed_of(receipts: Iterable[Receipt]) -> dict[int, str]:
+    """The rows of these shards that failed, by their numbers in the set."""
+    failed: dict[int, str] = {}
+    for receipt in receipts:
+        failed |= receipt.rows.failed if receipt.rows else {}
+    return failed
+
+
+def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) -> ConvertedShards:
+    """Make the shards that no receipt in `directory` says are done. Raises FailedRows where so many
+    rows fail that the rest is not worth while.
+    """
+    done = _done_before(directory, plan)
+    try_failed_again(done, plan.n_rows, execution.max_failed)
+    readers = source.readers([field.name for field in plan.fields])
+    tasks = plan_tasks(plan, [reader.group_rows for reader in readers], done)
     n_todo = sum(plan.n_rows_of(k) for k in range(len(plan.bounds)) if k not in done)
-    scratch_bytes = sum(reader.scratch_bytes for reader in readers.values()) if tasks else 0
+    scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
     check_space(directory, n_todo * plan.row_bytes + scratch_bytes)
 
     with (
         _thread_beside(source) as beside,  # text is read while pictures are decoded
-        LocalExecutor(plan, source, readers, tasks, workers) as executor,
+        LocalExecutor(plan, source, readers, tasks, execution.workers or n_cores()) as executor,
     ):
         facts: Future[RowFacts] = beside.submit(source.row_facts)
 
-        def write(k: int, arrays: Mapping[str, np.ndarray]) -> Receipt:
+        def write(shard: FullShard) -> Receipt:
             split = facts.result().columns.get("split", np.full(plan.n_rows, TRAIN))
-            return write_shard(plan, k, arrays, np.asarray(split) == TRAIN, directory)
+            return write_shard(plan, shard, np.asarray(split) == TRAIN, directory)
 
+        too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
         for k, receipt in executor.run(directory, write, facts):
             done[k] = receipt
-        columns = filled_columns(
-            facts.result().columns, plan.n_rows, facts.result().dataset, plan.settings.crop
-        )
+            failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
+            if len(failed) > too_many:
+                columns = filled_columns(
+                    facts.result().columns, plan.n_rows, source.dataset, "none"
+                )
+                write_failed(directory, failed, columns)
+                raise FailedRows(source, failed, plan.n_rows, directory / FAILED, is_early=True)
+    receipts = [done[k] for k in range(len(plan.bounds))]
     return ConvertedShards(
         facts=facts.result(),
-        columns=columns,
-        receipts=[done[k] for k in range(len(plan.bounds))],
+        columns=_columns(plan, facts.result(), receipts),
+        receipts=receipts,
         peak_memory=executor.peak_memory,
     )
+
+
+def _done_before(directory: Path, plan: Plan) -> dict[int, Receipt]:
+    """The receipts of an earlier run, but for shards that another decoder made."""
+    done = resume(directory, plan.bounds, plan.fields, plan.codecs)
+    return {
+        k: receipt
+        for k, receipt in done.items()
+        if receipt.decoder == plan.decoder and (receipt.rows is not None) == plan.rows_differ
+    }
+
+
+def _columns(plan: Plan, facts: RowFacts, receipts: Sequence[Receipt]) -> dict[str, ColumnValues]:
+    """Every column: what the source tells, and what reading its rows told."""
+    columns = dict(facts.columns)
+    if plan.rows_differ:
+        columns |= columns_of_rows_read([receipt.rows for receipt in receipts if receipt.rows])
+    if facts.camera_px is not None:
+        columns["camera"] = camera_shares_of(facts.camera_px, np.asarray(columns["size"]))
+    return filled_columns(columns, plan.n_rows, facts.dataset, plan.settings.crop)
 
 
 @contextmanager
@@ -271,30 +362,43 @@ def _thread_beside(source: Source) -> Iterator[ThreadPoolExecutor]:
         beside.shutdown(wait=wait, cancel_futures=True)
 
 
-def write_shard(
-    plan: Plan, k: int, arrays: Mapping[str, np.ndarray], is_train: np.ndarray, directory: Path
-) -> Receipt:
-    """Make shard k durable, then its receipt. The same plan, k and source give the same bytes.
+def write_shard(plan: Plan, shard: FullShard, is_train: np.ndarray, directory: Path) -> Receipt:
+    """Make a shard durable, then its receipt. The same plan, number and source give the same bytes.
 
-    arrays: of each field, [n, ...]. is_train: [N] of all rows; statistics are of these.
+    is_train: [N] of all rows; statistics are of these, but for those that failed.
     """
-    start, stop = plan.bounds[k]
-    train_rows = np.flatnonzero(is_train[start:stop])
+    start, stop = plan.bounds_of(shard.number)
+    is_counted = is_train[start:stop].copy()
+    is_counted[[row - start for row in shard.failed]] = False
+    train_rows = np.flatnonzero(is_counted)
     files: dict[str, FileEntry] = {}
     sums: dict[str, tuple[ChannelSums, ...]] = {}
     for field in plan.fields:
-        rows = arrays[field.name]
-        files |= write_field(directory, field, k, rows, plan.form)
+        rows = shard.arrays[field.name]
+        files |= write_field(directory, field, shard.number, rows, plan.form)
         sums[field.name] = train_sums(field, (rows[place] for place in train_rows))
-    entry = ShardEntry(start=start, stop=stop, files=files, sums=sums)
-    receipt = Receipt(entry=entry, codecs=plan.codecs, decoder=plan.decoder)
-    write_receipt(directory, k, receipt)
+    receipt = Receipt(
+        entry=ShardEntry(start=start, stop=stop, files=files, sums=sums),
+        codecs=plan.codecs,
+        decoder=plan.decoder,
+        rows=_rows_read(plan, shard) if plan.rows_differ else None,
+    )
+    write_receipt(directory, shard.number, receipt)
     return receipt
+
+
+def _rows_read(plan: Plan, shard: FullShard) -> RowsRead:
+    ids = [field.name for field in plan.fields if field.kind == "id"]
+    return RowsRead(
+        sizes=shard.sizes.copy(),  # its buffer is used again
+        failed=shard.failed,
+        highest={name: int(shard.arrays[name].max()) for name in ids},
+    )
 
 
 def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict[str, Any]:
     packages = {}
-    for name in ("nyuv2-shards", "numpy", "h5py", "torch", "deflate"):
+    for name in ("nyuv2-shards", "numpy", "h5py", "torch", "deflate", "imagecodecs", "pillow"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -379,8 +483,10 @@ def _right_or_taken_back(directory: Path, plan: Plan) -> ShardSet | None:
     wrong = {name: problem for name, problem in verify(found) if problem}
     for name, problem in wrong.items():
         log(f"{directory / name} {problem}")
-    if wrong:
-        write_receipts(directory, found.manifest, wrong)
+    failed = shards_with_failed_rows(found)
+    if wrong or failed:
+        to_be_made = [name for k in failed for name in found.manifest.shards[k].files]
+        write_receipts(directory, found.manifest, {*wrong, *to_be_made}, rows_read_of(found))
         _take_back(directory)
         return None
     check_files(found)

@@ -5,7 +5,7 @@ plan_tasks     Plan + how the rows lie in the source + the shards that are done 
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from shards.containers import ShardForm
@@ -18,7 +18,11 @@ ROWS_PER_TASK = 8  # or one group of rows that are decoded together, where it is
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A set that is to be made. `box`: what is stored of each picture; None: all of it."""
+    """A set that is to be made.
+
+    box: what is stored of each picture; None: all of it. decoder: of its pictures, with the
+    version; None: nothing decodes any. rows_differ: as of its source.
+    """
 
     dataset: str
     settings: ConversionSettings
@@ -28,6 +32,7 @@ class Plan:
     box: Box | None = None
     codecs: Codecs = None
     decoder: str | None = None
+    rows_differ: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -52,6 +57,11 @@ class Plan:
         """Of one stored row of all fields."""
         return sum(each.row_bytes(self.settings.size) for each in self.fields)
 
+    def bounds_of(self, shard: int) -> tuple[int, int]:
+        """(first row, row after the last) of one shard."""
+        first = shard * self.settings.rows_per_shard
+        return first, min(first + self.settings.rows_per_shard, self.n_rows)
+
     def n_rows_of(self, shard: int) -> int:
         first = shard * self.settings.rows_per_shard
         return min(self.settings.rows_per_shard, self.n_rows - first)
@@ -59,28 +69,26 @@ class Plan:
 
 @dataclass(frozen=True, order=True)
 class Task:
-    """Some groups of rows of one field; in the order in which tasks are done.
+    """Some groups of rows of one reader; in the order in which tasks are done.
 
-    Shard by shard, and in a shard field by field: few shards are open at once.
+    Shard by shard, and in a shard reader by reader: few shards are open at once.
     """
 
     shard: int  # that its first row falls in
-    field_place: int
+    reader: int  # its place among the readers
     first_row: int
-    field: str = dataclasses.field(compare=False)
     groups: range = dataclasses.field(compare=False)
     # That its rows fall in and that are not done.
     shards: tuple[int, ...] = dataclasses.field(compare=False)
 
 
-def plan_tasks(plan: Plan, group_rows: Mapping[str, int], done: Collection[int]) -> list[Task]:
+def plan_tasks(plan: Plan, group_rows: Sequence[int], done: Collection[int]) -> list[Task]:
     """All that is needed for the shards that are not `done`, in order.
 
-    group_rows: of each field, how many rows of the source are decoded together.
+    group_rows: of each reader, how many rows of the source are decoded together.
     """
     tasks = []
-    for place, each in enumerate(plan.fields):
-        rows_per_group = group_rows[each.name]
+    for reader, rows_per_group in enumerate(group_rows):
         groups_per_task = max(1, ROWS_PER_TASK // rows_per_group)
         n_groups = -(-plan.n_rows // rows_per_group)
         for first_group in range(0, n_groups, groups_per_task):
@@ -90,11 +98,7 @@ def plan_tasks(plan: Plan, group_rows: Mapping[str, int], done: Collection[int])
             shards = _shards_between(plan, first_row, last_row)
             todo = tuple(k for k in shards if k not in done)
             if todo:
-                tasks.append(
-                    Task(
-                        shards.start, place, first_row, field=each.name, groups=groups, shards=todo
-                    )
-                )
+                tasks.append(Task(shards.start, reader, first_row, groups=groups, shards=todo))
     return sorted(tasks)
 
 

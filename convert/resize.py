@@ -1,7 +1,8 @@
 """One pure function per kind of field: the plane as stored (W, H) -> the picture at SIZE x SIZE.
 
-Every function takes the stored, transposed planes, works on them as they lie, and transposes only
-the small result.
+Every function takes the transposed planes that MATLAB stores, works on them as they lie, and
+transposes only the small result. A picture (H, W[, 3]) is handed to it as such planes, so that the
+same pixels give the same bytes whatever file they come from.
 
 rgb        antialiased bilinear (a triangle filter as wide as the scale): without it thin edges
            alias; at most one grey level from the exact result, and the same bytes on every machine.
@@ -120,6 +121,13 @@ def depth_mm(metres_wh: np.ndarray, size: int, method: str) -> np.ndarray:
     return np.rint(small.astype(np.float64) * 1000).astype("<u2")
 
 
+def depth_of_mm(mm_wh: np.ndarray, size: int, method: str) -> np.ndarray:
+    """(W, H) uint16 millimetres, at most MAX_DEPTH_MM -> (size, size) uint16; 0 = none."""
+    if method == "nearest":
+        return nearest(mm_wh, size)
+    return np.rint(area(mm_wh, size)).astype("<u2")
+
+
 def ids(plane_wh: np.ndarray, size: int, highest: int | None) -> np.ndarray:
     """(W, H) ids -> (size, size), unchanged. Raises ValueRangeError above `highest`."""
     if highest is not None and plane_wh.max() > highest:
@@ -132,24 +140,42 @@ def grey(plane_wh: np.ndarray, size: int) -> np.ndarray:
     return rgb(plane_wh[None], size)[0]
 
 
+def as_planes(picture_hwc: np.ndarray) -> np.ndarray:
+    """(H, W[, 3]) -> ([3,] W, H). One of colour is copied, which costs less than reading it so."""
+    if picture_hwc.ndim == 2:
+        return picture_hwc.T
+    return np.ascontiguousarray(picture_hwc.transpose(2, 1, 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resizer:
-    """Rows of one field as they are decoded -> as they are stored."""
+    """Rows of one field as they are decoded -> as they are stored.
+
+    is_hw: whether rows are pictures (H, W[, 3]), and not planes ([3,] W, H).
+    """
 
     field: Field
     size: int
     box: Box | None = None  # of the decoded picture; None: all of it
     depth_resize: str = "nearest"
     highest_id: int | None = None
+    is_hw: bool = False
 
     def __call__(self, row: np.ndarray) -> np.ndarray:
-        """([3,] W, H) -> ([3,] size, size). Raises ValueRangeError."""
+        """([3,] W, H), or where `is_hw` (H, W[, 3]) -> ([3,] size, size).
+
+        Raises ValueRangeError.
+        """
+        if self.is_hw:
+            row = as_planes(row)
         if self.box is not None:
             row = row[..., self.box.left : self.box.right, self.box.top : self.box.bottom]
         if self.field.kind == "colour":
             return rgb(row, self.size)
         if self.field.kind in ("grey", "grey16"):
             return grey(row, self.size)
+        if self.field.kind == "depth" and row.dtype == np.uint16:
+            return depth_of_mm(row, self.size, self.depth_resize)
         if self.field.kind == "depth":
             return depth_mm(row, self.size, self.depth_resize)
         return ids(row, self.size, self.highest_id)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from convert.failed import rows_read_of
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.upgrade import is_old, read_version_1
 from shards.dataset import ShardSet
@@ -160,7 +161,7 @@ def pull_right_files(found: ShardSet, root: Path) -> Path:
 
         _prepare(source, target, there)
         _copy_files(there, "reading", copy)
-        write_receipts(target.path, found.manifest, wrong)
+        write_receipts(target.path, found.manifest, wrong, rows_read_of(found))
     return target.path
 
 

@@ -25,6 +25,7 @@ from shards.files import FileEntry, LocalFolder, log, write_atomically, write_by
 from shards.manifest import (
     COLUMNS,
     MANIFEST,
+    ColumnValues,
     Manifest,
     ShardEntry,
     column_file,
@@ -284,7 +285,7 @@ def _kept_file(name: str, old: Version1) -> str:
     return column_file(f"rows-{name}", COLUMNS[name], old.codecs is not None)
 
 
-def _columns(directory: Path, old: Version1) -> dict[str, np.ndarray]:
+def _columns(directory: Path, old: Version1) -> dict[str, ColumnValues]:
     """Every column of version 2."""
     values: dict[str, np.ndarray] = {}
     for name, dtype in KEPT_COLUMNS.items():

@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from convert.decode import blaming
 from convert.resize import Resizer
-from convert.sources.base import Source, filled_columns
-from convert.sources.nyu import NyuSource
-from convert.sources.nyu_mat import check_opens, sampled_identity
+from convert.sources.base import RowReader, Source, camera_shares_of, filled_columns
+from convert.sources.errors import BadRow
+from convert.sources.opening import SourceOptions, open_source
 from shards.dataset import ShardSet, verify
 from shards.errors import DamagedSet, OtherSet, WrongSource
-from shards.manifest import Column, shard_file
+from shards.manifest import RIGHT_ROW, Column, ColumnValues, shard_file
 from shards.spec import SPLITS, DatasetSpec
+from shards.texts import Texts
 
 SHOWN = 3  # of the wrong files
 SHOWN_LETTERS = 100  # of a text
@@ -62,12 +63,12 @@ def verify_all(found: ShardSet) -> int:
     return len(found.manifest.files)
 
 
-def against_mat(found: ShardSet, path: Path, n_rows: int) -> int:
-    """`against_source` for the .mat at `path`. Raises WrongSource where it is not the set's."""
-    check_opens(path)
-    if sampled_identity(path).content() != found.manifest.source.content():
-        raise WrongSource(path, f"is not what {found.path} was made from", "Convert it by itself")
-    with closing(NyuSource(path, found.settings)) as source:
+def against(found: ShardSet, path: Path, options: SourceOptions, n_rows: int) -> int:
+    """`against_source` for the source at `path`. Raises WrongSource where it is not the set's."""
+    with closing(open_source(path, found.settings, options)) as source:
+        if source.identity().content() != found.manifest.source.content():
+            what = f"is not what {found.path} was made from"
+            raise WrongSource(path, what, "Convert it by itself")
         return against_source(found, source, n_rows)
 
 
@@ -75,13 +76,18 @@ def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
     """Compare what is stored with the source: label names, every column, and the fields of
     `n_rows` random rows, which are read again and have to be the same byte for byte.
 
-    Returns how many rows were read again; raises OtherRows for the first difference.
+    Returns how many rows were read again; raises OtherRows for the first difference, WrongSource
+    where its pictures are decoded by something else now.
     """
+    if source.decoder != found.manifest.decoder:
+        what = f"is decoded by {source.decoder} here, {found.path} was by {found.manifest.decoder}"
+        raise WrongSource(source, what, "Install that version to compare them byte for byte")
     _compare_columns(found, source)
     n_compared = min(n_rows, found.n_rows)
-    rows = np.random.default_rng().choice(found.n_rows, n_compared, replace=False)
-    for field in found.manifest.fields:
-        _compare(found, field, source, sorted(rows.tolist()))
+    chosen = np.random.default_rng().choice(found.n_rows, n_compared, replace=False)
+    rows = sorted(chosen.tolist())
+    for reader in source.readers(list(found.manifest.fields)):
+        _compare(found, reader, source, rows)
     return n_compared
 
 
@@ -95,8 +101,13 @@ def _compare_columns(found: ShardSet, source: Source) -> None:
     facts = source.row_facts()
     _compare_label_names(found, facts.dataset, source)
 
+    columns = dict(facts.columns)
+    if source.rows_differ:  # compared row by row, as they are read
+        columns |= {name: found.column(name) for name in ("size", "status")}
+    if facts.camera_px is not None:
+        columns["camera"] = camera_shares_of(facts.camera_px, found.column("size"))
     crop = found.settings.crop
-    of_source = filled_columns(facts.columns, found.n_rows, facts.dataset, crop)
+    of_source = filled_columns(columns, found.n_rows, facts.dataset, crop)
     for name in found.manifest.columns:
         if name not in of_source:
             raise _other(found, f"has a column {name}, {source} has none")
@@ -115,6 +126,8 @@ def _compare_columns(found: ShardSet, source: Source) -> None:
 def _compare_label_names(found: ShardSet, dataset: DatasetSpec, source: Source) -> None:
     stored = found.dataset.label_names
     given = dataset.label_names
+    if source.rows_differ and not given:  # they were called by their numbers
+        return
     if len(stored) != len(given):
         raise _other(found, f"has {len(stored)} label names, {source} has {len(given)}")
     for k, (ours, theirs) in enumerate(zip(stored, given, strict=True)):
@@ -124,11 +137,13 @@ def _compare_label_names(found: ShardSet, dataset: DatasetSpec, source: Source) 
 
 
 def _meanings(
-    column: Column, values: np.ndarray, scenes: Sequence[str], dataset: DatasetSpec
+    column: Column, values: ColumnValues, scenes: Sequence[str], dataset: DatasetSpec
 ) -> np.ndarray:
     """[N, ...] what a column says of its rows: names where its numbers stand for names, as a name
     may have another number in the source. None is no scene type.
     """
+    if isinstance(values, Texts):
+        return np.array(list(values), dtype=str)
     if column.name == "split":
         return np.array(SPLITS, object)[values]
     if column.name == "scene":
@@ -171,29 +186,55 @@ def _other(found: ShardSet, problem: str, where: str = "") -> OtherRows:
 # ------------------------------------------------------------------------------------------ fields
 
 
-def _compare(found: ShardSet, field: str, source: Source, rows: list[int]) -> None:
-    called = source.name_of(field)
-    resizer = _resizer(found, field, source)
-    shards = found.shards(field)
-    with closing(source.reader(field)) as reader:
-        with blaming(str(source), called, None, source.advice):
+def _compare(found: ShardSet, reader: RowReader, source: Source, rows: list[int]) -> None:
+    """Raise OtherRows for the first of these rows that the reader gives otherwise."""
+    resizers = {name: _resizer(found, name, source, reader) for name in reader.fields}
+    shards = {name: found.shards(name) for name in reader.fields}
+    with closing(reader):
+        with blaming(str(source), reader.called(), source.advice):
             reader.read_index()
             if reader.scratch_bytes:
                 reader.fill_scratch(Path(tempfile.gettempdir()))
         for row in rows:
-            with blaming(str(source), called, row, source.advice):
-                group, place_in_group = divmod(row, reader.group_rows)
-                large = reader.read_group(group)[place_in_group]
-                small = resizer(large)
+            with blaming(str(source), reader.called(row), source.advice):
+                pictures = _read_again(reader, row)
+                small = {name: resizers[name](picture) for name, picture in pictures.items()}
             shard, place = divmod(row, found.settings.rows_per_shard)
-            if not np.array_equal(small, shards[shard][place]):
-                file = shard_file(found.field(field), shard, found.manifest.is_zarr)
-                what = f"row {row} is not what {source} gives"
-                subject = f"{found.path / file}:"
-                raise OtherRows(found.path, what, f"Delete {found.path}", subject=subject)
+            for name in reader.fields:
+                stored = shards[name][shard][place]
+                given = small.get(name, np.zeros_like(stored))
+                if not np.array_equal(given, stored):
+                    raise _other_row(found, name, shard, row, source)
+            _compare_status(found, row, is_read=bool(pictures), source=source)
 
 
-def _resizer(found: ShardSet, field: str, source: Source) -> Resizer:
+def _read_again(reader: RowReader, row: int) -> dict[str, np.ndarray]:
+    """The pictures of one row; {} where it fails."""
+    group, place_in_group = divmod(row, reader.group_rows)
+    try:
+        pictures = reader.read_group(group)
+    except BadRow:
+        return {}
+    return {name: pictures[name][place_in_group] for name in reader.fields}
+
+
+def _compare_status(found: ShardSet, row: int, *, is_read: bool, source: Source) -> None:
+    if not source.rows_differ:
+        return
+    was_read = bool(found.column("status")[row] == RIGHT_ROW)
+    if was_read != is_read:
+        said = {True: "can be read", False: "cannot be read"}
+        problem = f"says it {said[was_read]}, of {source} it {said[is_read]}"
+        raise _other(found, problem, f"column status, row {row},")
+
+
+def _other_row(found: ShardSet, field: str, shard: int, row: int, source: Source) -> OtherRows:
+    file = shard_file(found.field(field), shard, found.manifest.is_zarr)
+    what = f"row {row} is not what {source} gives"
+    return OtherRows(found.path, what, f"Delete {found.path}", subject=f"{found.path / file}:")
+
+
+def _resizer(found: ShardSet, field: str, source: Source, reader: RowReader) -> Resizer:
     crop = found.settings.crop
     return Resizer(
         field=replace(found.field(field), statistics=None),
@@ -201,4 +242,5 @@ def _resizer(found: ShardSet, field: str, source: Source) -> Resizer:
         box=None if crop == "none" else found.dataset.crop_box(crop),
         depth_resize=found.settings.depth_resize,
         highest_id=source.highest_id(field),
+        is_hw=reader.is_hw,
     )

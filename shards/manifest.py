@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shards.errors import DamagedSet, MissingSet, NewerSet, OldSet, UnfinishedSet, WrongSetting
 from shards.files import FileEntry, Folder, LocalFolder, write_bytes, write_json
 from shards.spec import (
@@ -28,15 +30,22 @@ from shards.spec import (
     fingerprint,
 )
 from shards.strict_json import JsonObject
+from shards.texts import Texts
 
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 FAILED = "failed.csv"
 RECEIPTS = "receipt-*.json"
+RIGHT_ROW = 0  # in the column status
+FAILED_ROW = 1
+MAX_SIDE = 65535  # pixels of an original picture
 ChannelSums = tuple[int, int, int]  # valid pixels, their sum, the sum of their squares
 
 
 # ----------------------------------------------------------------------------------------- columns
+
+
+ColumnValues = Texts | np.ndarray  # one value a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,25 +399,72 @@ def _check_is_there(folder: Folder) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsRead:
+    """What only reading the rows of a shard tells of them.
+
+    sizes: [n, 2] <u2 height and width of each original picture, 0 of a row that failed. failed: by
+    the row's number in the set, what is wrong with it. highest: of each field of ids, the highest.
+    """
+
+    sizes: np.ndarray
+    failed: Mapping[int, str]
+    highest: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes that are all the same are written once."""
+        sizes = self.sizes[:1] if (self.sizes == self.sizes[0]).all() else self.sizes
+        return {
+            "sizes": sizes.tolist(),
+            "failed": {str(row): problem for row, problem in self.failed.items()},
+            "highest": dict(self.highest),
+        }
+
+    @classmethod
+    def from_json(cls, value: JsonObject, n_rows: int) -> "RowsRead":
+        value.only("sizes", "failed", "highest")
+        sizes = np.array(value.table("sizes"), np.int64)
+        if sizes.shape not in ((1, 2), (n_rows, 2)) or sizes.max() > MAX_SIDE:
+            raise ValueError("the sizes of its pictures are not two a row")
+        failed = value.object("failed")
+        highest = value.object("highest")
+        return cls(
+            sizes=np.ascontiguousarray(np.broadcast_to(sizes, (n_rows, 2)), "<u2"),
+            failed={int(row): failed.text(row) for row in failed.keys()},  # noqa: SIM118
+            highest={name: highest.whole(name) for name in highest.keys()},  # noqa: SIM118
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A durable shard of a set that is not finished."""
+    """A durable shard of a set that is not finished.
+
+    rows: None where the source tells all of its rows before they are read.
+    """
 
     entry: ShardEntry
     codecs: Codecs = None
     decoder: str | None = None
+    rows: RowsRead | None = None
 
     def to_json(self) -> dict[str, Any]:
         value = {**self.entry.to_json(), "codecs": self.codecs}
-        return value if self.decoder is None else {**value, "decoder": self.decoder}
+        if self.decoder is not None:
+            value["decoder"] = self.decoder
+        if self.rows is not None:
+            value["rows_read"] = self.rows.to_json()
+        return value
 
     @classmethod
     def from_json(cls, value: JsonObject) -> "Receipt":
-        value.only("rows", "files", "sums", "codecs", "decoder")
+        value.only("rows", "files", "sums", "codecs", "decoder", "rows_read")
         codecs = value.object_or_none("codecs")
+        entry = ShardEntry.from_json(value)
+        rows = value.object("rows_read") if "rows_read" in value else None
         return cls(
-            entry=ShardEntry.from_json(value),
+            entry=entry,
             codecs={name: codecs.text(name) for name in codecs.keys()} if codecs else None,  # noqa: SIM118
             decoder=value.text_or_none("decoder") if "decoder" in value else None,
+            rows=RowsRead.from_json(rows, entry.n_rows) if rows else None,
         )
 
 
@@ -431,12 +487,22 @@ def read_receipt(directory: Path, shard: int) -> Receipt | None:
         return None
 
 
-def write_receipts(directory: Path, manifest: Manifest, wrong: Iterable[str]) -> None:
-    """Receipts of the shards without a wrong file: a conversion makes the others only."""
+def write_receipts(
+    directory: Path, manifest: Manifest, wrong: Iterable[str], rows: Mapping[int, RowsRead]
+) -> None:
+    """Receipts of the shards without a wrong file: a conversion makes the others only.
+
+    rows: by shard, what was found out of its rows; empty where nothing had to be.
+    """
     wrong_names = set(wrong)
     for k, shard in enumerate(manifest.shards):
         if not wrong_names & shard.files.keys():
-            receipt = Receipt(entry=shard, codecs=manifest.codecs, decoder=manifest.decoder)
+            receipt = Receipt(
+                entry=shard,
+                codecs=manifest.codecs,
+                decoder=manifest.decoder,
+                rows=rows.get(k),
+            )
             write_receipt(directory, k, receipt)
 
 

@@ -36,6 +36,9 @@ NO_SCENE_TYPE = 65535  # in the column scene_type
 SPLITS = ("train", "test", "val")  # by their numbers in the column; the first two as in version 1
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # of a dataset, a field, a column, a crop
+ENCODING = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")  # of depth, such as 2d3ds
+SPLIT_RULE = re.compile(r"[a-z][a-z0-9_]{0,63}(:[0-9.]+(,[0-9.]+){2})?")
+MAX_ID = 65535  # of a label
 DEPTH_RESIZES = ("nearest", "area")
 AXES = ("auto", "wh", "hw")
 Codecs = dict[str, str] | None  # the codec of each field of a Zarr set; None: .npy
@@ -240,8 +243,9 @@ class LabelTable:
 class DatasetSpec:
     """All that is special to a dataset; everything else works for any.
 
-    `width` and `height` are those of the pictures that `crops` and `camera` are measured in. A
-    crop named "none", the whole picture, is always there.
+    `width` and `height` are those of the pictures that `crops` and `camera` are measured in; both
+    are 0 where pictures differ in size, which then have neither (each row's size and camera are
+    columns). A crop named "none", the whole picture, is always there.
     """
 
     name: str
@@ -315,11 +319,14 @@ class DatasetSpec:
         spec.check()
         return spec
 
+    def _has_one_size(self) -> bool:
+        return 0 < self.width < 2**16 and 0 < self.height < 2**16
+
     def check(self) -> None:
         """Raise ValueError where readers could not rely on it."""
         if not NAME.fullmatch(self.name):
             raise ValueError(f"{shown(self.name)} is no name of a dataset")
-        if not (0 < self.width < 2**16 and 0 < self.height < 2**16):
+        if not self._has_one_size() and (self.crops or self.camera or self.width or self.height):
             raise ValueError("its pictures have no size")
         for name, box in self.crops.items():
             is_inside = box.top < box.bottom <= self.height and box.left < box.right <= self.width
@@ -369,9 +376,19 @@ def _camera_from_json(value: JsonObject) -> Camera:
 # ------------------------------------------------------------------------------------ the settings
 
 
+def is_number(value: Any) -> bool:
+    """A number of Python's or numpy's, which True is not."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 def is_whole(value: Any) -> bool:
     """A whole number of Python's or numpy's, which True is not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+AUTO_ROWS = 0  # rows a shard: as many as suit the number of rows
+DEALT = 1  # the order of a table's rows: train, val, test, each dealt by a hash of its line
+EXIF = "exif"  # pictures are turned as their EXIF orientation says
 
 
 @dataclass(frozen=True)
@@ -379,24 +396,39 @@ class ConversionSettings:
     """What a set contains. Other settings are another directory, never a mixture.
 
     fields: names; the default ones mean every field that the source has. kinds: of the fields that
-    are not among the five known ones. axes: "wh" or "hw" where pictures are square, "auto" where
-    they tell by themselves. Raises WrongSetting.
+    are not among the five known ones. rows_per_shard: AUTO_ROWS until the source is known. axes:
+    "wh" or "hw" where pictures are square, "auto" where they tell by themselves.
+
+    Of tables of frames alone; each is at its default in the set of a .mat:
+    depth_encoding: how depth is stored (a name), or depth_scale: stored units a metre.
+    depth_trunc: metres; what is farther becomes 0. label_void: the stored id that is void; the
+    others move up by one, where it is not 0 itself. split_by: "scene", "row" or a column, with
+    shares behind a colon. orientation, order_version: the source's to tell.
+
+    Raises WrongSetting.
     """
 
     fields: tuple[str, ...] = tuple(KNOWN_FIELDS)
     size: int = 224
     crop: str = "none"
     depth_resize: str = "nearest"
-    rows_per_shard: int = 128
+    rows_per_shard: int = AUTO_ROWS
     axes: str = "auto"
     kinds: Mapping[str, str] = field(default_factory=dict)
+    depth_encoding: str | None = None
+    depth_scale: float | None = None
+    depth_trunc: float | None = None
+    label_void: int | None = None
+    split_by: str | None = None
+    orientation: str | None = None
+    order_version: int = 0
 
     def __post_init__(self) -> None:
         self._check_fields()
-        for name, low, high in (("size", 8, 1024), ("rows_per_shard", 1, 100_000)):
+        for name, low, high in (("size", 8, 1024), ("rows_per_shard", AUTO_ROWS, 100_000)):
             value = getattr(self, name)
             if not is_whole(value) or not low <= value <= high:
-                raise WrongSetting(name, value, f"choose {low} to {high}")
+                raise WrongSetting(name, value, f"choose {low or 1} to {high}")
             object.__setattr__(self, name, int(value))
         for name, choices in (("depth_resize", DEPTH_RESIZES), ("axes", AXES)):
             value = getattr(self, name)
@@ -404,6 +436,37 @@ class ConversionSettings:
                 raise WrongSetting(name, value, f"choose one of {', '.join(choices)}")
         if not isinstance(self.crop, str) or not NAME.fullmatch(self.crop):
             raise WrongSetting("crop", self.crop, "choose none, or a crop that the dataset has")
+        self._check_depth()
+        self._check_table()
+
+    def _check_depth(self) -> None:
+        encoding = self.depth_encoding
+        if encoding is not None and not (
+            isinstance(encoding, str) and ENCODING.fullmatch(encoding)
+        ):
+            raise WrongSetting("depth_encoding", encoding, "choose a name, such as mm")
+        for name in ("depth_scale", "depth_trunc"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not is_number(value) or not 0 < value < math.inf:
+                raise WrongSetting(name, value, "choose a number above 0")
+            object.__setattr__(self, name, float(value))
+        if encoding is not None and self.depth_scale is not None:
+            raise WrongSetting("depth_scale", self.depth_scale, f"{encoding} says it already")
+
+    def _check_table(self) -> None:
+        void = self.label_void
+        if void is not None and not (is_whole(void) and 0 <= void <= MAX_ID):
+            raise WrongSetting("label_void", void, f"choose 0 to {MAX_ID}")
+        rule = self.split_by
+        if rule is not None and not (isinstance(rule, str) and SPLIT_RULE.fullmatch(rule)):
+            choices = "choose scene, row or a column, and shares such as scene:0.8,0.1,0.1"
+            raise WrongSetting("split_by", rule, choices)
+        if self.orientation not in (None, EXIF):
+            raise WrongSetting("orientation", self.orientation, f"choose {EXIF}, or none")
+        if not is_whole(self.order_version) or self.order_version not in (0, DEALT):
+            raise WrongSetting("order_version", self.order_version, f"choose 0 or {DEALT}")
 
     def _check_fields(self) -> None:
         is_list = isinstance(self.fields, tuple | list)
@@ -423,22 +486,34 @@ class ConversionSettings:
     def fits(self, stored: "ConversionSettings") -> bool:
         """Whether a set of `stored` is what is asked for.
 
-        `axes` were left out of it where the pictures told them, and the kinds of fields are the
-        source's to tell.
+        `axes` were left out of it where the pictures told them; the kinds of fields, and how many
+        rows suit a shard, are the source's to tell.
         """
         asked = replace(self, kinds=stored.kinds if self.fields == stored.fields else {})
+        if asked.rows_per_shard == AUTO_ROWS:
+            asked = replace(asked, rows_per_shard=stored.rows_per_shard)
+            if stored.rows_per_shard not in SUITABLE_ROWS:
+                return False
         return stored in (asked, replace(asked, axes="auto"))
 
-    def of_source(self, fields: Sequence[Field]) -> "ConversionSettings":
+    def of_source(self, fields: Sequence[Field], n_rows: int) -> "ConversionSettings":
         """The same for a source with these fields. Raises WrongSetting for one that it lacks."""
         there = {each.name: each for each in fields}
-        names = tuple(there) if self.fields == tuple(KNOWN_FIELDS) else self.fields
+        names = tuple(there) if self.are_all_fields else self.fields
         if not set(names) <= there.keys():
             raise WrongSetting(
                 "fields", ",".join(names), f"choose from {','.join(there)}, each once"
             )
         kinds = {name: there[name].kind for name in names if name not in KNOWN_FIELDS}
-        return replace(self, fields=names, kinds=kinds)
+        rows = self.rows_per_shard
+        if rows == AUTO_ROWS:
+            rows = rows_per_shard_for(n_rows, [there[name] for name in names], self.size)
+        return replace(self, fields=names, kinds=kinds, rows_per_shard=rows)
+
+    @property
+    def are_all_fields(self) -> bool:
+        """Whether `fields` are the default ones, and those that `kinds` adds."""
+        return set(self.fields) == {*KNOWN_FIELDS, *self.kinds}
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest and the fingerprint; what came later is left out at its default."""
@@ -453,22 +528,59 @@ class ConversionSettings:
             values["axes"] = self.axes
         if self.kinds:
             values["kinds"] = dict(self.kinds)
+        for name, default in OF_TABLES.items():
+            if getattr(self, name) != default:
+                values[name] = getattr(self, name)
         return values
 
     @classmethod
     def from_json(cls, value: JsonObject) -> "ConversionSettings":
         """Raises ValueError, or WrongSetting for a value that no set has."""
-        value.only("fields", "size", "crop", "depth_resize", "rows_per_shard", "axes", "kinds")
+        value.only(*OF_EVERY_SET, "axes", "kinds", *OF_TABLES)
         kinds = value.object("kinds") if "kinds" in value else JsonObject({}, "kinds")
         return cls(
             fields=value.texts("fields"),
             size=value.whole("size"),
             crop=value.text("crop"),
             depth_resize=value.text("depth_resize"),
-            rows_per_shard=value.whole("rows_per_shard"),
+            rows_per_shard=_at_least_one(value.whole("rows_per_shard")),
             axes=value.text("axes") if "axes" in value else "auto",
             kinds={name: kinds.text(name) for name in kinds.keys()},  # noqa: SIM118 (no dict)
+            depth_encoding=_text_if_there(value, "depth_encoding"),
+            depth_scale=_number_if_there(value, "depth_scale"),
+            depth_trunc=_number_if_there(value, "depth_trunc"),
+            label_void=value.whole("label_void") if "label_void" in value else None,
+            split_by=_text_if_there(value, "split_by"),
+            orientation=_text_if_there(value, "orientation"),
+            order_version=value.whole("order_version") if "order_version" in value else 0,
         )
+
+
+OF_EVERY_SET = ("fields", "size", "crop", "depth_resize", "rows_per_shard")
+# What came with tables, by its default: at that it is left out, and earlier fingerprints stay.
+OF_TABLES: dict[str, Any] = {
+    "depth_encoding": None,
+    "depth_scale": None,
+    "depth_trunc": None,
+    "label_void": None,
+    "split_by": None,
+    "orientation": None,
+    "order_version": 0,
+}
+
+
+def _text_if_there(value: JsonObject, key: str) -> str | None:
+    return value.text(key) if key in value else None
+
+
+def _number_if_there(value: JsonObject, key: str) -> float | None:
+    return value.number(key) if key in value else None
+
+
+def _at_least_one(n_rows: int) -> int:
+    if n_rows < 1:
+        raise ValueError("its shards have no rows")
+    return n_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,7 +625,9 @@ def fingerprint(settings: ConversionSettings, source: SourceIdentity) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-MAX_ROWS_PER_SHARD = 1024
+USUAL_ROWS = 128  # a shard
+MANY_ROWS = 100_000  # of a set, from which on shards are larger
+SUITABLE_ROWS = (128, 256, 512, 1024)  # what rows_per_shard_for may say
 MAX_FILE_BYTES = 64 << 20
 MAX_SHARD_BYTES = 128 << 20  # of all its files
 
@@ -523,11 +637,11 @@ def rows_per_shard_for(n_rows: int, fields: Iterable[Field], size: int) -> int:
 
     A file stays under 64 MiB, and all files of a shard under 128 MiB.
     """
-    rows = 128
-    if n_rows <= 100_000:
+    rows = USUAL_ROWS
+    if n_rows <= MANY_ROWS:
         return rows
     row_bytes = [each.row_bytes(size) for each in fields]
-    while rows < MAX_ROWS_PER_SHARD:
+    while rows < SUITABLE_ROWS[-1]:
         doubled = 2 * rows
         fits_file = doubled * max(row_bytes) < MAX_FILE_BYTES
         fits_shard = doubled * sum(row_bytes) < MAX_SHARD_BYTES

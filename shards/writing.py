@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from shards.containers import arrays_of_columns, write_columns
 from shards.dataset import ShardSet, open_set
 from shards.errors import OtherSet, WrongPlace
 from shards.files import log, what_is_wrong
 from shards.manifest import (
     MANIFEST,
+    ColumnValues,
     Manifest,
     Receipt,
     ShardEntry,
@@ -53,7 +52,7 @@ def take_as_finished(found: ShardSet, fingerprint: str, codecs: Codecs) -> None:
     log(f"{directory} is already there and complete: nothing to do")
 
 
-def commit(directory: Path, manifest: Manifest, columns: Mapping[str, np.ndarray]) -> ShardSet:
+def commit(directory: Path, manifest: Manifest, columns: Mapping[str, ColumnValues]) -> ShardSet:
     """Write the columns and, last, the manifest; all shards are durable already."""
     arrays = arrays_of_columns(manifest.columns, columns)
     column_files, metadata_files = write_columns(directory, manifest, arrays)

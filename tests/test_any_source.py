@@ -28,7 +28,7 @@ from helpers.sets import convert, files_of, is_whole, shard_bytes
 
 from convert.inspect import SheetRows, describe, picture
 from convert.resize import Resizer
-from convert.sources.base import RowReader, Source
+from convert.sources.base import Source
 from convert.sources.errors import Unreadable
 from convert.verify import OtherRows, against_source
 from loader.loader import Loader
@@ -102,8 +102,9 @@ def stored(found: ShardSet, field: str) -> np.ndarray:
 
 def test_the_parts_of_the_made_up_source_are_what_the_contract_asks_for(lab: LabSource) -> None:
     assert isinstance(lab, Source)
-    reader = lab.reader("thermal")
-    assert reader.read_group(0).shape == (GROUP_ROWS["thermal"], WIDTH, HEIGHT)
+    (reader,) = lab.readers(["thermal"])
+    pictures = reader.read_group(0)["thermal"]
+    assert np.shape(pictures) == (GROUP_ROWS["thermal"], WIDTH, HEIGHT)
     LAB.check()
 
 
@@ -169,7 +170,7 @@ class BrokenReader(MemoryReader):
 class BrokenLab(LabSource):
     """Its thermal camera fails in the end."""
 
-    def reader(self, field: str) -> RowReader:
+    def rows_of(self, field: str) -> MemoryReader:
         kind = BrokenReader if field == "thermal" else MemoryReader
         return kind(self.arrays[field], GROUP_ROWS[field])
 

@@ -20,7 +20,8 @@ from helpers.commands import Run
 from helpers.sets import convert, entry_of, manifest_json, write_manifest_json
 
 from convert.__main__ import read_set, with_next_command
-from convert.verify import OtherRows, against_mat, verify_all
+from convert.sources.opening import SourceOptions
+from convert.verify import OtherRows, against, verify_all
 from shards.containers import npy_header
 from shards.dataset import open_set
 from shards.errors import UserError
@@ -218,7 +219,7 @@ def test_verify_against_finds_what_its_own_hashes_cannot(
     mat: Path, small_set: Path, tmp_path: Path
 ) -> None:
     directory = Path(shutil.copytree(small_set, tmp_path / small_set.name))
-    assert against_mat(open_set(directory), mat, 36) == 36
+    assert against(open_set(directory), mat, SourceOptions(), 36) == 36
     path = older(directory, random.Random(0))
     manifest = manifest_json(directory)
     for shard in manifest["shards"]:
@@ -227,7 +228,7 @@ def test_verify_against_finds_what_its_own_hashes_cannot(
     write_manifest_json(directory, manifest)
     verify_all(read_set(directory))
     with pytest.raises(UserError, match=f"{path.name}: row .* is not what"):
-        against_mat(open_set(directory), mat, 36)
+        against(open_set(directory), mat, SourceOptions(), 36)
 
 
 def changed_column(directory: Path, array: str, row: int, value: object) -> Path:
@@ -317,7 +318,7 @@ def test_verify_against_names_a_column_that_was_changed_and_signed_again(
     directory = change(Path(shutil.copytree(small_set, tmp_path / small_set.name)))
     verify_all(read_set(directory))
     with pytest.raises(OtherRows, match=line):
-        against_mat(open_set(directory), mat, 1)
+        against(open_set(directory), mat, SourceOptions(), 1)
 
 
 def test_verify_against_ends_with_the_first_difference_in_one_line_and_status_2(
@@ -347,7 +348,7 @@ def test_verify_against_takes_scenes_by_name_whatever_their_numbers(
     manifest["scenes"] = names[::-1]
     manifest["column_files"]["rows-scene.npy"] = entry_of(directory / "rows-scene.npy")
     write_manifest_json(directory, manifest)
-    assert against_mat(open_set(directory), mat, 1) == 1
+    assert against(open_set(directory), mat, SourceOptions(), 1) == 1
 
 
 @pytest.mark.parametrize("damage", ["header", "size", "link", "missing"])

@@ -23,7 +23,7 @@ from shards.dataset import ShardSet, check_files, open_set, resolve_set
 from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
-from shards.manifest import read_manifest
+from shards.manifest import RIGHT_ROW, read_manifest
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
 from stores.mounted import refuse_remote
 from train.arguments import (
@@ -212,11 +212,12 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             raise MissingSet(self.path, what, "Convert a source that has some")
 
     def _rows_of_split(self) -> np.ndarray:
-        """Row numbers of the split."""
+        """Row numbers of the split; rows that could not be read are in none."""
         split = self._set.column("split")
+        is_right = self._set.column("status") == RIGHT_ROW
         if self.split == "all":
-            return np.arange(len(split))
-        rows = np.flatnonzero(split == SPLITS.index(self.split))
+            return np.flatnonzero(is_right)
+        rows = np.flatnonzero(is_right & (split == SPLITS.index(self.split)))
         if not len(rows):
             what = f"has no {self.split} rows"
             raise MissingSet(self.path, what, "Convert a source that has some")
@@ -445,8 +446,9 @@ def evaluation_split(found: ShardSet, eval_split: str) -> str:
     if eval_split != "auto":
         return eval_split
     split = found.column("split")
+    is_right = found.column("status") == RIGHT_ROW
     for name in ("val", "test"):
-        if np.any(split == SPLITS.index(name)):
+        if np.any(is_right & (split == SPLITS.index(name))):
             return name
     raise MissingSet(
         found.path, "has neither val nor test rows", "Its source has to say which rows are"

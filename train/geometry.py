@@ -81,7 +81,9 @@ def scored_box_of(dataset: ShardDataset) -> CropBox:
 
 
 def window(spec: DatasetSpec, box: Box) -> CropBox:
-    """A box of a dataset's pictures, with their size."""
+    """A box of a dataset's pictures, with their size; where they differ in size, all of each."""
+    if not spec.width:
+        return CropBox(top=0, bottom=1, left=0, right=1, height=1, width=1)
     return CropBox(
         top=box.top,
         bottom=box.bottom,

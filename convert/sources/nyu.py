@@ -1,14 +1,13 @@
 """The labelled set of NYU Depth v2 as a source: rows of its .mat, with the published facts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.sources.base import RowFacts
-from convert.sources.chunks import Reader
+from convert.sources.base import FieldReader, RowFacts, RowReader
 from convert.sources.nyu_mat import KEYS, LOOK_FIRST, Elsewhere, Mat, sampled_identity
 from convert.sources.nyu_tables import NYU_FIELDS, nyu, splits_of, with_names
 from shards.errors import WrongSetting
@@ -28,12 +27,15 @@ class NyuSource:
         self.path = path
         self.dataset = nyu()
         self.fields: Mapping[str, Field] = NYU_FIELDS
-        wanted = settings.of_source(list(NYU_FIELDS.values()))
-        self._mat = Mat(path, wanted.fields, settings.axes)
-        self._settings = wanted
+        # Before its rows can be counted: a field that it lacks is refused.
+        names = settings.of_source(list(NYU_FIELDS.values()), n_rows=0).fields
+        self._mat = Mat(path, names, settings.axes)
         self.n_rows = self._mat.n_rows
-        self.handle = self._mat.handle if isinstance(self._mat.handle, int) else None
-        self.may_hang = self.handle is None
+        handle = self._mat.handle
+        self.handles: tuple[int, ...] | None = (handle,) if isinstance(handle, int) else None
+        self.may_hang = self.handles is None
+        self.rows_differ = False
+        self.decoder: str | None = None
         self.advice = LOOK_FIRST
 
     def __str__(self) -> str:
@@ -49,16 +51,14 @@ class NyuSource:
         stat = self.path.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    def settings(self) -> ConversionSettings:
+    def resolved(self, settings: ConversionSettings) -> ConversionSettings:
         """Those given, without `axes` where the pictures tell them by themselves."""
+        chosen = settings.of_source(list(self.fields.values()), self.n_rows)
         is_square = self._mat.sides[0] == self._mat.sides[1]
-        return self._settings if is_square else replace(self._settings, axes="auto")
+        return chosen if is_square else replace(chosen, axes="auto")
 
-    def reader(self, field: str) -> Reader:
-        return self._mat.reader(field)
-
-    def name_of(self, field: str) -> str:
-        return KEYS[field]
+    def readers(self, fields: Sequence[str]) -> Sequence[RowReader]:
+        return [FieldReader(name, KEYS[name], self._mat.reader(name)) for name in fields]
 
     def highest_id(self, field: str) -> int | None:
         return HIGHEST_LABEL if field == "label" else None

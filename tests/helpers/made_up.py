@@ -6,14 +6,14 @@ rows without any type, and three splits.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.sources.base import RowFacts, RowReader
+from convert.sources.base import FieldReader, RowFacts, RowReader
 from shards.errors import WrongSetting
 from shards.spec import (
     NO_SCENE_TYPE,
@@ -101,7 +101,9 @@ class LabSource:
         self.dataset = dataset
         self.fields: Mapping[str, Field] = FIELDS
         self.n_rows = n_rows
-        self.handle: int | None = None
+        self.handles: tuple[int, ...] | None = None
+        self.rows_differ = False
+        self.decoder: str | None = None
         self.may_hang = False
         self.advice = "Make it up again"
         self.arrays = made_up_arrays(n_rows)
@@ -138,11 +140,14 @@ class LabSource:
         scenes = [f"room {k}" for k in range(int(self.scene.max()) + 1)]
         return RowFacts(columns=columns, scenes=scenes, dataset=self.dataset)
 
-    def reader(self, field: str) -> RowReader:
-        return MemoryReader(self.arrays[field], GROUP_ROWS[field])
+    def resolved(self, settings: ConversionSettings) -> ConversionSettings:
+        return settings.of_source(list(self.fields.values()), self.n_rows)
 
-    def name_of(self, field: str) -> str:
-        return f"the {field} camera"
+    def readers(self, fields: Sequence[str]) -> list[RowReader]:
+        return [FieldReader(name, f"the {name} camera", self.rows_of(name)) for name in fields]
+
+    def rows_of(self, field: str) -> MemoryReader:
+        return MemoryReader(self.arrays[field], GROUP_ROWS[field])
 
     def highest_id(self, field: str) -> int | None:
         return HIGHEST_LABEL if field == "label" else None

@@ -1,0 +1,78 @@
+"""Which kind of source a path is, and opening it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.sources.base import Source
+from convert.sources.nyu import NyuSource
+from convert.sources.nyu_mat import Elsewhere
+from shards.errors import NeedsSetting, WrongSetting
+from shards.spec import ConversionSettings
+
+LAYOUTS = ("auto", "nyu", "frames")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What a table or a directory of frames needs beside the settings.
+
+    layout: of LAYOUTS. name: of the dataset; None: the stem of its file. roots: where paths lead,
+    each a folder, URL, .zip or .tar, or FIELD=one of these; empty: the table's folder. follow:
+    whether paths may leave their root by symbolic links and "..". label_names: a file with a name
+    a line.
+    """
+
+    layout: str = "auto"
+    name: str | None = None
+    roots: tuple[str, ...] = ()
+    follow: bool = False
+    label_names: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise WrongSetting("layout", self.layout, f"choose one of {', '.join(LAYOUTS)}")
+
+
+def open_source(
+    path: Path | Elsewhere, settings: ConversionSettings, options: SourceOptions | None = None
+) -> Source:
+    """The source at that path: a .mat, a table, or a directory of a known layout.
+
+    Raises WrongSource for what is none of them, WrongSetting for settings that do not fit it.
+    """
+    chosen = options or SourceOptions()
+    if is_frames(path, chosen.layout):
+        from convert.sources.frames import FramesSource
+
+        assert isinstance(path, Path)
+        return FramesSource(path, settings, chosen)
+    _refuse_frames_options(chosen, settings)
+    return NyuSource(path, settings)
+
+
+def is_frames(path: Path | Elsewhere, layout: str) -> bool:
+    """Whether it is to be read as frames: by its layout, else by its name. Raises WrongSource."""
+    if layout == "nyu" or not isinstance(path, Path):
+        return False
+    if layout == "frames" or path.is_dir():
+        return True
+    return path.suffix.lower() in TABLES
+
+
+def _refuse_frames_options(options: SourceOptions, settings: ConversionSettings) -> None:
+    """Raise NeedsSetting for what only frames have, so that none of it is left out silently."""
+    given = {
+        "name": options.name,
+        "root": options.roots or None,
+        "label_names": options.label_names,
+        "follow": options.follow or None,
+        "depth_encoding": settings.depth_encoding,
+        "depth_scale": settings.depth_scale,
+        "depth_trunc": settings.depth_trunc,
+        "label_void": settings.label_void,
+        "split_by": settings.split_by,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise NeedsSetting(name, value, "layout", "frames")
