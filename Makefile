@@ -60,7 +60,7 @@ endif
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -112,16 +112,19 @@ verify: $(READY)  ## check every byte of the shards
 inspect: $(READY)  ## what is in the shards
 	$(PY) -m convert inspect "$(DATA)" $(ARGS)
 
-push: $(READY) drive-given  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDrive/nyuv2
+push: drive-given $(READY)  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDrive/nyuv2
 	$(PY) -m convert push "$(DATA)" "$(DRIVE)"
 
-pull: $(READY) drive-given  ## copy the shards from Drive: make pull DRIVE=/content/drive/MyDrive/nyuv2
+pull: drive-given $(READY)  ## copy the shards from Drive: make pull DRIVE=/content/drive/MyDrive/nyuv2
 	$(PY) -m convert pull "$(DRIVE)" "$(OUT)"
 
 drive-given:
 	@test -n "$(DRIVE)" || { echo "Say which folder: make $(MAKECMDGOALS) DRIVE=/content/drive/MyDrive/nyuv2" >&2; exit 2; }
 
-bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
+mat-given:
+	@test -n "$(MAT)" || { echo "Say which file: make $(MAKECMDGOALS) MAT=/path/to/nyu_depth_v2_labeled.mat" >&2; exit 2; }
+
+bench-convert: mat-given $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
 	$(PY) -m bench.convert "$(MAT)" --profile $(ARGS)
 
 bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-RAM script too
