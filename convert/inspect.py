@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shards.dataset import ShardSet
-from shards.errors import UserError, WrongPlace
+from shards.errors import UserError, WrongPlace, how_to_install
 from shards.files import mebibytes, write_atomically
 from shards.manifest import PROVENANCE
 from shards.spec import NO_SCENE_TYPE, SPLITS, DatasetSpec, Field, class_colours
@@ -185,7 +185,7 @@ def _new_sheet(n: int, inch: float, out: Path) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         what = f"{out.name}: drawing needs matplotlib"
-        raise UserError(what, "Install the extra show: pip install 'nyuv2-shards[show]'") from None
+        raise UserError(what, how_to_install("show", "matplotlib")) from None
     figure = FigureCanvasAgg(Figure(figsize=(9.6, 1 / inch), dpi=110)).figure
     cells = figure.subplots(n, 3, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.13})
     figure.subplots_adjust(left=0.015, right=0.985, top=1 - 0.58 * inch, bottom=0.62 * inch)
