@@ -57,10 +57,19 @@ else
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py all $(USED))
 endif
 
+# The one line after which every command that is printed works in the same shell: none is needed on Colab, where pip has
+# installed us into its own Python. From a read-only folder the packages are run where they lie.
+WHERE_THEY_LIE := $(if $(WRITABLE),,export PYTHONPATH="$(CURDIR)")
+ACTIVATE := $(if $(VENV),source $(VENV)/bin/activate$(if $(WRITABLE),, && $(WHERE_THEY_LIE)),$(WHERE_THEY_LIE))
+SAY_ACTIVATE = $(if $(ACTIVATE),echo 'once a shell: $(ACTIVATE)')
+
+# Whether what was installed can be used; a .venv that was cut short in the middle of a package looks whole otherwise.
+WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/null
+
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -70,10 +79,11 @@ $(AT).venv/installed: pyproject.toml constraints.txt
 	@[ ! -d $(VENV) -o -n "$(VENV_FITS)" ] || \
 	{ echo "$(VENV) has no Python of 3.11 or newer with pip, and was not made by make: move it away" >&2; exit 2; }
 	@[ -d $(VENV) ] || { mkdir -p $(VENV) && touch $(VENV)/unfinished; }
-	@[ ! -e $(VENV)/unfinished ] || { set -x; $(PYTHON) -m venv $(VENV); }
+	@[ ! -e $(VENV)/unfinished ] || { touch $(VENV)/made-by-make; set -x; $(PYTHON) -m venv $(VENV); }
 	$(INSTALL)
 	@rm -f $(VENV)/unfinished
 	@touch $@
+	@$(SAY_ACTIVATE)
 
 $(AT).installed-colab: pyproject.toml
 	$(need-python)
@@ -81,6 +91,7 @@ $(AT).installed-colab: pyproject.toml
 	$(PY) .ci/requirements.py pins > $(PINS)
 	$(INSTALL)
 	touch $@
+	@$(SAY_ACTIVATE)
 
 .venv/dev: $(READY)
 	$(PIP) -c $(PINS) $$($(PY) .ci/requirements.py $(if $(COLAB_RELEASE_TAG),missing,all) $(USED) dev)
@@ -93,6 +104,7 @@ demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minut
 	$(PY) -m convert inspect $(AT)demo/data --picture $(AT)demo/rooms.png
 	$(PY) -m train --data $(AT)demo/data --out $(AT)demo/run --num-classes 10 --epochs 8 --batch-size 16 --width 16 --size 96
 	@echo "pictures: $(AT)demo/rooms.png $(AT)demo/run/curves.png $(AT)demo/run/confusion.png $(AT)demo/run/mistakes.png"
+	@$(SAY_ACTIVATE)
 
 convert: $(READY)  ## shards on this disk, the cheapest way: make convert [DRIVE=/content/drive/MyDrive/nyuv2] [MAT=x.mat]
 	$(PY) -m convert run $(if $(MAT),"$(MAT)") --out "$(OUT)" $(if $(DRIVE),--drive "$(DRIVE)") $(if $(URL),--url "$(URL)") $(ARGS)
@@ -112,16 +124,19 @@ verify: $(READY)  ## check every byte of the shards
 inspect: $(READY)  ## what is in the shards
 	$(PY) -m convert inspect "$(DATA)" $(ARGS)
 
-push: $(READY) drive-given  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDrive/nyuv2
+push: drive-given $(READY)  ## copy the shards to Drive: make push DRIVE=/content/drive/MyDrive/nyuv2
 	$(PY) -m convert push "$(DATA)" "$(DRIVE)"
 
-pull: $(READY) drive-given  ## copy the shards from Drive: make pull DRIVE=/content/drive/MyDrive/nyuv2
+pull: drive-given $(READY)  ## copy the shards from Drive: make pull DRIVE=/content/drive/MyDrive/nyuv2
 	$(PY) -m convert pull "$(DRIVE)" "$(OUT)"
 
 drive-given:
 	@test -n "$(DRIVE)" || { echo "Say which folder: make $(MAKECMDGOALS) DRIVE=/content/drive/MyDrive/nyuv2" >&2; exit 2; }
 
-bench-convert: $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
+mat-given:
+	@test -n "$(MAT)" || { echo "Say which file: make $(MAKECMDGOALS) MAT=/path/to/nyu_depth_v2_labeled.mat" >&2; exit 2; }
+
+bench-convert: mat-given $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
 	$(PY) -m bench.convert "$(MAT)" --profile $(ARGS)
 
 bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-RAM script too
@@ -145,8 +160,13 @@ lint: .venv/dev  ## ruff and mypy
 docs: .venv/dev  ## the Python API as pages, in docs/api
 	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc -o docs/api shards loader stores convert train
 
-clean:  ## remove the demo, docs/api and the caches, never data or runs
-	rm -rf $(AT)demo docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove the demo, docs/api, caches, and a .venv of make's that does not work; never data or runs
+	rm -rf $(AT)demo docs/api build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@if [ -z "$(VENV)" -o ! -d "$(VENV)" ]; then exit 0; fi; \
+	if $(WORKS); then echo "$(VENV) works, and is kept"; \
+	elif [ -e "$(VENV)/made-by-make" ]; then rm -rf "$(VENV)"; echo "$(VENV) did not work and is removed: the next make makes it again"; \
+	else echo "$(VENV) does not work, and was not made by make: move it away"; fi
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ #/' | column -t -s '#'
+	@$(SAY_ACTIVATE)

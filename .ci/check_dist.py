@@ -1,6 +1,7 @@
 """What is in a release, and what is not: python .ci/check_dist.py dist [--tag v1.2.3]
 
-Reads the one sdist and the one wheel in a folder and builds nothing. With --tag: the tag is the
+Reads the one sdist and the one wheel in a folder and builds nothing. The wheel has what runs, the
+sdist has the checkout: what its tests need, and the pages. With --tag: the tag is the
 version of pyproject.toml, and CHANGELOG.md has a section of it. Every problem is one line; the
 status is 1 where there is one.
 """
@@ -19,7 +20,26 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 PACKAGES = [name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]]
 VERSION = PROJECT["project"]["version"]
 IN_WHEEL = {"convert/sources/nyu_tables.json"}
-IN_SDIST = {"LICENSE", "CHANGELOG.md", "README.md", "pyproject.toml"}
+TOP = {
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "pyproject.toml",
+    "constraints.txt",
+}
+TOP |= {"Makefile", "MANIFEST.in", ".editorconfig", ".gitignore", ".markdownlint.yaml"}
+TOP |= {".pre-commit-config.yaml"}
+FOLDERS = (
+    ".ci",
+    ".github",
+    "bench",
+    "docs",
+    "notebooks",
+    "tests",
+)  # of the sdist, beside the packages
+MADE = re.compile(r"PKG-INFO|setup\.cfg|\w+\.egg-info/.*")  # by whoever builds it
+NOT_OF_THE_CHECKOUT = re.compile(r"(^|/)(__pycache__|\.DS_Store)(/|$)|^docs/api/")
 NEVER_IN = {"tests", "data", "runs", "demo", "bench", "notebooks", "pictures"}
 NEVER_ENDS_IN = {".mat", ".npy", ".zarr", ".pt", ".png", ".jpg", ".csv", ".pyc"}
 LARGEST = 1 << 20  # bytes of one file: no data is that small, no source that large
@@ -57,17 +77,34 @@ def typed() -> set[str]:
     return {f"{package}/py.typed" for package in PACKAGES if "/" not in package}
 
 
+def of_checkout() -> set[str]:
+    """Every file that lies in the checkout and belongs to it."""
+    paths = [path for folder in FOLDERS for path in (REPO / folder).rglob("*") if path.is_file()]
+    names = {path.relative_to(REPO).as_posix() for path in paths}
+    return TOP | {name for name in names if not NOT_OF_THE_CHECKOUT.search(name)}
+
+
 def is_unwanted(name: str, n_bytes: int) -> bool:
-    """Whether a file is test, data, run or picture, and not part of the program."""
+    """Whether a file of a wheel is test, data, run or picture, and not part of the program."""
     path = PurePosixPath(name)
     return path.parts[0] in NEVER_IN or path.suffix in NEVER_ENDS_IN or n_bytes > LARGEST
 
 
-def problems(what: str, files: dict[str, int], wanted: Iterable[str]) -> Iterator[str]:
+def problems_of_wheel(what: str, files: dict[str, int], wanted: set[str]) -> Iterator[str]:
     """One line for each file that is absent or should be."""
-    yield from (f"{what} has no {name}" for name in sorted(set(wanted) - files.keys()))
+    yield from (f"{what} has no {name}" for name in sorted(wanted - files.keys()))
     unwanted = [name for name, n_bytes in files.items() if is_unwanted(name, n_bytes)]
     yield from (f"{what} has {name}, which is no part of the program" for name in sorted(unwanted))
+    yield from strangers(files)
+
+
+def problems_of_sdist(what: str, files: dict[str, int], wanted: set[str]) -> Iterator[str]:
+    """One line for each file that is absent, is in no checkout, or is too large to be source."""
+    yield from (f"{what} has no {name}" for name in sorted(wanted - files.keys()))
+    for name in sorted(files):
+        is_known = name in wanted or MADE.fullmatch(name)
+        if not is_known or files[name] > LARGEST:
+            yield f"{what} has {name}, which is no part of the checkout"
 
 
 def strangers(files: Iterable[str]) -> Iterator[str]:
@@ -100,9 +137,9 @@ def main() -> int:
     in_wheel = files_of_wheel(wheel)
     in_sdist = files_of_sdist(sdist)
 
-    found = list(problems(wheel.name, in_wheel, sources() | typed() | IN_WHEEL))
-    found += strangers(in_wheel)
-    found += problems(sdist.name, in_sdist, sources() | typed() | IN_WHEEL | IN_SDIST)
+    of_program = sources() | typed() | IN_WHEEL
+    found = list(problems_of_wheel(wheel.name, in_wheel, of_program))
+    found += problems_of_sdist(sdist.name, in_sdist, of_program | of_checkout())
     if args.tag:
         found += problems_of_tag(args.tag, VERSION, (REPO / "CHANGELOG.md").read_text())
 

@@ -3,19 +3,27 @@
 No torch here: the converter's benchmark imports it in the processes that it measures.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 
 from bench.cgroup import NoGroup
 from loader.memory import NoRoom
 from shards.errors import UserError
+from shards.flags import Parser, whole
+
+MOST = 10_000  # pairs, steps, rounds: more would be a slip of the keyboard
+SET = "a finished set, or a folder that holds exactly one"
 
 
-def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+def make_parser(name: str, doc: str | None) -> Parser:
     """A parser for `python -m bench.NAME`, which shows the module's docstring as its help."""
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"bench.{name}", description=doc, formatter_class=raw)
+    return Parser(f"python -m bench.{name}", doc)
+
+
+def add_number(parser: Parser, flag: str, default: int, what: str) -> None:
+    """A flag that takes a whole number from 1, with its range and default in its help."""
+    text = f"{what} (1 to {MOST}, default: %(default)s)"
+    parser.add_argument(flag, type=whole(1, MOST), default=default, metavar="N", help=text)
 
 
 def exit_status(run: Callable[[], None]) -> int:

@@ -33,11 +33,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from bench.command import exit_status, make_parser
+from bench.command import add_number, exit_status, make_parser
 from bench.figures import median_interval
 from convert.resize import Resizer
 from convert.sources.chunks import Reader
 from convert.sources.nyu_mat import KEYS, Mat
+from shards.flags import Parser, as_path
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 
 DEFAULT_FIELDS = "rgb,depth,label,instance"
@@ -382,24 +383,28 @@ def report(args: argparse.Namespace) -> None:
             profile(args.source, fields, Path(folder) / "o")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+def make_flags() -> Parser:
+    """Those of the command line; two are for the processes that it starts."""
     parser = make_parser("convert", __doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument(
-        "--slow-pairs", type=int, default=3, help="rounds of whole_load and row_loop"
-    )
+    parser.add_argument("source", type=as_path, metavar="X.mat", help="the file to convert")
+    add_number(parser, "--pairs", 9, "rounds of every method")
+    add_number(parser, "--slow-pairs", 3, "of these, rounds of whole_load and row_loop")
     parser.add_argument(
         "--profile", action="store_true", help="also say where our time goes, by stage"
     )
-    parser.add_argument("--fields", default=DEFAULT_FIELDS)
-    parser.add_argument(
-        "--methods", default=",".join(METHODS), help="floor and ours, and others to compare with"
-    )
+    fields_help = "which fields are converted (default: %(default)s)"
+    parser.add_argument("--fields", default=DEFAULT_FIELDS, metavar="A,B,...", help=fields_help)
+    methods_help = "those to run, by name (default: %(default)s)"
+    every = ",".join(METHODS)
+    parser.add_argument("--methods", default=every, metavar="A,B,...", help=methods_help)
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    args = make_flags().parse_args(argv)
     return exit_status(lambda: report(args))
 
 

@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bench.command import exit_status, make_parser
+from bench.command import SET, add_number, exit_status, make_parser
 from bench.figures import median_interval
 from bench.in_memory import in_memory_loader, save_arrays
 from loader.loader import Loader
 from shards.dataset import open_set, resolve_set
 from shards.errors import UserError
+from shards.flags import Parser, as_path
 from train.data import ShardDataset
 from train.order import Batches
 
@@ -413,14 +414,20 @@ def report(args: argparse.Namespace) -> None:
     print("A wait is the median over steps, the first two apart.")
 
 
+def make_flags() -> Parser:
+    """Those of the command line."""
+    parser = make_parser("loader", __doc__)
+    parser.add_argument("data", type=as_path, metavar="SET", help=SET)
+    mat_help = "the original file, for arrays in RAM, 3.1 GB (default: without that script)"
+    parser.add_argument("--mat", type=as_path, metavar="X.mat", help=mat_help)
+    add_number(parser, "--pairs", 15, "how often each pair is timed")
+    add_number(parser, "--steps", 60, "steps of 10 ms for each wait")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = make_parser("loader", __doc__)
-    parser.add_argument("data", metavar="DIR|ROOT")
-    parser.add_argument("--mat", type=Path, help="the original file, for arrays in RAM (3.1 GB)")
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=60, help="steps of 10 ms for each wait")
-    args = parser.parse_args(argv)
+    args = make_flags().parse_args(argv)
     return exit_status(lambda: report(args))
 
 

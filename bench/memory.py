@@ -27,12 +27,13 @@ from typing import Any
 import torch
 
 from bench.cgroup import memory_group
-from bench.command import exit_status, make_parser
+from bench.command import SET, exit_status, make_parser
 from bench.in_memory import in_memory_loader, save_arrays
 from bench.memory_lines import IN_RAM, SHARDS, Line, Measured
 from loader.loader import Loader
 from loader.memory import PROC, sizes_in, tree_memory, tree_of
 from shards.dataset import resolve_set
+from shards.flags import Parser, as_path
 from train.data import ShardDataset
 from train.order import Batches
 
@@ -172,14 +173,21 @@ def report(args: argparse.Namespace) -> None:
         args.png.write_bytes(memory_png(lines))
 
 
+def make_flags() -> Parser:
+    """Those of the command line; one is for the processes that it starts."""
+    parser = make_parser("memory", __doc__)
+    parser.add_argument("data", type=as_path, metavar="SET", help=SET)
+    mat_help = "the original file, for arrays in RAM (default: without that script)"
+    parser.add_argument("--mat", type=as_path, metavar="X.mat", help=mat_help)
+    png_help = "draw the table there (default: text alone)"
+    parser.add_argument("--png", type=as_path, metavar="FILE.png", help=png_help)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = make_parser("memory", __doc__)
-    parser.add_argument("data", metavar="DIR|ROOT")
-    parser.add_argument("--mat", type=Path, help="the original file, for arrays in RAM")
-    parser.add_argument("--png", type=Path, help="draw the table there")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = make_flags().parse_args(argv)
     return exit_status(lambda: report(args))
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.command import exit_status, make_parser
+from bench.command import SET, add_number, exit_status, make_parser
 from shards.containers import CODECS, ShardForm, write_field
 from shards.dataset import ShardSet, open_set, resolve_set
 from shards.files import FileEntry
+from shards.flags import Parser, as_path
 from shards.manifest import read_manifest
 from shards.spec import Codecs
 from shards.writing import commit
@@ -143,15 +144,19 @@ def report(args: argparse.Namespace) -> None:
     print_table(rounds_of, [*fields, REST])
 
 
+def make_flags() -> Parser:
+    """Those of the command line."""
+    parser = make_parser("pack", __doc__)
+    parser.add_argument("data", type=as_path, metavar="SET", help=SET)
+    add_number(parser, "--rounds", 3, "how often each container is written and read")
+    out_help = "the disk to write to (default: that of temporary files)"
+    parser.add_argument("--out", type=as_path, metavar="DIR", help=out_help)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = make_parser("pack", __doc__)
-    parser.add_argument("data", type=Path, metavar="DIR|ROOT")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--out", type=Path, help="the disk to write to (default: that of temporary files)"
-    )
-    args = parser.parse_args(argv)
+    args = make_flags().parse_args(argv)
     return exit_status(lambda: report(args))
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.command import exit_status, make_parser
+from bench.command import MOST, add_number, exit_status, make_parser
 from bench.train_flags import parse_with_settings
 from loader.loader import Loader
+from shards.flags import Parser, whole
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
@@ -133,15 +134,25 @@ def as_text(scores: Scores) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
+def make_flags() -> Parser:
+    """Those of the command line, beside a training's."""
+    parser = make_parser("recipe", __doc__)
+    minutes_help = "of each training, instead of --epochs (default: %(default)s, by --epochs)"
+    parser.add_argument("--minutes", type=float, default=0.0, metavar="N", help=minutes_help)
+    semantic_help = f"before, on the pixels' classes (0 to {MOST}, default: %(default)s)"
+    epochs = whole(0, MOST)
+    parser.add_argument(
+        "--semantic-epochs", type=epochs, default=0, metavar="N", help=semantic_help
+    )
+    add_number(parser, "--folds", 4, "in how many parts the scenes are dealt")
+    only_help = f"leave out this fold only (0 to {MOST}, below --folds; default: each in turn)"
+    parser.add_argument("--only", type=whole(0, MOST), metavar="FOLD", help=only_help)
+    return parser
+
+
 def report(argv: Sequence[str] | None) -> None:
     """The scores of each fold, then their mean."""
-    parser = make_parser("recipe", __doc__)
-    add = parser.add_argument
-    add("--minutes", type=float, default=0.0, help="of each training, instead of --epochs")
-    add("--semantic-epochs", type=int, default=0, help="before, on the pixels' classes")
-    add("--folds", type=int, default=4)
-    add("--only", type=int, metavar="FOLD", help="leave out this fold only")
-    settings, args = parse_with_settings(parser, argv)
+    settings, args = parse_with_settings(make_flags(), argv)
     plan = Plan(n_folds=args.folds, minutes=args.minutes, n_semantic_epochs=args.semantic_epochs)
 
     found = []

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from bench.command import exit_status, make_parser
+from bench.command import add_number, exit_status, make_parser
 from bench.figures import median_interval
 from bench.train_flags import parse_with_settings
 from loader.loader import Loader
+from shards.flags import Parser
 from train import ranks
 from train.checkpoint import Run
 from train.job import TaskSetup, make_setup, new_run, open_loaders
@@ -97,13 +98,18 @@ def print_table(pairs: Sequence[Pair]) -> None:
     print(f"{'one batch repeated':20} {one_batch_ms:7.1f} ms a step")
 
 
+def make_flags() -> Parser:
+    """Those of the command line, beside a training's."""
+    parser = make_parser("step", __doc__)
+    add_number(parser, "--pairs", 15, "how often each pair is timed")
+    add_number(parser, "--steps", 12, "timed steps of each half of a pair")
+    return parser
+
+
 def report(argv: Sequence[str] | None) -> None:
     """Time the pairs and print the table."""
-    parser = make_parser("step", __doc__)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each half of a pair")
     defaults = {"batch_size": 32, "size": 96, "width": 16, "num_classes": 10}
-    settings, args = parse_with_settings(parser, argv, **defaults)
+    settings, args = parse_with_settings(make_flags(), argv, **defaults)
 
     setup = make_setup(settings, ranks.join())
     pairs = list(time_pairs(setup, args.pairs, args.steps))

@@ -1,4 +1,4 @@
-"""python -m convert run|verify|inspect|push|pull|sample: parse, call one function, print."""
+"""`python -m convert run|verify|inspect|push|pull|sample`: parse, call one function, print."""
 
 import argparse
 import io
@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shards.containers import CODECS
 from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, finished_sets, open_set, resolve_set
 from shards.errors import (
@@ -32,7 +33,7 @@ from shards.errors import (
     WrongSource,
 )
 from shards.files import log
-from shards.flags import as_flag, flag_of, upgrade_commands
+from shards.flags import Parser, as_flag, as_path, flag_of, upgrade_commands, whole
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 from stores.http import READERS, RemoteFile
@@ -168,111 +169,145 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _source(text: str) -> object:
-    return RemoteFile(text) if text.startswith(("http://", "https://")) else path(text)
+    return RemoteFile(text) if text.startswith(("http://", "https://")) else as_path(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A mistake is one line, without the usage block."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. Run: {self.prog} --help\n")
-
-
-def path(text: str) -> Path:
-    """An empty one is a variable that was never set, and not this directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
-
-
-def number(most: int) -> Callable[[str], int]:
-    """A type of arguments: 1 to `most`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = 0
-        if not 1 <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: choose 1 to {most}")
-        return value
-
-    return parse
+DESCRIPTION = """\
+RGB-D pictures as memory-mapped shards: converted once, trained on ever after.
+`run` converts a source or fetches a finished set; the others check sets, show
+and copy them. The last line of standard output is what was made; messages go
+to standard error."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    top = _Parser(
-        "python -m convert",
-        description=__doc__,
-        epilog="example: python -m convert run X.mat --out data",
-    )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    example = "example: python -m convert run nyu_depth_v2_labeled.mat --out data"
+    top = Parser("python -m convert", DESCRIPTION, example)
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(
-        function: Callable[[argparse.Namespace], None], text: str, example: str, *paths: str
+        function: Callable[[argparse.Namespace], None], text: str, *examples: str
     ) -> argparse.ArgumentParser:
         verb = function.__name__
-        epilog = f"example: python -m convert {verb} {example}"
-        made = commands.add_parser(verb, help=text, epilog=epilog)
+        lines = [f"  python -m convert {verb} {example}" for example in examples]
+        made = commands.add_parser(
+            verb,
+            prog=f"python -m convert {verb}",
+            help=text[0].lower() + text[1:],
+            description=f"{text}.",
+            epilog="\n".join(["examples:", *lines]),
+        )
         made.set_defaults(function=function)
-        for name in paths:
-            made.add_argument(name, type=path, metavar=name.upper())
         return made
 
-    what = "convert a .mat into shards, or a finished set into another format"
-    _add_run_flags(command(run, what, "X.mat --out data"))
-    _add_verify_flags(command(verify, "check every byte of a set", "data", "directory"))
-    _add_inspect_flags(command(inspect, "what is in a set", "data --picture a.png", "directory"))
-    command(push, "copy a set to Drive", "data /content/drive/MyDrive/nyuv2", "directory", "drive")
-    command(pull, "copy a set from Drive", "/content/drive/MyDrive/nyuv2 data", "drive", "root")
-    of_sample = command(sample, "write a small .mat of made-up rooms", "rooms.mat", "file")
-    of_sample.add_argument("--rows", type=number(10_000), default=48)
+    _add_run_flags(
+        command(
+            run,
+            "Convert a .mat into shards, or a finished set into another format",
+            "nyu_depth_v2_labeled.mat --out data",
+            "--out data --drive /content/drive/MyDrive/nyuv2",
+            "data --out packed --format zarr --codec blosc-zstd",
+        )
+    )
+    _add_verify_flags(
+        command(
+            verify,
+            "Check every byte of a set",
+            "data",
+            "data --against nyu_depth_v2_labeled.mat --rows 64",
+        )
+    )
+    _add_inspect_flags(
+        command(inspect, "Say what is in a set, and draw it", "data", "data --picture rows.png")
+    )
+    to_drive = "data /content/drive/MyDrive/nyuv2"
+    _add_push_flags(command(push, "Copy a set to Drive, or into any other folder", to_drive))
+    from_drive = "/content/drive/MyDrive/nyuv2 data"
+    _add_pull_flags(command(pull, "Copy a set from Drive, or out of any other folder", from_drive))
+    rooms = "rooms.mat --rows 192"
+    _add_sample_flags(command(sample, "Write a small .mat of made-up rooms", rooms))
     return top
+
+
+SET = "a finished set, or a folder that holds exactly one"
 
 
 def _add_run_flags(p: argparse.ArgumentParser) -> None:
     """What is read, where it goes, and what is stored of it."""
     source_help = ".mat, URL or finished set (default: found, else fetched)"
-    p.add_argument("source", type=_source, nargs="?", help=source_help)
-    drive_help = "take a finished set from there, or leave one there"
-    p.add_argument("--drive", type=path, metavar="DIR", help=drive_help)
-    p.add_argument("--url", help="where to fetch the .mat (default: its home at NYU)")
-    p.add_argument("--out", type=path, required=True, metavar="ROOT")
-    p.add_argument("--format", choices=("npy", "zarr"), default="npy")
-    codec_help = "with zarr; or depth=blosc,label=zstd"
-    p.add_argument("--codec", default="none", metavar="none|zstd|blosc", help=codec_help)
+    p.add_argument("source", type=_source, nargs="?", metavar="SOURCE", help=source_help)
+    out_help = "the folder in which the set's own is made (no default: it must be given)"
+    p.add_argument("--out", type=as_path, required=True, metavar="ROOT", help=out_help)
+    drive_help = "take a finished set from there, or leave one there (default: no Drive)"
+    p.add_argument("--drive", type=as_path, metavar="DIR", help=drive_help)
+    url_help = "where to fetch the .mat (default: its home at NYU)"
+    p.add_argument("--url", metavar="URL", help=url_help)
+    format_help = "npy: files that are mapped; zarr: one group (default: %(default)s)"
+    p.add_argument("--format", choices=("npy", "zarr"), default="npy", help=format_help)
+    codec_help = f"of zarr: {', '.join(CODECS)}, or one a field: depth=blosc (default: %(default)s)"
+    p.add_argument("--codec", default="none", metavar="CODEC", help=codec_help)
 
-    p.add_argument("--size", type=int, default=224)
-    p.add_argument("--fields", default=",".join(KNOWN_FIELDS), help="default: %(default)s")
-    p.add_argument("--crop", default="none", metavar="none|border|eigen")
-    p.add_argument("--depth-resize", default="nearest", metavar="nearest|area")
-    p.add_argument("--rows-per-shard", type=int, default=128)
-    axes_help = "how square pictures lie; others are wider than tall"
-    p.add_argument("--axes", default="auto", metavar="wh|hw", help=axes_help)
+    size_help = "pictures of N x N pixels (8 to 1024, default: %(default)s)"
+    p.add_argument("--size", type=int, default=224, metavar="N", help=size_help)
+    fields_help = "which are stored (default: %(default)s, as far as the source has them)"
+    p.add_argument("--fields", default=",".join(KNOWN_FIELDS), metavar="A,B,...", help=fields_help)
+    crop_help = (
+        "before resizing: none, or a crop of the dataset: border, eigen (default: %(default)s)"
+    )
+    p.add_argument("--crop", default="none", metavar="CROP", help=crop_help)
+    resize_help = "how depth is made smaller (default: %(default)s)"
+    p.add_argument("--depth-resize", default="nearest", metavar="nearest|area", help=resize_help)
+    shard_help = "rows in a file (1 to 100000, default: %(default)s)"
+    p.add_argument("--rows-per-shard", type=int, default=128, metavar="N", help=shard_help)
+    axes_help = "how square pictures lie; others are wider than tall (default: %(default)s)"
+    p.add_argument("--axes", default="auto", metavar="auto|wh|hw", help=axes_help)
 
-    workers_help = "processes (default: one a core)"
-    p.add_argument("--workers", type=number(256), metavar="N", help=workers_help)
+    workers_help = "processes that convert (1 to 256, default: one a core)"
+    p.add_argument("--workers", type=whole(1, 256), metavar="N", help=workers_help)
     repair_help = "redo the shards of a finished set that are wrong"
     p.add_argument("--repair", action="store_true", help=repair_help)
 
 
 def _add_verify_flags(p: argparse.ArgumentParser) -> None:
-    against_help = "also compare columns and random rows with the .mat"
-    p.add_argument("--against", type=path, metavar="SOURCE", help=against_help)
-    rows_help = "how many (default: %(default)s)"
-    p.add_argument("--rows", type=number(1_000_000), default=16, help=rows_help)
+    p.add_argument("directory", type=as_path, metavar="SET", help=SET)
+    against_help = "also compare columns and random rows with this .mat (default: bytes alone)"
+    p.add_argument("--against", type=as_path, metavar="SOURCE", help=against_help)
+    rows_help = "how many rows are compared (1 to 1000000, default: %(default)s)"
+    p.add_argument("--rows", type=whole(1, 1_000_000), default=16, metavar="N", help=rows_help)
 
 
 def _add_inspect_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--picture", type=path, metavar="FILE.png", help="also draw a contact sheet")
-    p.add_argument("--rows", type=number(100), default=8, help="rows in the picture")
+    p.add_argument("directory", type=as_path, metavar="SET", help=SET)
+    picture_help = "also draw rows into this .png, .jpg, .svg or .pdf (default: text alone)"
+    p.add_argument("--picture", type=as_path, metavar="FILE", help=picture_help)
+    rows_help = "rows in the picture (1 to 100, default: %(default)s)"
+    p.add_argument("--rows", type=whole(1, 100), default=8, metavar="N", help=rows_help)
+
+
+def _add_push_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("directory", type=as_path, metavar="SET", help=SET)
+    p.add_argument("drive", type=as_path, metavar="DRIVE", help="the folder to copy it into")
+
+
+def _add_pull_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("drive", type=as_path, metavar="DRIVE", help=SET)
+    p.add_argument("root", type=as_path, metavar="ROOT", help="the folder to copy it into")
+
+
+def _add_sample_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "file", type=as_path, metavar="FILE", help="the .mat to write; it must not exist"
+    )
+    rows_help = "rooms in it (1 to 10000, default: %(default)s)"
+    p.add_argument("--rows", type=whole(1, 10_000), default=48, metavar="N", help=rows_help)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; a mistake in it is one line and status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be UTF-8
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own has it
     _end_as_by_ctrl_c()
     args: argparse.Namespace | None = None  # an address among them is opened while they are parsed
     try:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from shards.dataset import ShardSet
-from shards.errors import UserError, WrongPlace
+from shards.errors import UserError, WrongPlace, how_to_install
 from shards.files import mebibytes, write_atomically
 from shards.manifest import PROVENANCE
 from shards.spec import NO_SCENE_TYPE, SPLITS, DatasetSpec, Field, class_colours
 
 INK = "#1c1f24"
+PICTURE_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg", ".pdf": "pdf"}
 
 
 def describe(found: ShardSet) -> str:
@@ -94,7 +95,11 @@ def _provenance_line(directory: Path) -> str:
 
 
 def picture(found: ShardSet, out: Path, n_rows: int) -> None:
-    """Write a contact sheet of rows spread over the set, as PNG. Raises WrongPlace."""
+    """Write a contact sheet of rows spread over the set, as what the suffix of `out` says.
+
+    Folders are made. Raises WrongPlace, also for a suffix that no picture has.
+    """
+    _format_of(out)
     rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
     scene = found.column("scene")
     types = found.column("scene_type")
@@ -145,7 +150,7 @@ class SheetRows:
 
 
 def contact_sheet(rows: SheetRows, out: Path) -> None:
-    """Write a PNG, one line a row: picture, depth (holes black), labels in colour with names.
+    """Write a picture, one line a row: rgb, depth (holes black), labels in colour with names.
 
     Raises WrongPlace where it cannot be written, and UserError without matplotlib.
     """
@@ -180,7 +185,7 @@ def _new_sheet(n: int, inch: float, out: Path) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         what = f"{out.name}: drawing needs matplotlib"
-        raise UserError(what, "Install the extra show: pip install 'nyuv2-shards[show]'") from None
+        raise UserError(what, how_to_install("show", "matplotlib")) from None
     figure = FigureCanvasAgg(Figure(figsize=(9.6, 1 / inch), dpi=110)).figure
     cells = figure.subplots(n, 3, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.13})
     figure.subplots_adjust(left=0.015, right=0.985, top=1 - 0.58 * inch, bottom=0.62 * inch)
@@ -253,9 +258,18 @@ def _legend(figure: Any, cells: Any, shown: Any, inch: float) -> None:
     scale.outline.set_visible(False)
 
 
+def _format_of(out: Path) -> str:
+    """What is to be written, by the suffix. Raises WrongPlace."""
+    found = PICTURE_FORMATS.get(out.suffix.lower())
+    if found is None:
+        what = "has not the suffix of a picture"
+        raise WrongPlace(out, what, f"Choose one of {', '.join(PICTURE_FORMATS)}")
+    return found
+
+
 def _save(figure: Any, out: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
+    figure.savefig(buffer, format=_format_of(out), facecolor="white")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda file: file.write(buffer.getvalue()))

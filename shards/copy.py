@@ -23,7 +23,7 @@ from shards.containers import (
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting
 from shards.files import FileEntry, what_is_wrong, write_bytes
-from shards.flags import as_flag
+from shards.flags import Parser, as_flag, as_path
 from shards.lock import only_one
 from shards.manifest import (
     PROVENANCE,
@@ -107,18 +107,26 @@ def _bytes_to_write(found: ShardSet, n_shards: int, codecs: Codecs) -> int:
     return n_rows * sum(field.row_bytes(found.settings.size) for field in fields)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command line."""
+    made = Parser(
+        "python -m shards.copy",
+        "Copy a finished set into another container, as training unpacks one.",
+        "example: python -m shards.copy data/nyuv2-224-1f3a9c20.zarr data",
+    )
+    made.add_argument("set", type=as_path, metavar="SET", help="the directory of a finished set")
+    root_help = "the folder in which the copy's own is made"
+    made.add_argument("root", type=as_path, metavar="ROOT", help=root_help)
+    format_help = "npy: files that are mapped; zarr: one group (default: %(default)s)"
+    made.add_argument("--format", choices=("npy", "zarr"), default="npy", help=format_help)
+    codec_help = f"of zarr: {', '.join(CODECS)}, or one a field: depth=blosc (default: %(default)s)"
+    made.add_argument("--codec", default="none", metavar="CODEC", help=codec_help)
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: prints the copy; a mistake is one line and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="shards.copy",
-        description="Copy a finished set into another container.",
-        epilog="example: python -m shards.copy data/nyuv2-224-1f3a9c20.zarr data",
-    )
-    parser.add_argument("set", type=Path, metavar="SET")
-    parser.add_argument("root", type=Path, metavar="ROOT")
-    parser.add_argument("--format", choices=("npy", "zarr"), default="npy")
-    parser.add_argument("--codec", default="none", metavar="none|zstd|blosc")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         found = open_set(args.set)
         codecs = codecs_of(args.format, args.codec, found.manifest.fields)

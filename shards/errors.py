@@ -51,6 +51,16 @@ def as_argument(name: str, value: Any = ...) -> str:
     return name if value is ... else f"{name}={value!r}"
 
 
+def how_to_install(extra: str, package: str) -> str:
+    """What gives a command that needs an extra what it lacks, as it is typed in any shell.
+
+    package: the requirement of the extra that is absent; it may be named by itself where this
+    project is on no index, which a clone of it need not be.
+    """
+    ours = f"pip install 'nyuv2-shards[{extra}]'"
+    return f"Install the extra {extra}: {ours} (where that is on no index: pip install '{package}')"
+
+
 class UserError(Exception):
     """A user's mistake or a broken input, in one line.
 

@@ -1,14 +1,16 @@
-"""How the command lines call a setting: by its flag, in the place of its name in Python.
+"""What the command lines have in common: flags in the place of names in Python, and their values.
 
-For `python -m convert`, `train` and `shards.copy` alone, as is the one command that two of them
-name. Whatever else names a setting calls it as in Python; its errors are told with flags here:
+For `python -m convert`, `train`, `shards.copy` and `bench` alone, as is the one command that two of
+them name. Whatever else names a setting calls it as in Python; its errors are told with flags here:
 `error.told(as_flag)`.
 """
 
+import argparse
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shards.errors import OldSet
 
@@ -35,6 +37,50 @@ def as_flag(name: str, value: Any = ...) -> str:
     if value is None or value is False:
         return f"no {flag}"
     return f"{flag} {shlex.quote(str(value))}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, without the usage block; texts are shown as they are written."""
+
+    def __init__(self, prog: str, description: str | None = None, epilog: str = "") -> None:
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, None, description, epilog, formatter_class=as_written)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and end with status 2."""
+        one_line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {one_line}. Run: {self.prog} --help\n")
+
+
+def as_path(text: str) -> Path:
+    """A path of the command line; an empty one is a variable that was never set, not this folder.
+
+    The shell leaves the ~ of --out=~/x as it is.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    try:
+        os.fsencode(text)
+        return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} can be the name of no file") from None
+    except RuntimeError:  # a user that this machine does not have: then it is a name like any other
+        return Path(text)
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number, `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose {low} to {high}")
+        return value
+
+    return parse
 
 
 def upgrade_commands(error: OldSet) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.errors import UserError, WrongPlace, WrongSource
+from shards.errors import UserError, WrongPlace, WrongSource, how_to_install
 from shards.files import FileEntry, fsync, sha256_file
 
 T = TypeVar("T")
@@ -187,7 +187,7 @@ def _http_file_system() -> Any:
 
         return fsspec.filesystem("http")
     except ImportError:
-        how = "Install it: pip install 'nyuv2-shards[remote]'"
+        how = how_to_install("remote", "fsspec[http]")
         raise UserError("reading from a URL needs fsspec", how) from None
 
 

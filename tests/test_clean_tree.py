@@ -4,14 +4,11 @@ else.
 
 import os
 import re
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 from conftest import needs_torch
-from helpers.commands import REPO, git, git_copy_of_the_checkout, make
+from helpers.commands import REPO, git, git_copy_of_the_checkout, lend_the_packages, make
 
 # All that may be left behind, as `git status --ignored` shows it.
 HIDDEN = [
@@ -28,16 +25,6 @@ def checkout(tmp_path: Path) -> Path:
     repo = git_copy_of_the_checkout(tmp_path / "clone")
     lend_the_packages(repo / ".venv")
     return repo
-
-
-def lend_the_packages(venv: Path) -> None:
-    """A .venv as make leaves it, without the installation: its packages are those of this Python."""
-    command = [sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)]
-    subprocess.run(command, check=True)
-    site = next(venv.glob("lib/*/site-packages"))
-    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    for made in ("installed", "dev"):
-        (venv / made).touch()
 
 
 def left_behind(repo: Path) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pip
 import pytest
-from conftest import REPO
-from helpers.commands import copy_of_the_checkout, make
+from conftest import REPO, needs_torch
+from helpers.commands import copy_of_the_checkout, lend_the_packages, make
 
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
 GIVEN = ("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE", "IMAGES")
@@ -204,6 +204,55 @@ def test_somebody_elses_venv_with_an_old_python_is_named_and_kept(folder: Path) 
     assert done.returncode == 2
     assert done.stderr.splitlines()[0].startswith(".venv has no Python of 3.11 or newer with pip")
     assert (folder / ".venv" / "pyvenv.cfg").exists()
+
+
+def test_make_says_what_to_type_in_a_shell_once_it_has_installed(folder: Path) -> None:
+    done = build(folder, "true")
+    assert done.stdout.splitlines()[-1] == "once a shell: source .venv/bin/activate"
+
+
+# ---------------------------------------------------------------- make clean
+
+
+def test_clean_removes_a_venv_of_makes_that_does_not_work_and_says_so(folder: Path) -> None:
+    assert build(folder, "true").returncode == 0
+    site = next((folder / ".venv").glob("lib/*/site-packages"))
+    (site / "h5py.py").write_text("raise ImportError('half of a package')\n")
+    (folder / "data").mkdir()
+    done = make(folder, "clean")
+    assert (done.returncode, (folder / ".venv").exists()) == (0, False)
+    assert "did not work and is removed" in done.stdout
+    assert (folder / "data").exists()
+
+
+def test_clean_keeps_a_venv_that_is_not_makes_and_says_so(folder: Path) -> None:
+    command = [sys.executable, "-m", "venv", "--without-pip", folder / ".venv"]
+    subprocess.run(command, check=True)
+    (folder / ".venv" / "installed").touch()  # make has installed into it, and did not make it
+    done = make(folder, "clean")
+    assert (done.returncode, (folder / ".venv" / "pyvenv.cfg").exists()) == (0, True)
+    assert "was not made by make: move it away" in done.stdout
+
+
+@needs_torch
+def test_clean_keeps_a_venv_that_works(folder: Path) -> None:
+    lend_the_packages(folder / ".venv")
+    (folder / ".venv" / "made-by-make").touch()
+    done = make(folder, "clean")
+    assert (done.returncode, (folder / ".venv" / "installed").exists()) == (0, True)
+    assert ".venv works, and is kept" in done.stdout
+
+
+def test_clean_on_colab_touches_no_venv(folder: Path) -> None:
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "made-by-make").touch()
+    assert make(folder, "clean", COLAB_RELEASE_TAG="test").returncode == 0
+    assert (folder / ".venv" / "bin").exists()
+
+
+def test_help_says_what_clean_does_to_the_venv() -> None:
+    (line,) = [x for x in make(REPO, "help").stdout.splitlines() if x.startswith("clean ")]
+    assert ".venv" in line
 
 
 # ---------------------------------------------------------------- what is installed on Colab stays

@@ -7,15 +7,31 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import REPO
 from helpers.commands import program
+from packaging.version import Version
 
-TOP = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 PACKAGES = ("shards", "loader", "stores", "convert", "train")
+FROM_THE_SDIST = (
+    "test_room.py",
+    "test_versions.py::test_the_new_columns_say_what_the_old_ones_said",
+    "test_pages.py::test_every_relative_link_leads_somewhere",
+    "test_pages.py::test_the_tree_of_the_readme_is_the_house",
+)
+CAN_BUILD = Version(version("setuptools")) >= Version("77.0.3")
+LITTER = (
+    "data/set/rgb-00000.npy",
+    "runs/scene/last.pt",
+    "docs/api/index.html",
+    "tests/__pycache__/test_x.cpython-311.pyc",
+    ".venv/installed",
+    "stray.py",
+)
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -37,25 +53,28 @@ def run_check(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(check_dist: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """sdist and wheel of this checkout, built from a copy in which a user's data lies about."""
+    if not CAN_BUILD:
+        pytest.skip("needs setuptools 77.0.3 or newer (pip fetches one where it builds)")
     clone = tmp_path_factory.mktemp("clone")
-    for package in PACKAGES:
-        no_caches = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPO / package, clone / package, ignore=no_caches)
-    for name in (*TOP, "constraints.txt"):
+    for folder in (*PACKAGES, *check_dist.FOLDERS):
+        no_caches = shutil.ignore_patterns("__pycache__", "api")
+        shutil.copytree(REPO / folder, clone / folder, ignore=no_caches)
+    for name in check_dist.TOP:
         shutil.copy(REPO / name, clone)
-    for litter in ("data/set/rgb-00000.npy", "runs/scene/last.pt", "tests/test_x.py"):
-        (clone / litter).parent.mkdir(parents=True)
+    for litter in LITTER:
+        (clone / litter).parent.mkdir(parents=True, exist_ok=True)
         (clone / litter).write_text("")
 
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-W", "ignore", "-c", BUILD, out]
+    command = [sys.executable, "-c", BUILD, out]
     # What a test or torch put into the environment (SETUPTOOLS_USE_DISTUTILS) changes no release.
     names = ("PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV")
     env = {name: os.environ[name] for name in names if name in os.environ}
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "SetuptoolsDeprecationWarning" not in done.stderr
     return out
 
 
@@ -92,8 +111,52 @@ def test_what_is_too_much_in_an_sdist_is_named(name: str, dist: Path, tmp_path: 
         new.addfile(tarfile.TarInfo(f"{whole.name.removesuffix('.tar.gz')}/{name}"))
 
     done = run_check(tmp_path)
+    expected = f"{whole.name} has {name}, which is no part of the checkout\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize("name", ["train/rows.npy", "train/x.png", "convert/x.mat"])
+def test_what_is_too_much_in_a_wheel_is_named(name: str, dist: Path, tmp_path: Path) -> None:
+    (whole,) = dist.glob("*.whl")
+    shutil.copy(next(dist.glob("*.tar.gz")), tmp_path)
+    shutil.copy(whole, tmp_path)
+    with zipfile.ZipFile(tmp_path / whole.name, "a") as file:
+        file.writestr(name, "")
+
+    done = run_check(tmp_path)
     expected = f"{whole.name} has {name}, which is no part of the program\n"
     assert (done.returncode, done.stderr) == (1, expected)
+
+
+def test_a_wheel_has_what_runs_and_no_tests(dist: Path, check_dist: ModuleType) -> None:
+    (wheel,) = dist.glob("*.whl")
+    names = check_dist.files_of_wheel(wheel)
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names.keys()
+    assert "convert/sources/nyu_tables.json" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_licence_is_said_by_its_spdx_name(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = file.read(name).decode()
+    assert re.findall(r"^License-(?:Expression|File): (.*)$", metadata, re.M) == ["MIT", "LICENSE"]
+
+
+def test_the_tests_run_from_the_unpacked_sdist(dist: Path, tmp_path: Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    tests = [f"tests/{name}" for name in FROM_THE_SDIST]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests]
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=folder, env=usual, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_a_wheel_installs_nothing_beside_the_packages(check_dist: ModuleType) -> None:

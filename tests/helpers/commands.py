@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,20 @@ def git_copy_of_the_checkout(folder: Path) -> Path:
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "the checkout")
     return folder
+
+
+def lend_the_packages(venv: Path, *more: Path) -> None:
+    """A .venv as make leaves it, without the installation: its packages are those of this Python.
+
+    more: folders that hold packages too, as an editable installation names one.
+    """
+    command = [sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)]
+    subprocess.run(command, check=True)
+    site = next(venv.glob("lib/*/site-packages"))
+    lent = [sysconfig.get_path("purelib"), *map(str, more)]
+    (site / "lent.pth").write_text("\n".join(lent) + "\n")
+    for made in ("installed", "dev"):
+        (venv / made).touch()
 
 
 def make(
