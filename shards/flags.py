@@ -19,7 +19,8 @@ FLAGS = {
     "codecs": "--codec",
     "container": "--format",
     "dataset_path": "--data",
-    "field": "--fields",
+    "kinds": "--field",
+    "roots": "--root",
     "target": "--task",
 }
 

@@ -19,7 +19,8 @@ from conftest import REPO, SMALL
 from helpers.commands import Run
 from helpers.sets import convert, entry_of, manifest_json, write_manifest_json
 
-from convert.__main__ import read_set, with_next_command
+from convert.__main__ import read_set
+from convert.next_command import with_next_command
 from convert.sources.opening import SourceOptions
 from convert.verify import OtherRows, against, verify_all
 from shards.containers import npy_header

@@ -11,6 +11,7 @@ from conftest import needs_torch
 from helpers.commands import REPO, make
 
 import convert.__main__ as command_line
+import convert.parser as convert_parser
 import shards.copy as copy_line
 from convert.__main__ import main
 from shards.containers import CODECS
@@ -31,7 +32,7 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPa
 
 
 def parsers() -> list[argparse.ArgumentParser]:
-    return [*commands_of(command_line.parser()), *commands_of(copy_line.parser())]
+    return [*commands_of(convert_parser.parser(command_line.VERBS)), *commands_of(copy_line.parser())]
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -105,7 +106,7 @@ def test_every_command_says_what_it_does_and_has_an_example_that_it_takes(
 
 
 def test_the_first_help_speaks_to_users() -> None:
-    text = command_line.parser().format_help()
+    text = convert_parser.parser(command_line.VERBS).format_help()
     assert "parse, call" not in text
     assert "python -m convert run" in text
 
@@ -121,7 +122,7 @@ def test_help_names_every_codec() -> None:
     ("flag", "name"), [("--size", "size"), ("--rows-per-shard", "rows_per_shard")]
 )
 def test_the_range_in_the_help_is_the_one_that_counts(flag: str, name: str) -> None:
-    of_run = next(commands_of(command_line.parser()))
+    of_run = next(commands_of(convert_parser.parser(command_line.VERBS)))
     action = next(action for action in of_run._actions if flag in action.option_strings)
     low, high = map(int, re.findall(r"(\d+) to (\d+)", str(action.help))[0])
     for right in (low, high):

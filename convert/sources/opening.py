@@ -47,7 +47,7 @@ def open_source(
 
         assert isinstance(path, Path)
         return FramesSource(path, settings, chosen)
-    _refuse_frames_options(chosen, settings)
+    refuse_frames_options(chosen, settings)
     return NyuSource(path, settings)
 
 
@@ -60,7 +60,7 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
     return path.suffix.lower() in TABLES
 
 
-def _refuse_frames_options(options: SourceOptions, settings: ConversionSettings) -> None:
+def refuse_frames_options(options: SourceOptions, settings: ConversionSettings) -> None:
     """Raise NeedsSetting for what only frames have, so that none of it is left out silently."""
     given = {
         "name": options.name,

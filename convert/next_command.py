@@ -1,0 +1,135 @@
+"""What to type next, said behind what went wrong: the command line's part of an error."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from convert.failed import FailedRows
+from convert.sources.opening import is_frames
+from shards.dataset import ShardSet
+from shards.errors import (
+    Busy,
+    DamagedSet,
+    IncompleteCopy,
+    IncompleteDownload,
+    MissingField,
+    MissingSet,
+    NewerSet,
+    OldSet,
+    OtherSet,
+    SeveralSets,
+    StoreFailed,
+    UserError,
+    WrongPlace,
+    WrongSource,
+)
+from shards.flags import as_flag, flag_of, upgrade_commands
+from shards.manifest import PROVENANCE
+from shards.spec import ConversionSettings
+
+SOURCES = (".mat", ".h5", ".hdf5")
+THE_SAME = "the same command"
+
+WITH_THE_FILE = "make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
+
+# What to type next, by what went wrong; the first that fits counts.
+NEXT: tuple[tuple[type[UserError], str], ...] = (
+    (NewerSet, "Run: make convert OUT=/another/folder, or install that version"),
+    (MissingSet, "Run: make convert"),
+    (Busy, "Wait for it, then run: make convert"),
+    (OtherSet, "Then run: make convert"),
+    (DamagedSet, "Run: make convert ARGS=--repair, or make pull"),
+)
+
+
+def as_typed(args: argparse.Namespace | None) -> str:
+    """The command that was run, as it is typed with make, which knows the .mat alone."""
+    if args is None:
+        return "make convert"
+    verb = args.function.__name__
+    if verb == "table" or (verb == "run" and is_of_frames(args)):
+        return THE_SAME
+    if verb != "run":
+        return f"make {verb}"
+    return "make convert" + (f" DRIVE={shlex.quote(str(args.drive))}" if args.drive else "")
+
+
+def is_of_frames(args: argparse.Namespace) -> bool:
+    """Whether a command is about a table or a directory of frames."""
+    source = args.source
+    return source is not None and is_frames(source, args.layout)
+
+
+def with_next_command(error: UserError, command: str) -> str:
+    """The error in one line, with settings as flags, and what to type next.
+
+    command: the one that was run.
+    """
+    from convert.verify import WrongFiles
+
+    text = error.told(as_flag)
+    if isinstance(error, WrongFiles):
+        return f"{text}. Run: {repair_commands(error)}"
+    if isinstance(error, OldSet):
+        return f"{text}. Run: {upgrade_commands(error)}"
+    if isinstance(error, MissingField):
+        fields = ",".join((*error.fields, error.field))
+        return f"{text}. Run: make convert ARGS='--fields {fields}'"
+    if isinstance(error, SeveralSets):
+        return f"{text} (with make: DATA={error.found[0]})"
+    if isinstance(error, IncompleteCopy):
+        then = "make push there" if error.missing else f"make verify, {command}"
+        return f"{text}. Run: {then}"
+    if isinstance(error, IncompleteDownload):
+        return f"{text}. Run: make convert (it resumes), or {WITH_THE_FILE}"
+    if isinstance(error, StoreFailed):
+        return f"{text}, then: {command}"
+    if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:
+        return f"{text}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
+    if isinstance(error, WrongPlace):
+        is_of_run = command.startswith("make convert")
+        return f"{text}. Run: make convert OUT=/another/disk" if is_of_run else text
+    if isinstance(error, FailedRows):
+        return text
+    if isinstance(error, WrongSource):
+        if error.right:
+            return f"{text}, then run: {THE_SAME if command == THE_SAME else 'make convert'}"
+        return text if command == THE_SAME else f"{text}. Run: {WITH_THE_FILE}"
+    advice = next((then for kind, then in NEXT if isinstance(error, kind)), "")
+    return f"{text}. {advice}" if advice else text
+
+
+OF_THE_SOURCE = ("kinds", "orientation", "order_version")  # settings that have no flag
+
+
+def repair_commands(error: Any) -> str:
+    """What makes the wrong shards of a set again, after what is no part of it is removed."""
+    found: ShardSet = error.found
+    commands = []
+    if error.foreign:
+        commands.append(["rm", "-r", *(str(found.path / name) for name in error.foreign)])
+    commands.append(repair_command(found))
+    return " && ".join(map(shlex.join, commands))
+
+
+def repair_command(found: ShardSet) -> list[str]:
+    """The command that makes the wrong shards of a set again."""
+    try:
+        source = json.loads((found.path / PROVENANCE).read_text())["source_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        source = found.manifest.source.name
+    out = str(found.path.parent)
+    command = ["python", "-m", "convert", "run", source, "--out", out, "--repair"]
+    if found.codecs:
+        codecs = ",".join(f"{field}={codec}" for field, codec in found.codecs.items())
+        command += ["--format", "zarr", "--codec", codecs]
+    defaults = ConversionSettings().to_json()
+    for name, value in found.settings.to_json().items():
+        if value != defaults.get(name) and name not in OF_THE_SOURCE:
+            text = ",".join(value) if name == "fields" else str(value)
+            command += [flag_of(name), text]
+    for name, kind in found.settings.kinds.items():
+        command += [flag_of("kinds"), f"{name}={kind}"]
+    return command
