@@ -25,6 +25,7 @@ from shards.errors import DamagedSet, WrongSetting
 from shards.files import FileEntry, check_file, fsync_dir, open_plain, write_bytes
 from shards.manifest import Column, Manifest, column_file, shard_file
 from shards.spec import Codecs, Field
+from shards.texts import Texts
 
 NPY_HEADER = 128  # bytes
 CODECS: dict[str, dict[str, Any] | None] = {
@@ -119,18 +120,21 @@ def write_npy_columns(
 
 
 def arrays_of_columns(
-    columns: Mapping[str, Column], values: Mapping[str, np.ndarray | Sequence[str]]
+    columns: Mapping[str, Column], values: Mapping[str, np.ndarray | Sequence[str] | Texts]
 ) -> dict[str, np.ndarray]:
-    """One value a row -> the arrays that are stored; texts as UTF-8, offsets [N + 1] and bytes."""
+    """One value a row -> the arrays that are stored; texts as UTF-8, offsets [N + 1] and bytes.
+
+    `Texts` are handed on as they are.
+    """
     arrays: dict[str, np.ndarray] = {}
     for name, column in columns.items():
         if column.dtype != "text":
             arrays[f"rows-{name}"] = np.ascontiguousarray(values[name], column.dtype)
             continue
-        encoded = [str(text).encode() for text in values[name]]
-        ends = np.cumsum([0, *map(len, encoded)])
-        arrays[f"rows-{name}-offsets"] = ends.astype("<u8")
-        arrays[f"rows-{name}-bytes"] = np.frombuffer(b"".join(encoded), "|u1")
+        value = values[name]
+        texts = value if isinstance(value, Texts) else Texts.from_strings(value)
+        arrays[f"rows-{name}-offsets"] = texts.offsets.astype("<u8", copy=False)
+        arrays[f"rows-{name}-bytes"] = texts.utf8
     return arrays
 
 
