@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 
 BLOCK_ROWS = 16384  # worked on at once: what is needed beside the texts stays small
-MAX_HASHED_BYTES = 1 << 16  # of one text; further bytes have the weights of the first ones
+HASHED_ROWS = 2048
 
 
 class Texts:
@@ -122,31 +122,48 @@ class Texts:
         return Texts(offsets, utf8)
 
     def hashes(self) -> np.ndarray:
-        """[N] uint64: equal for equal texts; for others the chance is some 2 ** -57 a pair.
+        """[N] uint64: equal for equal texts; for others the chance is some 2 ** -64 a pair.
 
-        The sum of each byte (from 1) by the weight of its place, modulo 2 ** 64: the same in every
-        process and version.
+        The same in every process and version.
         """
-        found = np.zeros(len(self), np.uint64)
-        for first in range(0, len(self), BLOCK_ROWS):
-            bounds = self.offsets[first : first + BLOCK_ROWS + 1]
-            lengths = np.diff(bounds)
-            places = np.arange(bounds[-1] - bounds[0]) - np.repeat(bounds[:-1] - bounds[0], lengths)
-            weights = _weights(min(int(lengths.max(initial=1)), MAX_HASHED_BYTES))
-            products = self.utf8[bounds[0] : bounds[-1]].astype(np.uint64)
-            products += np.uint64(1)
-            products *= weights[places % len(weights)]
-            # np.add.reduceat gives no 0 for a text without bytes: those are left out.
-            is_there = lengths > 0
-            if is_there.any():
-                starts = (bounds[:-1] - bounds[0])[is_there]
-                found[first : first + len(lengths)][is_there] = np.add.reduceat(products, starts)
+        found = np.empty(len(self), np.uint64)
+        for first in range(0, len(self), HASHED_ROWS):
+            bounds = self.offsets[first : first + HASHED_ROWS + 1]
+            data = self.utf8[bounds[0] : bounds[-1]]
+            found[first : first + HASHED_ROWS] = _hashes(bounds - bounds[0], data)
         return found
 
 
-def _weights(n: int) -> np.ndarray:
-    """[n] uint64: splitmix64 of 1 .. n, which look random."""
-    mixed = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _hashes(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
+    """Of each text: the sum of its words of 8 bytes, each mixed with its place, and its length."""
+    lengths = np.diff(offsets)
+    padded = np.zeros(len(utf8) + 8, np.uint8)
+    padded[: len(utf8)] = utf8
+    # A word at every byte: strides of 1, as texts begin anywhere.
+    words_at = np.ndarray((len(utf8) + 1,), "<u8", padded, strides=(1,))
+
+    n_words = (lengths + 7) // 8
+    first_words = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(n_words, out=first_words[1:])
+    places = np.arange(first_words[-1]) - np.repeat(first_words[:-1], n_words)
+    words = words_at[np.repeat(offsets[:-1], n_words) + 8 * places].astype(np.uint64)
+
+    # The last word of a text ends with the next one's bytes: away with them.
+    is_text = n_words > 0
+    last_words = (first_words[1:] - 1)[is_text]
+    n_foreign = (8 * n_words - lengths)[is_text].astype(np.uint64)
+    words[last_words] &= np.uint64(2**64 - 1) >> (np.uint64(8) * n_foreign)
+
+    mixed = _mixed(words ^ _mixed(places.astype(np.uint64)))
+    found = _mixed(lengths.astype(np.uint64))
+    if len(last_words):
+        found[is_text] += np.add.reduceat(mixed, first_words[:-1][is_text])
+    return _mixed(found)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """splitmix64 of each, uint64: a change of one bit changes half of them."""
+    mixed = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -41,6 +41,8 @@ ALLOWED = {
     "convert.sources.chunk_codec": Row(others="deflate"),
     "convert.sources.hdf5": Row(others="h5py"),
     "convert.sources.nyu_mat": Row(others="h5py"),
+    "convert.sources.table_files": Row(lazily="pyarrow"),
+    "convert.sources.tables": Row(lazily="pyarrow"),
     "train": Row(ours="train stores loader shards", others="numpy torch tqdm", by_m="train shards.copy"),
     "train.plots": Row(lazily="matplotlib"),
     "train.predict": Row(lazily="PIL"),
@@ -48,6 +50,7 @@ ALLOWED = {
     "bench.convert": Row(others="h5py", by_m="bench.convert"),
     "bench.in_memory": Row(lazily="h5py"),
     "bench.memory": Row(by_m="bench.memory"),
+    "bench.tables": Row(lazily="pyarrow"),
 }  # fmt: skip
 
 PACKAGES = ALL_OF_OURS.split()
