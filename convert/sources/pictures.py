@@ -254,12 +254,11 @@ def _lacks_its_end(
 
 def _read_png(data: bytes) -> Stored:
     header = read_png(data)
-    codecs = _imagecodecs()
     with _decoding("PNG"):
-        if codecs is None:
+        if _imagecodecs() is None or _is_better_by_pillow(header):
             samples = _png_by_pillow(data, header)
         else:
-            samples = codecs.png_decode(header.plain(data))
+            samples = _png_by_codecs(data, header)
     n_planes = N_PLANES[header.colour_type]
     _check_decoded("PNG", samples, (header.height, header.width, n_planes))
     return Stored(
@@ -271,12 +270,41 @@ def _read_png(data: bytes) -> Stored:
     )
 
 
+def _is_better_by_pillow(header: PngHeader) -> bool:
+    """imagecodecs has libpng print a warning for every interlaced one, though it is right."""
+    return header.is_interlaced and not _has_16_bit_colours(header) and _pillow() is not None
+
+
+def _has_16_bit_colours(header: PngHeader) -> bool:
+    return header.bits == 16 and header.colour_type != GREY
+
+
+def _png_by_codecs(data: bytes, header: PngHeader) -> np.ndarray:
+    """Into an array of our own, which is emptied where decoding fails.
+
+    imagecodecs (2026.3 to 2026.10 at least) then never lets go of the array. One that it makes
+    itself it loses whole, and a reference to None with it: after some thousand damaged files that
+    ends a process of Python 3.11.
+    """
+    n_planes = N_PLANES[header.colour_type]
+    shape = (
+        (header.height, header.width) if n_planes == 1 else (header.height, header.width, n_planes)
+    )
+    samples = np.empty(shape, np.uint16 if header.bits == 16 else np.uint8)
+    try:
+        _imagecodecs().png_decode(header.plain(data), out=samples)
+    except Exception:
+        samples.resize(0, refcheck=False)
+        raise
+    return samples
+
+
 def _png_by_pillow(data: bytes, header: PngHeader) -> np.ndarray:
     """As imagecodecs decodes it: samples of fewer than 8 bits scaled to 0..255.
 
     Raises UserError for colours of 16 bits, of which Pillow gives the upper 8 alone.
     """
-    if header.bits == 16 and header.colour_type != GREY:
+    if _has_16_bit_colours(header):
         raise UserError("reading colours of 16 bits from PNG needs imagecodecs", INSTALL)
     header.check_whole(data)
     image = _needed_pillow("PNG").open(BytesIO(header.plain(data)), formats=["PNG"])
