@@ -1,0 +1,228 @@
+"""The pictures of one row of a table: found, decoded, brought to one meaning, and of one size.
+
+What a reader holds travels to helper processes: the paths of all rows as shared memory, the rest as
+a few numbers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.sources.depth_encodings import DepthRule, check_names
+from convert.sources.errors import BadRow
+from convert.sources.pictures import decode
+from convert.sources.planes import read_plane, split_reference
+from convert.sources.roots import Roots
+from convert.sources.shared_arrays import SharedArrays
+from convert.sources.tables import NONE, FrameTable
+from shards.spec import MAX_ID, ConversionSettings, Field
+from shards.texts import Texts
+
+LITTLE_ENDIAN = "nyu_raw"  # depth of this encoding is in PGM files of the wrong byte order
+
+
+class FrameRows:
+    """What is known of each row before it is read, in the order of the set.
+
+    paths: of each field as written, "" where there is none. lines: [N] <u4 of the table, 0 first.
+    encodings: [N] <u4 the place of each row's depth encoding in `encoding_names`, NONE where the
+    table says nothing.
+    """
+
+    def __init__(self, table: FrameTable, lines: np.ndarray) -> None:
+        named = table.columns.get("depth_encoding")
+        self.fields = tuple(table.paths)
+        self.encoding_names = named.names if named else ()
+        arrays = {"lines": lines.astype("<u4", copy=False)}
+        if named:
+            arrays["encodings"] = named.numbers[lines]
+        for field, paths in table.paths.items():
+            of_rows = paths.take(lines)
+            arrays[f"{field}.offsets"] = of_rows.offsets
+            arrays[f"{field}.utf8"] = of_rows.utf8
+        self.arrays = SharedArrays(arrays)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def lines(self) -> np.ndarray:
+        return self.arrays["lines"]
+
+    def paths(self, field: str) -> Texts:
+        return Texts(self.arrays[f"{field}.offsets"], self.arrays[f"{field}.utf8"])
+
+    def encoding_of(self, row: int) -> str | None:
+        """None where the table says nothing of it."""
+        if not self.encoding_names:
+            return None
+        number = int(self.arrays["encodings"][row])
+        return None if number == NONE else self.encoding_names[number]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRule:
+    """void: the stored id that is void; other ids move up by one where it is not 0. None: 0 is
+    void, and ids stay. highest: of the ids that have a name, MAX_ID where none has.
+    """
+
+    void: int | None
+    highest: int
+
+    def stored(self, ids: np.ndarray) -> np.ndarray:
+        """(H, W) uint16 as in the file -> as in the set, 0 = void. Raises BadRow."""
+        if self.void:
+            is_void = ids == self.void
+            if ids.max(initial=0, where=~is_void) == MAX_ID:
+                raise BadRow(f"has the id {MAX_ID}, which leaves no room for the void")
+            ids = np.where(is_void, 0, ids + np.uint16(1)).astype(np.uint16)
+        if ids.max() > self.highest:
+            raise BadRow(f"has the label {ids.max()}, beyond the {self.highest} that have names")
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthRules:
+    """How depth is stored: as each row's own column says, else as one rule for all."""
+
+    usual: DepthRule
+    by_name: Mapping[str, DepthRule]
+
+    @classmethod
+    def of(cls, rows: FrameRows, settings: ConversionSettings) -> "DepthRules":
+        """Raises WrongSetting for a name that is no encoding."""
+        usual = DepthRule(
+            encoding=settings.depth_encoding,
+            scale=settings.depth_scale,
+            trunc_m=settings.depth_trunc,
+        )
+        by_name = {}
+        for name in rows.encoding_names:
+            check_names(name, None, None)
+            by_name[name] = replace(usual, encoding=name, scale=None)
+        return cls(usual=usual, by_name=by_name)
+
+    def of_row(self, rows: FrameRows, row: int) -> DepthRule:
+        name = rows.encoding_of(row)
+        return self.usual if name is None else self.by_name[name]
+
+
+class FramesReader:
+    """Rows of a table, all fields of one together. See convert.sources.base.RowReader."""
+
+    group_rows = 1
+    is_hw = True
+    scratch_bytes = 0
+    can_travel = True
+
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        rows: FrameRows,
+        roots: Roots,
+        depth_rules: DepthRules,
+        label_rule: LabelRule,
+    ) -> None:
+        self.fields = tuple(field.name for field in fields)
+        self.row_bytes = 0  # until a row was read
+        self._kinds = {field.name: field for field in fields}
+        self._rows = rows
+        self._roots = roots
+        self._depth_rules = depth_rules
+        self._label_rule = label_rule
+
+    def called(self, row: int | None = None) -> str:
+        if row is None:
+            return "its pictures"
+        return f"row {self._rows.lines[row]}"
+
+    def read_index(self) -> None:
+        """Paths are all that is needed."""
+
+    def fill_scratch(self, directory: Path, run: Callable[..., Any] = map) -> None:
+        """Nothing has to be unpacked first."""
+
+    def close(self) -> None:
+        """The source closes what readers share."""
+
+    def read_group(self, group: int) -> Mapping[str, Sequence[np.ndarray]]:
+        """The pictures of the row `group`. Raises BadRow, which names the row and its file."""
+        found: dict[str, np.ndarray] = {}
+        for name in self.fields:
+            path = self._path(name, group)
+            if path:
+                with self._naming(group, path):
+                    found[name] = self._picture(self._kinds[name], path, group)
+        size = self._common_size(group, found)
+        return {name: [self._or_nothing(name, found, size)] for name in self.fields}
+
+    def stored_depth(self, field: str, row: int) -> np.ndarray | None:
+        """(H, W) as in the file, before any encoding; None where the row has none.
+
+        Raises BadRow.
+        """
+        path = self._path(field, row)
+        if not path:
+            return None
+        with self._naming(row, path):
+            return self._as_in_file(self._kinds[field], path, row)
+
+    # ------------------------------------------------------------------ one picture
+
+    def _path(self, field: str, row: int) -> str:
+        return self._rows.paths(field)[row] if field in self._rows.fields else ""
+
+    @contextmanager
+    def _naming(self, row: int, path: str) -> Iterator[None]:
+        try:
+            yield
+        except BadRow as error:
+            raise BadRow(f"{self.called(row)}: {path} {error}") from None
+
+    def _picture(self, field: Field, path: str, row: int) -> np.ndarray:
+        """(H, W[, 3]) with the meaning that the field has in a set."""
+        pixels = self._as_in_file(field, path, row)
+        if field.kind == "depth":
+            return self._depth_rules.of_row(self._rows, row).to_mm(pixels)
+        if field.name == "label":
+            return self._label_rule.stored(pixels)
+        if field.kind == "id" and pixels.max() > np.iinfo(field.dtype).max:
+            raise BadRow(f"has the id {pixels.max()}, beyond {np.iinfo(field.dtype).max}")
+        return pixels
+
+    def _as_in_file(self, field: Field, path: str, row: int) -> np.ndarray:
+        file, part = split_reference(path)
+        if part is not None:
+            return read_plane(self._roots.file(field.name, file), part, field.name, field.kind)
+        rule = self._depth_rules.of_row(self._rows, row)
+        data = self._roots.read(field.name, path)
+        is_swapped = field.kind == "depth" and rule.encoding == LITTLE_ENDIAN
+        return decode(data, field.kind, little_endian=is_swapped).pixels
+
+    # ------------------------------------------------------------------ all pictures of a row
+
+    def _common_size(self, row: int, found: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        """(H, W) of every picture of the row. Raises BadRow where they differ or none is there."""
+        if not found:
+            raise BadRow(f"{self.called(row)}: no picture of {', '.join(self.fields)}")
+        sizes = {name: picture.shape[:2] for name, picture in found.items()}
+        first_name, first = next(iter(sizes.items()))
+        for name, size in sizes.items():
+            if size != first:
+                what = f"{name} is {size[1]}x{size[0]}, {first_name} {first[1]}x{first[0]}"
+                raise BadRow(f"{self.called(row)}: {self._path(name, row)}: {what} pixels")
+        return first[0], first[1]
+
+    def _or_nothing(
+        self, name: str, found: Mapping[str, np.ndarray], size: tuple[int, int]
+    ) -> np.ndarray:
+        """The picture, or, where its cell is empty, one of 0."""
+        if name in found:
+            return found[name]
+        field = self._kinds[name]
+        channels = field.planes  # before (H, W) in a set, behind it in a picture
+        return np.zeros((*size, *channels), field.dtype)

@@ -1,0 +1,258 @@
+"""Directories that are laid out in a known way, as tables of frames.
+
+DIR/rgb/kitchen/0001.jpg  DIR/depth/kitchen/0001.png  ...      frames: by equal names
+DIR/train/rgb/0001.jpg    DIR/train/depth/0001.png    ...      the same in each split
+DIR/rgb/train/0001.jpg    DIR/depth/train/0001.png    ...      or so
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convert.sources.tables import SPLIT_NAMES, FrameTable, Names
+from shards.errors import WrongSource
+from shards.files import HashingFile, write_atomically
+from shards.spec import KNOWN_FIELDS, SPLITS
+from shards.texts import Texts
+
+# What people call the folder of a field.
+FOLDERS = {
+    "rgb": ("rgb", "image", "images", "color", "colour"),
+    "depth": ("depth", "depths"),
+    "raw_depth": ("raw_depth", "depth_raw"),
+    "label": ("label", "labels", "semantic", "seg", "masks"),
+    "instance": ("instance", "instances"),
+}
+SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".pnm", ".npy"),
+    *(".tif", ".tiff", ".bmp", ".webp", ".gif"),
+}
+SHOWN = 2  # names in a message
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture: its path in the directory, and what one listing tells of the file."""
+
+    path: str
+    n_bytes: int
+    changed_ns: int
+
+
+Pictures = Mapping[str, Found]  # by the name that the pictures of one row have in common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A directory as a table. stamp: differs once a file of it was changed, added or removed; the
+    last number is when, in nanoseconds. notes: what is left out of the table.
+    """
+
+    table: FrameTable
+    stamp: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def list_frames(directory: Path, kinds: Mapping[str, str]) -> Listing:
+    """The frames of a directory, each with the pictures of its name. kinds: of further fields, each
+    in a folder of its name. Raises WrongSource where it is not laid out so, and OSError.
+    """
+    parts = _parts(directory, kinds)
+    found: dict[str, dict[str, Found]] = {}
+    for part in parts:
+        for field, pictures in _pictures_of(directory, part, kinds).items():
+            found.setdefault(field, {}).update(pictures)
+    if not found.get("rgb"):
+        raise WrongSource(directory, f"has no pictures in {FOLDERS['rgb'][0]}/")
+    names = sorted(found["rgb"])
+    _check_paired(directory, found)
+    return Listing(
+        table=_table(found, names),
+        stamp=_stamp(found),
+        notes=tuple(_notes(found)),
+    )
+
+
+def write_table(directory: Path, kinds: Mapping[str, str], out: Path) -> int:
+    """The table that a directory is read as, as CSV; how many lines. Raises WrongSource."""
+    table = list_frames(directory, kinds).table
+    header = [*table.paths, *(["split"] if table.split is not None else []), *table.columns]
+
+    def lines() -> Iterator[list[str]]:
+        for line in range(table.n_rows):
+            cells = [paths[line] for paths in table.paths.values()]
+            if table.split is not None:
+                cells.append(SPLITS[table.split[line]])
+            cells += [named.names[named.numbers[line]] for named in table.columns.values()]
+            yield cells
+
+    def write(file: HashingFile) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines())
+        text.flush()
+        text.detach()
+
+    write_atomically(out, write)
+    return table.n_rows
+
+
+# ---------------------------------------------------------------- what lies where
+
+
+def _parts(directory: Path, kinds: Mapping[str, str]) -> list[str]:
+    """The folders that have a folder of rgb in them: the directory itself, or those of splits."""
+    if _folder_of(directory, "rgb", kinds) is not None:
+        return [""]
+    splits = [
+        entry.name
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name)
+        if entry.is_dir() and entry.name.lower() in SPLIT_NAMES
+    ]
+    parts = [name for name in splits if _folder_of(directory / name, "rgb", kinds) is not None]
+    if not parts:
+        what = "is no directory of a known layout: it has no folder rgb, nor train/rgb"
+        raise WrongSource(directory, what, "Put pictures into rgb/ and depth/, by equal names")
+    return parts
+
+
+def _folder_of(directory: Path, field: str, kinds: Mapping[str, str]) -> str | None:
+    """What the folder of a field is called here. Raises WrongSource where there are two."""
+    names = FOLDERS.get(field, (field,)) if field in FOLDERS or field in kinds else ()
+    there = [name for name in names if (directory / name).is_dir()]
+    if len(there) > 1:
+        raise WrongSource(
+            directory, f"has {there[0]}/ and {there[1]}/, both of {field}", "Keep one"
+        )
+    return there[0] if there else None
+
+
+def _pictures_of(directory: Path, part: str, kinds: Mapping[str, str]) -> dict[str, Pictures]:
+    """Of each field that has a folder in this part."""
+    base = directory / part
+    found: dict[str, Pictures] = {}
+    for field in (*KNOWN_FIELDS, *kinds):
+        folder = _folder_of(base, field, kinds)
+        if folder is not None:
+            found[field] = _pictures_in(directory, f"{part}/{folder}" if part else folder, part)
+    return found
+
+
+def _pictures_in(directory: Path, folder: str, part: str) -> Pictures:
+    """By PART/NAME, NAME being the path in the folder without its suffix."""
+    found: dict[str, Found] = {}
+    prefix = f"{part}/" if part else ""
+    for entry in _files_under(directory / folder):
+        inside = os.path.relpath(entry.path, directory / folder).replace(os.sep, "/")
+        name = prefix + os.path.splitext(inside)[0]
+        path = f"{folder}/{inside}"
+        if name in found:
+            what = f"has {found[name].path} and {path}, of one name"
+            raise WrongSource(directory, what, "Keep one of them")
+        stat = entry.stat()
+        found[name] = Found(path, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _files_under(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """Every picture file; what is hidden, as .DS_Store and ._x.png, is none."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.name.isprintable():  # such as bytes that are no UTF-8
+            raise WrongSource(folder, f"has a file called {entry.name!r}", "Give it another name")
+        if entry.is_dir(follow_symlinks=False):  # a link may lead to a folder that it lies in
+            yield from _files_under(Path(entry.path))
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            yield entry
+
+
+# ---------------------------------------------------------------- as a table
+
+
+def _check_paired(directory: Path, found: Mapping[str, Pictures]) -> None:
+    """Raise WrongSource where no picture of a field belongs to any of rgb."""
+    rgb = found["rgb"]
+    for field, pictures in found.items():
+        if pictures and not rgb.keys() & pictures.keys():
+            one = next(iter(pictures.values())).path
+            other = next(iter(rgb.values())).path
+            what = f"has no {field} of the name of an rgb picture, such as {one} and {other}"
+            raise WrongSource(directory, what, "Pictures of one frame have equal names")
+
+
+def _notes(found: Mapping[str, Pictures]) -> Iterator[str]:
+    rgb = found["rgb"]
+    for field, pictures in found.items():
+        without = sorted(rgb.keys() - pictures.keys())
+        if without:
+            yield f"{len(without)} frames have no {field}, such as {', '.join(without[:SHOWN])}"
+        alone = sorted(pictures.keys() - rgb.keys())
+        if alone:
+            listed = ", ".join(alone[:SHOWN])
+            yield f"{len(alone)} pictures of {field} have no rgb, such as {listed}: left out"
+
+
+def _table(found: Mapping[str, Pictures], names: list[str]) -> FrameTable:
+    paths = {
+        field: Texts.from_strings(pictures[name].path if name in pictures else "" for name in names)
+        for field, pictures in found.items()
+    }
+    split, places = _splits_and_places(names)
+    digest = hashlib.sha256()
+    n_bytes = 0
+    for field, pictures in found.items():
+        digest.update(f"\0{field}\0".encode())
+        for name in names:
+            one = pictures.get(name)
+            line = f"{one.path}\0{one.n_bytes}\n" if one else "\n"
+            encoded = line.encode(errors="surrogateescape")
+            digest.update(encoded)
+            n_bytes += len(encoded)
+    return FrameTable(
+        n_rows=len(names),
+        paths=paths,
+        split=split,
+        columns={} if places is None else {"scene": places},
+        camera_px=None,
+        sha256=digest.hexdigest(),
+        n_bytes=n_bytes,
+        not_used=(),
+        n_repeated=0,
+    )
+
+
+def _splits_and_places(names: list[str]) -> tuple[np.ndarray | None, Names | None]:
+    """What the folders of the frames say: a split comes first, the rest is the place.
+
+    None where no frame lies in a folder of a split, or of a place.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+    split: np.ndarray | None = None
+    if all(folder and folder[0].lower() in SPLIT_NAMES for folder in folders):
+        numbers = [SPLITS.index(SPLIT_NAMES[folder[0].lower()]) for folder in folders]
+        split = np.array(numbers, np.uint8)
+        folders = [folder[1:] for folder in folders]
+    if not any(folders):
+        return split, None
+    number_of: dict[str, int] = {}
+    places = ["/".join(folder) for folder in folders]
+    of_rows = [number_of.setdefault(place, len(number_of)) for place in places]
+    return split, Names(numbers=np.array(of_rows, np.uint32), names=tuple(number_of))
+
+
+def _stamp(found: Mapping[str, Pictures]) -> tuple[int, ...]:
+    files = [each for pictures in found.values() for each in pictures.values()]
+    digest = hashlib.sha256()
+    for each in sorted(files, key=lambda each: each.path):
+        line = f"{each.path}\0{each.n_bytes}\0{each.changed_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    newest_ns = max(each.changed_ns for each in files)
+    return len(files), int.from_bytes(digest.digest()[:8], "big"), newest_ns
