@@ -1,4 +1,4 @@
-"""`python -m convert run|table|verify|inspect|push|pull|sample`: parse, call one function, print."""
+"""`python -m convert COMMAND`: parse, call one function, print."""
 
 import argparse
 import io

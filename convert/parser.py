@@ -1,4 +1,4 @@
-"""The commands of `python -m convert` and their flags, and what a command line asks for with them."""
+"""The commands of `python -m convert`, their flags, and what a command line asks for with them."""
 
 import argparse
 from collections.abc import Callable, Mapping

@@ -32,7 +32,10 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPa
 
 
 def parsers() -> list[argparse.ArgumentParser]:
-    return [*commands_of(convert_parser.parser(command_line.VERBS)), *commands_of(copy_line.parser())]
+    return [
+        *commands_of(convert_parser.parser(command_line.VERBS)),
+        *commands_of(copy_line.parser()),
+    ]
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
