@@ -38,6 +38,7 @@ ALLOWED = {
     "convert": Row(ours="convert stores shards", others="numpy tqdm", by_m="convert"),
     "convert.inspect": Row(lazily="matplotlib"),
     "convert.sample": Row(others="h5py"),
+    "convert.sample_frames": Row(lazily="PIL"),
     "convert.sources.chunk_codec": Row(others="deflate"),
     "convert.sources.hdf5": Row(others="h5py"),
     "convert.sources.nyu_mat": Row(others="h5py"),
