@@ -21,7 +21,7 @@ from convert.sources.pictures import decode
 from convert.sources.planes import read_plane, split_reference
 from convert.sources.roots import Roots
 from convert.sources.shared_arrays import SharedArrays
-from convert.sources.tables import NONE, FrameTable
+from convert.sources.tables import NONE, Names
 from shards.spec import MAX_ID, ConversionSettings, Field
 from shards.texts import Texts
 
@@ -34,18 +34,24 @@ class FrameRows:
     table says nothing.
     """
 
-    def __init__(self, table: FrameTable, lines: np.ndarray) -> None:
-        named = table.columns.get("depth_encoding")
-        self.fields = tuple(table.paths)
-        self.encoding_names = named.names if named else ()
-        arrays = {"lines": lines.astype("<u4", copy=False)}
-        if named:
-            arrays["encodings"] = named.numbers[lines]
-        for field, paths in table.paths.items():
-            of_rows = paths.take(lines)
-            arrays[f"{field}.offsets"] = of_rows.offsets
-            arrays[f"{field}.utf8"] = of_rows.utf8
-        self.arrays = SharedArrays(arrays)
+    def __init__(self, paths: dict[str, Texts], encoding: Names | None, lines: np.ndarray) -> None:
+        """paths: of each field, by lines; they are taken out of the dictionary, as each is let go
+        of before the next one is put in order. encoding: by lines. lines: [N] of each row.
+        """
+        self.fields = tuple(paths)
+        self.encoding_names = encoding.names if encoding else ()
+        shapes = {"lines": ("<u4", lines.shape), "encodings": ("<u4", lines.shape)}
+        for field, texts in paths.items():
+            shapes[f"{field}.offsets"] = ("<i8", texts.offsets.shape)
+            shapes[f"{field}.utf8"] = ("|u1", texts.utf8.shape)
+        self.arrays = SharedArrays(shapes)
+        self.arrays.write("lines", lines)
+        if encoding:
+            self.arrays.write("encodings", encoding.numbers[lines])
+        for field in self.fields:
+            of_rows = paths.pop(field).take(lines)
+            self.arrays.write(f"{field}.offsets", of_rows.offsets)
+            self.arrays.write(f"{field}.utf8", of_rows.utf8)
         self._paths: dict[str, Texts] = {}
 
     def __getstate__(self) -> dict[str, Any]:
