@@ -1,4 +1,4 @@
-"""`python -m convert sample OUT --layout frames`: a directory of made-up rooms, and a table of them.
+"""`python -m convert sample OUT --layout frames`: a directory of made-up rooms, and its table.
 
     OUT/rgb/kitchen_0001/000017.jpg   OUT/depth/kitchen_0001/000017.png   OUT/label/...
     OUT/rows.csv                      a line a row: its three files, split, scene, type, camera

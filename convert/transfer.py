@@ -23,7 +23,14 @@ from shards.errors import (
 )
 from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
-from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest, write_receipts
+from shards.manifest import (
+    FAILED,
+    MANIFEST,
+    PROVENANCE,
+    read_manifest,
+    write_manifest,
+    write_receipts,
+)
 from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
 from stores.local import LocalStore
@@ -101,7 +108,9 @@ def push(found: ShardSet, drive: Path) -> ShardSet:
     if changed:
         target.delete(MANIFEST)
         _copy_files(changed, "writing", copy)
-    for name in (PROVENANCE, MANIFEST):
+    if source.size(FAILED) < 0:
+        target.delete(FAILED)  # of the set as it was before its rows were mended
+    for name in (PROVENANCE, FAILED, MANIFEST):
         if source.size(name) >= 0:
             copy(name, None)
     flush = "run drive.flush_and_unmount() in a cell before you close"
@@ -132,8 +141,10 @@ def pull(found: ShardSet, root: Path) -> ShardSet:
 
         _prepare(source, target, files)
         _copy_files(files, "reading", copy)
-        if source.size(PROVENANCE) >= 0:
-            copy(PROVENANCE, None)
+        (target.path / FAILED).unlink(missing_ok=True)
+        for name in (PROVENANCE, FAILED):
+            if source.size(name) >= 0:
+                copy(name, None)
         write_manifest(target.path, found.manifest)  # as it was checked, not as it comes once more
     return ShardSet(target.path, found.manifest)
 

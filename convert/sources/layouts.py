@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.sources.tables import SPLIT_NAMES, FrameTable, Names
 from shards.errors import WrongSource
-from shards.files import HashingFile, write_atomically
+from shards.files import HashingFile, log, write_atomically
 from shards.spec import KNOWN_FIELDS, SPLITS
 from shards.texts import Texts
 
@@ -81,7 +81,10 @@ def list_frames(directory: Path, kinds: Mapping[str, str]) -> Listing:
 
 def write_table(directory: Path, kinds: Mapping[str, str], out: Path) -> int:
     """The table that a directory is read as, as CSV; how many lines. Raises WrongSource."""
-    table = list_frames(directory, kinds).table
+    listing = list_frames(directory, kinds)
+    for note in listing.notes:
+        log(f"{directory}: {note}")
+    table = listing.table
     header = [*table.paths, *(["split"] if table.split is not None else []), *table.columns]
 
     def lines() -> Iterator[list[str]]:
