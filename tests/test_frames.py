@@ -23,7 +23,6 @@ from helpers.frames import (
     by_line,
     convert_frames,
     converted,
-    dealt,
     image_at,
     picture_of,
     raw_pgm,
@@ -37,6 +36,7 @@ from helpers.frames import (
     write_table,
 )
 from helpers.sets import convert, is_whole
+from helpers.splitmix import dealt
 from PIL import Image
 
 from convert.sample import write_sample

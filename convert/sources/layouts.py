@@ -159,9 +159,17 @@ def _pictures_in(directory: Path, folder: str, part: str) -> Pictures:
         if name in found:
             what = f"has {found[name].path} and {path}, of one name"
             raise WrongSource(directory, what, "Keep one of them")
-        stat = entry.stat()
-        found[name] = Found(path, stat.st_size, stat.st_mtime_ns)
+        found[name] = _found(path, entry)
     return found
+
+
+def _found(path: str, entry: "os.DirEntry[str]") -> Found:
+    """A link to nowhere is listed too: its row fails, and says that the file is missing."""
+    try:
+        stat = entry.stat()
+    except FileNotFoundError:
+        return Found(path, 0, 0)
+    return Found(path, stat.st_size, stat.st_mtime_ns)
 
 
 def _files_under(folder: Path) -> Iterator["os.DirEntry[str]"]:

@@ -25,8 +25,6 @@ SETTINGS = ConversionSettings(size=16, rows_per_shard=7)
 AS_IS = ConversionSettings(size=8, rows_per_shard=4)  # pictures of 8x8 are stored as they are
 SIDE = 8
 Row = dict[str, str]  # a line of a table, by column
-# Of splits in the order in which a set has them.
-IN_ORDER = ("train", "val", "test")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -103,20 +101,6 @@ def read_plainly(path: Path, field: str) -> np.ndarray:
     if field == "depth" and samples.dtype.kind == "f":
         return np.rint(samples.astype(np.float64) * 1000).astype(np.uint16)
     return samples.astype(np.uint8 if field == "rgb" else np.uint16)
-
-
-def splitmix64(number: int) -> int:
-    """In Python's whole numbers."""
-    most = 2**64 - 1
-    mixed = (number + 0x9E3779B97F4A7C15) & most
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & most
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & most
-    return mixed ^ (mixed >> 31)
-
-
-def dealt(splits: Sequence[str]) -> list[int]:
-    """The line of each row of a set, of the split of each line."""
-    return sorted(range(len(splits)), key=lambda k: (IN_ORDER.index(splits[k]), splitmix64(k)))
 
 
 def as_fraction(stored: float) -> Fraction:
