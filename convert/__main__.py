@@ -15,7 +15,7 @@ from convert.next_command import as_typed, is_of_frames, with_next_command
 from convert.parser import kinds_of, parser, settings_of, source_options_of
 from shards.copy import codecs_of, copy_set
 from shards.dataset import DIRECTORY_NAME, ShardSet, finished_sets, open_set, resolve_set
-from shards.errors import OldSet, UserError, WrongSource
+from shards.errors import NeedsSetting, OldSet, UserError, WrongSource
 from shards.files import log
 from shards.manifest import MANIFEST, read_manifest
 from shards.spec import ConversionSettings
@@ -92,9 +92,14 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
 
 
 def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path:
-    """The set of a table, or of a directory of frames."""
+    """The set of a table, or of a directory of frames. Raises WrongSetting."""
     from convert.pipeline import convert
     from convert.sources.opening import open_source
+
+    for name in ("drive", "url"):
+        value = getattr(args, name)
+        if value is not None:
+            raise NeedsSetting(name, value, "layout", "nyu")
 
     with closing(open_source(args.source, settings, source_options_of(args))) as source:
         codecs = codecs_of(args.format, args.codec, source.resolved(settings).fields)

@@ -47,7 +47,7 @@ from convert.upgrade import read_or_upgrade, read_version_1, upgrade, upgraded_i
 from shards.containers import check_codecs, write_field
 from shards.dataset import ShardSet, check_files, finished_sets, verify
 from shards.errors import DamagedSet, OldSet, SeveralSets, UserError, WrongSetting, WrongSource
-from shards.files import FileEntry, log, mebibytes, write_json
+from shards.files import FileEntry, in_words, log, mebibytes, write_json
 from shards.lock import only_one
 from shards.manifest import (
     FAILED,
@@ -297,7 +297,10 @@ def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) 
     tasks = plan_tasks(plan, [reader.group_rows for reader in readers], done)
     n_todo = sum(plan.n_rows_of(k) for k in range(len(plan.bounds)) if k not in done)
     scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
-    check_space(directory, n_todo * plan.row_bytes + scratch_bytes)
+    n_bytes = n_todo * plan.row_bytes + scratch_bytes
+    free = check_space(directory, n_bytes)
+    if tasks:
+        log(f"{n_todo} rows to convert: {in_words(n_bytes)} to write, {in_words(free)} free")
 
     with (
         _thread_beside(source) as beside,  # text is read while pictures are decoded
