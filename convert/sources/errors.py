@@ -11,3 +11,10 @@ class Damaged(ValueError):
 
 class Unreadable(Exception):
     """HDF5 gave an error instead of data: the file may be damaged, or the library at fault."""
+
+
+class BadRow(Exception):
+    """What a row's bytes are: missing, empty, undecodable, of a wrong size or mode.
+
+    The row fails, the others do not.
+    """
