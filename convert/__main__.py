@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from shards.containers import CODECS
 from shards.copy import codecs_of, copy_set
-from shards.dataset import ShardSet, finished_sets, open_set, resolve_set
+from shards.dataset import LITTER, ShardSet, finished_sets, litter_in, open_set, resolve_set
 from shards.errors import (
     Busy,
     DamagedSet,
@@ -33,13 +33,14 @@ from shards.errors import (
     WrongSource,
 )
 from shards.files import log
-from shards.flags import Parser, as_flag, as_path, flag_of, upgrade_commands, whole
+from shards.flags import Parser, as_flag, as_path, as_typed, flag_of, upgrade_commands, whole
 from shards.manifest import PROVENANCE, read_manifest
 from shards.spec import KNOWN_FIELDS, ConversionSettings
 from stores.http import READERS, RemoteFile
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 SOURCES = (".mat", ".h5", ".hdf5")
+MOST_NAMES = 8  # in a command that is printed
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,10 +123,30 @@ def verify(args: argparse.Namespace) -> None:
     from convert.verify import against_mat, verify_all
 
     found = read_set(args.directory)
+    _warn_of_litter(found)
     print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
         n_rows = against_mat(found, args.against, args.rows)
         print(f"every column and {n_rows} random rows are what {args.against} gives")
+
+
+def _warn_of_litter(found: ShardSet) -> None:
+    """What file managers leave is no damage; it can be removed."""
+    names = litter_in(found.path, found.manifest)
+    if not names:
+        return
+    first = str(found.path / names[0]).rstrip()
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = "was left by a file manager or file system: no part of the set, and no harm"
+    log(f"warning: {first}{more} {what}. To remove: {_rm_litter(found.path, names)}")
+
+
+def _rm_litter(directory: Path, names: Sequence[str]) -> str:
+    """The line that removes it; of many, by its patterns."""
+    if len(names) <= MOST_NAMES:
+        return as_typed(["rm", *(str(directory / name) for name in names)])
+    patterns = [word for pattern in LITTER for word in ("-o", "-name", pattern)][1:]
+    return as_typed(["find", str(directory), "-type", "f", "(", *patterns, ")", "-delete"])
 
 
 def read_set(path: Path) -> ShardSet:
@@ -399,7 +420,7 @@ def repair_commands(error: Any) -> str:
     if error.foreign:
         commands.append(["rm", "-r", *(str(found.path / name) for name in error.foreign)])
     commands.append(repair_command(found))
-    return " && ".join(map(shlex.join, commands))
+    return " && ".join(map(as_typed, commands))
 
 
 def repair_command(found: ShardSet) -> list[str]:
