@@ -18,8 +18,9 @@ from convert.sources.base import SourceFilter
 from convert.sources.nyu_mat import Source, check_opens, sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import fetch, missing_files, pull, pull_right_files, push, refuse_newer
+from convert.verify import checked
 from shards.copy import codecs_of, copy_set
-from shards.dataset import ShardSet, open_set, verify
+from shards.dataset import ShardSet, open_set
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
 from shards.manifest import MANIFEST, PROVENANCE
@@ -137,8 +138,8 @@ def _from_this_disk(local: ShardSet | None) -> ShardSet | None:
         return None
     started = time.perf_counter()
     files = local.manifest.files
-    checked = [(name, problem) for name, problem in verify(local) if name in files]
-    wrong = [f"{name} {problem}" for name, problem in checked if problem]
+    problems = [(name, problem) for name, problem in checked(local) if name in files]
+    wrong = [f"{name} {problem}" for name, problem in problems if problem]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         log(f"{local.path} is damaged: {'; '.join(wrong[:3])}{more}")

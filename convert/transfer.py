@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.upgrade import is_old, read_version_1
 from shards.dataset import ShardSet
@@ -23,41 +21,13 @@ from shards.errors import (
 from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
 from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest, write_receipts
+from shards.progress import Progress, megabytes
 from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
 from stores.local import LocalStore
 from stores.mounted import MountedStore, check_mounted, patiently
 
 Files = Mapping[str, FileEntry]
-
-
-class Progress(tqdm):
-    """Bytes on their way: a bar on a terminal, else a line each eighth of it."""
-
-    def __init__(self, doing: str, n_bytes: int, n_bytes_done: int = 0) -> None:
-        """doing: the first word of each line, such as "reading"."""
-        self.doing = doing
-        self.n_bytes = n_bytes
-        self.n_bytes_done = n_bytes_done
-        super().__init__(
-            total=n_bytes,
-            initial=n_bytes_done,
-            desc=doing,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            miniters=1,
-        )
-
-    def add(self, n_bytes: int, what: str = "") -> None:
-        """n_bytes more are done; `what` of them ("3 of 80 files, ") is said in the line."""
-        self.update(n_bytes)
-        before = self.n_bytes_done
-        self.n_bytes_done += n_bytes
-        has_new_eighth = 8 * self.n_bytes_done // self.n_bytes > 8 * before // self.n_bytes
-        if self.disable and has_new_eighth:
-            done_mb = self.n_bytes_done / 1e6
-            log(f"{self.doing}: {what}{done_mb:.0f} of {self.n_bytes / 1e6:.0f} MB")
 
 
 # ---------------------------------------------------------------------------------- whole sets
@@ -227,10 +197,11 @@ def _have_same_manifest(source: Folder, target: Folder) -> bool:
 def _copy_files(files: Files, doing: str, copy: Callable[[str, FileEntry | None], object]) -> None:
     """Copy all but the manifest, and say how far it is."""
     n_bytes = sum(entry.n_bytes for entry in files.values())
+    log(f"{doing}: {len(files)} files, {megabytes(n_bytes)}")
     with Progress(doing, n_bytes) as progress:
-        for k, (name, entry) in enumerate(_in_order(files), 1):
+        for name, entry in _in_order(files):
             copy(name, entry)
-            progress.add(entry.n_bytes, f"{k} of {len(files)} files, ")
+            progress.add(entry.n_bytes)
 
 
 def _in_order(files: Files) -> Iterable[tuple[str, FileEntry]]:
