@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -80,6 +80,9 @@ class Execution:
     workers: int | None = None
     codecs: Codecs = None
     repair: bool = False
+    # Told of each shard that is durable, (directory, number, receipt), those of an earlier run
+    # first; it may not wait.
+    on_shard: Callable[[Path, int, Receipt], object] | None = None
 
 
 def convert_to_set(
@@ -160,7 +163,7 @@ def _convert_source(
         directory.mkdir(exist_ok=True)
         remove_receipts(directory, older_than_ns=before[-1])
 
-        made = run_plan(plan, source, directory, execution.workers or n_cores())
+        made = run_plan(plan, source, directory, execution)
         if (source.stamp(), source.identity()) != (before, plan.source):
             remove_receipts(directory)
             raise WrongSource(source, "changed while it was read", "Wait until it is whole")
@@ -224,9 +227,13 @@ class ConvertedShards:
         )
 
 
-def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> ConvertedShards:
+def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) -> ConvertedShards:
     """Make the shards that no receipt in `directory` says are done."""
+    workers = execution.workers or n_cores()
+    on_shard = execution.on_shard or _nobody
     done = resume(directory, plan.bounds, plan.fields, plan.codecs)
+    for k, receipt in done.items():
+        on_shard(directory, k, receipt)
     readers: dict[str, RowReader] = {field.name: source.reader(field.name) for field in plan.fields}
     group_rows = {name: reader.group_rows for name, reader in readers.items()}
     tasks = plan_tasks(plan, group_rows, done)
@@ -246,6 +253,7 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Conve
 
         for k, receipt in executor.run(directory, write, facts):
             done[k] = receipt
+            on_shard(directory, k, receipt)
         columns = filled_columns(
             facts.result().columns, plan.n_rows, facts.result().dataset, plan.settings.crop
         )
@@ -255,6 +263,10 @@ def run_plan(plan: Plan, source: Source, directory: Path, workers: int) -> Conve
         receipts=[done[k] for k in range(len(plan.bounds))],
         peak_memory=executor.peak_memory,
     )
+
+
+def _nobody(_directory: Path, _shard: int, _receipt: Receipt) -> None:
+    """Where nobody is to be told of shards."""
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 The manifest goes last. Also `fetch`: the .mat from its home, or from any web server.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,14 @@ from shards.errors import (
 )
 from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
-from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest, write_receipts
+from shards.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    read_manifest,
+    receipt_name,
+    write_manifest,
+    write_receipts,
+)
 from shards.progress import Progress, megabytes
 from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
@@ -46,10 +53,11 @@ def missing_files(folder: Folder, files: Files) -> list[str]:
     return [name for name, entry in files.items() if folder.size(name) != entry.n_bytes]
 
 
-def push(found: ShardSet, drive: Path) -> ShardSet:
+def push(found: ShardSet, drive: Path, read_back: Collection[str] = ()) -> ShardSet:
     """Copy a finished set to the folder `drive`: only what is missing or wrong there; the copy.
 
-    Every file is read back. A set that is there stays whole until the first of its files has to
+    Every file is read back, but for those in `read_back`, which were a moment ago: of these only
+    the size is looked at. A set that is there stays whole until the first of its files has to
     change: over one of version 1 of the same rows, to the end. Raises StoreFailed (IncompleteCopy
     where a file of the set itself is damaged) and WrongPlace where the copy would not fit.
     """
@@ -60,7 +68,9 @@ def push(found: ShardSet, drive: Path) -> ShardSet:
     target.create()
 
     def copy(name: str, entry: FileEntry | None) -> None:
-        target.upload(found.path / name, name, entry)
+        is_there = name in read_back and entry is not None and target.size(name) == entry.n_bytes
+        if not is_there:
+            target.upload(found.path / name, name, entry)
 
     files = found.manifest.files
     changed = _files_to_change(source, target, files)
@@ -73,6 +83,8 @@ def push(found: ShardSet, drive: Path) -> ShardSet:
     for name in (PROVENANCE, MANIFEST):
         if source.size(name) >= 0:
             copy(name, None)
+    for k in range(found.n_shards):  # of a session that was cut, or that copied shard by shard
+        target.delete(receipt_name(k))
     flush = "run drive.flush_and_unmount() in a cell before you close"
     log(f"read back from the mount. It reaches Google later: {flush}")
     return ShardSet(target.path, found.manifest)
