@@ -45,13 +45,6 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def in_words(n_bytes: int) -> str:
-    """For a message: "727 MB", "1.9 GB"."""
-    if n_bytes < 995_000_000:
-        return f"{n_bytes / 1e6:.0f} MB"
-    return f"{n_bytes / 1e9:.1f} GB"
-
-
 def mebibytes(n_bytes: int | None) -> str:
     """For a message."""
     return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"

@@ -31,7 +31,7 @@ ALLOWED = {
     "shards": Row(ours="shards", others="numpy"),
     "shards.containers": Row(lazily="zarr"),
     "shards.gather": Row(lazily="torch"),
-    "shards.copy": Row(others="tqdm"),
+    "shards.progress": Row(others="tqdm"),
     "loader": Row(ours="loader", others="numpy torch"),
     "stores": Row(ours="stores shards.errors shards.files shards.manifest"),
     "stores.http": Row(lazily="fsspec"),

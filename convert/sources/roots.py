@@ -103,6 +103,12 @@ class Roots:
             return self._web
         return self._of_field.get(field, self._default)
 
+    @property
+    def may_hang(self) -> bool:
+        """Whether reading waits for a server; of a path that is an address itself it is not told."""
+        roots = (self._default, *self._of_field.values())
+        return any(isinstance(root, WebRoot) for root in roots)
+
     def close(self) -> None:
         for root in self._opened.values():
             root.close()
