@@ -105,7 +105,7 @@ class Roots:
 
     @property
     def may_hang(self) -> bool:
-        """Whether reading waits for a server; of a path that is an address itself it is not told."""
+        """Whether reading waits for a server; a path may be an address itself, untold."""
         roots = (self._default, *self._of_field.values())
         return any(isinstance(root, WebRoot) for root in roots)
 
