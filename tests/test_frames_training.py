@@ -117,7 +117,7 @@ def more_set(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def test_a_grey_and_a_colour_field_are_handed_out_by_name(more_set: ShardSet) -> None:
     fields = ("rgb", "thermal", "normals")
     train, _ = create_dataloaders(
-        more_set.path, batch_size=2, num_workers=0, fields=fields, normalize=False, shuffle=False
+        more_set.path, batch_size=2, num_workers=0, fields=fields, normalize=False
     )
     rgb, thermal, normals, label = next(iter(train))
     assert tuple(rgb.shape) == tuple(normals.shape) == (2, 3, 32, 32)

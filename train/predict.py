@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from shards.dataset import ShardSet
-from shards.errors import UserError, one_line
+from shards.errors import UserError, WrongSetting, one_line
 from shards.spec import MAX_DEPTH_MM, VOID
+from train.answers import MOST_PICTURES, Prediction, answer_of, prediction_of
 from train.checkpoint import Run, newest, only_writer, write_csv
 from train.errors import MissingDepth, NoCheckpoint, WrongCheckpoint
 from train.geometry import crop_box_of
 from train.job import TaskSetup, make_setup, new_run, open_loaders, reported_split
-from train.loop import Batch, evaluate
-from train.report import MOST_PICTURES, page, predictions, tables_and_pictures, write
+from train.loop import Batch, evaluate, predict_batch
+from train.progress import Progress
+from train.report import page, tables_and_pictures, write
 from train.settings import Settings
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -29,17 +32,23 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def predict_flags(parser: ArgumentParser) -> ArgumentParser:
     """The flags of `python -m train predict` are the arguments of `predict`."""
-    parser.description = "What a run says about the test rows, or about a folder of pictures."
+    parser.description = (
+        "What a run says about the test rows, or about a folder of pictures: scores, tables, pages."
+    )
     parser.add_argument(
         "run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean"
     )
     parser.add_argument(
         "--images",
         metavar="DIR",
-        help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm)",
+        help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm); default the test rows",
     )
-    parser.add_argument("--data", metavar="DIR|ROOT", help="where the run's set is now")
-    parser.add_argument("--out", metavar="DIR", help="default: RUN/predict, of the first")
+    parser.add_argument(
+        "--data", metavar="DIR|ROOT", help="where the run's set is now; default where it was"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where tables and pages go; default RUN/predict, of the first"
+    )
     return parser
 
 
@@ -50,6 +59,8 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
     the runs' set is now, or None for where it was. out: where tables and pages go.
     Raises UserError.
     """
+    _check_paths(run=run, images=images, data=data, out=out)
+    run = [os.path.expanduser(each) for each in run]
     opened: dict[str, ShardSet] = {}
     loaded = [load_run(each, data, opened) for each in run]
     for each in loaded:
@@ -59,16 +70,25 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
     together, setup = _together(loaded)
     loaders = open_loaders(setup, reported_split(setup))
 
-    target = Path(out or f"{run[0]}/predict")
+    target = Path(os.path.expanduser(out or f"{run[0]}/predict"))
     with only_writer(target, "written"):
         if images:
             files = _predict_folder(together, setup, Path(images), target)
         else:
-            scores = evaluate(together, setup, loaders)
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            print(f"on the {loaders.split} rows:", listed)
-            files = tables_and_pictures(target, together, setup, loaders.eval_set)
+            evaluation = evaluate(together, setup, loaders)
+            scores = evaluation.scores.items()
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+            print(f"on the {loaders.split} rows:", listed, flush=True)
+            assert evaluation.answers is not None
+            files = tables_and_pictures(target, together, evaluation.answers)
     print("files:", *(str(target / name) for name in files))
+
+
+def _check_paths(**paths: list[str] | str | None) -> None:
+    """Raise WrongSetting for an empty one: a variable of a script that was never set."""
+    for name, given in paths.items():
+        if "" in (given if isinstance(given, list) else [given]):
+            raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
 # ---------------------------------------------------------------- runs, and several as one
@@ -165,7 +185,7 @@ def _predict_folder(run: Run, setup: TaskSetup, folder: Path, target: Path) -> l
 
     batches = _image_batches(setup, paths, folder / "depth")
     names = [path.name for path in paths]
-    found = list(predictions(run, setup, names, batches, is_judged=False))
+    found = list(predictions(run, setup, names, batches))
 
     write_csv(target / "predictions.csv", [each.table_row for each in found])
     files = ["predictions.csv"]
@@ -174,6 +194,22 @@ def _predict_folder(run: Run, setup: TaskSetup, folder: Path, target: Path) -> l
             files.append(write(target / f"{path.stem}.png", _answer_png(each.predicted)))
     files.append(write(target / "page.png", page(setup, str(folder), found[:MOST_PICTURES])))
     return files
+
+
+@torch.inference_mode()
+def predictions(
+    run: Run, setup: TaskSetup, names: Sequence[str], batches: Iterator[Batch]
+) -> Iterator[Prediction]:
+    """One a picture; `names` are theirs, and the batches' targets only placeholders."""
+    run.model.eval()
+    name_of_next = iter(names)
+    with Progress("predicting", "pictures", len(names)) as bar:
+        for batch in batches:
+            out, (rgb, depth, _) = predict_batch(run, setup, batch, done=bar.update)
+            for k in range(len(rgb)):
+                answer = answer_of(setup, out[k], None)
+                pictures = (rgb[k], depth[k])
+                yield prediction_of(setup, next(name_of_next), answer, pictures, None)
 
 
 def _image_batches(setup: TaskSetup, paths: Sequence[Path], depths: Path) -> Iterator[Batch]:
