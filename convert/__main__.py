@@ -215,6 +215,11 @@ def inspect(args: argparse.Namespace) -> None:
     if args.picture:
         picture(found, args.picture, args.rows)
         print(f"picture: {args.picture}")
+    if args.rerun:
+        from convert.recording import record
+
+        record(found, args.rerun, args.rows)
+        print(f"recording: {args.rerun} (to look at it: rerun {shlex.quote(str(args.rerun))})")
 
 
 def push(args: argparse.Namespace) -> None:

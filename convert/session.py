@@ -27,7 +27,7 @@ from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, open_set
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
-from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS
+from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS, remove_receipts
 from shards.spec import Codecs, ConversionSettings
 from stores.local import exists
 from stores.mounted import MountedStore, check_mounted, patiently
@@ -215,6 +215,8 @@ def _converted_onto_drive(
         where = request.root if request.codecs else request.root / TRANSIT
         packed = where / plan.directory_name
         plain = request.root / packed.stem
+        # As the conversion does with its own: they may be of the file as it was before.
+        remove_receipts(packed, older_than_ns=opened.stamp()[-1])
         is_begun_here = request.codecs is None and any(plain.glob(RECEIPTS))
         is_taken_up = not is_begun_here and take_up(plan, drive, packed) > 0
         if not is_taken_up:

@@ -4,19 +4,24 @@ from what is on Drive.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPO
 from helpers.sets import content, convert, flip, is_whole
 
-from convert import follower
+from convert import follower, pipeline
+from convert.plan import Plan
 from convert.session import SetRequest, prepare
 from shards.dataset import finished_sets
-from shards.manifest import PROVENANCE
+from shards.errors import WrongSource
+from shards.manifest import PROVENANCE, Receipt
 from shards.spec import ConversionSettings
 from stores import mounted
 
@@ -153,6 +158,28 @@ def test_a_drive_that_fails_meanwhile_does_not_end_the_conversion(
     said = capsys.readouterr().err
     assert said.count("shards do not go to") == 1
     assert is_whole(finished_sets(tmp_path / "drive")[0])
+
+
+def test_shards_of_a_source_that_changed_meanwhile_are_withdrawn(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copy(mat, tmp_path / "changing.mat"))
+    write = pipeline.write_shard
+    seen: list[Path] = []
+
+    def write_and_change(plan: Plan, k: int, *more: Any) -> Receipt:
+        if k == 3:
+            while not seen:
+                seen.extend((tmp_path / "drive").glob("*/receipt-*.json"))
+                time.sleep(0.01)
+            os.utime(source)
+        return write(plan, k, *more)
+
+    monkeypatch.setattr(pipeline, "write_shard", write_and_change)
+    with pytest.raises(WrongSource, match="changed while it was read"):
+        prepare(request(source, tmp_path))
+    assert seen
+    assert not list(tmp_path.rglob("receipt-*.json"))
 
 
 def test_packing_never_takes_the_room_that_the_conversion_needs(

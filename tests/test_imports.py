@@ -37,6 +37,7 @@ ALLOWED = {
     "stores.http": Row(lazily="fsspec"),
     "convert": Row(ours="convert stores shards", others="numpy tqdm", by_m="convert"),
     "convert.inspect": Row(lazily="matplotlib"),
+    "convert.recording": Row(lazily="rerun"),
     "convert.sample": Row(others="h5py"),
     "convert.sources.chunk_codec": Row(others="deflate"),
     "convert.sources.hdf5": Row(others="h5py"),
