@@ -25,7 +25,6 @@ from shards.errors import (
     UnfinishedSet,
     UserError,
     WrongPlace,
-    WrongSetting,
     one_line,
 )
 from shards.files import log
@@ -184,7 +183,7 @@ def look(words: Sequence[str]) -> None:
     picture: str = os.path.expanduser(values.pop("picture"))
     settings = Settings(**values)
     if not picture.endswith(".png"):
-        raise WrongSetting("picture", repr(picture), "the name of a file that ends in .png")
+        raise UserError(f"{picture!r} is no name for the page", "Use one that ends in .png")
     found = open_for_training(settings.data, allow_remote=settings.allow_remote)
     try:
         page = augmentations_png(settings, found)
