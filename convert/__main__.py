@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
