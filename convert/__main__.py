@@ -239,7 +239,8 @@ def pull(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Write made-up rooms: a small .mat, or a directory of frames."""
-    from convert.sample import write_frames, write_sample
+    from convert.sample import write_sample
+    from convert.sample_frames import write_frames
 
     write = write_frames if args.layout == "frames" else write_sample
     write(args.file, args.rows)

@@ -31,6 +31,7 @@ WHOLE_FILES_NEED_TORCH = {
         "data",
         "ddp",
         "forks",
+        "frames_training",
         "gather",
         "layout",
         "loader",
