@@ -24,7 +24,7 @@ from shards.files import log
 from shards.spec import class_colours
 from train.checkpoint import CLASS_TABLE, Run, write_csv, write_file
 from train.data import ShardDataset
-from train.job import TaskSetup
+from train.job import NetworkSetup, TaskSetup
 from train.loop import TrainingResult, epoch_line, predict_batch
 from train.plots import (
     CaptionedPanels,
@@ -71,11 +71,15 @@ def predictions(
         out, (rgb, depth, target) = predict_batch(run, setup, batch)
         for k in range(len(rgb)):
             true = target[k] if is_judged else None
-            yield _prediction(setup, next(name_of_next), out[k], (rgb[k], depth[k]), true)
+            yield prediction_of(setup, next(name_of_next), out[k], (rgb[k], depth[k]), true)
 
 
-def _prediction(
-    setup: TaskSetup, name: str, out: Tensor, pictures: tuple[Tensor, Tensor], true: Tensor | None
+def prediction_of(
+    setup: NetworkSetup,
+    name: str,
+    out: Tensor,
+    pictures: tuple[Tensor, Tensor],
+    true: Tensor | None,
 ) -> Prediction:
     """Of one picture: `pictures` are rgb [3, H, W] and depth in millimetres [1, H, W]."""
     rgb_chw, depth_mm_1hw = pictures
@@ -100,7 +104,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array.astype(np.int16) if array.dtype == np.int64 else array
 
 
-def _answer(setup: TaskSetup, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+def _answer(setup: NetworkSetup, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     """What the network says of one picture: to be drawn, and for the table.
 
     The column of the predicted class is called "named": programs of users read it.
@@ -118,7 +122,7 @@ def _answer(setup: TaskSetup, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     return _array(ids), columns
 
 
-def _judgement(setup: TaskSetup, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
+def _judgement(setup: NetworkSetup, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
     """The true class, or the scores, of this one picture; and its loss."""
     loss_sum, weight = setup.task.loss(out, target)
     loss = float(loss_sum / weight) if weight > 0 else 0.0
@@ -223,7 +227,7 @@ def _confusion(out: Path, run: Run, setup: TaskSetup, split: str) -> list[str]:
     return [write(out / "confusion.png", png)]
 
 
-def page(setup: TaskSetup, title: str, shown: list[Prediction]) -> bytes:
+def page(setup: NetworkSetup, title: str, shown: list[Prediction]) -> bytes:
     """A PNG of every picture with its depth, and for dense tasks the truth and the answer."""
     heads = ["rgb", "depth"]
     if setup.settings.task != "scene":
@@ -242,7 +246,7 @@ def page(setup: TaskSetup, title: str, shown: list[Prediction]) -> bytes:
     return page_png(title, heads, pictures, legend)
 
 
-def _dense_panels(setup: TaskSetup, prediction: Prediction) -> list[np.ndarray]:
+def _dense_panels(setup: NetworkSetup, prediction: Prediction) -> list[np.ndarray]:
     """The truth, where it is known, and the answer, in colours; of a dense task."""
     answers = [prediction.true, prediction.predicted]
     planes = [plane for plane in answers if plane is not None and plane.ndim == 2]
