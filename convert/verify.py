@@ -197,25 +197,26 @@ def _compare(found: ShardSet, reader: RowReader, source: Source, rows: list[int]
                 reader.fill_scratch(Path(tempfile.gettempdir()))
         for row in rows:
             with blaming(str(source), reader.called(row), source.advice):
-                pictures = _read_again(reader, row)
-                small = {name: resizers[name](picture) for name, picture in pictures.items()}
+                small = _read_again(reader, row, resizers)
             shard, place = divmod(row, found.settings.rows_per_shard)
             for name in reader.fields:
                 stored = shards[name][shard][place]
                 given = small.get(name, np.zeros_like(stored))
                 if not np.array_equal(given, stored):
                     raise _other_row(found, name, shard, row, source)
-            _compare_status(found, row, is_read=bool(pictures), source=source)
+            _compare_status(found, row, is_read=bool(small), source=source)
 
 
-def _read_again(reader: RowReader, row: int) -> dict[str, np.ndarray]:
-    """The pictures of one row; {} where it fails."""
+def _read_again(
+    reader: RowReader, row: int, resizers: Mapping[str, Resizer]
+) -> dict[str, np.ndarray]:
+    """One row as it is stored, read again; {} where it fails."""
     group, place_in_group = divmod(row, reader.group_rows)
     try:
         pictures = reader.read_group(group)
+        return {name: resizers[name](pictures[name][place_in_group]) for name in reader.fields}
     except BadRow:
         return {}
-    return {name: pictures[name][place_in_group] for name in reader.fields}
 
 
 def _compare_status(found: ShardSet, row: int, *, is_read: bool, source: Source) -> None:

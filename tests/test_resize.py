@@ -13,7 +13,10 @@ from convert.resize import (
     _triangle_bands,
     area,
     depth_mm,
+    nearest,
     nearest_indices,
+    rgb,
+    rgb_of_picture,
 )
 from convert.sources.nyu_tables import nyu
 from shards.spec import KNOWN_FIELDS, field_of_kind
@@ -146,3 +149,16 @@ def test_rgb_sums_are_whole_numbers_that_float32_holds(n_in: int, n_out: int) ->
             assert largest * 2**bits <= 2**24
         assert [o.start for o, _, _ in bands] == [0, *(o.stop for o, _, _ in bands[:-1])]
         assert bands[-1][0].stop == n_out
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(48, 64, 32), (31, 57, 24), (530, 730, 224), (20, 9, 32)]
+)
+def test_a_picture_and_its_planes_give_the_same_bytes(height: int, width: int, size: int) -> None:
+    picture = np.random.default_rng(3).integers(0, 256, (height, width, 3), np.uint8)
+    planes = np.ascontiguousarray(picture.transpose(2, 1, 0))
+    np.testing.assert_array_equal(rgb_of_picture(picture, size), rgb(planes, size))
+    depth = np.random.default_rng(4).integers(0, 9000, (height, width)).astype(np.uint16)
+    np.testing.assert_array_equal(
+        nearest(depth.T, size), nearest(np.ascontiguousarray(depth.T), size)
+    )

@@ -12,9 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from convert.resize import StoredPixels
 from shards.manifest import COLUMNS, ColumnValues
 from shards.spec import ConversionSettings, DatasetSpec, Field, SourceIdentity
 from shards.texts import Texts
+
+Picture = np.ndarray | StoredPixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +96,13 @@ class RowReader(Protocol):
     def fill_scratch(self, directory: Path, run: Callable[..., Any] = map) -> None:
         """Unpack everything once into a nameless file. `run` is a map, such as a pool's."""
 
-    def read_group(self, group: int) -> Mapping[str, Sequence[np.ndarray]]:
+    def read_group(self, group: int) -> Mapping[str, Sequence[Picture]]:
         """Of each field the pictures of rows [group * group_rows, ...).
 
         Colour and grey levels as uint8 or uint16, depth as float metres or uint16 millimetres
-        (0 = none), ids as whole numbers. Raises BadRow where group_rows is 1 and the row's bytes
-        are at fault, Damaged or Unreadable where the source is, and OSError.
+        (0 = none), ids as whole numbers; or stored pixels that have such a meaning. Raises BadRow
+        where group_rows is 1 and the row's bytes are at fault, Damaged or Unreadable where the
+        source is, and OSError.
         """
 
     def close(self) -> None:
@@ -134,7 +138,7 @@ class FieldReader:
     def fill_scratch(self, directory: Path, run: Callable[..., Any] = map) -> None:
         self._rows.fill_scratch(directory, run)
 
-    def read_group(self, group: int) -> Mapping[str, Sequence[np.ndarray]]:
+    def read_group(self, group: int) -> Mapping[str, Sequence[Picture]]:
         return {self.fields[0]: list(self._rows.read_group(group))}
 
     def close(self) -> None:

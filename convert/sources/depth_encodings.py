@@ -107,6 +107,11 @@ class DepthRule:
         """Whether its 16-bit PNM have their bytes against the format's rule."""
         return self.encoding == "nyu_raw"
 
+    @property
+    def is_of_each_pixel(self) -> bool:
+        """Whether a value means the same wherever in the picture it is."""
+        return self.encoding != "hypersim"
+
     def to_mm(self, stored_hw: np.ndarray) -> np.ndarray:
         """(H, W) uint16 millimetres, 0 = none, of (H, W) uint8, uint16, uint32 or float.
 

@@ -7,22 +7,23 @@ a few numbers.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert.resize import StoredPixels
+from convert.sources.base import Picture
 from convert.sources.depth_encodings import DepthRule, check_names
 from convert.sources.errors import BadRow
 from convert.sources.pictures import decode
 from convert.sources.planes import read_plane, split_reference
 from convert.sources.roots import Roots
 from convert.sources.shared_arrays import SharedArrays
-from convert.sources.tables import NONE, FrameTable
+from convert.sources.tables import NONE, Names
 from shards.spec import MAX_ID, ConversionSettings, Field
 from shards.texts import Texts
-
-LITTLE_ENDIAN = "nyu_raw"  # depth of this encoding is in PGM files of the wrong byte order
 
 
 class FrameRows:
@@ -33,18 +34,28 @@ class FrameRows:
     table says nothing.
     """
 
-    def __init__(self, table: FrameTable, lines: np.ndarray) -> None:
-        named = table.columns.get("depth_encoding")
-        self.fields = tuple(table.paths)
-        self.encoding_names = named.names if named else ()
-        arrays = {"lines": lines.astype("<u4", copy=False)}
-        if named:
-            arrays["encodings"] = named.numbers[lines]
-        for field, paths in table.paths.items():
-            of_rows = paths.take(lines)
-            arrays[f"{field}.offsets"] = of_rows.offsets
-            arrays[f"{field}.utf8"] = of_rows.utf8
-        self.arrays = SharedArrays(arrays)
+    def __init__(self, paths: dict[str, Texts], encoding: Names | None, lines: np.ndarray) -> None:
+        """paths: of each field, by lines; they are taken out of the dictionary, as each is let go
+        of before the next one is put in order. encoding: by lines. lines: [N] of each row.
+        """
+        self.fields = tuple(paths)
+        self.encoding_names = encoding.names if encoding else ()
+        shapes = {"lines": ("<u4", lines.shape), "encodings": ("<u4", lines.shape)}
+        for field, texts in paths.items():
+            shapes[f"{field}.offsets"] = ("<i8", texts.offsets.shape)
+            shapes[f"{field}.utf8"] = ("|u1", texts.utf8.shape)
+        self.arrays = SharedArrays(shapes)
+        self.arrays.write("lines", lines)
+        if encoding:
+            self.arrays.write("encodings", encoding.numbers[lines])
+        for field in self.fields:
+            of_rows = paths.pop(field).take(lines)
+            self.arrays.write(f"{field}.offsets", of_rows.offsets)
+            self.arrays.write(f"{field}.utf8", of_rows.utf8)
+        self._paths: dict[str, Texts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_paths": {}}  # views of memory that is mapped again
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -54,7 +65,10 @@ class FrameRows:
         return self.arrays["lines"]
 
     def paths(self, field: str) -> Texts:
-        return Texts(self.arrays[f"{field}.offsets"], self.arrays[f"{field}.utf8"])
+        if field not in self._paths:  # checking their offsets takes a while
+            texts = Texts(self.arrays[f"{field}.offsets"], self.arrays[f"{field}.utf8"])
+            self._paths[field] = texts
+        return self._paths[field]
 
     def encoding_of(self, row: int) -> str | None:
         """None where the table says nothing of it."""
@@ -149,9 +163,9 @@ class FramesReader:
     def close(self) -> None:
         """The source closes what readers share."""
 
-    def read_group(self, group: int) -> Mapping[str, Sequence[np.ndarray]]:
+    def read_group(self, group: int) -> Mapping[str, Sequence[Picture]]:
         """The pictures of the row `group`. Raises BadRow, which names the row and its file."""
-        found: dict[str, np.ndarray] = {}
+        found: dict[str, Picture] = {}
         for name in self.fields:
             path = self._path(name, group)
             if path:
@@ -183,29 +197,41 @@ class FramesReader:
         except BadRow as error:
             raise BadRow(f"{self.called(row)}: {path} {error}") from None
 
-    def _picture(self, field: Field, path: str, row: int) -> np.ndarray:
+    def _picture(self, field: Field, path: str, row: int) -> Picture:
         """(H, W[, 3]) with the meaning that the field has in a set."""
         pixels = self._as_in_file(field, path, row)
-        if field.kind == "depth":
-            return self._depth_rules.of_row(self._rows, row).to_mm(pixels)
-        if field.name == "label":
-            return self._label_rule.stored(pixels)
-        if field.kind == "id" and pixels.max() > np.iinfo(field.dtype).max:
-            raise BadRow(f"has the id {pixels.max()}, beyond {np.iinfo(field.dtype).max}")
-        return pixels
+        if field.kind not in ("depth", "id"):
+            return pixels
+        meaning = partial(self._meaning, field, path, row)
+        rule = self._depth_rules.of_row(self._rows, row)
+        if field.kind == "depth" and not rule.is_of_each_pixel:
+            return meaning(pixels)
+        return StoredPixels(pixels, meaning)
+
+    def _meaning(self, field: Field, path: str, row: int, pixels: np.ndarray) -> np.ndarray:
+        """Pixels of one picture as a set has them. Raises BadRow."""
+        with self._naming(row, path):
+            if field.kind == "depth":
+                return self._depth_rules.of_row(self._rows, row).to_mm(pixels)
+            if field.name == "label":
+                return self._label_rule.stored(pixels)
+            highest = int(np.iinfo(field.dtype).max)
+            if pixels.max() > highest:
+                raise BadRow(f"has the id {pixels.max()}, beyond {highest}")
+            return pixels
 
     def _as_in_file(self, field: Field, path: str, row: int) -> np.ndarray:
         file, part = split_reference(path)
         if part is not None:
             return read_plane(self._roots.file(field.name, file), part, field.name, field.kind)
-        rule = self._depth_rules.of_row(self._rows, row)
         data = self._roots.read(field.name, path)
-        is_swapped = field.kind == "depth" and rule.encoding == LITTLE_ENDIAN
+        rule = self._depth_rules.of_row(self._rows, row)
+        is_swapped = field.kind == "depth" and rule.is_little_endian_pnm
         return decode(data, field.kind, little_endian=is_swapped).pixels
 
     # ------------------------------------------------------------------ all pictures of a row
 
-    def _common_size(self, row: int, found: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    def _common_size(self, row: int, found: Mapping[str, Picture]) -> tuple[int, int]:
         """(H, W) of every picture of the row. Raises BadRow where they differ or none is there."""
         if not found:
             raise BadRow(f"{self.called(row)}: no picture of {', '.join(self.fields)}")
@@ -218,8 +244,8 @@ class FramesReader:
         return first[0], first[1]
 
     def _or_nothing(
-        self, name: str, found: Mapping[str, np.ndarray], size: tuple[int, int]
-    ) -> np.ndarray:
+        self, name: str, found: Mapping[str, Picture], size: tuple[int, int]
+    ) -> Picture:
         """The picture, or, where its cell is empty, one of 0."""
         if name in found:
             return found[name]

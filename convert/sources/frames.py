@@ -69,7 +69,9 @@ class FramesSource:
         split = _split_of(table, self._places, rule)
         lines = dealt_order(split)
         self._facts = _facts_of(table, self._places, split, lines)
-        self._rows = FrameRows(table, lines)
+        paths = dict(table.paths)
+        table = replace(table, paths={})  # a million paths are held once
+        self._rows = FrameRows(paths, table.columns.get("depth_encoding"), lines)
         label_names = _label_names(options.label_names)
         self.dataset = DatasetSpec(
             name=_dataset_name(path, options.name),

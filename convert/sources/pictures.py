@@ -183,6 +183,14 @@ def picture_of(stored: Stored, kind: str) -> Picture:
     return Picture(_upright(pixels, turn), stored.orientation)
 
 
+def as_kind(samples: np.ndarray, kind: str) -> np.ndarray:
+    """The pixels of an array that is in no picture's format, by the rules for .npy.
+
+    samples: (H, W), (H, W, 3) or (3, H, W). Returns what `Picture.pixels` are. Raises BadRow.
+    """
+    return picture_of(_of_array(samples), kind).pixels
+
+
 def _read(data: bytes, little_endian: bool) -> Stored:
     if data.startswith(JPEG_MAGIC):
         return _read_jpeg(data)
@@ -207,6 +215,8 @@ def _of_array(samples: np.ndarray) -> Stored:
     if samples.ndim != 2 and (samples.ndim != 3 or samples.shape[2] != 3):
         raise BadRow(f"is an array of shape {samples.shape}, no picture")
     check_size(samples.shape[1], samples.shape[0])
+    if samples.dtype.kind not in "buif":
+        raise BadRow(f"is an array of {samples.dtype}, no picture")
     white = {"u1": 255, "u2": 65535, "b1": 1}.get(samples.dtype.str[1:], 0)
     return Stored(what="npy", samples=samples, white=white)
 

@@ -1,5 +1,6 @@
 """Arrays in nameless memory, which helper processes map and do not copy."""
 
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -17,24 +18,26 @@ class SharedArrays:
     a descriptor of the same number in the process that unpickles it.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """shapes: type and shape of each array. All are 0 until they are written."""
         self._places: dict[str, tuple[str, tuple[int, ...], int]] = {}
         n_bytes = 0
-        for name, array in arrays.items():
-            self._places[name] = (array.dtype.str, array.shape, n_bytes)
-            n_bytes += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        for name, (dtype, shape) in shapes.items():
+            self._places[name] = (dtype, shape, n_bytes)
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            n_bytes += -(-size // ALIGNMENT) * ALIGNMENT
         self.handle = shared_memory(max(1, n_bytes))
-        self._write(arrays)
         self._arrays = self._mapped()
 
-    def _write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        for name, array in arrays.items():
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            offset = self._places[name][2]
-            while data:
-                n_written = os.pwrite(self.handle, data[: 1 << 30], offset)
-                data = data[n_written:]
-                offset += n_written
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Put it in its place, where every process sees it."""
+        dtype, shape, offset = self._places[name]
+        assert array.shape == shape
+        data = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+        while data:
+            n_written = os.pwrite(self.handle, data[: 1 << 30], offset)
+            data = data[n_written:]
+            offset += n_written
 
     def _mapped(self) -> dict[str, np.ndarray]:
         memory = mmap.mmap(self.handle, 0, prot=mmap.PROT_READ)
