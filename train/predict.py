@@ -415,7 +415,9 @@ def _say(answers: Answers) -> None:
     n_rows = len(answers.table) + len(answers.unanswered)
     print(f"answered {len(answers.table)} of {n_rows} pictures of {answers.rows.found.path}")
     for each in answers.unanswered[:SHOWN]:
-        print(f"not answered: {each['picture']}: {each['problem']}")
+        is_named = each["picture"] in each["problem"]
+        name = "" if is_named else f"{each['picture']}: "
+        print(f"not answered: {name}{each['problem']}")
     n_more = len(answers.unanswered) - SHOWN
     if n_more > 0:
         print(f"not answered: {n_more} more, all in {answers.target / UNANSWERED}")
