@@ -238,9 +238,10 @@ def _flags_of_set(needed: NeedsSet) -> list[str]:
 
 def _after_images(error: NeedsSet) -> str:
     root = str(Path(error.run, "images"))
-    words = ["python", "-m", "convert", "run", error.images, "--out", root, *_flags_of_set(error)]
-    ask = shlex.join(["python", "-m", "train", "predict", error.run, "--data"])
-    return f'Run: set=$({shlex.join(words)}) && {ask} "$set"'
+    words = shlex.join([error.images, "--out", root, *_flags_of_set(error)])
+    run = shlex.quote(error.run)
+    ask = f'python -m train predict {run} --data "$set"'
+    return f"Run: set=$(python -m convert run {words}) && {ask}"
 
 
 def _after_unpacking(error: CannotUnpack) -> str:

@@ -156,10 +156,13 @@ def _check_fits(setup: NetworkSetup, found: ShardSet) -> None:
         raise MissingDepth(found.path)
     found.field("rgb")
     if setup.learnt.crop != found.settings.crop:
-        parts = {"none": "whole pictures"}
-        learnt = parts.get(setup.learnt.crop, f"the crop {setup.learnt.crop} of pictures")
-        here = parts.get(found.settings.crop, f"the crop {found.settings.crop}")
+        learnt = _called(setup.learnt.crop)
+        here = _called(found.settings.crop)
         log(f"{found.path}: the run learnt from {learnt}, here are {here}: it may answer worse")
+
+
+def _called(crop: str) -> str:
+    return "whole pictures" if crop == "none" else f"those of the crop {crop}"
 
 
 def _names(found: ShardSet) -> list[str]:

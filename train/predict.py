@@ -246,6 +246,8 @@ def needed_set(run: str, images: str) -> NeedsSet:
     Raises NoCheckpoint, and UserError where that cannot be told.
     """
     found = _newest(run)
+    if images and not Path(images).is_dir():
+        raise UserError(f"{images} is no folder", "Name one with pictures in it")
     settings = Settings(**found.settings)
     if found.learnt is None:
         size = _own_set(settings, found, is_asked_about=False).settings.size
@@ -295,6 +297,12 @@ class Answers:
                 counts = self.setup.task.count(out[k : k + 1], true[k : k + 1])
                 self._count(splits[k], counts)
 
+    def sort(self) -> None:
+        """As in the source: rows of a table are stored in an order of their own."""
+        lines = self.rows.found.column("row")
+        self.table.sort(key=lambda line: int(lines[line["row"]]))
+        self.unanswered.sort(key=lambda line: int(lines[line["row"]]))
+
     def _keep(self, row: int, found: Prediction) -> None:
         line = {"row": row, **found.table_row}
         if found.predicted.ndim == 2:
@@ -328,6 +336,7 @@ def _answer_all(run: Run, setup: NetworkSetup, rows: AnySet, target: Path) -> li
             answers.ask(run, asked)
         if not answers.table and setup.sees_depth and len(rows):
             raise MissingDepth(rows.found.path)
+        answers.sort()
         files = _write_tables(answers)
     _say(answers)
     return files
