@@ -86,7 +86,7 @@ def learn(
             train_step(run, setup, batch, slice(None))
         run.history.append({})  # a run counts its epochs by these
         run.step = 0
-    return run, evaluate(run, setup, loaders)
+    return run, evaluate(run, setup, loaders).scores
 
 
 def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> None:

@@ -2,9 +2,9 @@
 
     python -m bench.tables DIR [--rows 1000000]
 
-Work: rgb, depth, split, scene and scene_type, paths of 60 bytes, written to DIR in each form (a list
-has the first two alone), each read in a process of its own. Seconds are of `read_table`; memory is
-the peak of that process above what it held with numpy and pyarrow imported.
+Work: rgb, depth, split, scene and scene_type, paths of 60 bytes, written to DIR in each form (a
+list has the first two alone), each read in a process of its own. Seconds are of `read_table`;
+memory is the peak of that process above what it held with numpy and pyarrow imported.
 """
 
 from __future__ import annotations

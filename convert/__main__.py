@@ -11,17 +11,27 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from convert.next_command import as_typed, is_of_frames, with_next_command
+from convert.next_command import command_of, is_of_frames, with_next_command
 from convert.parser import kinds_of, parser, settings_of, source_options_of
 from shards.copy import codecs_of, copy_set
-from shards.dataset import DIRECTORY_NAME, ShardSet, finished_sets, open_set, resolve_set
-from shards.errors import OldSet, UserError, WrongSource
+from shards.dataset import (
+    DIRECTORY_NAME,
+    LITTER,
+    ShardSet,
+    finished_sets,
+    litter_in,
+    open_set,
+    resolve_set,
+)
+from shards.errors import NeedsSetting, OldSet, UserError, WrongSource
 from shards.files import log
+from shards.flags import as_typed
 from shards.manifest import MANIFEST, read_manifest
 from shards.spec import ConversionSettings
 from stores.http import READERS, RemoteFile
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
+MOST_NAMES = 8  # in a command that is printed
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,9 +102,14 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
 
 
 def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path:
-    """The set of a table, or of a directory of frames."""
+    """The set of a table, or of a directory of frames. Raises WrongSetting."""
     from convert.pipeline import convert
     from convert.sources.opening import open_source
+
+    for name in ("drive", "url"):
+        value = getattr(args, name)
+        if value is not None:
+            raise NeedsSetting(name, value, "layout", "nyu")
 
     with closing(open_source(args.source, settings, source_options_of(args))) as source:
         codecs = codecs_of(args.format, args.codec, source.resolved(settings).fields)
@@ -140,10 +155,30 @@ def verify(args: argparse.Namespace) -> None:
     from convert.verify import against, verify_all
 
     found = read_set(args.directory)
+    _warn_of_litter(found)
     print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
         n_rows = against(found, args.against, source_options_of(args), args.rows)
         print(f"every column and {n_rows} random rows are what {args.against} gives")
+
+
+def _warn_of_litter(found: ShardSet) -> None:
+    """What file managers leave is no damage; it can be removed."""
+    names = litter_in(found.path, found.manifest)
+    if not names:
+        return
+    first = str(found.path / names[0]).rstrip()
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = "was left by a file manager or file system: no part of the set, and no harm"
+    log(f"warning: {first}{more} {what}. To remove: {_rm_litter(found.path, names)}")
+
+
+def _rm_litter(directory: Path, names: Sequence[str]) -> str:
+    """The line that removes it; of many, by its patterns."""
+    if len(names) <= MOST_NAMES:
+        return as_typed(["rm", *(str(directory / name) for name in names)])
+    patterns = [word for pattern in LITTER for word in ("-o", "-name", pattern)][1:]
+    return as_typed(["find", str(directory), "-type", "f", "(", *patterns, ")", "-delete"])
 
 
 def read_set(path: Path) -> ShardSet:
@@ -213,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explained(error: BaseException, args: argparse.Namespace | None) -> str:
     """What went wrong, and what to do."""
     if isinstance(error, UserError):
-        return with_next_command(error, as_typed(args))
+        return with_next_command(error, command_of(args))
     if isinstance(error, KeyboardInterrupt):
         return "interrupted: what is finished is kept. Run the same command again to go on"
     if isinstance(error, MemoryError):

@@ -7,7 +7,6 @@ shards are held, or as many as one task touches: memory does not depend on the n
 import dataclasses
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +16,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from convert.decode import SIZES, Buffers, Decoder, Helper
 from convert.machine import memory_of
@@ -26,10 +24,10 @@ from convert.resize import Resizer
 from convert.sources.base import RowReader, Source
 from shards.files import log
 from shards.manifest import Receipt
+from shards.progress import Progress, n_rows_text
 
 HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
 MIN_SLOTS = 2  # one shard is filled while another is written
-SECONDS_BETWEEN_LINES = 5  # where there is no terminal
 WriteShard = Callable[["FullShard"], Receipt]
 Receipts = list[tuple[int, Receipt]]
 
@@ -98,7 +96,9 @@ class LocalExecutor:
         self._pool = ThreadPoolExecutor(workers)
         self._writer = ThreadPoolExecutor(1)
         self._n_todo = sum(plan.n_rows_of(k) for k in {k for task in tasks for k in task.shards})
-        self._progress = RowsProgress(self._n_todo, len(readers))
+        # Rows of every reader: a row is done once all of them have decoded theirs.
+        self._n_decoded = 0
+        self._progress = Progress("converting", self._n_todo, unit="row", amount=n_rows_text)
 
     def _new_decoder(self) -> Decoder:
         settings = self._plan.settings
@@ -235,7 +235,7 @@ class LocalExecutor:
         else:
             decoded = self._decoder.decode(task.reader, task.groups, slots)
 
-        self._progress.add(sum(decoded.n_placed.values()))
+        self._count(sum(decoded.n_placed.values()))
         for k, n_rows in decoded.n_placed.items():
             start, stop = self._plan.bounds_of(k)
             with self._lock:
@@ -246,6 +246,13 @@ class LocalExecutor:
             if is_full:
                 self._submit(self._writer, self._write, shard, write)
         return []
+
+    def _count(self, n_decoded: int) -> None:
+        """So many rows of one reader more."""
+        with self._lock:
+            self._n_decoded += n_decoded
+            n_done = self._n_decoded // len(self._readers)
+            self._progress.add(n_done - self._progress.n_done)
 
     def _write(self, shard: OpenShard, write: WriteShard) -> Receipts:
         arrays = self._buffers.arrays[shard.slot]
@@ -263,52 +270,3 @@ class LocalExecutor:
     def _end(self, k: int) -> None:
         """Its buffers can be used again."""
         self._free_slots.append(self._open.pop(k).slot)
-
-
-class RowsProgress:
-    """Rows counted as they are decoded: a bar in a terminal, elsewhere a line now and then.
-
-    A row of several readers counts once all of them have decoded one. Threads may call `add`.
-    """
-
-    def __init__(self, n_rows: int, n_readers: int) -> None:
-        self._n_rows = n_rows
-        self._n_readers = n_readers
-        self._n_decoded = 0  # rows of each reader, added up
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-        self._said = self._started
-        self._bar = tqdm(
-            total=n_rows,
-            unit="row",
-            desc="convert",
-            disable=None,
-            smoothing=0.05,
-            dynamic_ncols=True,
-        )
-
-    def add(self, n_decoded: int) -> None:
-        """So many rows of one reader more."""
-        with self._lock:
-            self._n_decoded += n_decoded
-            n_done = self._n_decoded // self._n_readers
-            if not self._bar.disable:
-                self._bar.update(n_done - self._bar.n)
-                return
-            now = time.monotonic()
-            if now - self._said >= SECONDS_BETWEEN_LINES and 0 < n_done < self._n_rows:
-                self._said = now
-                left_s = (now - self._started) / n_done * (self._n_rows - n_done)
-                log(f"{n_done} of {self._n_rows} rows, {duration(left_s)} left")
-
-    def close(self) -> None:
-        """The bar stays as it is."""
-        self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """For a message: "40 s", "3 min", "2 h 10 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -12,7 +12,7 @@ import numpy as np
 from shards.dataset import ShardSet
 from shards.errors import UserError, WrongPlace, how_to_install
 from shards.files import mebibytes, write_atomically
-from shards.manifest import PROVENANCE
+from shards.manifest import FAILED, PROVENANCE, RIGHT_ROW
 from shards.spec import NO_SCENE_TYPE, SPLITS, DatasetSpec, Field, class_colours
 
 INK = "#1c1f24"
@@ -26,6 +26,7 @@ def describe(found: ShardSet) -> str:
     lines = [
         str(found.path),
         f"  rows      {found.n_rows}: {_splits_text(found)}",
+        *_failed_lines(found),
         f"  settings  {json.dumps(found.settings.to_json())}",
         f"  source    {manifest.source.name}, {manifest.source.n_bytes} bytes",
         f"  files     {len(manifest.files)}, {n_bytes / 1e6:.0f} MB",
@@ -53,6 +54,14 @@ def _splits_text(found: ShardSet) -> str:
     several = "both splits" if len(counts) == 2 else "several splits"
     n_scenes = len(found.manifest.scenes)
     return f"{', '.join(counts)}, {n_scenes} scenes ({n_shared} in {several})"
+
+
+def _failed_lines(found: ShardSet) -> list[str]:
+    """How many rows could not be read, where any could not."""
+    n_failed = int(np.sum(found.column("status") != RIGHT_ROW))
+    if not n_failed:
+        return []
+    return [f"  failed    {n_failed} rows are empty and left out of training: see {FAILED}"]
 
 
 def _scene_type_lines(found: ShardSet) -> list[str]:

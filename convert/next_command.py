@@ -25,7 +25,7 @@ from shards.errors import (
     WrongPlace,
     WrongSource,
 )
-from shards.flags import as_flag, flag_of, upgrade_commands
+from shards.flags import as_flag, as_typed, flag_of, upgrade_commands
 from shards.manifest import PROVENANCE
 from shards.spec import ConversionSettings
 
@@ -44,7 +44,7 @@ NEXT: tuple[tuple[type[UserError], str], ...] = (
 )
 
 
-def as_typed(args: argparse.Namespace | None) -> str:
+def command_of(args: argparse.Namespace | None) -> str:
     """The command that was run, as it is typed with make, which knows the .mat alone."""
     if args is None:
         return "make convert"
@@ -111,7 +111,7 @@ def repair_commands(error: Any) -> str:
     if error.foreign:
         commands.append(["rm", "-r", *(str(found.path / name) for name in error.foreign)])
     commands.append(repair_command(found))
-    return " && ".join(map(shlex.join, commands))
+    return " && ".join(map(as_typed, commands))
 
 
 def repair_command(found: ShardSet) -> list[str]:

@@ -47,7 +47,7 @@ def parser(verbs: Verbs) -> argparse.ArgumentParser:
             "nyu_depth_v2_labeled.mat --out data",
             "--out data --drive /content/drive/MyDrive/nyuv2",
             "rows.csv --root pictures.zip --out data --depth-encoding tum",
-            "my_room --out data   # with my_room/rgb and my_room/depth in it",
+            "my_room --out data --split-by row",
             "data --out packed --format zarr --codec blosc-zstd",
         )
     )

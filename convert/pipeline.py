@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -64,6 +64,7 @@ from shards.manifest import (
     write_receipt,
     write_receipts,
 )
+from shards.progress import megabytes
 from shards.spec import (
     SPLITS,
     Codecs,
@@ -112,6 +113,9 @@ class Execution:
     codecs: Codecs = None
     repair: bool = False
     max_failed: float = 0.0
+    # Told of each shard that is durable, (directory, number, receipt), those of an earlier run
+    # first; it may not wait.
+    on_shard: Callable[[Path, int, Receipt], object] | None = None
 
 
 def convert_to_set(
@@ -293,11 +297,17 @@ def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) 
     """
     done = _done_before(directory, plan)
     try_failed_again(done, plan.n_rows, execution.max_failed)
+    on_shard = execution.on_shard or _nobody
+    for k, receipt in done.items():
+        on_shard(directory, k, receipt)
     readers = source.readers([field.name for field in plan.fields])
     tasks = plan_tasks(plan, [reader.group_rows for reader in readers], done)
     n_todo = sum(plan.n_rows_of(k) for k in range(len(plan.bounds)) if k not in done)
     scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
-    check_space(directory, n_todo * plan.row_bytes + scratch_bytes)
+    n_bytes = n_todo * plan.row_bytes + scratch_bytes
+    free = check_space(directory, n_bytes)
+    if tasks:
+        log(f"{n_todo} rows to convert: {megabytes(n_bytes)} to write, {megabytes(free)} free")
 
     with (
         _thread_beside(source) as beside,  # text is read while pictures are decoded
@@ -312,6 +322,7 @@ def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) 
         too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
         for k, receipt in executor.run(directory, write, facts):
             done[k] = receipt
+            on_shard(directory, k, receipt)
             failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
             if len(failed) > too_many:
                 columns = filled_columns(
@@ -346,6 +357,10 @@ def _columns(plan: Plan, facts: RowFacts, receipts: Sequence[Receipt]) -> dict[s
     if facts.camera_px is not None:
         columns["camera"] = camera_shares_of(facts.camera_px, np.asarray(columns["size"]))
     return filled_columns(columns, plan.n_rows, facts.dataset, plan.settings.crop)
+
+
+def _nobody(_directory: Path, _shard: int, _receipt: Receipt) -> None:
+    """Where nobody is to be told of shards."""
 
 
 @contextmanager

@@ -9,20 +9,25 @@ the .mat: given, on Drive, or fetched     -> what is not right on this disk, els
 import json
 import shutil
 import time
+from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from convert.pipeline import Execution, convert_to_set, find_set
+from convert.follower import Follower, take_up
+from convert.pipeline import Execution, convert_to_set, find_set, make_plan
 from convert.sources.base import SourceFilter
+from convert.sources.nyu import NyuSource
 from convert.sources.nyu_mat import Source, check_opens, sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.transfer import fetch, missing_files, pull, pull_right_files, push, refuse_newer
+from convert.verify import checked
 from shards.copy import codecs_of, copy_set
-from shards.dataset import ShardSet, open_set, verify
+from shards.dataset import ShardSet, open_set
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
-from shards.manifest import MANIFEST, PROVENANCE
+from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS
 from shards.spec import Codecs, ConversionSettings
 from stores.local import exists
 from stores.mounted import MountedStore, check_mounted, patiently
@@ -77,15 +82,20 @@ def prepare(request: SetRequest) -> Path:
     existing = _existing_sets(request)
 
     made = _from_this_disk(existing.local)
+    read_back: Collection[str] = ()
     if made is None and existing.on_drive is not None:
         made = _from_drive(request, existing.on_drive)
         existing = replace(existing, is_drive_whole=made is not None)
     if made is None:
-        made = _converted(request, existing)
+        source = _source_of(request)
+        if request.drive and not (existing.local or existing.on_drive):
+            made, read_back = _converted_onto_drive(request, request.drive, source)
+        else:
+            made = _converted(request, existing, source)
 
     if request.drive and not existing.is_drive_whole:
         form = existing.on_drive.path.suffix if existing.on_drive else PACKED
-        _copy_to_drive(made, request, form)
+        _copy_to_drive(made, request, form, read_back)
     shutil.rmtree(request.root / TRANSIT, ignore_errors=True)
     return made.path
 
@@ -137,8 +147,8 @@ def _from_this_disk(local: ShardSet | None) -> ShardSet | None:
         return None
     started = time.perf_counter()
     files = local.manifest.files
-    checked = [(name, problem) for name, problem in verify(local) if name in files]
-    wrong = [f"{name} {problem}" for name, problem in checked if problem]
+    problems = [(name, problem) for name, problem in checked(local) if name in files]
+    wrong = [f"{name} {problem}" for name, problem in problems if problem]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         log(f"{local.path} is damaged: {'; '.join(wrong[:3])}{more}")
@@ -174,14 +184,50 @@ def _from_drive(request: SetRequest, on_drive: ShardSet) -> ShardSet | None:
     return pulled
 
 
-def _converted(request: SetRequest, existing: ExistingSets) -> ShardSet:
-    """The set made from the .mat, but for what is right of a damaged one here or on Drive."""
+def _source_of(request: SetRequest) -> Source:
+    """The .mat: given, found, or fetched."""
     source = request.source or _find_mat(request.root, request.drive)
     if source is None:
         source = fetch(request.url or NYU_DOWNLOAD.url, request.root / NYU_DOWNLOAD.name)
     places = f"this disk or {request.drive}" if request.drive else "this disk"
     log(f"no whole set of these settings on {places}: converting {source}")
+    return source
 
+
+def _converted_onto_drive(
+    request: SetRequest, drive: Path, source: Source
+) -> tuple[ShardSet, Collection[str]]:
+    """The set made from the .mat, each shard on Drive soon after; and the files that are there.
+
+    A session that was cut, here or on another machine, is gone on with.
+    """
+    with closing(NyuSource(source, request.settings)) as opened:
+        settings = opened.resolved(request.settings)
+        codecs = request.codecs or codecs_of("zarr", CODEC, settings.fields)
+        plan = make_plan(opened, settings, codecs)
+        where = request.root if request.codecs else request.root / TRANSIT
+        packed = where / plan.directory_name
+        plain = request.root / packed.stem
+        is_begun_here = request.codecs is None and any(plain.glob(RECEIPTS))
+        is_taken_up = not is_begun_here and take_up(plan, drive, packed) > 0
+        if not is_taken_up:
+            where = request.root
+
+        with Follower(plan, packed, drive, codecs) as follower:
+            execution = Execution(
+                workers=request.workers,
+                codecs=codecs if is_taken_up else request.codecs,
+                repair=True,
+                on_shard=follower,
+            )
+            made = convert_to_set(opened, where, settings, execution)
+    if where != request.root:
+        made = copy_set(made, request.root, None)
+    return made, follower.read_back
+
+
+def _converted(request: SetRequest, existing: ExistingSets, source: Source) -> ShardSet:
+    """The set made from the .mat, but for what is right of a damaged one here or on Drive."""
     where, codecs = _begin(request, existing)
     execution = Execution(workers=request.workers, codecs=codecs, repair=True)
     made = convert_to_set(source, where, request.settings, execution)
@@ -237,7 +283,9 @@ def _cost(found: ShardSet) -> str:
 # ------------------------------------------------------------------------------ a copy on Drive
 
 
-def _copy_to_drive(made: ShardSet, request: SetRequest, form: str) -> None:
+def _copy_to_drive(
+    made: ShardSet, request: SetRequest, form: str, read_back: Collection[str]
+) -> None:
     """Push the set in this form (a suffix), PACKED unless Drive has its plain form.
 
     Packed it is 295 MB to copy instead of 727, unpacked in 5 s.
@@ -246,7 +294,7 @@ def _copy_to_drive(made: ShardSet, request: SetRequest, form: str) -> None:
     log(f"{request.drive} gets a copy of {made.path.name} for the next session")
     if form != made.path.suffix:
         made = _packed(made, request.root / TRANSIT)
-    push(made, request.drive)
+    push(made, request.drive, read_back)
 
 
 def _packed(made: ShardSet, folder: Path) -> ShardSet:

@@ -3,11 +3,9 @@
 The manifest goes last. Also `fetch`: the .mat from its home, or from any web server.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from convert.failed import rows_read_of
 from convert.sources.nyu_tables import NYU_DOWNLOAD
@@ -23,42 +21,21 @@ from shards.errors import (
 )
 from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
-from shards.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest, write_receipts
+from shards.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    read_manifest,
+    receipt_name,
+    write_manifest,
+    write_receipts,
+)
+from shards.progress import Progress, megabytes
 from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
 from stores.local import LocalStore
 from stores.mounted import MountedStore, check_mounted, patiently
 
 Files = Mapping[str, FileEntry]
-
-
-class Progress(tqdm):
-    """Bytes on their way: a bar on a terminal, else a line each eighth of it."""
-
-    def __init__(self, doing: str, n_bytes: int, n_bytes_done: int = 0) -> None:
-        """doing: the first word of each line, such as "reading"."""
-        self.doing = doing
-        self.n_bytes = n_bytes
-        self.n_bytes_done = n_bytes_done
-        super().__init__(
-            total=n_bytes,
-            initial=n_bytes_done,
-            desc=doing,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            miniters=1,
-        )
-
-    def add(self, n_bytes: int, what: str = "") -> None:
-        """n_bytes more are done; `what` of them ("3 of 80 files, ") is said in the line."""
-        self.update(n_bytes)
-        before = self.n_bytes_done
-        self.n_bytes_done += n_bytes
-        has_new_eighth = 8 * self.n_bytes_done // self.n_bytes > 8 * before // self.n_bytes
-        if self.disable and has_new_eighth:
-            done_mb = self.n_bytes_done / 1e6
-            log(f"{self.doing}: {what}{done_mb:.0f} of {self.n_bytes / 1e6:.0f} MB")
 
 
 # ---------------------------------------------------------------------------------- whole sets
@@ -77,10 +54,11 @@ def missing_files(folder: Folder, files: Files) -> list[str]:
     return [name for name, entry in files.items() if folder.size(name) != entry.n_bytes]
 
 
-def push(found: ShardSet, drive: Path) -> ShardSet:
+def push(found: ShardSet, drive: Path, read_back: Collection[str] = ()) -> ShardSet:
     """Copy a finished set to the folder `drive`: only what is missing or wrong there; the copy.
 
-    Every file is read back. A set that is there stays whole until the first of its files has to
+    Every file is read back, but for those in `read_back`, which were a moment ago: of these only
+    the size is looked at. A set that is there stays whole until the first of its files has to
     change: over one of version 1 of the same rows, to the end. Raises StoreFailed (IncompleteCopy
     where a file of the set itself is damaged) and WrongPlace where the copy would not fit.
     """
@@ -91,7 +69,9 @@ def push(found: ShardSet, drive: Path) -> ShardSet:
     target.create()
 
     def copy(name: str, entry: FileEntry | None) -> None:
-        target.upload(found.path / name, name, entry)
+        is_there = name in read_back and entry is not None and target.size(name) == entry.n_bytes
+        if not is_there:
+            target.upload(found.path / name, name, entry)
 
     files = found.manifest.files
     changed = _files_to_change(source, target, files)
@@ -104,6 +84,8 @@ def push(found: ShardSet, drive: Path) -> ShardSet:
     for name in (PROVENANCE, MANIFEST):
         if source.size(name) >= 0:
             copy(name, None)
+    for k in range(found.n_shards):  # of a session that was cut, or that copied shard by shard
+        target.delete(receipt_name(k))
     flush = "run drive.flush_and_unmount() in a cell before you close"
     log(f"read back from the mount. It reaches Google later: {flush}")
     return ShardSet(target.path, found.manifest)
@@ -228,10 +210,11 @@ def _have_same_manifest(source: Folder, target: Folder) -> bool:
 def _copy_files(files: Files, doing: str, copy: Callable[[str, FileEntry | None], object]) -> None:
     """Copy all but the manifest, and say how far it is."""
     n_bytes = sum(entry.n_bytes for entry in files.values())
+    log(f"{doing}: {len(files)} files, {megabytes(n_bytes)}")
     with Progress(doing, n_bytes) as progress:
-        for k, (name, entry) in enumerate(_in_order(files), 1):
+        for name, entry in _in_order(files):
             copy(name, entry)
-            progress.add(entry.n_bytes, f"{k} of {len(files)} files, ")
+            progress.add(entry.n_bytes)
 
 
 def _in_order(files: Files) -> Iterable[tuple[str, FileEntry]]:

@@ -1,14 +1,13 @@
 """Is every byte of a set right, and is it what the source gives."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from convert.decode import blaming
 from convert.resize import Resizer
@@ -17,10 +16,13 @@ from convert.sources.errors import BadRow
 from convert.sources.opening import SourceOptions, open_source
 from shards.dataset import ShardSet, verify
 from shards.errors import DamagedSet, OtherSet, WrongSource
+from shards.files import log
 from shards.manifest import RIGHT_ROW, Column, ColumnValues, shard_file
+from shards.progress import Progress, megabytes
 from shards.spec import SPLITS, DatasetSpec
 from shards.texts import Texts
 
+LONG_BYTES = 100 << 20  # what takes a disk a second or more is announced
 SHOWN = 3  # of the wrong files
 SHOWN_LETTERS = 100  # of a text
 
@@ -50,17 +52,22 @@ class OtherRows(OtherSet):
 
 def verify_all(found: ShardSet) -> int:
     """Check every file; how many are right. Raises WrongFiles."""
-    checking = tqdm(
-        verify(found),
-        total=len(found.manifest.files),
-        desc="verify",
-        unit="file",
-        disable=None,
-    )
-    wrong = {name: problem for name, problem in checking if problem}
+    wrong = {name: problem for name, problem in checked(found) if problem}
     if wrong:
         raise WrongFiles(found, wrong)
     return len(found.manifest.files)
+
+
+def checked(found: ShardSet) -> Iterator[tuple[str, str | None]]:
+    """What `shards.dataset.verify` yields, and how far it is is said meanwhile."""
+    files = found.manifest.files
+    n_bytes = sum(entry.n_bytes for entry in files.values())
+    if n_bytes >= LONG_BYTES:
+        log(f"checking {len(files)} files of {found.path}, {megabytes(n_bytes)}")
+    with Progress("checking", n_bytes) as progress:
+        for name, problem in verify(found):
+            progress.add(files[name].n_bytes if name in files else 0)
+            yield name, problem
 
 
 def against(found: ShardSet, path: Path, options: SourceOptions, n_rows: int) -> int:

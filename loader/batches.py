@@ -105,12 +105,23 @@ class Delivery:
 Plan = Iterator[PlannedBatch]
 
 
+def batches_of(order: BatchOrder, epoch: int) -> Sequence[np.ndarray]:
+    """What the order says; TypeError where that cannot be asked for its length and its parts."""
+    rows_of_batches = order(epoch)
+    is_sequence = hasattr(rows_of_batches, "__len__") and hasattr(rows_of_batches, "__getitem__")
+    if not is_sequence:
+        kind = type(rows_of_batches).__name__
+        text = f"batches({epoch}) returned a {kind}"
+        raise TypeError(f"{text}: it returns a list of the row numbers of each batch")
+    return rows_of_batches
+
+
 def plan_from(order: BatchOrder, position: Position) -> Plan:
     """All batches from there on, epoch after epoch; ends before an epoch that has none."""
     epoch = position.epoch
     first_step = position.step
     while True:
-        rows_of_batches = order(epoch)
+        rows_of_batches = batches_of(order, epoch)
         n_batches = len(rows_of_batches)
         if not n_batches:
             return

@@ -61,6 +61,15 @@ def arrays_in(buffer: Any, layout: Layout) -> list[np.ndarray]:
     Returns an array a part, in the layout's order; in memory the widest type lies first, so that
     all are aligned. Raises TypeError where the buffer is too small.
     """
+    n_bytes = n_bytes_of(layout)
+    n_there = memoryview(buffer).nbytes
+    if n_bytes > n_there:
+        raise TypeError(
+            f"buffer is too small: it has {n_there} bytes, a batch of {_shapes_of(layout)} takes "
+            f"{n_bytes}. A loader's buffers are made for the largest batch of the epoch that it "
+            "begins with: no later one may be larger"
+        )
+
     widest_first = sorted(range(len(layout)), key=lambda k: -layout[k][0].itemsize)
     arrays: dict[int, np.ndarray] = {}
     offset = 0
@@ -69,6 +78,10 @@ def arrays_in(buffer: Any, layout: Layout) -> list[np.ndarray]:
         arrays[k] = np.ndarray(shape, dtype, buffer, offset)
         offset += arrays[k].nbytes
     return [arrays[k] for k in range(len(layout))]
+
+
+def _shapes_of(layout: Layout) -> str:
+    return ", ".join(f"{dtype} {list(shape)}" for dtype, shape in layout)
 
 
 def tensors_in(buffer: Any, layout: Layout, is_copied: bool = False) -> tuple[Tensor, ...]:

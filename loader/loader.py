@@ -4,6 +4,7 @@ import multiprocessing as mp
 import os
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +15,7 @@ from loader.batches import (
     Position,
     RowDataset,
     Transform,
+    batches_of,
     plan_from,
 )
 from loader.buffers import N_BUFFERS, BufferPool
@@ -98,9 +100,29 @@ class Loader:
         _check_count("start", start)
         self.start = Position(epoch=epoch, step=start)
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch: what `batches` has as its `batch_size`, else those of the largest."""
+        declared = getattr(self.batches, "batch_size", None)
+        if isinstance(declared, int):
+            return declared
+        return max(map(len, batches_of(self.batches, self.start.epoch)), default=0)
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether rows that fill no whole batch are left out: what `batches` says, else not."""
+        return bool(getattr(self.batches, "drop_last", False))
+
+    @property
+    def sampler(self) -> "EpochRows":
+        """The rows of the next iteration, and its `set_epoch`, as programs for torch's loaders
+        look for them.
+        """
+        return EpochRows(self)
+
     def __len__(self) -> int:
         """How many batches the next iteration has."""
-        return len(self.batches(self.start.epoch)[self.start.step :])
+        return max(0, len(batches_of(self.batches, self.start.epoch)) - self.start.step)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the epoch. An iteration that was begun before ends with a RuntimeError."""
@@ -113,7 +135,7 @@ class Loader:
 
     def new_producer(self, epoch: int) -> Producer:
         """Who makes the batches, with buffers for the largest of this epoch. Raises NoRoom."""
-        n_rows = max(map(len, self.batches(epoch)))
+        n_rows = max(map(len, batches_of(self.batches, epoch)))
         need = self.batch_maker.buffer_need(n_rows)
         check_room(N_BUFFERS * need.used_bytes, f"{N_BUFFERS} batches of {n_rows} rows")
 
@@ -130,6 +152,38 @@ class Loader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.stream = BatchStream()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Loader":
+        try:
+            state = deepcopy(self.__getstate__(), memo)
+        except TypeError as error:
+            text = "the dataset, the batches or the transform of this loader cannot be copied"
+            raise TypeError(f"{text} ({error}): use copy.copy, which shares them") from error
+        made = Loader.__new__(type(self))
+        made.__setstate__(state)
+        return made
+
+
+class EpochRows:
+    """The rows of a loader's next iteration, in their order: what torch calls a sampler."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def set_epoch(self, epoch: int) -> None:
+        """The same as the loader's."""
+        self._loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        for rows in self._batches():
+            yield from np.asarray(rows).tolist()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._batches()))
+
+    def _batches(self) -> list[np.ndarray]:
+        start = self._loader.start
+        return list(batches_of(self._loader.batches, start.epoch))[start.step :]
 
 
 class Iteration(Iterator[Any]):
@@ -160,6 +214,12 @@ class Iteration(Iterator[Any]):
             self._position = position_after
             self._n_left -= 1
             return batch
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an iteration over a loader cannot be copied or pickled: copy the loader, which begins "
+            "the same epoch anew"
+        )
 
     def _finish(self) -> NoReturn:
         """The loader goes on to the next epoch, unless it was told another one meanwhile."""
@@ -272,16 +332,18 @@ def worker_count(
 
     wanted: a number, which is taken; or "auto": none where one thread makes batches fast enough,
         else one a core, as far as there are buffers; then it says so on standard error.
-    n_rows: of the dataset; some of them are made to measure.
+    n_rows: of the dataset; some of them are made to measure. No batch has more.
     name: of the loader, in what is said.
     """
     if wanted != "auto":
         return int(wanted)
+    if n_rows == 0:
+        return 0
 
     n_cores = _n_cores()
     n_tried = min(batch_size, n_rows, N_TRIED)
     ms_per_row = maker.seconds(n_tried) * 1e3 / n_tried
-    ms = ms_per_row * batch_size
+    ms = ms_per_row * min(batch_size, n_rows)
     count = min(n_cores, N_BUFFERS - 1) if ms > HIDDEN_MS and n_cores > 1 else 0
     print(
         f"loader: {name}: num_workers=auto is {count} "

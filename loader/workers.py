@@ -3,6 +3,7 @@
 import gc
 import multiprocessing as mp
 import os
+import pickle
 import signal
 import weakref
 from collections import deque
@@ -132,6 +133,10 @@ class ProcessProducer(Producer):
         except ChildProcessError:  # it asks after the server that its parent has started
             text = "a forked child cannot use its parent's forkserver: use start_method='spawn'"
             raise RuntimeError(text) from None
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            text = f"the dataset or the transform cannot be sent to a worker ({error})"
+            mend = "define it in a module, or use start_method='fork' or num_workers=0"
+            raise RuntimeError(f"{text}: {mend}") from error
         finally:
             gc.unfreeze()
 

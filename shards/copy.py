@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from shards.containers import (
     CODECS,
     ShardForm,
@@ -22,7 +20,7 @@ from shards.containers import (
 )
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting
-from shards.files import FileEntry, what_is_wrong, write_bytes
+from shards.files import FileEntry, log, what_is_wrong, write_bytes
 from shards.flags import Parser, as_flag, as_path
 from shards.lock import only_one
 from shards.manifest import (
@@ -30,6 +28,7 @@ from shards.manifest import (
     Receipt,
     write_receipt,
 )
+from shards.progress import Progress, megabytes
 from shards.spec import Codecs
 from shards.writing import check_space, commit, finished_set, resume, set_name
 
@@ -71,23 +70,25 @@ def copy_set(found: ShardSet, root: Path, codecs: Codecs) -> ShardSet:
 
 
 def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
-    for name, entry in found.manifest.files.items():
-        if problem := what_is_wrong(found.path / name, entry):
-            raise DamagedSet(found.path / name, problem)
+    _check_every_file(found)
     fields = found.manifest.fields
     done = resume(directory, found.manifest.bounds, fields.values(), codecs)
     todo = [k for k in range(found.n_shards) if k not in done]
     check_space(directory, _bytes_to_write(found, len(todo), codecs))
 
     form = ShardForm(codecs=codecs, n_slots=found.settings.rows_per_shard)
-    for k in tqdm(todo, desc="copy", unit="shard", disable=None):
-        files: dict[str, FileEntry] = {}
-        for name, field in fields.items():
-            rows = found.shard(name, k)
-            files |= write_field(directory, field, k, rows, form)
-        entry = replace(found.manifest.shards[k], files=files)
-        done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
-        write_receipt(directory, k, done[k])
+    n_bytes = _n_bytes_of_rows(found, todo)
+    log(f"copying {len(todo)} of {found.n_shards} shards, {megabytes(n_bytes)} as arrays")
+    with Progress("copying", n_bytes) as progress:
+        for k in todo:
+            files: dict[str, FileEntry] = {}
+            for name, field in fields.items():
+                rows = found.shard(name, k)
+                files |= write_field(directory, field, k, rows, form)
+                progress.add(rows.nbytes)
+            entry = replace(found.manifest.shards[k], files=files)
+            done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
+            write_receipt(directory, k, done[k])
 
     if (found.path / PROVENANCE).is_file():
         write_bytes(directory / PROVENANCE, (found.path / PROVENANCE).read_bytes())
@@ -98,6 +99,23 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
     )
     columns = {name: found.column(name) for name in manifest.columns}
     return commit(directory, manifest, columns)
+
+
+def _check_every_file(found: ShardSet) -> None:
+    """Raise DamagedSet for the first that is not as the manifest says."""
+    files = found.manifest.files
+    with Progress("checking", sum(entry.n_bytes for entry in files.values())) as progress:
+        for name, entry in files.items():
+            if problem := what_is_wrong(found.path / name, entry):
+                raise DamagedSet(found.path / name, problem)
+            progress.add(entry.n_bytes)
+
+
+def _n_bytes_of_rows(found: ShardSet, shards: Iterable[int]) -> int:
+    """Of all fields of these shards, as arrays."""
+    n_rows = sum(found.manifest.shards[k].stop - found.manifest.shards[k].start for k in shards)
+    fields = found.manifest.fields.values()
+    return n_rows * sum(field.row_bytes(found.settings.size) for field in fields)
 
 
 def _bytes_to_write(found: ShardSet, n_shards: int, codecs: Codecs) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,19 @@ NOT_CONTENT = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(PROVENANCE)}|{re.escape(FAILED)}|receipt-\d+\.json"
     r"|rows-raw_(rgb|depth)(\.npy|(/.*)?)"
 )
-
+# What file managers, network file systems and editors leave in any folder that they show: no
+# damage, and nobody's work.
+LITTER = (
+    ".DS_Store",
+    "._*",
+    "Icon\r",
+    "[Tt]humbs.db",
+    "[Dd]esktop.ini",
+    ".directory",
+    ".nfs*",
+    ".fuse_hidden*",
+    ".~lock*",
+)
 
 MAX_TEXT_BYTES = 1 << 16  # of one row's text
 
@@ -189,7 +202,10 @@ def resolve_set(path: str | Path) -> Path:
 
 
 def verify(found: ShardSet) -> Iterator[tuple[str, str | None]]:
-    """Check every byte: yields (file, None) or (file, what is wrong); foreign files too."""
+    """Check every byte: yields (file, None) or (file, what is wrong).
+
+    Foreign files are yielded too, but for the litter of file managers.
+    """
     files = found.manifest.files
     for name, entry in sorted(files.items()):
         yield name, what_is_wrong(found.path / name, entry)
@@ -197,11 +213,28 @@ def verify(found: ShardSet) -> Iterator[tuple[str, str | None]]:
 
 
 def foreign_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What lies in a set's directory and is no part of it."""
+    """What lies in a set's directory and is no part of it, litter left out: (name, what it is)."""
+    for name in _not_of_the_set(directory, manifest):
+        if not is_litter(directory / name):
+            yield name, "is not part of the set"
+
+
+def litter_in(directory: Path, manifest: Manifest) -> list[str]:
+    """The names of what file managers and the like have left in a set's directory."""
+    return [name for name in _not_of_the_set(directory, manifest) if is_litter(directory / name)]
+
+
+def is_litter(path: Path) -> bool:
+    """Whether it is a plain file that nobody meant to be there: see LITTER."""
+    has_name = any(fnmatchcase(path.name, pattern) for pattern in LITTER)
+    return has_name and path.is_file() and not path.is_symlink()
+
+
+def _not_of_the_set(directory: Path, manifest: Manifest) -> Iterator[str]:
     files = manifest.files
     directories = {str(parent) for name in files for parent in Path(name).parents}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         is_known = name in files or (name in directories and not path.is_symlink())
         if not is_known and not NOT_CONTENT.fullmatch(name):
-            yield name, "is not part of the set"
+            yield name

@@ -8,7 +8,7 @@ them name. Whatever else names a setting calls it as in Python; its errors are t
 import argparse
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +51,24 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong in one line, and end with status 2."""
         one_line = " ".join(message.split())
         self.exit(2, f"{self.prog}: {one_line}. Run: {self.prog} --help\n")
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """A command as it is typed in bash or zsh, in one line whatever its names hold."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = [c if c.isprintable() and c not in "\\'" else _escaped(c) for c in word]
+    return f"$'{''.join(letters)}'"
+
+
+def _escaped(letter: str) -> str:
+    if letter in "\\'":
+        return "\\" + letter
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
 
 
 def as_path(text: str) -> Path:

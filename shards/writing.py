@@ -92,10 +92,11 @@ def _are_right(directory: Path, entry: ShardEntry) -> bool:
     return not any(what_is_wrong(directory / name, file) for name, file in entry.files.items())
 
 
-def check_space(directory: Path, n_bytes: int) -> None:
-    """Raise WrongPlace before the work where its result would not fit."""
+def check_space(directory: Path, n_bytes: int) -> int:
+    """How many bytes are free. Raises WrongPlace before the work where its result would not fit."""
     need = n_bytes + SPARE_BYTES
     free = shutil.disk_usage(directory.parent).free
     if need > free:
         what = f"has {free / 1e6:.0f} MB free, the shards need {need / 1e6:.0f} MB"
         raise WrongPlace(directory.parent, what, "Free some, or choose another disk")
+    return free

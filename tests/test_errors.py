@@ -167,7 +167,7 @@ def test_a_set_that_cannot_be_unpacked_is_named_with_where_it_was_to_go() -> Non
 
 # ---------------------------------------------------------------- no flag and no command
 
-COMMAND_LINES = {"__main__.py", "shards/flags.py"}
+COMMAND_LINES = {"__main__.py", "shards/flags.py", "convert/parser.py", "convert/next_command.py"}
 TYPED = re.compile(r"(?<![\w-])--[a-z]|python -m|\bmake (convert|train|pull|push|verify)\b|MAT=")
 # Calls that say nothing of what went wrong: they define flags.
 DEFINE_FLAGS = {"add_argument", "ArgumentParser", "Parser", "_flag", "_number"}

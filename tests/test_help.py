@@ -17,7 +17,7 @@ from convert.__main__ import main
 from shards.containers import CODECS
 from shards.errors import WrongSetting
 from shards.flags import Parser, as_path
-from shards.spec import ConversionSettings
+from shards.spec import AUTO_ROWS, ConversionSettings
 
 MAGIC = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
@@ -122,15 +122,18 @@ def test_help_names_every_codec() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "name"), [("--size", "size"), ("--rows-per-shard", "rows_per_shard")]
+    ("flag", "name", "auto"),
+    [("--size", "size", None), ("--rows-per-shard", "rows_per_shard", AUTO_ROWS)],
 )
-def test_the_range_in_the_help_is_the_one_that_counts(flag: str, name: str) -> None:
+def test_the_range_in_the_help_is_the_one_that_counts(
+    flag: str, name: str, auto: int | None
+) -> None:
     of_run = next(commands_of(convert_parser.parser(command_line.VERBS)))
     action = next(action for action in of_run._actions if flag in action.option_strings)
     low, high = map(int, re.findall(r"(\d+) to (\d+)", str(action.help))[0])
     for right in (low, high):
         ConversionSettings(**{name: right})
-    for wrong in (low - 1, high + 1):
+    for wrong in (low - 1 if low - 1 != auto else low - 2, high + 1):
         with pytest.raises(WrongSetting):
             ConversionSettings(**{name: wrong})
 

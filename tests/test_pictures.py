@@ -508,6 +508,16 @@ def test_a_jpeg_that_is_cut_and_ended_is_no_half_picture(share: float) -> None:
 
 
 @pytest.mark.usefixtures("by_each_decoder")
+def test_a_jpeg_that_is_cut_and_followed_by_another_is_no_half_picture() -> None:
+    noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = saved(Image.fromarray(noise), "JPEG", quality=90)
+    with pytest.raises(BadRow, match="JPEG: "):
+        decode(whole[: len(whole) // 2].rstrip(b"\xff") + whole, "colour")
+    two = decode(whole + whole, "colour").pixels
+    np.testing.assert_array_equal(two, decode(whole, "colour").pixels)
+
+
+@pytest.mark.usefixtures("by_each_decoder")
 def test_a_jpeg_with_restarts_is_whole_and_its_half_is_not() -> None:
     noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = codecs.jpeg8_encode(noise, level=90)

@@ -26,6 +26,7 @@ from shards.errors import (
     WrongPlace,
     one_line,
 )
+from shards.files import log
 from shards.flags import as_flag, flag_of, upgrade_commands
 from train import ranks
 from train.data import open_for_training
@@ -37,6 +38,12 @@ from train.report import report
 from train.settings import Settings, add_flags
 from train.signals import REQUESTS, Stopped
 
+DESCRIPTION = """Train a network on a converted set: on its scenes, the classes of its pixels, or
+depth. It leaves checkpoints, scores, tables and pictures in RUN.
+
+What a run says of the test rows, or of other pictures: python -m train predict --help"""
+USAGE = "python -m train --data DIR|ROOT --out RUN [flags]"
+PREDICT_USAGE = "python -m train predict RUN [RUN ...] [flags]"
 EPILOG = """examples:
   python -m train --data data --out runs/scene
   python -m train --data data --out runs/scene --recipe default
@@ -66,7 +73,8 @@ def make_parser() -> Parser:
     """The flags are the fields of Settings, and which recipe is to be followed."""
     parser = Parser(
         "train",
-        description=__doc__,
+        usage=USAGE,
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,16 +82,22 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--recipe",
         choices=list(RECIPES),
-        help="train in stages, with settings that are good together; a flag given is kept",
+        help="train in stages, with settings that are good together instead of the defaults above "
+        f"({_of_the_recipe()}); a flag that is given is kept; default none",
     )
     parser.add_argument(
         "--start",
         default=AUTO,
         metavar="auto|RUN",
         help="of a recipe: the run that learns the pixels' classes first, '' for none "
-        "(auto: OUT-parts, where the set has them)",
+        "(auto: OUT-parts, where the set has them); default auto",
     )
     return parser
+
+
+def _of_the_recipe() -> str:
+    given = [f"{flag_of(name)} {value}" for name, value in RECIPES["default"].items()]
+    return f"default: {', '.join(given)}"
 
 
 def parse(words: Sequence[str]) -> tuple[Settings, str | None, str]:
@@ -121,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _do(words: Sequence[str]) -> None:
     if words[:1] == ["predict"]:
-        _predict(vars(predict_flags(Parser("train predict")).parse_args(words[1:])))
+        parser = predict_flags(Parser("train predict", usage=PREDICT_USAGE))
+        _predict(vars(parser.parse_args(words[1:])))
         return
 
     settings, recipe, start = parse(words)
@@ -129,8 +144,11 @@ def _do(words: Sequence[str]) -> None:
     found = open_for_training(settings.data, allow_remote=settings.allow_remote)
     stages = plan(settings, found, recipe, start)
     ranks.join()
-    for stage in stages:
+    for k, stage in enumerate(stages):
         is_done = ranks.broadcast_from_first(stage.is_done)
+        if len(stages) > 1 and ranks.RANK == 0:
+            what = f"{stage.settings.task} in {stage.settings.out}"
+            log(f"stage {k + 1} of {len(stages)}: {what}{' is done' if is_done else ''}")
         if not is_done:
             train_and_report(stage.settings, found)
 
@@ -151,7 +169,8 @@ def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
         if ranks.RANK > 0:
             return
         files = report(result)
-        again = command(result.setup.settings, epochs=2 * result.epochs)
+        n_more = result.n_trained or result.epochs
+        again = command(result.setup.settings, epochs=result.epochs + n_more)
         print("continue:", again, flush=True)
         result.mirror.copy(*(path.name for path in files), wait_s=MIRROR_WAIT_S)
 

@@ -74,11 +74,12 @@ def check_path(path: Any) -> None:
         raise refuse(
             "dataset_path", path, "the path of a finished set, or of a folder that holds one"
         )
+    there = os.path.expanduser(path)
     try:
-        if os.path.isdir(path):
-            os.scandir(path).close()
+        if os.path.isdir(there):
+            os.scandir(there).close()
         else:
-            os.stat(path)
+            os.stat(there)
     except FileNotFoundError:
         pass  # what to do about it is said where sets are looked for
     except OSError as error:

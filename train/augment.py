@@ -57,15 +57,21 @@ class Draws:
 # ---------------------------------------------------------------- the network's input
 
 
-def normalize_rgb(rgb_bchw: Tensor) -> Tensor:
-    """Grey levels 0..255 [B,3,H,W] -> float32, ImageNet mean and standard deviation."""
-    return rgb_bchw * SCALE_C11.to(rgb_bchw.device) - SHIFT_C11.to(rgb_bchw.device)
+def normalize_rgb(rgb_bchw: Tensor, out: Tensor | None = None) -> Tensor:
+    """Grey levels 0..255 [B,3,H,W] -> float32, ImageNet mean and standard deviation.
+
+    out: float32 [B,3,H,W] to write to, here and below; None: new memory.
+    """
+    scaled = torch.mul(rgb_bchw, SCALE_C11.to(rgb_bchw.device), out=out)
+    return scaled.sub_(SHIFT_C11.to(rgb_bchw.device))
 
 
-def normalize_depth(depth_mm_b1hw: Tensor, mean_m: float, std_m: float) -> Tensor:
+def normalize_depth(
+    depth_mm_b1hw: Tensor, mean_m: float, std_m: float, out: Tensor | None = None
+) -> Tensor:
     """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; 0 where none was measured."""
-    normalized = (depth_mm_b1hw * METRES_PER_MM - mean_m) / std_m
-    return torch.where(depth_mm_b1hw > 0, normalized, 0.0)
+    metres = torch.mul(depth_mm_b1hw, METRES_PER_MM, out=out)
+    return metres.sub_(mean_m).div_(std_m).masked_fill_(depth_mm_b1hw <= 0, 0.0)
 
 
 def surface(

@@ -5,10 +5,12 @@ hands over what is stored (uint8 rgb, int16 millimetres, int64 target), to be co
 device.
 """
 
+import inspect
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ from train.arguments import (
 )
 from train.augment import normalize_depth, normalize_rgb
 from train.order import Batches
+from train.torch_words import TorchWords, check_torch_words
 from train.unpack import is_unpacked, unpacked
 
 MM_A_METRE = np.float32(1000)
@@ -66,7 +69,7 @@ def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False
     if isinstance(path, ShardSet):
         return unpacked(replace(path, path=path.path.absolute()))
     check_path(path)
-    directory = resolve_set(path)
+    directory = resolve_set(os.path.expanduser(path))
     if not allow_remote:
         refuse_remote(directory)
     directory = directory.absolute()
@@ -155,6 +158,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self._kept: np.ndarray | None = None  # positions in the split, of a subset
         self._gather: RowGather | None = None
         self._parts: tuple[Tensor, ...] | None = None
+        check_split(self._set, split)
         self._split_rows = self._read_split()
         self._input_fields = [self._set.field(name) for name in self.fields]
         self._check_statistics()
@@ -324,18 +328,22 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         positions [B].
         """
         use_one_thread_in_a_fork()
+        if not self.normalize:
+            return self.stored(indices)
+        if self.device is None:
+            rows = self.rows_of(indices)
+            buffer = private_memory(n_bytes_of(self._normalized_layout(len(rows))))
+            return tensors_in(buffer, self._fill_normalized(buffer, rows))
         *inputs, target = self.stored(indices)
-        if self.normalize:
-            pairs = zip(self._input_fields, inputs, strict=True)
-            inputs = [self._normalized(field, part) for field, part in pairs]
-        return (*inputs, target)
+        pairs = zip(self._input_fields, inputs, strict=True)
+        return (*(self._normalized(field, part) for field, part in pairs), target)
 
-    def _normalized(self, field: Field, part: Tensor) -> Tensor:
+    def _normalized(self, field: Field, part: Tensor, out: Tensor | None = None) -> Tensor:
         if field.kind == "depth":
-            return normalize_depth(part, self.depth_mean, self.depth_std)
+            return normalize_depth(part, self.depth_mean, self.depth_std, out)
         if field.name == "rgb":
-            return normalize_rgb(part)
-        return normalize_levels(part, field)
+            return normalize_rgb(part, out)
+        return normalize_levels(part, field, out)
 
     def stored(self, indices: Any) -> tuple[Tensor, ...]:
         """`batch` before normalising."""
@@ -347,10 +355,11 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return tuple(part.index_select(0, index) for part in parts)
 
     def fill(self, buffer: memoryview, indices: Any) -> Layout | None:
-        """Gather a batch in `buffer`: its layout there; None where something is to be computed."""
-        if self.normalize or self.device is not None:
+        """Write a batch into `buffer`: its layout there; None where the rows are on a device."""
+        if self.device is not None:
             return None
-        return self._fill(buffer, self.rows_of(indices))
+        rows = self.rows_of(indices)
+        return self._fill_normalized(buffer, rows) if self.normalize else self._fill(buffer, rows)
 
     def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
         use_one_thread_in_a_fork()
@@ -360,6 +369,25 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self._fill_target(target, rows, gather)
         gather.into(self.fields, rows, buffer[target.nbytes :])
         return layout
+
+    def _fill_normalized(self, buffer: memoryview, rows: np.ndarray) -> Layout:
+        """No tensor of torch's own here: glibc before 2.38 rarely gives memory that was aligned for
+        one to the next, and a process grew by a batch with every few batches.
+        """
+        layout = self._normalized_layout(len(rows))
+        *outs, target = (torch.from_numpy(array) for array in arrays_in(buffer, layout))
+        stored_layout = self._layout(len(rows))
+        scratch = private_memory(n_bytes_of(stored_layout))
+        self._fill(scratch, rows)
+        *inputs, stored_target = (torch.from_numpy(a) for a in arrays_in(scratch, stored_layout))
+        for field, part, out in zip(self._input_fields, inputs, outs, strict=True):
+            self._normalized(field, part, out)
+        target.copy_(stored_target)
+        return layout
+
+    def _normalized_layout(self, n: int) -> Layout:
+        *inputs, target = self._layout(n)
+        return [*((np.dtype("f4"), shape) for _, shape in inputs), target]
 
     def _fill_target(self, target: np.ndarray, rows: np.ndarray, gather: RowGather) -> None:
         name = target_of(self.target).field
@@ -416,7 +444,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return parts
 
 
-def normalize_levels(levels_bchw: Tensor, field: Field) -> Tensor:
+def normalize_levels(levels_bchw: Tensor, field: Field, out: Tensor | None = None) -> Tensor:
     """Grey levels or colours [B,C,H,W] -> float32, by the statistics of the set's train rows."""
     if field.statistics is None:
         raise UserError(
@@ -425,7 +453,8 @@ def normalize_levels(levels_bchw: Tensor, field: Field) -> Tensor:
     shape = (1, -1, 1, 1)
     mean = torch.tensor(field.statistics.mean, device=levels_bchw.device).view(shape)
     std = torch.tensor(field.statistics.std, device=levels_bchw.device).view(shape)
-    return (levels_bchw.float() - mean) / std.clamp(min=1e-6)
+    levels = levels_bchw.float() if out is None else out.copy_(levels_bchw)
+    return levels.sub_(mean).div_(std.clamp(min=1e-6))
 
 
 def depth_statistics(found: ShardSet) -> tuple[float, float]:
@@ -438,12 +467,22 @@ def depth_statistics(found: ShardSet) -> tuple[float, float]:
     return mean_m, max(std_m, SMALLEST_STD_M)
 
 
+def check_split(found: ShardSet, split: str) -> None:
+    """Raise MissingSet that names the splits of a set where it has no row of this one."""
+    n_rows = np.bincount(found.column("split"), minlength=len(SPLITS))
+    has = [name for k, name in enumerate(SPLITS) if n_rows[k]]
+    if split != "all" and split not in has:
+        right = f"Choose {' or '.join(has)}, or convert a source that has some"
+        raise MissingSet(found.path, f"has no {split} rows", right)
+
+
 def evaluation_split(found: ShardSet, eval_split: str) -> str:
     """The split to score on: the one named; for "auto" val where there are such rows, else test.
 
     Raises MissingSet where it has neither.
     """
     if eval_split != "auto":
+        check_split(found, eval_split)
         return eval_split
     split = found.column("split")
     is_right = found.column("status") == RIGHT_ROW
@@ -476,6 +515,7 @@ def create_dataloaders(
     cache: str | None = None,
     device: str | torch.device | None = None,
     allow_remote: bool = False,
+    **torch_words: Unpack[TorchWords],
 ) -> tuple[Loader, Loader]:
     """(train_loader, val_loader) over the splits of a converted set.
 
@@ -486,9 +526,13 @@ def create_dataloaders(
     "auto": val where the set has val rows, else test.
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows
     stay on `device`. allow_remote: read a set on a FUSE mount all the same.
+    torch_words: what torch's DataLoader is given besides; what it asks for is so here in any case
+    (pin_memory=True), or is refused with the word for it (collate_fn: transform).
 
-    Raises UserError for a wrong setting, and for a set that cannot be read.
+    Raises UserError for a wrong setting, and for a set that cannot be read; TypeError for an
+    argument that does not exist.
     """
+    check_torch_words(torch_words, _own_arguments())
     batch_size = check_whole("batch_size", batch_size, 1, 2**31)
     workers = check_workers(num_workers)
     seed = check_whole("seed", seed, 0, 2**64 - 1)
@@ -541,6 +585,11 @@ def create_dataloaders(
     val_set = dataset_of(val_split, None)
     train_loader = loader_of(train_set, seed, transform, prefetch and place is None)
     return train_loader, loader_of(val_set, None, val_transform, prefetch)
+
+
+def _own_arguments() -> list[str]:
+    parameters = inspect.signature(create_dataloaders).parameters
+    return [name for name in parameters if name != "torch_words"]
 
 
 def _check_size(found: ShardSet, target_size: Any) -> None:

@@ -11,7 +11,7 @@ way round.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from loader.memory import Meter
 from shards.dataset import ShardSet
@@ -30,6 +29,7 @@ from shards.errors import one_line
 from shards.files import log
 from stores.mirror import Mirror
 from train import ranks
+from train.answers import Answers, Collector
 from train.augment import WHOLE, Draws, augment, resize, to_input, views
 from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
 from train.errors import BatchTooSmall, Diverged, NoKnownPixel
@@ -44,7 +44,8 @@ from train.job import (
     seed_of,
 )
 from train.model import compiled, start_from
-from train.order import common_batches
+from train.order import Batches, common_batches
+from train.progress import VOICE, Progress
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
 
@@ -58,18 +59,21 @@ Pictures = tuple[Tensor, list[Tensor]]  # rgb, and the planes that go with it: d
 class TrainingResult:
     """A finished training.
 
-    epochs: finished ones. last, best: their rows of metrics.csv; best is by the task's main score
-    on the rows of `setup.eval_split`, the first of equals, and the last row where nothing could be
-    scored. test: the scores of the test rows, once, where epochs were scored on others. loaders:
-    of the rows that a report shows, which are the test rows where there are some. baseline: top-1
-    of always naming the most frequent train class; None for other tasks than scenes. files: what
-    `train` itself wrote. mirror: where copies of the run's files go.
+    epochs: finished ones, of which n_trained now, not in an earlier call. last, best: their rows of
+    metrics.csv; best is by the task's main score on the rows of `setup.eval_split`, the first of
+    equals, and the last row where nothing could be scored. test: the scores of the test rows, once,
+    where epochs were scored on others. loaders: of the rows that a report shows, which are the test
+    rows where there are some. answers: what the network says of each of these, kept as they were
+    scored. baseline: top-1 of always naming the most frequent train class; None for other tasks
+    than scenes. files: what `train` itself wrote. mirror: where copies of the run's files go.
     """
 
     run: Run
     setup: TaskSetup
     loaders: Loaders
+    answers: Answers
     epochs: int
+    n_trained: int
     last: dict[str, float]
     best: dict[str, float]
     test: dict[str, float]
@@ -260,15 +264,10 @@ def _train_epoch(
     return row
 
 
-def _progress_bar(run: Run, setup: TaskSetup) -> Any:
-    """Rank 0's alone, and only on a terminal."""
-    return tqdm(
-        total=setup.n_steps,
-        initial=run.step,
-        desc=f"epoch {run.epoch + 1}/{setup.settings.epochs}",
-        disable=True if ranks.RANK > 0 else None,
-        leave=False,
-    )
+def _progress_bar(run: Run, setup: TaskSetup) -> Progress:
+    what = f"epoch {run.epoch + 1}/{setup.settings.epochs}"
+    is_shown = ranks.RANK == 0
+    return Progress(what, "steps", setup.n_steps, n_done=run.step, is_shown=is_shown)
 
 
 def _scores(setup: TaskSetup, split: str, sums: Tensor) -> dict[str, float]:
@@ -281,13 +280,19 @@ def _scores(setup: TaskSetup, split: str, sums: Tensor) -> dict[str, float]:
 
 
 def predict_batch(
-    run: Run, setup: NetworkSetup, batch: Batch, *, test_time_augmentation: bool = True
+    run: Run,
+    setup: NetworkSetup,
+    batch: Batch,
+    *,
+    test_time_augmentation: bool = True,
+    done: Callable[[float], object] | None = None,
 ) -> tuple[Tensor, Batch]:
     """Outputs for pictures as stored, averaged over each and its mirror image.
 
     test_time_augmentation: scenes are averaged over five crops of each too, and dense outputs are
-    at the stored resolution, not the network's. Returns the outputs, and (rgb, depth, target) on
-    the device, at the outputs' resolution where they are dense.
+    at the stored resolution, not the network's. done: told, after each picture of a row, for how
+    many rows' worth the network was asked. Returns the outputs, and (rgb, depth, target) on the
+    device, at the outputs' resolution where they are dense.
     """
     rgb, planes, target = _to_device(setup, batch)
     is_dense = target.ndim > 1
@@ -297,17 +302,30 @@ def predict_batch(
         *planes, target = planes
 
     is_cropped = test_time_augmentation and not is_dense
+    all_views = views(setup.settings.crop) if is_cropped else [WHOLE]
     outs = []
-    for view in views(setup.settings.crop) if is_cropped else [WHOLE]:
+    for view in all_views:
         rgb_small, planes_small = resize(rgb, planes, size, view)
         outs.append(_forward(run.model, run, setup, (rgb_small, planes_small), target))
         mirrored_planes = [plane.flip(-1) for plane in planes_small]
         mirrored_pictures = (rgb_small.flip(-1), mirrored_planes)
         mirrored = _forward(run.model, run, setup, mirrored_pictures, target)
         outs.append(mirrored.flip(-1) if is_dense else mirrored)
+        if done is not None:
+            done(len(rgb) / len(all_views))
 
     mean = sum(outs[1:], outs[0]) / len(outs)
     return mean, (rgb, planes[0], target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Of the rows of a split. scores: their part of the row of metrics.csv. answers: what the
+    network says of each of them; None where it was asked without test-time augmentation.
+    """
+
+    scores: dict[str, float]
+    answers: Answers | None
 
 
 @torch.inference_mode()
@@ -317,8 +335,8 @@ def evaluate(
     loaders: Loaders,
     test_time_augmentation: bool = True,
     keeper: CheckpointKeeper | None = None,
-) -> dict[str, float]:
-    """Every row of `loaders.split` once over all ranks -> its part of the row of metrics.csv.
+) -> Evaluation:
+    """Every row of `loaders.split` once over all ranks.
 
     Leaves the counts in the run. `keeper` looks after every batch.
     """
@@ -327,21 +345,44 @@ def evaluate(
         _share_statistics(run.model)
 
     sums = torch.zeros_like(run.sums)
+    positions = _eval_positions(loaders)
+    collector = Collector(setup, loaders.eval_set, positions) if test_time_augmentation else None
     n_common = common_batches(len(loaders.eval_set), setup.settings.batch_size, ranks.WORLD)
-    for k, batch in enumerate(loaders.eval):
-        for part in _parts(batch):
-            out, (_, _, target) = predict_batch(
-                run, setup, part, test_time_augmentation=test_time_augmentation
-            )
-            loss, weight = setup.task.loss(out, target)
-            sums += _sums(setup, out, target, loss, weight)
-        # Looking is one all_reduce: every rank must come to it as often as the others.
-        if keeper and k < n_common:
-            keeper.look(can_wait=True)
+    with _scoring_bar(loaders, len(positions)) as bar:
+        for k, batch in enumerate(loaders.eval):
+            for part in _parts(batch):
+                out, on_device = predict_batch(
+                    run,
+                    setup,
+                    part,
+                    test_time_augmentation=test_time_augmentation,
+                    done=bar.update,
+                )
+                target = on_device[-1]
+                loss, weight = setup.task.loss(out, target)
+                sums += _sums(setup, out, target, loss, weight)
+                if collector is not None:
+                    collector.add(out, on_device)
+            # Looking is one all_reduce: every rank must come to it as often as the others.
+            if keeper and k < n_common:
+                keeper.look(can_wait=True)
 
     sums = ranks.all_reduce_sum(sums).cpu()
     run.counts = sums[2:]
-    return _scores(setup, loaders.split, sums)
+    answers = None if collector is None else collector.answers()
+    return Evaluation(scores=_scores(setup, loaders.split, sums), answers=answers)
+
+
+def _eval_positions(loaders: Loaders) -> np.ndarray:
+    """Where the rows that this rank scores stand in the split, in the order of the loader."""
+    batches = loaders.eval.batches
+    assert isinstance(batches, Batches)
+    return np.concatenate([np.empty(0, np.int64), *batches(0)])
+
+
+def _scoring_bar(loaders: Loaders, n_rows: int) -> Progress:
+    what = f"scoring {loaders.split}"
+    return Progress(what, "rows", n_rows, is_shown=ranks.RANK == 0)
 
 
 def _share_statistics(model: nn.Module) -> None:
@@ -392,15 +433,21 @@ def training(settings: Settings, found: ShardSet | None = None) -> Iterator[Trai
 def _train_to_the_end(setup: TaskSetup) -> TrainingResult:
     """A run, begun or continued, and what it ends with."""
     run, mirror = _begin(setup)
+    n_before = run.epoch
     loaders = open_loaders(setup, setup.eval_split)
     with REQUESTS.training():
-        _train_epochs(run, setup, loaders, CheckpointKeeper(run, setup, mirror))
+        answers = _train_epochs(run, setup, loaders, CheckpointKeeper(run, setup, mirror))
 
     baseline = _baseline(setup, loaders)
     test: dict[str, float] = {}
     if setup.eval_split != "test" and reported_split(setup) == "test":
         loaders = open_loaders(setup, "test")  # the others, and their workers, end here
-        test = evaluate(run, setup, loaders)
+        evaluation = evaluate(run, setup, loaders)
+        test = evaluation.scores
+        answers = evaluation.answers
+    elif answers is None:  # every epoch was done before
+        answers = evaluate(run, setup, loaders).answers
+    assert answers is not None
 
     out = Path(setup.settings.out)
     if ranks.RANK == 0:  # again: of a run that starts from the mirror there is only the checkpoint
@@ -409,7 +456,9 @@ def _train_to_the_end(setup: TaskSetup) -> TrainingResult:
         run=run,
         setup=setup,
         loaders=loaders,
+        answers=answers,
         epochs=run.epoch,
+        n_trained=run.epoch - n_before,
         last=run.history[-1],
         best=_best(run.history, f"{setup.eval_split}_{setup.task.main}"),
         test=test,
@@ -446,14 +495,20 @@ def _begin(setup: TaskSetup) -> tuple[Run, Mirror]:
     return run, mirror
 
 
-def _train_epochs(run: Run, setup: TaskSetup, loaders: Loaders, keeper: CheckpointKeeper) -> None:
+def _train_epochs(
+    run: Run, setup: TaskSetup, loaders: Loaders, keeper: CheckpointKeeper
+) -> Answers | None:
+    """What the network says of the rows after the last epoch; None where none was left to train."""
+    answers = None
     n_epochs = setup.settings.epochs
     while run.epoch < n_epochs:
         started = time.perf_counter()
         is_last = run.epoch + 1 == n_epochs
         row: dict[str, float] = {"epoch": run.epoch + 1}
         row |= _train_epoch(run, setup, loaders, keeper)
-        row |= evaluate(run, setup, loaders, test_time_augmentation=is_last, keeper=keeper)
+        evaluation = evaluate(run, setup, loaders, test_time_augmentation=is_last, keeper=keeper)
+        answers = evaluation.answers
+        row |= evaluation.scores
         row["seconds"] = time.perf_counter() - started
 
         run.history.append(row)
@@ -462,6 +517,8 @@ def _train_epochs(run: Run, setup: TaskSetup, loaders: Loaders, keeper: Checkpoi
         keeper.save(METRICS)
         if ranks.RANK == 0:
             print(epoch_line(row, n_epochs), flush=True)
+            VOICE.has_spoken()
+    return answers
 
 
 def _best(history: list[dict[str, float]], column: str) -> dict[str, float]:

@@ -62,6 +62,11 @@ class Batches:
         starts = (self.rank + self.world * steps) * size
         return [np.sort(order[at : at + size]) for at in starts]
 
+    @property
+    def drop_last(self) -> bool:
+        """Of a shuffled order rows that fill no whole batch of all ranks are left out."""
+        return self.seed is not None
+
     def places(self, epoch: int) -> list[np.ndarray]:
         """Where these rows stand in each batch of all ranks together."""
         mine = self(epoch)

@@ -35,6 +35,11 @@ LEGEND_HEIGHT = 0.25
 Panel = npt.NDArray[Any]  # [H, W, 3], or what imshow takes
 
 
+def check_drawing() -> None:
+    """Raises ModuleNotFoundError where pictures cannot be drawn."""
+    import matplotlib.figure  # noqa: F401 (as the functions below do)
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import struct
 import zlib
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shards.dataset import ShardSet
-from shards.errors import MissingSet, UserError, one_line
+from shards.errors import MissingSet, UserError, WrongSetting, one_line
 from shards.files import log
 from shards.manifest import FAILED, RIGHT_ROW
 from shards.spec import SPLITS, VOID
+from train.answers import MOST_PICTURES, Prediction, answer_of, prediction_of
 from train.any_set import AnySet, AskedRows, answer_file
 from train.checkpoint import Checkpoint, Run, newest, only_writer, write_csv
 from train.data import open_for_training
@@ -36,7 +37,8 @@ from train.job import (
 )
 from train.learnt import Learnt
 from train.loop import evaluate, predict_batch
-from train.report import MOST_PICTURES, Prediction, page, prediction_of, tables_and_pictures, write
+from train.progress import Progress
+from train.report import draw, page, tables_and_pictures, write
 from train.settings import Settings
 
 ANSWERS = "answers"  # the folder of dense ones
@@ -84,13 +86,15 @@ def predict(
     tables and pages go. images: a folder of pictures, of which a set has to be made first: NeedsSet
     says which. Raises UserError.
     """
+    _check_paths(run=run, images=images, data=data, out=out)
+    run = [os.path.expanduser(each) for each in run]
     if images is not None:
-        raise needed_set(run[0], images)
+        raise needed_set(run[0], os.path.expanduser(images))
     checkpoints = [_newest(directory) for directory in run]
     given = _opened(data, checkpoints[0]) if data else None
     loaded = _load_all(run, checkpoints, given)
     together, setup = _together(loaded)
-    target = Path(out or f"{run[0]}/predict")
+    target = Path(os.path.expanduser(out or f"{run[0]}/predict"))
     if isinstance(setup, TaskSetup) and _is_own(checkpoints[0], given):
         files = _score_own_rows(together, setup, target)
     else:
@@ -99,14 +103,23 @@ def predict(
     print("files:", *(str(target / name) for name in files))
 
 
+def _check_paths(**paths: list[str] | str | None) -> None:
+    """Raise WrongSetting for an empty one: a variable of a script that was never set."""
+    for name, given in paths.items():
+        if "" in (given if isinstance(given, list) else [given]):
+            raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
+
+
 def _score_own_rows(run: Run, setup: TaskSetup, target: Path) -> list[str]:
     """Of the set that the run learnt from: scores, tables and pictures of its test rows."""
     loaders = open_loaders(setup, reported_split(setup))
     with only_writer(target, "written"):
-        scores = evaluate(run, setup, loaders)
-        listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        print(f"on the {loaders.split} rows:", listed)
-        return tables_and_pictures(target, run, setup, loaders.eval_set)
+        evaluation = evaluate(run, setup, loaders)
+        scores = evaluation.scores.items()
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+        print(f"on the {loaders.split} rows:", listed, flush=True)
+        assert evaluation.answers is not None
+        return tables_and_pictures(target, run, evaluation.answers)
 
 
 # ---------------------------------------------------------------- runs, and several as one
@@ -260,7 +273,7 @@ def needed_set(run: str, images: str) -> NeedsSet:
 # ---------------------------------------------------------------- every row of another set
 
 
-class Answers:
+class SetAnswers:
     """What is said of the rows of a set, as they come.
 
     table: lines of predictions.csv. shown: the first ones, with their pictures. unanswered: lines
@@ -281,9 +294,9 @@ class Answers:
         self.n_known: dict[str, int] = {}
 
     @torch.inference_mode()
-    def ask(self, run: Run, asked: AskedRows) -> None:
+    def ask(self, run: Run, asked: AskedRows, bar: Progress) -> None:
         """Ask about some rows, and write dense answers. Raises CannotWrite."""
-        out, (rgb, depth, true) = predict_batch(run, asked.setup, asked.batch)
+        out, (rgb, depth, true) = predict_batch(run, asked.setup, asked.batch, done=bar.update)
         splits = self.rows.split_of(asked.rows)
         for k, row in enumerate(asked.rows.tolist()):
             if not asked.can_be_asked[k]:
@@ -291,8 +304,10 @@ class Answers:
                 self.unanswered.append(_unanswered(self.rows, row, problem))
                 continue
             known = true[k] if _is_known(true[k]) else None
+            answer = answer_of(self.setup, out[k], known)
             name = self.rows.names[row]
-            self._keep(row, prediction_of(self.setup, name, out[k], (rgb[k], depth[k]), known))
+            pictures = (rgb[k], depth[k])
+            self._keep(row, prediction_of(self.setup, name, answer, pictures, known))
             if known is not None:
                 counts = self.setup.task.count(out[k : k + 1], true[k : k + 1])
                 self._count(splits[k], counts)
@@ -331,22 +346,16 @@ def _answer_all(run: Run, setup: NetworkSetup, rows: AnySet, target: Path) -> li
     """Tables, a page and dense answers about every right row of a set; the files' names."""
     run.model.eval()
     with only_writer(target, "written"):
-        answers = Answers(setup, rows, target)
-        for asked in _with_a_bar(rows):
-            answers.ask(run, asked)
+        answers = SetAnswers(setup, rows, target)
+        with Progress("predicting", "pictures", len(rows)) as bar:
+            for asked in rows.asked():
+                answers.ask(run, asked, bar)
         if not answers.table and setup.sees_depth and len(rows):
             raise MissingDepth(rows.found.path)
         answers.sort()
         files = _write_tables(answers)
     _say(answers)
     return files
-
-
-def _with_a_bar(rows: AnySet) -> Iterator[AskedRows]:
-    with tqdm(total=len(rows), desc="predicting", disable=None, leave=False) as bar:
-        for asked in rows.asked():
-            yield asked
-            bar.update(len(asked.rows))
 
 
 def _unreadable(rows: AnySet) -> list[dict[str, Any]]:
@@ -384,7 +393,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _write_tables(answers: Answers) -> list[str]:
+def _write_tables(answers: SetAnswers) -> list[str]:
     """The names of the files, the folder of dense answers as one."""
     target = answers.target
     files = []
@@ -401,18 +410,18 @@ def _write_tables(answers: Answers) -> list[str]:
     return files
 
 
-def _page(answers: Answers) -> list[str]:
+def _page(answers: SetAnswers) -> list[str]:
     title = _plain(str(answers.rows.found.path))
+    path = answers.target / "page.png"
     try:
-        png = page(answers.setup, title, answers.shown)
+        return [draw(path, lambda: page(answers.setup, title, answers.shown))]
     except ModuleNotFoundError as error:
         missing = f"no page.png: {error.name} is not installed"
         log(f"{missing}. Install the extra show: pip install 'nyuv2-shards[show]'")
         return []
-    return [write(answers.target / "page.png", png)]
 
 
-def _say(answers: Answers) -> None:
+def _say(answers: SetAnswers) -> None:
     """Scores where something is known, then how many were answered and which were not."""
     for split in ("", *SPLITS):
         if split in answers.counts:

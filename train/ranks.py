@@ -72,6 +72,15 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """What every rank has, in the ranks' order; small things, as they are pickled."""
+    if WORLD == 1:
+        return [value]
+    box: list[Any] = [None] * WORLD
+    dist.all_gather_object(box, value)
+    return box
+
+
 def is_lost(error: RuntimeError) -> bool:
     """Whether it says that another rank is gone: gloo and nccl have many texts for that."""
     if WORLD == 1:

@@ -6,6 +6,7 @@ thousands; the second learns the scenes, of which a row has one, and starts from
 trunks.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def plan(
     if not is_named:
         helps = may_start_from_pixels(settings) and "label" in dataset.manifest.fields
         start = settings.out.rstrip("/") + PARTS_SUFFIX if helps else ""
-    return stages(settings, start, pixels_task(dataset), is_named=is_named)
+    return stages(settings, os.path.expanduser(start), pixels_task(dataset), is_named=is_named)
 
 
 def pixels_task(dataset: ShardSet) -> str:

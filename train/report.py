@@ -1,5 +1,7 @@
 """A finished training for people to look at: its pictures, its tables, and lines that sum it up.
 
+Nothing is asked of the network again: what it says of the rows was kept as they were scored.
+
 report(result)
   tables_and_pictures     predictions.csv, classes.csv, confusion.png, mistakes.png
   curves.png
@@ -10,24 +12,22 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from shards.files import log
 from shards.spec import class_colours
+from train.answers import Answers, Prediction
 from train.checkpoint import CLASS_TABLE, Run, write_csv, write_file
-from train.data import ShardDataset
 from train.job import NetworkSetup, TaskSetup
-from train.loop import TrainingResult, epoch_line, predict_batch
+from train.loop import TrainingResult, epoch_line
 from train.plots import (
     CaptionedPanels,
+    check_drawing,
     confusion_png,
     curves_png,
     depth_colours,
@@ -35,120 +35,6 @@ from train.plots import (
     page_png,
 )
 from train.tasks import Depth
-
-ROWS_AT_ONCE = 16
-MOST_PICTURES = 24  # on a page
-Batch = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One picture and what the network says of it.
-
-    table_row: its line in predictions.csv. loss: 0 where the class is right or nothing is known.
-    true, predicted: a class id, class ids [H, W], or metres [H, W]; true is None where not known.
-    """
-
-    table_row: dict[str, Any]
-    loss: float
-    rgb_hwc: np.ndarray
-    depth_m_hw: np.ndarray
-    true: np.ndarray | None
-    predicted: np.ndarray
-
-
-# ---------------------------------------------------------------- asking the network
-
-
-@torch.inference_mode()
-def predictions(
-    run: Run, setup: TaskSetup, names: Sequence[str], batches: Iterator[Batch], *, is_judged: bool
-) -> Iterator[Prediction]:
-    """One a picture; `names` are theirs. Unless `is_judged`, the targets are only placeholders."""
-    run.model.eval()
-    name_of_next = iter(names)
-    for batch in batches:
-        out, (rgb, depth, target) = predict_batch(run, setup, batch)
-        for k in range(len(rgb)):
-            true = target[k] if is_judged else None
-            yield prediction_of(setup, next(name_of_next), out[k], (rgb[k], depth[k]), true)
-
-
-def prediction_of(
-    setup: NetworkSetup,
-    name: str,
-    out: Tensor,
-    pictures: tuple[Tensor, Tensor],
-    true: Tensor | None,
-) -> Prediction:
-    """Of one picture: `pictures` are rgb [3, H, W] and depth in millimetres [1, H, W]."""
-    rgb_chw, depth_mm_1hw = pictures
-    predicted, answer = _answer(setup, out)
-    judgement: dict[str, Any] = {}
-    loss = 0.0
-    if true is not None:
-        judgement, loss = _judgement(setup, out[None], true[None])
-    return Prediction(
-        table_row={"picture": name, **judgement, **answer},
-        loss=loss,
-        rgb_hwc=rgb_chw.permute(1, 2, 0).cpu().numpy(),
-        depth_m_hw=depth_mm_1hw[0].cpu().numpy() / 1000,
-        true=None if true is None else _array(true),
-        predicted=predicted,
-    )
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """On the CPU, without axes of length 1; class ids as int16."""
-    array: np.ndarray = tensor.squeeze().cpu().numpy()
-    return array.astype(np.int16) if array.dtype == np.int64 else array
-
-
-def _answer(setup: NetworkSetup, out: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
-    """What the network says of one picture: to be drawn, and for the table.
-
-    The column of the predicted class is called "named": programs of users read it.
-    """
-    if isinstance(setup.task, Depth):
-        metres = _array(setup.task.metres(out))
-        return metres, {"median_m": round(float(np.median(metres)), 3)}
-
-    confidence, ids = out.softmax(0).max(0)
-    most_frequent = int(torch.bincount(ids.flatten()).argmax())
-    columns = {
-        "named": setup.task.names[most_frequent],
-        "confidence": round(float(confidence.mean()), 4),
-    }
-    return _array(ids), columns
-
-
-def _judgement(setup: NetworkSetup, out: Tensor, target: Tensor) -> tuple[dict[str, Any], float]:
-    """The true class, or the scores, of this one picture; and its loss."""
-    loss_sum, weight = setup.task.loss(out, target)
-    loss = float(loss_sum / weight) if weight > 0 else 0.0
-    if target.ndim > 1:
-        scores = setup.task.scores(setup.task.count(out, target))
-        return {name: round(value, 4) for name, value in scores.items()}, loss
-
-    is_right = bool(out.argmax() == target)
-    return {"true": setup.task.names[int(target)]}, 0.0 if is_right else loss
-
-
-def _names_of_rows(dataset: ShardDataset) -> list[str]:
-    """`row 7: kitchen_0003` of every row of the dataset's split."""
-    scenes = dataset.shard_set.manifest.scenes
-    scene_of_row = dataset.row_facts("scene")
-    return [
-        f"row {row}: {scenes[scene]}" for row, scene in zip(dataset.rows, scene_of_row, strict=True)
-    ]
-
-
-def _test_predictions(run: Run, setup: TaskSetup, dataset: ShardDataset) -> Iterator[Prediction]:
-    positions = np.arange(len(dataset))
-    parts = np.split(positions, range(ROWS_AT_ONCE, len(dataset), ROWS_AT_ONCE))
-    batches = (dataset.stored(part) for part in parts)
-    return predictions(run, setup, _names_of_rows(dataset), batches, is_judged=True)
-
 
 # ---------------------------------------------------------------- tables and pages
 
@@ -159,39 +45,38 @@ def write(path: Path, data: bytes) -> str:
     return path.name
 
 
-def tables_and_pictures(out: Path, run: Run, setup: TaskSetup, dataset: ShardDataset) -> list[str]:
+def draw(path: Path, make: Callable[[], bytes]) -> str:
+    """Say which picture is being drawn, as that takes seconds; write it; its name."""
+    check_drawing()
+    log(f"writing {path}")
+    return write(path, make())
+
+
+def tables_and_pictures(out: Path, run: Run, answers: Answers) -> list[str]:
     """predictions.csv, classes.csv, confusion.png and mistakes.png of the rows scored: their names.
 
-    Without matplotlib no pictures, which is said.
+    run: its `counts` are of the same rows. Without matplotlib no pictures, which is said.
     """
-    table = []
-    worst: list[Prediction] = []
-    for prediction in _test_predictions(run, setup, dataset):
-        table.append(prediction.table_row)
-        worst.append(prediction)
-        worst.sort(key=lambda each: -each.loss)
-        del worst[MOST_PICTURES:]
-    write_csv(out / "predictions.csv", table)
+    log(f"writing {out / 'predictions.csv'}")
+    write_csv(out / "predictions.csv", answers.table)
 
-    files = ["predictions.csv", *_class_table(out, run, setup)]
+    files = ["predictions.csv", *_class_table(out, run, answers.setup)]
     try:
-        files += _confusion(out, run, setup, dataset.split)
-        files += _mistakes(out, run, setup, dataset, worst)
+        files += _confusion(out, run, answers)
+        files += _mistakes(out, run, answers)
     except ModuleNotFoundError as error:
         missing = f"no pictures: {error.name} is not installed"
         log(f"{missing}. Install the extra show: pip install 'nyuv2-shards[show]'")
     return files
 
 
-def _mistakes(
-    out: Path, run: Run, setup: TaskSetup, dataset: ShardDataset, worst: list[Prediction]
-) -> list[str]:
+def _mistakes(out: Path, run: Run, answers: Answers) -> list[str]:
     """mistakes.png; where there is none to show, it says so, and an older one is removed."""
-    wrong = [prediction for prediction in worst if prediction.loss > 0]
+    dataset = answers.dataset
     path = out / "mistakes.png"
-    if wrong:
-        title = f"the {len(wrong)} worst of {len(dataset)} {dataset.split} rows"
-        return [write(path, page(setup, title, wrong))]
+    if answers.worst:
+        title = f"the {len(answers.worst)} worst of {len(dataset)} {dataset.split} rows"
+        return [draw(path, lambda: page(answers.setup, title, answers.worst))]
 
     path.unlink(missing_ok=True)
     is_anything_known = float(run.counts.sum()) > 0
@@ -219,12 +104,14 @@ def _class_table(out: Path, run: Run, setup: TaskSetup) -> list[str]:
     return [CLASS_TABLE]
 
 
-def _confusion(out: Path, run: Run, setup: TaskSetup, split: str) -> list[str]:
-    if isinstance(setup.task, Depth):
+def _confusion(out: Path, run: Run, answers: Answers) -> list[str]:
+    task = answers.setup.task
+    if isinstance(task, Depth):
         return []
-    counts_kk = run.counts.view(setup.task.n_out, -1).long().numpy()
-    png = confusion_png(counts_kk, setup.task.names, split)
-    return [write(out / "confusion.png", png)]
+    counts_kk = run.counts.view(task.n_out, -1).long().numpy()
+    split = answers.dataset.split
+    path = out / "confusion.png"
+    return [draw(path, lambda: confusion_png(counts_kk, task.names, split))]
 
 
 def page(setup: NetworkSetup, title: str, shown: list[Prediction]) -> bytes:
@@ -274,9 +161,10 @@ def report(result: TrainingResult) -> list[Path]:
     Returns all files of the run, those of `train` first. Raises CannotWrite.
     """
     out = Path(result.setup.settings.out)
-    names = tables_and_pictures(out, result.run, result.setup, result.loaders.eval_set)
+    names = tables_and_pictures(out, result.run, result.answers)
+    history = result.run.history
     with suppress(ModuleNotFoundError):  # announced already
-        names.append(write(out / "curves.png", curves_png(result.run.history, result.baseline)))
+        names.append(draw(out / "curves.png", lambda: curves_png(history, result.baseline)))
 
     files = [*result.files, *(out / name for name in names)]
     print_summary(result, files)

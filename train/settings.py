@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "data", "out", "allow_remote", "epochs", "num_workers", "reset", "mirror", "save_minutes",
     "compile", "batch_size", "eval_split",
 }  # fmt: skip
+PATHS = {"data", "out", "mirror", "weights"}  # in which ~ is the user's home
 TASK = re.compile(r"scene|depth|semantic([1-9]\d{0,4})?")
 
 
@@ -58,7 +59,11 @@ class Settings:
         metavar="TASK",
     )
     num_classes: int | None = _number(
-        None, "which scene classes, by their number; default: the dataset's", 1, 10_000, type=int
+        None,
+        "how many scene classes, of those groupings that the dataset has; default its own",
+        1,
+        10_000,
+        type=int,
     )
     eval_split: str = _flag(
         "auto",
@@ -71,11 +76,15 @@ class Settings:
     # The network halves it five times.
     size: int = _number(128, "training resolution, 0 = as stored", 32, 1024, also=0)
     epochs: int = _number(90, "passes over the train rows", 1, 1_000_000)
-    batch_size: int = _number(128, "rows a step and process", 1, 100_000)
+    batch_size: int = _number(128, "rows of a step, in each process", 1, 100_000)
     num_workers: int | str = _number(
-        "auto", "loader processes", 0, 64, also="auto", metavar="N|auto"
+        "auto", "processes that make the batches", 0, 64, also="auto", metavar="N|auto"
     )
-    model: str = _flag("resnet18", "resnet18, or package.module:callable(outputs)", metavar="NAME")
+    model: str = _flag(
+        "resnet18",
+        "the network: resnet18, or package.module:callable, which is given the number of outputs",
+        metavar="NAME",
+    )
     width: int = _number(
         0, "channels of the first layer, 0 = 64 with --weights, else 32", 1, 512, also=0
     )
@@ -83,17 +92,21 @@ class Settings:
         None, "start from an ImageNet ResNet-18, or from another run", metavar="imagenet|PATH|RUN"
     )
     lr: float = _number(1e-3, "peak learning rate", 1e-10, 100)
-    weight_decay: float = _number(0.05, "of AdamW, on weights but not on biases and norms", 0, 10)
+    weight_decay: float = _number(
+        0.05, "decay of AdamW, on weights but not on biases and norms", 0, 10
+    )
     warmup_epochs: int = _number(
-        5, "rising learning rate, a quarter of --epochs at most", 0, 1_000_000
+        5, "epochs of a rising learning rate, a quarter of --epochs at most", 0, 1_000_000
     )
     label_smoothing: float = _number(0.1, "share of the target spread over all classes", 0, 0.9)
     crop: float = _number(
         0.5, "smallest random crop, as a share of the area (task depth: whole pictures)", 0.05, 1
     )
-    jitter: float = _number(0.4, "brightness, contrast, saturation times 1 -+ X", 0, 1)
-    seed: int = _number(0, "of everything random", 0, 2**63 - 1)
-    compile: bool = _flag(False, "torch.compile the network")
+    jitter: float = _number(
+        0.4, "random brightness, contrast and saturation, each times 1-X to 1+X", 0, 1
+    )
+    seed: int = _number(0, "of everything random: order, augmentation, first weights", 0, 2**63 - 1)
+    compile: bool = _flag(False, "compile the network with torch.compile (a minute; for GPUs)")
     save_minutes: float = _number(
         5.0, "checkpoint at least this often, besides every epoch; 0 = every step", 0, 1e6
     )
@@ -118,9 +131,14 @@ class Settings:
         return self.width or (64 if self.weights else 32)
 
     def check_out(self) -> None:
-        """Raise WrongSetting where `out` names no directory, as it may where nothing is written."""
+        """Raise WrongSetting where `out` names no directory, as it may where nothing is written, or
+        another path is empty: a variable of a script that was never set.
+        """
         if not self.out:
             raise WrongSetting("out", "''", "name a directory")
+        for name in sorted(PATHS):
+            if getattr(self, name) == "":
+                raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
 def _checked(each: "Field[Any]", value: Any) -> Any:
@@ -154,7 +172,8 @@ def _checked(each: "Field[Any]", value: Any) -> Any:
         value = os.fspath(value)
     if not isinstance(value, str) or "\0" in value:
         raise _wrong(each, value, "text")
-    return value
+    # A shell leaves the ~ of --out=~/run as it is.
+    return os.path.expanduser(value) if each.name in PATHS else value
 
 
 def _checked_number(each: "Field[Any]", value: Any) -> Any:
@@ -183,13 +202,29 @@ def _wrong(each: "Field[Any]", value: Any, choices: str) -> WrongSetting:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """One flag a field; the type is that of the default."""
+    """One flag a field; the type is that of the default, which --help shows."""
     for each in fields(Settings):
         options: dict[str, Any] = {"default": each.default}
+        shown = dict(each.metadata["argparse"])
+        shown["help"] += _default_in_words(each)
+        is_number = "bounds" in each.metadata and "metavar" not in shown
+        if is_number:
+            shown["metavar"] = "X" if isinstance(each.default, float) else "N"
         if each.default is MISSING:
             options = {"required": True}
         elif each.default is False:
             options = {"action": "store_true"}
         elif isinstance(each.default, int | float):
             options["type"] = type(each.default)
-        parser.add_argument(flag_of(each.name), **options, **each.metadata["argparse"])
+        parser.add_argument(flag_of(each.name), **options, **shown)
+
+
+def _default_in_words(each: "Field[Any]") -> str:
+    """After the text of a flag; that of num_classes is in its text."""
+    if each.default is MISSING:
+        return "; required"
+    if each.default is False:
+        return "; default off"
+    if each.default is None:
+        return "" if each.name == "num_classes" else "; default none"
+    return f"; default {each.default}"

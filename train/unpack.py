@@ -55,7 +55,7 @@ def unpacked(found: ShardSet) -> ShardSet:
 
 def cache_folder() -> Path | None:
     """$XDG_CACHE_HOME/nyuv2-shards, by default under ~/.cache; None for a user without a home."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
+    named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         # Relative ones are invalid by XDG.
         above = Path(named) if os.path.isabs(named) else Path.home() / ".cache"

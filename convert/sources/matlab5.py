@@ -1,56 +1,131 @@
-"""Arrays of a MATLAB file before v7.3, by scipy, which reads each of them whole.
+"""Arrays of numbers, and cells of them, in a MATLAB file before v7.3.
 
-The last ones are kept, so that a table that names row after row reads the file once.
+scipy reads such files too, but a damaged one ends its process: it believes the counts and types
+that it reads. Here each is checked against the bytes that are there.
+
+A file is a head of 128 bytes and elements: a type, a number of bytes, and these. An array is an
+element of elements: flags, sides, name, numbers; or, of a cell array, an array a cell. It may be
+compressed. The numbers are MATLAB's, first axis fastest: read the other way round they lie as in
+the HDF5 of v7.3, rows first, each picture (W, H).
 """
 
 import math
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
-from convert.sources.errors import BadRow
-from shards.errors import UserError, one_line
+from convert.sources.errors import BadRow, Damaged
+from shards.errors import one_line
 
-INSTALL = "Install the extra frames: pip install 'nyuv2-shards[frames]'"
-MAX_DEFLATE = 1100  # deflate never packs better than 1032 to 1
-N_KEPT = 2  # arrays in memory: of two fields
-# MATLAB's classes of what may be pictures, with the bytes of an element; a cell's are not known.
-CLASSES = {
-    "cell": 0,
-    "logical": 1,
-    "int8": 1,
-    "uint8": 1,
-    "int16": 2,
-    "uint16": 2,
-    "int32": 4,
-    "uint32": 4,
-    "int64": 8,
-    "uint64": 8,
-    "single": 4,
-    "double": 8,
+FILE_HEAD_BYTES = 128
+MATRIX = 14  # MATLAB's numbers of an element's types
+COMPRESSED = 15
+NUMBERS = {
+    **{1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"},
+    **{7: "f4", 9: "f8", 12: "i8", 13: "u8"},
 }
+CELLS = 1  # and of an array's classes
+CLASSES = {
+    **{6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2"},
+    **{12: "i4", 13: "u4", 14: "i8", 15: "u8"},
+}
+IS_COMPLEX = 0x08
+MAX_AXES = 8
+MAX_DEFLATE = 1100  # deflate never packs better than 1032 to 1
+MAX_ELEMENTS = 10_000  # arrays in a file
+PEEK_BYTES = 4096  # of an array, in which its name is
+N_KEPT = 2  # arrays in memory: of two fields
 Stamp = tuple[int, int]  # bytes, time of the last change in nanoseconds
 
 
-def arrays_in(file: Path) -> tuple[str, ...]:
-    """The names of its arrays that may be pictures, or cells of them.
+@dataclass(frozen=True)
+class Element:
+    """kind: its type. body: its bytes, in memory. end: where the next one begins."""
 
-    Raises BadRow where the file is damaged or claims more than it can hold, OSError where it cannot
-    be read, UserError where scipy is not installed.
+    kind: int
+    body: memoryview
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """One array of a file, its numbers not yet looked at.
+
+    shape: as in HDF5, MATLAB's sides the other way round. kind: of its class. body: what comes
+    behind the name. order: of bytes, "<" or ">".
     """
-    return _arrays_in(file, _stamp(file))
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    is_complex: bool
+    body: memoryview
+    order: str
+
+    @property
+    def is_cells(self) -> bool:
+        return self.kind == CELLS
+
+    @property
+    def may_be_pictures(self) -> bool:
+        """Whether it is of cells, or of real numbers with two sides at least."""
+        if self.is_cells:
+            return True
+        n_long = sum(side > 1 for side in self.shape)
+        return self.kind in CLASSES and not self.is_complex and n_long >= 2
+
+    def numbers(self) -> np.ndarray:
+        """Of `shape`. Raises Damaged, and BadRow for what is not of real numbers."""
+        if self.kind not in CLASSES or self.is_complex:
+            raise BadRow("has no array of numbers there")
+        element = _element(self.body, 0, self.order)
+        if element.kind not in NUMBERS:
+            raise Damaged(f"numbers of type {element.kind}")
+        # MATLAB writes whole doubles as the smallest type that holds them.
+        written = np.dtype(self.order + NUMBERS[element.kind])
+        if len(element.body) != math.prod(self.shape) * written.itemsize:
+            raise Damaged(f"{len(element.body)} bytes for numbers of shape {self.shape}")
+        flat = np.frombuffer(element.body, written)
+        return flat.astype(CLASSES[self.kind], copy=False).reshape(self.shape)
+
+    def cell(self, k: int) -> "Array":
+        """The k-th, in MATLAB's order. Raises Damaged."""
+        at = 0
+        for _ in range(k):
+            at = _element(self.body, at, self.order).end
+        element = _element(self.body, at, self.order)
+        if element.kind != MATRIX:
+            raise Damaged(f"a cell of type {element.kind}")
+        return _array(element.body, self.order)
 
 
-def read_array(file: Path, name: str) -> np.ndarray:
-    """The array as MATLAB has it: (H, W), (H, W, 3), with the rows last; of objects for cells.
+def array_names(file: Path) -> list[str]:
+    """Of its arrays that may be pictures.
 
-    Not to be written to. Raises what `arrays_in` does.
+    Raises BadRow where the file is damaged, OSError where it cannot be read.
     """
+    return [name for name, (_, is_one) in _places(file, _stamp(file)).items() if is_one]
+
+
+def read_array(file: Path, name: str) -> Array:
+    """One of `array_names`; the last ones are kept. Raises what that does."""
     return _read_array(file, name, _stamp(file))
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """BadRow for whatever damaged data leads to."""
+    try:
+        yield
+    except (Damaged, struct.error, zlib.error, ValueError, OverflowError) as error:
+        raise BadRow(f"cannot be read as MATLAB 5 ({one_line(error)})") from None
 
 
 def _stamp(file: Path) -> Stamp:
@@ -60,43 +135,104 @@ def _stamp(file: Path) -> Stamp:
 
 
 @lru_cache(maxsize=32)
-def _arrays_in(file: Path, stamp: Stamp) -> tuple[str, ...]:
+def _places(file: Path, stamp: Stamp) -> dict[str, tuple[int, bool]]:
+    """Where each array begins, and whether it may be pictures."""
+    places: dict[str, tuple[int, bool]] = {}
     n_file_bytes, _ = stamp
-    with _reading():
-        listed = _scipy_io().whosmat(str(file))
-    names = []
-    for name, shape, kind in listed:
-        if kind not in CLASSES:
-            continue
-        if math.prod(shape) * CLASSES[kind] > n_file_bytes * MAX_DEFLATE:
-            raise BadRow(f"claims {name} of {shape}, more than {n_file_bytes} bytes can hold")
-        if kind == "cell" or sum(n > 1 for n in shape) >= 2:
-            names.append(name)
-    return tuple(names)
+    with file.open("rb") as opened, reading():
+        order = _byte_order(opened)
+        at = FILE_HEAD_BYTES
+        while at + 8 <= n_file_bytes:
+            kind, n_bytes = struct.unpack(f"{order}II", _read(opened, at, 8))
+            if at + 8 + n_bytes > n_file_bytes:
+                raise Damaged("it ends too early")
+            if len(places) == MAX_ELEMENTS:
+                raise Damaged(f"more than {MAX_ELEMENTS} arrays")
+            head = _read(opened, at + 8, min(n_bytes, PEEK_BYTES))
+            if kind == COMPRESSED:
+                head = zlib.decompressobj().decompress(head, PEEK_BYTES)[8:]
+            if kind in (MATRIX, COMPRESSED):
+                array = _array(memoryview(head), order)
+                places[array.name] = (at, array.may_be_pictures)
+            at += 8 + n_bytes
+    return places
 
 
 @lru_cache(maxsize=N_KEPT)
-def _read_array(file: Path, name: str, stamp: Stamp) -> np.ndarray:
-    with _reading():
-        return _scipy_io().loadmat(str(file), variable_names=[name])[name]
+def _read_array(file: Path, name: str, stamp: Stamp) -> Array:
+    at, _ = _places(file, stamp)[name]
+    with file.open("rb") as opened, reading():
+        order = _byte_order(opened)
+        kind, n_bytes = struct.unpack(f"{order}II", _read(opened, at, 8))
+        data = _read(opened, at + 8, n_bytes)
+        if kind == COMPRESSED:
+            data = _inflate(data, order)
+        return _array(memoryview(data), order)
 
 
-def _scipy_io() -> Any:
-    try:
-        import scipy.io
-    except ImportError:
-        raise UserError("reading a file of MATLAB 5 needs scipy", INSTALL) from None
-    return scipy.io
+def _byte_order(opened: BinaryIO) -> str:
+    mark = _read(opened, FILE_HEAD_BYTES - 2, 2)
+    order = {b"IM": "<", b"MI": ">"}.get(mark)
+    if order is None:
+        raise Damaged("no mark of its byte order")
+    return order
 
 
-@contextmanager
-def _reading() -> Iterator[None]:
-    """BadRow for whatever scipy raises on damaged data: nearly every type there is."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise BadRow(f"cannot be read as MATLAB 5 ({one_line(error)})") from None
+def _read(opened: BinaryIO, at: int, n_bytes: int) -> bytes:
+    opened.seek(at)
+    data = opened.read(n_bytes)
+    if len(data) < n_bytes:
+        raise Damaged("it ends too early")
+    return data
+
+
+def _inflate(packed: bytes, order: str) -> bytes:
+    """What is in a compressed element, whose own head says how long it is."""
+    inflate = zlib.decompressobj()
+    head = inflate.decompress(packed, 8)
+    kind, n_bytes = struct.unpack(f"{order}II", head)
+    if kind != MATRIX or n_bytes > len(packed) * MAX_DEFLATE:
+        raise Damaged(f"an element of type {kind} and {n_bytes} bytes")
+    data = inflate.decompress(inflate.unconsumed_tail, n_bytes)
+    inflate.decompress(inflate.unconsumed_tail, 8)  # to its end, where its sum is
+    if len(data) < n_bytes or not inflate.eof:
+        raise Damaged("it ends too early")
+    return data
+
+
+def _element(data: memoryview, at: int, order: str) -> Element:
+    """The one that begins there: of up to 4 bytes these lie in its head. Raises Damaged."""
+    (first,) = struct.unpack_from(f"{order}I", data, at)
+    if first >> 16:
+        kind = first & 0xFFFF
+        n_bytes = first >> 16
+        begin = at + 4
+        end = at + 8
+    else:
+        kind = first
+        (n_bytes,) = struct.unpack_from(f"{order}I", data, at + 4)
+        begin = at + 8
+        end = begin + -(-n_bytes // 8) * 8
+    if begin + n_bytes > len(data):
+        raise Damaged("an element goes on beyond its end")
+    return Element(kind, data[begin : begin + n_bytes], end)
+
+
+def _array(data: memoryview, order: str) -> Array:
+    """Raises Damaged, struct.error."""
+    flags = _element(data, 0, order)
+    (word,) = struct.unpack_from(f"{order}I", flags.body)
+    sides = _element(data, flags.end, order)
+    n_axes = len(sides.body) // 4
+    if not 2 <= n_axes <= MAX_AXES:
+        raise Damaged(f"{n_axes} axes")
+    shape = struct.unpack_from(f"{order}{n_axes}I", sides.body)
+    name = _element(data, sides.end, order)
+    return Array(
+        name=bytes(name.body).decode("ascii", "replace"),
+        shape=shape[::-1],
+        kind=word & 0xFF,
+        is_complex=bool((word >> 8) & IS_COMPLEX),
+        body=data[name.end :],
+        order=order,
+    )

@@ -1,13 +1,17 @@
 """Which kind of source a path is, and opening it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from convert.sources.base import Source
-from convert.sources.nyu import NyuSource
-from convert.sources.nyu_mat import Elsewhere
 from shards.errors import NeedsSetting, WrongSetting
 from shards.spec import ConversionSettings
+
+if TYPE_CHECKING:  # h5py takes a while, and a command line that only asks need not wait for it
+    from convert.sources.base import Source
+    from convert.sources.nyu_mat import Elsewhere
 
 LAYOUTS = ("auto", "nyu", "frames")
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
@@ -48,6 +52,8 @@ def open_source(
         assert isinstance(path, Path)
         return FramesSource(path, settings, chosen)
     refuse_frames_options(chosen, settings)
+    from convert.sources.nyu import NyuSource
+
     return NyuSource(path, settings)
 
 

@@ -11,7 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,10 +69,12 @@ def exif_orientation(tiff: bytes) -> int:
 
 # As libjpeg looks for the next one: what lies between is passed over, and FF may be repeated.
 MARKER = re.compile(rb"\xff+([^\x00\xff])")
-FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # baseline, extended, progressive; the last two arithmetic
+SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames: baseline, extended, arithmetic
+PROGRESSIVE = (0xC2, 0xCA)
 OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF)  # lossless, hierarchical
 START_OF_IMAGE = 0xD8
 END_OF_IMAGE = 0xD9
+END = b"\xff\xd9"
 START_OF_SCAN = 0xDA
 WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD8))
 APP1 = 0xE1
@@ -83,23 +85,32 @@ LEFT_OUT = (*range(0xE1, 0xEE), 0xEF, 0xFE)
 
 @dataclass(frozen=True, kw_only=True)
 class JpegHeader:
-    """left_out: the parts that no pixel depends on. end: where the marker lies that ends it."""
+    """left_out: the parts that no pixel depends on. scan: where the compressed data begin.
+
+    end: where the marker lies that ends it; the last one in the file, which is another where
+    garbage follows.
+    """
 
     width: int
     height: int
     n_planes: int
     orientation: int
     left_out: tuple[ByteRange, ...]
+    scan: int
     end: int
 
     def plain(self, data: bytes) -> bytes:
         """The file with nothing in it but the picture."""
         kept = []
         at = 0
-        for first, end in (*self.left_out, (self.end, len(data))):
+        for first, end in self.left_out:
             kept.append(data[at:first])
             at = end
-        return b"".join([*kept, b"\xff\xd9"])
+        return b"".join([*kept, data[at : self.end], END])
+
+    def with_right_end(self, data: bytes) -> "JpegHeader":
+        """Its own end, whatever follows it. Raises BadRow where there is none."""
+        return replace(self, end=_end_of_picture(data, self.scan))
 
 
 @dataclass(frozen=True)
@@ -112,38 +123,47 @@ class _Segment:
 
 def read_jpeg(data: bytes) -> JpegHeader:
     """Raises BadRow, also for a file that ends before its picture does."""
-    segments = list(_segments(data))
-    frame: _Segment | None = None
-    orientation = 1
-    for segment in segments:
-        if segment.marker in OTHER_FRAMES:
-            raise undecodable("JPEG", "it is lossless or hierarchical")
-        if segment.marker in FRAMES and frame is None:
-            frame = segment
-        if segment.marker == START_OF_SCAN and frame is None:
-            raise undecodable("JPEG", "no frame comes before its data")
-        if segment.marker == APP1 and data.startswith(EXIF, segment.body):
-            orientation = exif_orientation(data[segment.body + len(EXIF) : segment.end])
-
-    if frame is None or frame.end - frame.body < 6:
-        raise undecodable("JPEG", "it has no frame")
-    bits, height, width, n_planes = struct.unpack_from(">BHHB", data, frame.body)
+    segments = list(_segments(data, 2))
+    frames = [each for each in segments if each.marker in (*SEQUENTIAL, *PROGRESSIVE)]
+    if any(each.marker in OTHER_FRAMES for each in segments):
+        raise undecodable("JPEG", "it is lossless or hierarchical")
+    if not frames or frames[0].end - frames[0].body < 6:
+        raise undecodable("JPEG", "no frame comes before its data")
+    bits, height, width, n_planes = struct.unpack_from(">BHHB", data, frames[0].body)
     if bits != 8:
         raise undecodable("JPEG", f"it has {bits} bits a sample")
     check_size(width, height)
+
+    scan = segments[-1].end
+    # In one scan no byte can be taken for the marker; between the many of a progressive one it can.
+    end = data.rfind(END, scan)
+    if frames[0].marker in PROGRESSIVE:
+        end = _end_of_picture(data, scan)
+    if end < 0:
+        raise cut_short("JPEG")
     return JpegHeader(
         width=width,
         height=height,
         n_planes=n_planes,
-        orientation=orientation,
+        orientation=_orientation_in(data, segments),
         left_out=tuple((each.first, each.end) for each in segments if each.marker in LEFT_OUT),
-        end=segments[-1].first,
+        scan=scan,
+        end=end,
     )
 
 
-def _segments(data: bytes) -> Iterator[_Segment]:
-    """Each marker's, the last one END_OF_IMAGE. Raises BadRow where that does not come."""
-    at = 2
+def _orientation_in(data: bytes, segments: Sequence[_Segment]) -> int:
+    for segment in segments:
+        if segment.marker == APP1 and data.startswith(EXIF, segment.body):
+            return exif_orientation(data[segment.body + len(EXIF) : segment.end])
+    return 1
+
+
+def _segments(data: bytes, at: int) -> Iterator[_Segment]:
+    """From there to the next START_OF_SCAN or END_OF_IMAGE, with that one.
+
+    Raises BadRow where neither comes.
+    """
     while found := MARKER.search(data, at):
         marker = found[1][0]
         body = found.end() + 2
@@ -159,8 +179,22 @@ def _segments(data: bytes) -> Iterator[_Segment]:
         if end < body or end > len(data):
             break
         yield _Segment(marker, found.start(), body, end)
-        at = _end_of_scan(data, end) if marker == START_OF_SCAN else end
+        if marker == START_OF_SCAN:
+            return
+        at = end
     raise cut_short("JPEG")
+
+
+def _end_of_picture(data: bytes, scan: int) -> int:
+    """Where END_OF_IMAGE lies, behind the scan that begins there and all others.
+
+    Raises BadRow where it does not come.
+    """
+    while True:
+        *_, last = _segments(data, _end_of_scan(data, scan))
+        if last.marker == END_OF_IMAGE:
+            return last.first
+        scan = last.end
 
 
 def _end_of_scan(data: bytes, at: int) -> int:

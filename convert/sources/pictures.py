@@ -28,6 +28,7 @@ from convert.sources.picture_headers import (
     N_PLANES,
     PALETTE,
     PNG_MAGIC,
+    JpegHeader,
     PngHeader,
     check_size,
     cut_short,
@@ -54,7 +55,7 @@ PILLOW_FORMATS = {
 MAX_ID = 65535
 # In front of the end of a JPEG: a decoder that has its whole picture passes over them.
 JUNK = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
-MID_GREY = 128  # of pixels for which a JPEG has no data
+GREY_WITHOUT_DATA = (128, [128, 128, 128])  # the pixels for which a JPEG has no data
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,8 @@ def _read_jpeg(data: bytes) -> Stored:
     decoder = codecs.jpeg8_decode if by_codecs else _jpeg_by_pillow
     with _decoding("JPEG"):
         samples = decoder(plain)
-        if _lacks_its_end(samples, plain, decoder):
-            raise cut_short("JPEG")
+        if samples[-1, -1].tolist() in GREY_WITHOUT_DATA:
+            _check_has_its_end(samples, data, header, decoder)
     n_planes = 1 if header.n_planes == 1 else 3
     _check_decoded("JPEG", samples, (header.height, header.width, n_planes))
     return Stored(
@@ -248,18 +249,18 @@ def _jpeg_by_pillow(plain: bytes) -> np.ndarray:
     return np.asarray(image.convert("RGB") if image.mode == "CMYK" else image)
 
 
-def _lacks_its_end(
-    samples: np.ndarray, plain: bytes, decoder: Callable[[bytes], np.ndarray]
-) -> bool:
-    """Whether the data ends before the last pixel, though the marker that ends it is there.
+def _check_has_its_end(
+    samples: np.ndarray, data: bytes, header: JpegHeader, decoder: Callable[[bytes], np.ndarray]
+) -> None:
+    """Raise BadRow where the data ends before the last pixel, though its end is marked.
 
     Decoders fill up with grey then, and say nothing. So where the last pixel is of that grey they
     are asked whether more data would change the picture.
     """
-    if (samples[-1, -1] != MID_GREY).any():
-        return False
+    plain = header.with_right_end(data).plain(data)
     with_more = plain[:-2] + JUNK + plain[-2:]
-    return not np.array_equal(samples, decoder(with_more))
+    if not np.array_equal(samples, decoder(with_more)):
+        raise cut_short("JPEG")
 
 
 def _read_png(data: bytes) -> Stored:

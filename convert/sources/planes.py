@@ -5,6 +5,7 @@ H x W x 3 is (3, W, H), and the rows, MATLAB's last axis, come first. An array o
 to the same order. In files of others the axes lie as they are. A cell array has a picture a cell.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from convert.sources import matlab5
 from convert.sources.errors import BadRow
 from convert.sources.hdf5 import NOT_THE_FILES, in_hdf5_thread
-from convert.sources.matlab5 import arrays_in, read_array
 from convert.sources.nyu_mat import HDF5_SIGNATURE, HEAD_BYTES, KEYS, MAX_DEFLATE
 from convert.sources.picture_headers import check_size
 from convert.sources.pictures import as_kind
@@ -86,8 +87,7 @@ def read_plane(file: Path, what: str, field: str, kind: str) -> np.ndarray:
     like the field, else the only one in the file.
 
     Raises BadRow where there is no such picture, or the file is damaged; OSError where it is not
-    there or cannot be read, as the disk or the network gives it; UserError for a file of MATLAB 5
-    where scipy is not installed.
+    there or cannot be read, as the disk or the network gives it.
     """
     wanted = _parse(what, field, kind)
     with file.open("rb") as opened:
@@ -231,15 +231,15 @@ def _check_stored_here(dset: h5py.Dataset, n_file_bytes: int) -> None:
 
 
 def _from_matlab_5(file: Path, wanted: Wanted) -> np.ndarray:
-    """(H, W) or (H, W, 3). Raises BadRow, OSError, UserError."""
-    name = choose(list(arrays_in(file)), wanted)
-    array = read_array(file, name)
-    if array.dtype == object:  # cells
-        wanted.check_row(array.size)
-        plane = np.asarray(array.T.reshape(-1)[wanted.row or 0]).T
-    else:
-        from_rows = array.T
-        has_rows = wanted.has_rows(from_rows.shape, is_matlab=True)
-        plane = from_rows[wanted.row] if has_rows else from_rows
+    """(H, W) or (H, W, 3). Raises BadRow, OSError."""
+    array = matlab5.read_array(file, choose(matlab5.array_names(file), wanted))
+    with matlab5.reading():
+        if array.is_cells:
+            wanted.check_row(math.prod(array.shape))
+            plane = array.cell(wanted.row or 0).numbers()
+        else:
+            has_rows = wanted.has_rows(array.shape, is_matlab=True)
+            numbers = array.numbers()
+            plane = numbers[wanted.row] if has_rows else numbers
     check_claim(plane.shape, plane.dtype, file.stat().st_size)
     return plane.T

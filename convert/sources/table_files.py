@@ -268,12 +268,16 @@ class DelimitedTable:
             for batch in self._quick_batches(keys):
                 yield [batch.column(key) for key in keys]
         except pa.ArrowInvalid as error:
-            try:
-                for _ in self._rows():
-                    pass
-            except _Fault as fault:
-                raise fault.about(self.path) from None
+            self._check_rows()
             raise WrongSource(self.path, f"cannot be read ({one_line(error)})") from None
+
+    def _check_rows(self) -> None:
+        """Raise WrongSource for the first line that the plain reader finds wrong."""
+        try:
+            for _ in self._rows():
+                pass
+        except _Fault as fault:
+            raise fault.about(self.path) from None
 
     def _quick_batches(self, keys: list[str]) -> Iterator[Any]:
         import pyarrow as pa
@@ -303,12 +307,13 @@ class DelimitedTable:
                     return
                 raise
             yield from batches
+            # pyarrow takes all lines behind a quote that never closes for one cell.
+            if not self.is_list and stream.n_quotes % 2:
+                self._check_rows()
 
-    def _data_stream(self) -> io.RawIOBase:
+    def _data_stream(self) -> "_CountedBytes":
         """The bytes of the lines below the header."""
-        file = open_regular(self.path)
-        if file.read(len(BOM)) != BOM:
-            file.seek(0)
+        file = _open_behind_bom(self.path)
         if self.n_header_lines:
             start = file.tell()
             with io.BufferedReader(open_regular(self.path)) as lines:
@@ -316,7 +321,7 @@ class DelimitedTable:
                 for _ in range(self.n_header_lines):
                     lines.readline()
                 file.seek(lines.tell())
-        return _ListLines(file) if self.is_list else file
+        return _ListLines(file) if self.is_list else _CountedBytes(file)
 
 
 def _csv_problem(error: str) -> str:
@@ -339,14 +344,21 @@ def _nth(path: Path, numbers: Iterator[int], row: int) -> int:
         raise fault.about(path) from None
 
 
-class _ListLines(io.RawIOBase):
-    """A list of paths as pyarrow can read it: one blank between cells, no comments."""
+def _open_behind_bom(path: Path) -> io.FileIO:
+    file = open_regular(path)
+    if file.read(len(BOM)) != BOM:
+        file.seek(0)
+    return file
+
+
+class _CountedBytes(io.RawIOBase):
+    """The rest of a file, for pyarrow, and what was read of it: lines and quotes."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
-        self._rest = b""  # of a line that is not whole yet
-        self._ready = b""
-        self._place = 0
+        self._n_ends = 0
+        self._last = b""
+        self.n_quotes = 0
 
     def readable(self) -> bool:
         return True
@@ -354,6 +366,27 @@ class _ListLines(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        block = self._file.read(n_bytes)
+        self._n_ends += block.count(b"\n")
+        self._last = block[-1:] or self._last
+        self.n_quotes += block.count(b'"')
+        return block
+
+    @property
+    def n_lines(self) -> int:
+        return self._n_ends + (self._last != b"\n")
+
+
+class _ListLines(_CountedBytes):
+    """A list of paths as pyarrow can read it: one blank between cells, no comments."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__(file)
+        self._rest = b""  # of a line that is not whole yet
+        self._ready = b""
+        self._place = 0
 
     def read(self, n_bytes: int = -1) -> bytes:
         while self._place == len(self._ready):
@@ -448,13 +481,15 @@ class JsonTable:
             explicit_schema=pa.schema([(name, pa.string()) for name in used])
         )
         reading = reader.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-        with _CountedLines(self.path) as stream:
+        with _CountedBytes(_open_behind_bom(self.path)) as stream:
             batches = reader.open_json(stream, read_options=reading, parse_options=parsing)
             if not set(batches.schema.names) <= set(self.names):
                 raise pa.ArrowInvalid("more columns")
             n_rows = 0
             for batch in batches:
                 n_rows += len(batch)
+                for name in used:
+                    batch.column(name).validate(full=True)  # whether all bytes are UTF-8
                 yield [_without_nulls(batch.column(name)) for name in used]
             if n_rows > stream.n_lines:
                 raise pa.ArrowInvalid("several objects a line")
@@ -501,34 +536,6 @@ def _cell_of(value: Any, key: str, line: int) -> str:
         return ""
     kind = "true or false" if isinstance(value, bool) else "a value with values in it"
     raise _Fault(line, f"has {kind} as {shown(key)}", "A text or a number is right there")
-
-
-class _CountedLines(io.RawIOBase):
-    """A file without its BOM, and how many lines of it were read."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open_regular(path)
-        if self._file.read(len(BOM)) != BOM:
-            self._file.seek(0)
-        self._n_ends = 0
-        self._last = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def read(self, n_bytes: int = -1) -> bytes:
-        block = self._file.read(n_bytes)
-        self._n_ends += block.count(b"\n")
-        self._last = block[-1:] or self._last
-        return block
-
-    @property
-    def n_lines(self) -> int:
-        return self._n_ends + (self._last != b"\n")
 
 
 def _without_nulls(column: Any) -> Any:
@@ -601,4 +608,6 @@ def _raise_if_of_disk(error: Exception) -> None:
 def _as_texts(column: Any) -> Any:
     import pyarrow as pa
 
-    return _without_nulls(column.cast(pa.string()))
+    texts = column.cast(pa.string())
+    texts.validate(full=True)  # whether all bytes are UTF-8
+    return _without_nulls(texts)
