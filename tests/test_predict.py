@@ -200,7 +200,7 @@ def test_the_two_commands_that_a_folder_is_answered_with_work_as_printed(
     done = typed(printed, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "answered 3 of 4 pictures" in done.stdout
-    assert "not answered: row 3: rgb/torn.png is empty\n" in done.stdout
+    assert re.search(r"not answered: row 3: rgb/torn\.png .*is empty", done.stdout)
 
 
 def test_make_predict_does_both(rgb: Path, tmp_path: Path) -> None:
