@@ -50,7 +50,6 @@ ALLOWED = {
     "convert.sources.tables": Row(lazily="pyarrow"),
     "train": Row(ours="train stores loader shards", others="numpy torch tqdm", by_m="train shards.copy"),
     "train.plots": Row(lazily="matplotlib"),
-    "train.predict": Row(lazily="PIL"),
     "bench": Row(ours=ALL_OF_OURS, others="numpy torch", lazily="matplotlib"),
     "bench.convert": Row(others="h5py", by_m="bench.convert"),
     "bench.decoders": Row(lazily="cv2 imagecodecs PIL simplejpeg"),

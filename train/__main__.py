@@ -31,10 +31,10 @@ from shards.files import log
 from shards.flags import as_flag, flag_of, upgrade_commands
 from train import ranks
 from train.data import open_for_training
-from train.errors import CannotUnpack, CannotWrite, NoCheckpoint, WrongCheckpoint
+from train.errors import CannotUnpack, CannotWrite, NeedsSet, NoCheckpoint, WrongCheckpoint
 from train.looking import augmentations_png
 from train.loop import MIRROR_WAIT_S, training
-from train.predict import predict, predict_flags
+from train.predict import needed_set, predict, predict_flags
 from train.recipe import AUTO, RECIPES, defaults, plan
 from train.report import report, write
 from train.settings import Settings, add_flags
@@ -57,7 +57,8 @@ EPILOG = """examples:
   python -m train --data data --out runs/parts --task semantic40 --batch-size 32
   python -m train --data data --out runs/pretrained --weights resnet18-f37072fd.pth --lr 3e-4
   torchrun --nproc-per-node 2 -m train --data data --out runs/two
-  python -m train predict runs/scene --images photos
+  python -m train predict runs/scene
+  python -m train predict runs/scene --data photos-224-1f3a9c20
   python -m train look augmented.png --data data --crop 0.3
 
 The same command again continues where it stopped."""
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _do(words: Sequence[str]) -> None:
     if words[:1] == ["predict"]:
         parser = predict_flags(Parser("train predict", usage=PREDICT_USAGE))
-        predict(**vars(parser.parse_args(words[1:])))
+        _predict(vars(parser.parse_args(words[1:])))
         return
 
     if words[:1] == ["look"]:
@@ -192,6 +193,13 @@ def look(words: Sequence[str]) -> None:
         raise UserError(f"no picture: {error.name} is not installed", install) from None
     write(Path(picture), page)
     print(picture)
+
+
+def _predict(values: dict[str, Any]) -> None:
+    if values.pop("needs"):
+        print(shlex.join(_flags_of_set(needed_set(values["run"][0], ""))))
+    else:
+        predict(**values)
 
 
 def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
@@ -283,6 +291,20 @@ def _after_remote(error: RemoteSet) -> str:
     return f"Run: make pull DRIVE={drive} (or insist: --allow-remote)"
 
 
+def _flags_of_set(needed: NeedsSet) -> list[str]:
+    """With which a set that a run is asked about is converted, whatever of it is unreadable."""
+    fields = [flag_of("fields"), needed.fields] if needed.fields else []
+    return [flag_of("size"), str(needed.size), *fields, flag_of("max_failed"), "1"]
+
+
+def _after_images(error: NeedsSet) -> str:
+    root = str(Path(error.run, "images"))
+    words = shlex.join([error.images, "--out", root, *_flags_of_set(error)])
+    run = shlex.quote(error.run)
+    ask = f'python -m train predict {run} --data "$set"'
+    return f"Run: set=$(python -m convert run {words}) && {ask}"
+
+
 def _after_unpacking(error: CannotUnpack) -> str:
     words = ["python", "-m", "shards.copy", str(error.path), str(error.root)]
     return f"To see it again: {shlex.join(words)}"
@@ -300,6 +322,7 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (RemoteSet, _after_remote),
     (CannotUnpack, _after_unpacking),
     (WrongPlace, lambda error: "" if error.right else "Use another --out"),
+    (NeedsSet, _after_images),
     (NoCheckpoint, lambda error: f"Run: make train RUN={error.run}"),
     (WrongCheckpoint, lambda error: f"Run: make train RUN={error.run} ARGS=--reset"),
     (CannotWrite, lambda error: "Then run the same command again"),
