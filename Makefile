@@ -113,8 +113,15 @@ convert: $(READY)  ## shards on this disk, the cheapest way: make convert [DRIVE
 train: $(READY)  ## train on the shards; continues by itself: make train [MIRROR=/content/drive/MyDrive/run] [ARGS='--epochs 30']
 	$(PY) -m train --data "$(DATA)" --out "$(RUN)" $(if $(RECIPE),--recipe "$(RECIPE)") --start "$(START)" $(if $(MIRROR),--mirror "$(MIRROR)") $(ARGS)
 
-predict: $(READY)  ## what a run says about pictures, or about the test rows: make predict [IMAGES=photos]
-	$(PY) -m train predict "$(RUN)" $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+# Of a folder of pictures a set is made first, as the run needs it: again with the same pictures, that one is taken.
+predict: $(READY)  ## what a run says about the test rows, or about a folder of pictures: make predict [IMAGES=photos]
+ifeq ($(IMAGES),)
+	$(PY) -m train predict "$(RUN)" $(ARGS)
+else
+	set -o pipefail; needs=$$($(PY) -m train predict "$(RUN)" --needs) && \
+	set=$$($(PY) -m convert run "$(IMAGES)" --out "$(RUN)/images" $$needs | tail -n 1) && \
+	$(PY) -m train predict "$(RUN)" --data "$$set" $(ARGS)
+endif
 
 test: .venv/dev  ## every test
 	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)

@@ -21,6 +21,7 @@ from train.errors import (
     NoKnownPixel,
     OtherNetwork,
     OtherRun,
+    OtherSize,
     WrongNetwork,
     WrongWeights,
 )
@@ -117,10 +118,19 @@ TEXTS = {
         "the loss became nan in epoch 3. Use a smaller lr than 0.5",
         "the loss became nan in epoch 3. Use a smaller --lr than 0.5",
     ),
-    "a picture": (
-        MissingDepth(RUN / "a.png"),
-        "runs/a/a.png is missing: the network needs it. Put it there, or train with inputs='rgb'",
-        "runs/a/a.png is missing: the network needs it. Put it there, or train with --inputs rgb",
+    "a set without depth": (
+        MissingDepth(Path("data/photos-224-1f3a9c20")),
+        "data/photos-224-1f3a9c20 has no depth: the network needs it. "
+        "Convert a source that has it, or train with inputs='rgb'",
+        "data/photos-224-1f3a9c20 has no depth: the network needs it. "
+        "Convert a source that has it, or train with --inputs rgb",
+    ),
+    "a set of another size": (
+        OtherSize(Path("data/photos-96-1f3a9c20"), 96, 224),
+        "data/photos-96-1f3a9c20 has pictures of 96x96, the run learnt from 224x224. "
+        "Convert its source with size=224",
+        "data/photos-96-1f3a9c20 has pictures of 96x96, the run learnt from 224x224. "
+        "Convert its source with --size 224",
     ),
 }
 

@@ -249,13 +249,19 @@ def test_make_train_is_one_command(given: list[str], flags: str) -> None:
     assert line == f'py -m train --data "my data" --out "runs/r" {flags}'
 
 
-def test_make_predict_asks_about_the_pictures_of_a_folder() -> None:
+def test_make_predict_asks_about_the_test_rows_or_makes_a_set_of_a_folder_first() -> None:
     environment = {**os.environ, "COLAB_RELEASE_TAG": "test"}
-    command = ["make", "-n", "predict", "RUN=runs/r", "READY=", "PYTHON=py"]
-    for given, flags in ((["IMAGES=my photos"], ' --images "my photos"'), ([], "")):
+    command = ["make", "-n", "predict", "RUN=runs/r", "READY=", "PYTHON=py", "ARGS=--out x"]
+
+    def told(*given: str) -> list[str]:
         done = subprocess.run(
             [*command, *given], cwd=REPO, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        line = " ".join(done.stdout.splitlines()[-1].split())
-        assert line == f'py -m train predict "runs/r"{flags}'
+        return done.stdout.replace("\\\n", "").split(" && ")
+
+    assert [line.strip() for line in told()] == ['py -m train predict "runs/r" --out x']
+    needs, convert, ask = told("IMAGES=my photos")
+    assert needs.endswith('needs=$(py -m train predict "runs/r" --needs)')
+    assert 'py -m convert run "my photos" --out "runs/r/images" $needs' in convert
+    assert ask.strip() == 'py -m train predict "runs/r" --data "$set" --out x'

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train import ranks
 from train.data import ShardDataset
-from train.job import TaskSetup
+from train.job import NetworkSetup, TaskSetup
 from train.tasks import Depth
 
 MOST_PICTURES = 24  # on a page
@@ -54,7 +54,7 @@ class Prediction:
 # ---------------------------------------------------------------- one picture
 
 
-def answer_of(setup: TaskSetup, out: Tensor, true: Tensor | None) -> Answer:
+def answer_of(setup: NetworkSetup, out: Tensor, true: Tensor | None) -> Answer:
     """Of the outputs [K] or [K, H, W] for one picture; `true` is None where nothing is known."""
     judgement: dict[str, float] = {}
     loss = 0.0
@@ -64,7 +64,7 @@ def answer_of(setup: TaskSetup, out: Tensor, true: Tensor | None) -> Answer:
     return Answer(columns={**judgement, **said}, loss=loss, predicted=predicted)
 
 
-def _said(setup: TaskSetup, out: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _said(setup: NetworkSetup, out: Tensor) -> tuple[Tensor, dict[str, float]]:
     """What the network says of one picture: to be drawn, and for the table.
 
     The column of the predicted class is called "named": programs of users read it.
@@ -78,7 +78,7 @@ def _said(setup: TaskSetup, out: Tensor) -> tuple[Tensor, dict[str, float]]:
     return ids, {"named": most_frequent, "confidence": round(float(confidence.mean()), 4)}
 
 
-def _judgement(setup: TaskSetup, out: Tensor, target: Tensor) -> tuple[dict[str, float], float]:
+def _judgement(setup: NetworkSetup, out: Tensor, target: Tensor) -> tuple[dict[str, float], float]:
     """The true class, or the scores, of this one picture; and its loss."""
     loss_sum, weight = setup.task.loss(out, target)
     loss = float(loss_sum / weight) if weight > 0 else 0.0
@@ -96,7 +96,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return array.astype(np.int16) if array.dtype == np.int64 else array
 
 
-def table_row(setup: TaskSetup, picture: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+def table_row(setup: NetworkSetup, picture: str, columns: Mapping[str, Any]) -> dict[str, Any]:
     """A line of predictions.csv: classes by their names."""
     row: dict[str, Any] = {"picture": picture}
     for name, value in columns.items():
@@ -105,7 +105,7 @@ def table_row(setup: TaskSetup, picture: str, columns: Mapping[str, Any]) -> dic
 
 
 def prediction_of(
-    setup: TaskSetup,
+    setup: NetworkSetup,
     name: str,
     answer: Answer,
     pictures: tuple[Tensor, Tensor],

@@ -54,7 +54,8 @@ class Checkpoint:
     """A run as it was stored, every byte checked.
 
     epoch: finished ones; step: the next one in the current epoch. batch: rows of all ranks
-    together. settings: by name, as the version that wrote them knew them.
+    together. settings: by name, as the version that wrote them knew them. learnt: what
+    `train.learnt` keeps of the set; None in checkpoints of earlier versions.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Checkpoint:
     settings: dict[str, Any]
     batch: int
     fingerprint: str
+    learnt: dict[str, Any] | None = None
 
     @property
     def place(self) -> tuple[int, int]:
@@ -76,7 +78,7 @@ class Checkpoint:
         return self.epoch, self.step
 
 
-STORED = tuple(each.name for each in fields(Checkpoint) if each.name != "path")
+STORED = tuple(each.name for each in fields(Checkpoint) if each.name not in ("path", "learnt"))
 
 
 @contextmanager
@@ -151,10 +153,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def save(run: Run, settings: Settings, fingerprint: str) -> None:
+def save(run: Run, settings: Settings, fingerprint: str, learnt: dict[str, Any]) -> None:
     """metrics.csv, then last.pt (the one before stays as previous.pt).
 
-    Every rank calls it, the first one writes. fingerprint: of the set. Raises CannotWrite.
+    Every rank calls it, the first one writes. fingerprint: of the set; learnt: what else of it is
+    kept. Raises CannotWrite.
     """
     sums = ranks.all_reduce_sum(run.sums)
     if ranks.RANK > 0:
@@ -173,6 +176,7 @@ def save(run: Run, settings: Settings, fingerprint: str) -> None:
         "settings": asdict(settings),
         "batch": settings.batch_size * ranks.WORLD,
         "fingerprint": fingerprint,
+        "learnt": learnt,
     }
     if run.history:
         write_csv(out / METRICS, run.history)
@@ -198,7 +202,8 @@ def _read(path: Path) -> Checkpoint | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= set(STORED):
             raise ValueError("it is not a checkpoint of this program")
-        return Checkpoint(path=path, **{name: state[name] for name in STORED})
+        stored = {name: state[name] for name in STORED}
+        return Checkpoint(path=path, learnt=state.get("learnt"), **stored)
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip or pickle raises almost anything

@@ -12,7 +12,9 @@
       NoKnownPixel          path, known             ... or no pixel
     BatchTooSmall           n_rows, size            for the network's BatchNorm
     Diverged                epoch, lr               the loss is not a number any more
-    MissingDepth            path                    of a picture, for a network that needs it
+    OtherSize               path, size, wanted      of pictures: another than the run learnt from
+    MissingDepth            path                    of a set, for a network that needs it
+    NeedsSet                images, run, size, fields    a folder of pictures is given, no set
     CannotWrite             path                    a full disk, or no permission
     CannotUnpack            path, root              a compressed set, for training
 
@@ -188,20 +190,52 @@ class Diverged(UserError):
         return what, f"Use a smaller {naming('lr')} than {self.lr}"
 
 
+class OtherSize(UserError):
+    """The pictures of a set are of another size than those that a run learnt from."""
+
+    def __init__(self, path: Path, size: int, wanted: int) -> None:
+        self.path = path
+        self.size = size
+        self.wanted = wanted
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Both sizes, and what to convert with."""
+        here = f"{self.path} has pictures of {self.size}x{self.size}"
+        what = f"{here}, the run learnt from {self.wanted}x{self.wanted}"
+        return what, f"Convert its source with {naming('size', self.wanted)}"
+
+
 class MissingDepth(UserError):
-    """A picture without the depth that the network needs."""
+    """A set without the depth that the network needs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         super().__init__(*self.words(as_argument))
 
     def words(self, naming: Naming) -> tuple[str, str]:
-        """Where it should be."""
+        """Which network does without."""
         without = naming("inputs", "rgb")
         return (
-            f"{self.path} is missing: the network needs it",
-            f"Put it there, or train with {without}",
+            f"{self.path} has no depth: the network needs it",
+            f"Convert a source that has it, or train with {without}",
         )
+
+
+class NeedsSet(UserError):
+    """A folder of pictures, where a run is asked about a set.
+
+    images: the folder. run: the run. size: of the pictures that it learnt from. fields: what a set
+    of the folder has to have; None: all that is there.
+    """
+
+    def __init__(self, images: str, run: str, size: int, fields: str | None) -> None:
+        what = f"{images} is a folder of pictures: a set is made of it first, then {run} is asked"
+        super().__init__(what)
+        self.images = images
+        self.run = run
+        self.size = size
+        self.fields = fields
 
 
 class CannotWrite(UserError):

@@ -39,17 +39,6 @@ class CropBox:
         """0..1, from the left of the window to its right -> columns of the picture."""
         return self.left + (self.right - self.left) * shares
 
-    def scaled_to(self, height: int, width: int) -> "CropBox":
-        """The same window in the picture at another size."""
-        return CropBox(
-            top=self.top * height / self.height,
-            bottom=self.bottom * height / self.height,
-            left=self.left * width / self.width,
-            right=self.right * width / self.width,
-            height=height,
-            width=width,
-        )
-
 
 def rays(size: int, box: CropBox, camera: Camera) -> tuple[Tensor, Tensor]:
     """How far right of the camera's axis, and below it, a pixel's point lies, per metre of depth.

@@ -14,7 +14,7 @@ from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset, create_dataloaders, evaluation_split, open_for_training
 from train.errors import NothingToLearn, WrongNetwork
-from train.geometry import crop_box_of, rays
+from train.learnt import Learnt
 from train.model import BUILT_IN, ask, build, check_answer, layout_for, unused_parameters
 from train.order import Batches, steps_per_epoch
 from train.settings import Settings
@@ -24,21 +24,15 @@ SURFACE_PLANES = 5  # of augment.surface
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSetup:
-    """What is learnt, from which rows and where: the same from a run's first step to its last."""
+class NetworkSetup:
+    """What a network needs to answer: it may have learnt from rows that are not at hand."""
 
     settings: Settings
-    train_set: ShardDataset
+    learnt: Learnt
     task: Task
     device: torch.device
-    eval_split: str  # the rows that are scored after each epoch: val or test
     # Of the stored pixels, where the network sees surfaces: x and y, [1, S, S] each; else empty.
     rays: tuple[Tensor, ...] = ()
-
-    @property
-    def n_steps(self) -> int:
-        """Steps an epoch."""
-        return steps_per_epoch(len(self.train_set), self.settings.batch_size, ranks.WORLD)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -60,6 +54,24 @@ class TaskSetup:
     def is_built_in(self) -> bool:
         """Whether the network is this package's, not the user's own."""
         return self.settings.model == BUILT_IN
+
+    @property
+    def sees_depth(self) -> bool:
+        """Whether depth is one of its inputs."""
+        return self.settings.inputs != "rgb" and not self.learns_depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSetup(NetworkSetup):
+    """What is learnt, from which rows and where: the same from a run's first step to its last."""
+
+    train_set: ShardDataset
+    eval_split: str  # the rows that are scored after each epoch: val or test
+
+    @property
+    def n_steps(self) -> int:
+        """Steps an epoch."""
+        return steps_per_epoch(len(self.train_set), self.settings.batch_size, ranks.WORLD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +117,28 @@ def make_setup(
 
     fields = ("rgb", _depth_field(settings, found))
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
+    network = network_setup(settings, Learnt.of(train_set), device)
     setup = TaskSetup(
-        settings=settings,
+        **vars(network),
         train_set=train_set,
-        task=make_task(settings, train_set),
-        device=device,
         eval_split=evaluation_split(found, settings.eval_split),
     )
     # One without rows to score shows before anything is removed.
     rows_of_split(setup, setup.eval_split)
 
-    # A user's own network gets depth as one plane, and so does ours where no camera is known.
-    sees_depth = settings.inputs != "rgb" and not setup.learns_depth
-    if setup.is_built_in and sees_depth and train_set.camera is not None:
-        planes = rays(train_set.size, crop_box_of(train_set), train_set.camera)
-        setup = replace(setup, rays=tuple(plane.to(device) for plane in planes))
-
     if setup.n_steps == 0:
         what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
         raise NothingToLearn(what, "Use fewer ranks", path=train_set.path)
+    return setup
+
+
+def network_setup(settings: Settings, learnt: Learnt, device: torch.device) -> NetworkSetup:
+    """All that its network is built from and asked with."""
+    task = make_task(settings, learnt)
+    setup = NetworkSetup(settings=settings, learnt=learnt, task=task, device=device)
+    # A user's own network gets depth as one plane, and so does ours where no camera is known.
+    if setup.is_built_in and setup.sees_depth:
+        setup = replace(setup, rays=learnt.rays(device))
     return setup
 
 
@@ -183,7 +198,7 @@ def open_loaders(setup: TaskSetup, split: str) -> Loaders:
 # ---------------------------------------------------------------- the network and its optimizer
 
 
-def new_run(setup: TaskSetup) -> Run:
+def new_run(setup: NetworkSetup) -> Run:
     """Fresh weights, optimizer and counts. Raises WrongNetwork for one that is no answer."""
     torch.manual_seed(seed_of(setup.settings.seed))
     model, layout = _new_model(setup)
@@ -206,7 +221,7 @@ def new_run(setup: TaskSetup) -> Run:
     )
 
 
-def _new_model(setup: TaskSetup) -> tuple[nn.Module, torch.memory_format]:
+def _new_model(setup: NetworkSetup) -> tuple[nn.Module, torch.memory_format]:
     """On the setup's device, and the layout that it is in."""
     settings = setup.settings
     model = build(
@@ -239,14 +254,14 @@ def _new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
-def probe(model: nn.Module, setup: TaskSetup) -> None:
+def probe(model: nn.Module, setup: NetworkSetup) -> None:
     """Refuse a network of a user's own that does not answer as the task needs.
 
     It is asked about two grey pictures, in evaluation mode, and torch's random numbers are put
     back: what it learns afterwards does not change. Raises WrongNetwork.
     """
     spec = setup.settings.model
-    size = setup.settings.size or setup.train_set.size
+    size = setup.settings.size or setup.learnt.size
     planes = (3,) if setup.learns_depth else (3, 1)
     pictures = [torch.full((2, n, size, size), 0.5, device=setup.device) for n in planes]
 

@@ -35,6 +35,7 @@ from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, sav
 from train.errors import BatchTooSmall, Diverged, NoKnownPixel
 from train.job import (
     Loaders,
+    NetworkSetup,
     TaskSetup,
     make_setup,
     new_run,
@@ -93,15 +94,14 @@ def lr_at(step: int, n_warmup: int, n_steps: int, peak: float) -> float:
 
 
 def _forward(
-    net: nn.Module, run: Run, setup: TaskSetup, pictures: Pictures, target: Tensor
+    net: nn.Module, run: Run, setup: NetworkSetup, pictures: Pictures, target: Tensor
 ) -> Tensor:
     """Pictures as stored or augmented -> float32 outputs, dense ones at the target's resolution.
 
     net: the run's `net` where it learns, else its model itself.
     """
     rgb, planes = pictures
-    statistics = (setup.train_set.depth_mean, setup.train_set.depth_std)
-    rgb_input, depth_input = to_input(rgb, planes, statistics)
+    rgb_input, depth_input = to_input(rgb, planes, setup.learnt.depth_statistics)
     inputs = [rgb_input] if setup.learns_depth else [rgb_input, depth_input]
     inputs = [picture.contiguous(memory_format=run.layout) for picture in inputs]
 
@@ -114,7 +114,7 @@ def _forward(
     return F.interpolate(out, target.shape[-2:], mode="bilinear")
 
 
-def _to_device(setup: TaskSetup, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+def _to_device(setup: NetworkSetup, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
     """RGB; depth and the rays; the target, a depth only where the sensor measured."""
     rgb, depth, target = (part.to(setup.device, non_blocking=True) for part in batch)
     if setup.learns_depth:
@@ -224,7 +224,8 @@ class CheckpointKeeper:
 
     def save(self, *files: str) -> None:
         """A checkpoint, and copies of it and `files` to the mirror."""
-        save(self.run, self.setup.settings, self.setup.train_set.fingerprint)
+        setup = self.setup
+        save(self.run, setup.settings, setup.train_set.fingerprint, setup.learnt.to_plain())
         self.mirror.copy(*files, CHECKPOINT)
         self.saved_at = time.perf_counter()
 
@@ -280,7 +281,7 @@ def _scores(setup: TaskSetup, split: str, sums: Tensor) -> dict[str, float]:
 
 def predict_batch(
     run: Run,
-    setup: TaskSetup,
+    setup: NetworkSetup,
     batch: Batch,
     *,
     test_time_augmentation: bool = True,

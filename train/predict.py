@@ -1,11 +1,13 @@
-"""python -m train predict: what runs say, alone or together, about test rows or other pictures."""
+"""python -m train predict: what runs say, alone or together, about test rows or another set."""
 
 from __future__ import annotations
 
-import io
+import csv
 import os
+import struct
+import zlib
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,72 +17,89 @@ import torch
 from torch import Tensor, nn
 
 from shards.dataset import ShardSet
-from shards.errors import UserError, WrongSetting, one_line
-from shards.spec import MAX_DEPTH_MM, VOID
+from shards.errors import MissingSet, UserError, WrongSetting, one_line
+from shards.files import log
+from shards.manifest import FAILED, RIGHT_ROW
+from shards.spec import SPLITS, VOID
 from train.answers import MOST_PICTURES, Prediction, answer_of, prediction_of
-from train.checkpoint import Run, newest, only_writer, write_csv
-from train.errors import MissingDepth, NoCheckpoint, WrongCheckpoint
-from train.geometry import crop_box_of
-from train.job import TaskSetup, make_setup, new_run, open_loaders, reported_split
-from train.loop import Batch, evaluate, predict_batch
+from train.any_set import AnySet, AskedRows, answer_file
+from train.checkpoint import Checkpoint, Run, newest, only_writer, write_csv
+from train.data import open_for_training
+from train.errors import MissingDepth, NeedsSet, NoCheckpoint, WrongCheckpoint
+from train.job import (
+    NetworkSetup,
+    TaskSetup,
+    make_setup,
+    network_setup,
+    new_run,
+    open_loaders,
+    reported_split,
+)
+from train.learnt import Learnt
+from train.loop import evaluate, predict_batch
 from train.progress import Progress
-from train.report import page, tables_and_pictures, write
+from train.report import draw, page, tables_and_pictures, write
 from train.settings import Settings
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+ANSWERS = "answers"  # the folder of dense ones
+PREDICTIONS = "predictions.csv"
+UNANSWERED = "unanswered.csv"
+SHOWN = 10  # pictures that are named on the terminal
+LONGEST_CAPTION = 40
+CPU = torch.device("cpu")
 
 
 def predict_flags(parser: ArgumentParser) -> ArgumentParser:
     """The flags of `python -m train predict` are the arguments of `predict`."""
-    parser.description = (
-        "What a run says about the test rows, or about a folder of pictures: scores, tables, pages."
-    )
+    parser.description = "What a run says about the test rows, or about every row of another set."
     parser.add_argument(
         "run", metavar="RUN", nargs="+", help="the --out of a run; of several: their mean"
     )
     parser.add_argument(
+        "--data",
+        metavar="SET|ROOT",
+        help="another set of the same size, or where the run's own is now "
+        "(default: its own, where it was)",
+    )
+    parser.add_argument(
         "--images",
         metavar="DIR",
-        help="DIR/rgb/NAME.png or .jpg, DIR/depth/NAME.png (16 bit, mm); default the test rows",
+        help="a folder of pictures: names the two commands that make a set of it and ask about it "
+        "(default: none)",
     )
     parser.add_argument(
-        "--data", metavar="DIR|ROOT", help="where the run's set is now; default where it was"
+        "--needs", action="store_true", help="print how a set is to be converted for it, and end"
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="where tables and pages go; default RUN/predict, of the first"
+        "--out", metavar="DIR", help="where the answers go (default: RUN/predict, of the first)"
     )
     return parser
 
 
-def predict(run: list[str], images: str | None, data: str | None, out: str | None) -> None:
-    """Score the newest checkpoints of runs, together, on the test rows, or predict for pictures.
+def predict(
+    run: list[str], images: str | None = None, data: str | None = None, out: str | None = None
+) -> None:
+    """Ask the newest checkpoints of runs, together, about the rows of a set.
 
-    run: directories of runs. images: a folder of pictures, or None for the test rows. data: where
-    the runs' set is now, or None for where it was. out: where tables and pages go.
-    Raises UserError.
+    run: directories of runs. data: another set, all rows of which are asked about; or where the
+    runs' own set is now, whose test rows are scored; None: that one, where it was. out: where
+    tables and pages go. images: a folder of pictures, of which a set has to be made first: NeedsSet
+    says which. Raises UserError.
     """
     _check_paths(run=run, images=images, data=data, out=out)
     run = [os.path.expanduser(each) for each in run]
-    opened: dict[str, ShardSet] = {}
-    loaded = [load_run(each, data, opened) for each in run]
-    for each in loaded:
-        if _what_is_learnt(each.setup) != _what_is_learnt(loaded[0].setup):
-            what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
-            raise UserError(what, "Name runs that do")
+    if images is not None:
+        raise needed_set(run[0], os.path.expanduser(images))
+    checkpoints = [_newest(directory) for directory in run]
+    given = _opened(data, checkpoints[0]) if data else None
+    loaded = _load_all(run, checkpoints, given)
     together, setup = _together(loaded)
-    loaders = open_loaders(setup, reported_split(setup))
-
     target = Path(os.path.expanduser(out or f"{run[0]}/predict"))
-    with only_writer(target, "written"):
-        if images:
-            files = _predict_folder(together, setup, Path(images), target)
-        else:
-            evaluation = evaluate(together, setup, loaders)
-            scores = evaluation.scores.items()
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in scores)
-            print(f"on the {loaders.split} rows:", listed, flush=True)
-            assert evaluation.answers is not None
-            files = tables_and_pictures(target, together, evaluation.answers)
+    if isinstance(setup, TaskSetup) and _is_own(checkpoints[0], given):
+        files = _score_own_rows(together, setup, target)
+    else:
+        assert given is not None
+        files = _answer_all(together, setup, AnySet(setup, given), target)
     print("files:", *(str(target / name) for name in files))
 
 
@@ -91,6 +110,18 @@ def _check_paths(**paths: list[str] | str | None) -> None:
             raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
+def _score_own_rows(run: Run, setup: TaskSetup, target: Path) -> list[str]:
+    """Of the set that the run learnt from: scores, tables and pictures of its test rows."""
+    loaders = open_loaders(setup, reported_split(setup))
+    with only_writer(target, "written"):
+        evaluation = evaluate(run, setup, loaders)
+        scores = evaluation.scores.items()
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+        print(f"on the {loaders.split} rows:", listed, flush=True)
+        assert evaluation.answers is not None
+        return tables_and_pictures(target, run, evaluation.answers)
+
+
 # ---------------------------------------------------------------- runs, and several as one
 
 
@@ -99,49 +130,104 @@ class LoadedRun:
     """A run with the weights of its newest checkpoint, on the CPU."""
 
     directory: str
-    setup: TaskSetup
+    fingerprint: str  # of the set that it learnt from
+    setup: NetworkSetup
     run: Run
 
 
-def load_run(
-    directory: str, data: str | None, opened: dict[str, ShardSet] | None = None
-) -> LoadedRun:
-    """The newest checkpoint of a run; says how far it is.
-
-    data: where its set is now, or None for where it was. opened: sets by their place, to which its
-    own is added: runs of one set open it once. Raises NoCheckpoint, WrongCheckpoint.
-    """
+def _newest(directory: str) -> Checkpoint:
+    """Raises NoCheckpoint."""
     found = newest(Settings("", directory))
     if found is None:
         raise NoCheckpoint(f"{directory} has no checkpoint", run=directory)
+    return found
 
-    path = found.path
+
+def _opened(data: str, checkpoint: Checkpoint) -> ShardSet:
+    return open_for_training(data, allow_remote=bool(checkpoint.settings.get("allow_remote")))
+
+
+def _is_own(checkpoint: Checkpoint, given: ShardSet | None) -> bool:
+    """Whether a set is the one that the run learnt from; None stands for that."""
+    return given is None or given.manifest.fingerprint == checkpoint.fingerprint
+
+
+def _load_all(
+    run: Sequence[str], checkpoints: Sequence[Checkpoint], given: ShardSet | None
+) -> list[LoadedRun]:
+    """Raises UserError for runs that cannot answer together, and as `load_run` does."""
+    opened: dict[str, ShardSet] = {}
+    pairs = zip(run, checkpoints, strict=True)
+    loaded = [load_run(directory, found, given, opened) for directory, found in pairs]
+    for each in loaded:
+        if _what_is_learnt(each) != _what_is_learnt(loaded[0]):
+            what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
+            raise UserError(what, "Name runs that do")
+    return loaded
+
+
+def load_run(
+    directory: str, found: Checkpoint, given: ShardSet | None, opened: dict[str, ShardSet]
+) -> LoadedRun:
+    """The run of a checkpoint; says how far it is.
+
+    given: the set to be asked about, or None for the run's own. opened: sets by their place, to
+    which its own is added: runs of one set open it once. Raises WrongCheckpoint, and UserError
+    where its own set is needed and absent.
+    """
     try:
         settings = Settings(**found.settings)
-        if data:
-            settings = replace(settings, data=data)
-        setup = make_setup(settings, torch.device("cpu"), (opened or {}).get(settings.data))
-        if opened is not None:
-            opened[settings.data] = setup.train_set.shard_set
+        setup = _setup_of(settings, found, given, opened)
         run = new_run(setup)
         run.model.load_state_dict(found.model)
-    except (TypeError, RuntimeError) as error:
-        what = f"{path} is of another version or network ({one_line(error)})"
-        raise WrongCheckpoint(what, run=directory, path=path) from None
-    print(f"{path}: {found.epoch} epochs")
-    return LoadedRun(directory=directory, setup=setup, run=run)
+    except (TypeError, KeyError, RuntimeError) as error:
+        what = f"{found.path} is of another version or network ({one_line(error)})"
+        raise WrongCheckpoint(what, run=directory, path=found.path) from None
+    print(f"{found.path}: {found.epoch} epochs")
+    return LoadedRun(directory=directory, fingerprint=found.fingerprint, setup=setup, run=run)
 
 
-def _what_is_learnt(setup: TaskSetup) -> tuple[Any, ...]:
+def _setup_of(
+    settings: Settings, found: Checkpoint, given: ShardSet | None, opened: dict[str, ShardSet]
+) -> NetworkSetup:
+    """With its own set where that is given or needed; else what the checkpoint keeps of it."""
+    if given is not None and _is_own(found, given):
+        return make_setup(replace(settings, data=str(given.path)), CPU, given)
+    if given is not None and found.learnt is not None:
+        return network_setup(settings, Learnt.from_plain(found.learnt), CPU)
+
+    own = opened.get(settings.data) or _own_set(settings, found, is_asked_about=given is None)
+    opened[settings.data] = own
+    return make_setup(settings, CPU, own)
+
+
+def _own_set(settings: Settings, found: Checkpoint, *, is_asked_about: bool) -> ShardSet:
+    """The set that the run learnt from, where it was. Raises UserError where it is not there."""
+    try:
+        own = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    except MissingSet as error:
+        if is_asked_about:
+            raise
+        # Checkpoints of earlier versions keep nothing of the set.
+        what = f"{found.path} does not say what its classes are, and its own set is gone"
+        raise UserError(f"{what}: {error.problem}", "Put it there again") from None
+    if not _is_own(found, own):
+        what = f"{found.path} was trained on shards {found.fingerprint[:8]}"
+        now = f"{settings.data} holds {own.manifest.fingerprint[:8]} now"
+        raise MissingSet(own.path, f": {what}, {now}", "Say which set is meant")
+    return own
+
+
+def _what_is_learnt(loaded: LoadedRun) -> tuple[Any, ...]:
     """What networks must have in common to answer together."""
-    settings = setup.settings
+    settings = loaded.setup.settings
     return (
         settings.task,
         settings.num_classes,
         settings.inputs,
         settings.size,
-        len(setup.rays),
-        setup.train_set.fingerprint,
+        len(loaded.setup.rays),
+        loaded.fingerprint,
     )
 
 
@@ -157,7 +243,7 @@ class Average(nn.Module):
         return torch.stack([member(*inputs) for member in self.members]).mean(dim=0)
 
 
-def _together(loaded: list[LoadedRun]) -> tuple[Run, TaskSetup]:
+def _together(loaded: list[LoadedRun]) -> tuple[Run, NetworkSetup]:
     """A run whose network is the mean of all, and a setup that fits it."""
     # A layout that all of them can take: the plain one, unless every network is in channels_last.
     plain = [each for each in loaded if each.run.layout is not torch.channels_last]
@@ -167,118 +253,217 @@ def _together(loaded: list[LoadedRun]) -> tuple[Run, TaskSetup]:
     return together, chosen.setup
 
 
-# ---------------------------------------------------------------- a folder of pictures
+def needed_set(run: str, images: str) -> NeedsSet:
+    """What a set of a folder of pictures is to be like, so that a run can be asked about it.
 
-
-def _predict_folder(run: Run, setup: TaskSetup, folder: Path, target: Path) -> list[str]:
-    """predictions.csv and page.png of DIR/rgb/NAME with DIR/depth/NAME.png; their names.
-
-    Dense answers also as NAME.png. Raises UserError for pictures that are missing or unfit.
+    Raises NoCheckpoint, and UserError where that cannot be told.
     """
-    candidates = sorted((folder / "rgb").glob("*"))
-    paths = [path for path in candidates if path.suffix.lower() in PICTURE_SUFFIXES]
-    if not paths:
-        raise UserError(
-            f"no pictures in {folder / 'rgb'}: "
-            f"put NAME.png or NAME.jpg there, depth in {folder / 'depth'}"
-        )
+    found = _newest(run)
+    if images and not Path(images).is_dir():
+        raise UserError(f"{images} is no folder", "Name one with pictures in it")
+    settings = Settings(**found.settings)
+    if found.learnt is None:
+        size = _own_set(settings, found, is_asked_about=False).settings.size
+    else:
+        size = Learnt.from_plain(found.learnt).size
+    sees_depth = settings.inputs != "rgb" and settings.task != "depth"
+    return NeedsSet(images, run, size, None if sees_depth else "rgb")
 
-    batches = _image_batches(setup, paths, folder / "depth")
-    names = [path.name for path in paths]
-    found = list(predictions(run, setup, names, batches))
 
-    write_csv(target / "predictions.csv", [each.table_row for each in found])
-    files = ["predictions.csv"]
-    for path, each in zip(paths, found, strict=True):
-        if each.predicted.ndim == 2:
-            files.append(write(target / f"{path.stem}.png", _answer_png(each.predicted)))
-    files.append(write(target / "page.png", page(setup, str(folder), found[:MOST_PICTURES])))
+# ---------------------------------------------------------------- every row of another set
+
+
+class SetAnswers:
+    """What is said of the rows of a set, as they come.
+
+    table: lines of predictions.csv. shown: the first ones, with their pictures. unanswered: lines
+    of unanswered.csv. files: dense answers, by their paths in `target`. counts: of the task, by
+    split ("" where that means nothing), of the rows whose right answer is known; n_known: how many
+    these are.
+    """
+
+    def __init__(self, setup: NetworkSetup, rows: AnySet, target: Path) -> None:
+        self.setup = setup
+        self.rows = rows
+        self.target = target
+        self.table: list[dict[str, Any]] = []
+        self.shown: list[Prediction] = []
+        self.unanswered = _unreadable(rows)
+        self.files: set[Path] = set()
+        self.counts: dict[str, Tensor] = {}
+        self.n_known: dict[str, int] = {}
+
+    @torch.inference_mode()
+    def ask(self, run: Run, asked: AskedRows, bar: Progress) -> None:
+        """Ask about some rows, and write dense answers. Raises CannotWrite."""
+        out, (rgb, depth, true) = predict_batch(run, asked.setup, asked.batch, done=bar.update)
+        splits = self.rows.split_of(asked.rows)
+        for k, row in enumerate(asked.rows.tolist()):
+            if not asked.can_be_asked[k]:
+                problem = "has no depth, which the network needs"
+                self.unanswered.append(_unanswered(self.rows, row, problem))
+                continue
+            known = true[k] if _is_known(true[k]) else None
+            answer = answer_of(self.setup, out[k], known)
+            name = self.rows.names[row]
+            pictures = (rgb[k], depth[k])
+            self._keep(row, prediction_of(self.setup, name, answer, pictures, known))
+            if known is not None:
+                counts = self.setup.task.count(out[k : k + 1], true[k : k + 1])
+                self._count(splits[k], counts)
+
+    def sort(self) -> None:
+        """As in the source: rows of a table are stored in an order of their own."""
+        lines = self.rows.found.column("row")
+        self.table.sort(key=lambda line: int(lines[line["row"]]))
+        self.unanswered.sort(key=lambda line: int(lines[line["row"]]))
+
+    def _keep(self, row: int, found: Prediction) -> None:
+        line = {"row": row, **found.table_row}
+        if found.predicted.ndim == 2:
+            line["answer"] = str(self._write_dense(row, found))
+        self.table.append(line)
+        if len(self.shown) < MOST_PICTURES:
+            self.shown.append(replace(found, table_row=_captioned(found.table_row)))
+
+    def _write_dense(self, row: int, found: Prediction) -> Path:
+        file = Path(ANSWERS, answer_file(found.table_row["picture"]))
+        if file in self.files:  # of another row that names the same picture
+            file = file.with_suffix(f".%row{row}.png")
+        self.files.add(file)
+        path = self.target / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, answer_png(found.predicted, self.setup.task.n_out))
+        return file
+
+    def _count(self, split: str, counts: Tensor) -> None:
+        before = self.counts.get(split)
+        self.counts[split] = counts if before is None else before + counts
+        self.n_known[split] = self.n_known.get(split, 0) + 1
+
+
+def _answer_all(run: Run, setup: NetworkSetup, rows: AnySet, target: Path) -> list[str]:
+    """Tables, a page and dense answers about every right row of a set; the files' names."""
+    run.model.eval()
+    with only_writer(target, "written"):
+        answers = SetAnswers(setup, rows, target)
+        with Progress("predicting", "pictures", len(rows)) as bar:
+            for asked in rows.asked():
+                answers.ask(run, asked, bar)
+        if not answers.table and setup.sees_depth and len(rows):
+            raise MissingDepth(rows.found.path)
+        answers.sort()
+        files = _write_tables(answers)
+    _say(answers)
     return files
 
 
-@torch.inference_mode()
-def predictions(
-    run: Run, setup: TaskSetup, names: Sequence[str], batches: Iterator[Batch]
-) -> Iterator[Prediction]:
-    """One a picture; `names` are theirs, and the batches' targets only placeholders."""
-    run.model.eval()
-    name_of_next = iter(names)
-    with Progress("predicting", "pictures", len(names)) as bar:
-        for batch in batches:
-            out, (rgb, depth, _) = predict_batch(run, setup, batch, done=bar.update)
-            for k in range(len(rgb)):
-                answer = answer_of(setup, out[k], None)
-                pictures = (rgb[k], depth[k])
-                yield prediction_of(setup, next(name_of_next), answer, pictures, None)
+def _unreadable(rows: AnySet) -> list[dict[str, Any]]:
+    """The rows that were not converted; why is in the set's failed.csv alone, which may be gone."""
+    failed = np.flatnonzero(rows.found.column("status") != RIGHT_ROW).tolist()
+    why: dict[int, str] = {}
+    try:
+        with open(rows.found.path / FAILED, encoding="utf-8", newline="") as file:
+            why = {int(line["row"]): line["problem"] for line in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        pass
+    return [_unanswered(rows, row, why.get(row, "could not be read")) for row in failed]
 
 
-def _image_batches(setup: TaskSetup, paths: Sequence[Path], depths: Path) -> Iterator[Batch]:
-    """Batches of one, as the set stores them: RGB antialiased, depth nearest."""
-    for path in paths:
-        rgb_3hw = torch.from_numpy(_read_rgb(setup, path))
-        depth_hw = torch.from_numpy(_read_depth_mm(setup, depths / f"{path.stem}.png"))
-        yield rgb_3hw[None], depth_hw[None, None], _placeholder_target(setup)
+def _unanswered(rows: AnySet, row: int, problem: str) -> dict[str, Any]:
+    return {"row": row, "picture": rows.names[row], "problem": problem}
 
 
-def _read_rgb(setup: TaskSetup, path: Path) -> np.ndarray:
-    """uint8 [3, S, S]: the part of the picture that the set stores."""
-    from PIL import Image
-
-    size = setup.train_set.size
-    with Image.open(path) as image:
-        box = crop_box_of(setup.train_set).scaled_to(image.height, image.width)
-        part = (box.left, box.top, box.right, box.bottom)
-        resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, part)
-        return np.array(resized).transpose(2, 0, 1).copy()
+def _is_known(true: Tensor) -> bool:
+    """Whether anything of a target is: a class, or metres."""
+    if true.is_floating_point():
+        return bool((true > 0).any())
+    return bool((true != VOID).any())
 
 
-def _read_depth_mm(setup: TaskSetup, path: Path) -> np.ndarray:
-    """int16 [S, S], nearest; 0 where the network does without and there is none.
+def _captioned(table_row: dict[str, Any]) -> dict[str, Any]:
+    """The end of a long path; a $ begins no formula."""
+    name = table_row["picture"]
+    if len(name) > LONGEST_CAPTION:
+        name = "..." + name[3 - LONGEST_CAPTION :]
+    return {**table_row, "picture": _plain(name)}
 
-    Raises MissingDepth where the network needs it.
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")
+
+
+def _write_tables(answers: SetAnswers) -> list[str]:
+    """The names of the files, the folder of dense answers as one."""
+    target = answers.target
+    files = []
+    for name, table in ((PREDICTIONS, answers.table), (UNANSWERED, answers.unanswered)):
+        if table:
+            write_csv(target / name, table)
+            files.append(name)
+        else:
+            (target / name).unlink(missing_ok=True)
+    if answers.files:
+        files.append(ANSWERS)
+    if answers.shown:
+        files += _page(answers)
+    return files
+
+
+def _page(answers: SetAnswers) -> list[str]:
+    title = _plain(str(answers.rows.found.path))
+    path = answers.target / "page.png"
+    try:
+        return [draw(path, lambda: page(answers.setup, title, answers.shown))]
+    except ModuleNotFoundError as error:
+        missing = f"no page.png: {error.name} is not installed"
+        log(f"{missing}. Install the extra show: pip install 'nyuv2-shards[show]'")
+        return []
+
+
+def _say(answers: SetAnswers) -> None:
+    """Scores where something is known, then how many were answered and which were not."""
+    for split in ("", *SPLITS):
+        if split in answers.counts:
+            scores = answers.setup.task.scores(answers.counts[split])
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            which = f"{split} rows" if split else "rows"
+            print(f"on the {answers.n_known[split]} {which} whose answer is known:", listed)
+
+    n_rows = len(answers.table) + len(answers.unanswered)
+    print(f"answered {len(answers.table)} of {n_rows} pictures of {answers.rows.found.path}")
+    for each in answers.unanswered[:SHOWN]:
+        is_named = each["picture"] in each["problem"]
+        name = "" if is_named else f"{each['picture']}: "
+        print(f"not answered: {name}{each['problem']}")
+    n_more = len(answers.unanswered) - SHOWN
+    if n_more > 0:
+        print(f"not answered: {n_more} more, all in {answers.target / UNANSWERED}")
+
+
+# ---------------------------------------------------------------- pictures of answers
+
+
+def answer_png(predicted_hw: np.ndarray, n_classes: int) -> bytes:
+    """Numbers of classes, the first is 0: 8 bits, 16 where there are more than 256 of them. Metres
+    as millimetres, 16 bits.
     """
-    from PIL import Image
-
-    size = setup.train_set.size
-    is_needed = not setup.learns_depth and setup.settings.inputs != "rgb"
-    nothing = np.zeros((size, size), np.int16)
-    if not path.exists():
-        if is_needed:
-            raise MissingDepth(path)
-        return nothing
-
-    with Image.open(path) as image:
-        stored = np.array(image)
-    if stored.ndim != 2 or stored.max() > MAX_DEPTH_MM:
-        if is_needed:
-            expected = f"expected one channel of millimetres, 0..{MAX_DEPTH_MM}, 0 = no measurement"
-            raise UserError(f"{path}: {expected}")
-        return nothing
-
-    box = crop_box_of(setup.train_set).scaled_to(*stored.shape)
-    centres = (np.arange(size) + 0.5) / size
-    rows = box.rows_at(centres).astype(np.int64)
-    columns = box.columns_at(centres).astype(np.int64)
-    return stored[rows][:, columns].astype(np.int16)
+    if predicted_hw.dtype.kind == "f":
+        return _grey_png(np.round(predicted_hw * 1000).astype(">u2"))
+    return _grey_png(predicted_hw.astype("|u1" if n_classes <= 256 else ">u2"))
 
 
-def _placeholder_target(setup: TaskSetup) -> Tensor:
-    """Of the shape that the task's targets have, for a batch of one; nothing is known."""
-    size = setup.train_set.size
-    if setup.learns_depth:
-        return torch.zeros((1, 1, size, size))
-    shape = (1,) if setup.settings.task == "scene" else (1, size, size)
-    return torch.full(shape, VOID, dtype=torch.int64)
+def _grey_png(levels_hw: np.ndarray) -> bytes:
+    """A PNG of whole numbers, 8 bits or 16 with the high byte first."""
+    height, width = levels_hw.shape
+    n_bits = 8 * levels_hw.itemsize
+    header = struct.pack(">IIBBBBB", width, height, n_bits, 0, 0, 0, 0)
+    # In front of each line is the number of its filter: 0, none.
+    lines = b"".join(b"\0" + line.tobytes() for line in levels_hw)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, data) for name, data in parts)
 
 
-def _answer_png(predicted: np.ndarray) -> bytes:
-    """Class ids as 8-bit, metres as 16-bit millimetres."""
-    from PIL import Image
-
-    if predicted.dtype.kind == "f":
-        stored = np.round(predicted * 1000).astype(np.uint16)
-    else:
-        stored = predicted.astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(stored).save(buffer, "png")
-    return buffer.getvalue()
+def _png_chunk(name: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(name + data)
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)

@@ -23,7 +23,7 @@ from shards.files import log
 from shards.spec import class_colours
 from train.answers import Answers, Prediction
 from train.checkpoint import CLASS_TABLE, Run, write_csv, write_file
-from train.job import TaskSetup
+from train.job import NetworkSetup, TaskSetup
 from train.loop import TrainingResult, epoch_line
 from train.plots import (
     CaptionedPanels,
@@ -45,11 +45,11 @@ def write(path: Path, data: bytes) -> str:
     return path.name
 
 
-def _draw(path: Path, draw: Callable[[], bytes]) -> str:
+def draw(path: Path, make: Callable[[], bytes]) -> str:
     """Say which picture is being drawn, as that takes seconds; write it; its name."""
     check_drawing()
     log(f"writing {path}")
-    return write(path, draw())
+    return write(path, make())
 
 
 def tables_and_pictures(out: Path, run: Run, answers: Answers) -> list[str]:
@@ -76,7 +76,7 @@ def _mistakes(out: Path, run: Run, answers: Answers) -> list[str]:
     path = out / "mistakes.png"
     if answers.worst:
         title = f"the {len(answers.worst)} worst of {len(dataset)} {dataset.split} rows"
-        return [_draw(path, lambda: page(answers.setup, title, answers.worst))]
+        return [draw(path, lambda: page(answers.setup, title, answers.worst))]
 
     path.unlink(missing_ok=True)
     is_anything_known = float(run.counts.sum()) > 0
@@ -111,10 +111,10 @@ def _confusion(out: Path, run: Run, answers: Answers) -> list[str]:
     counts_kk = run.counts.view(task.n_out, -1).long().numpy()
     split = answers.dataset.split
     path = out / "confusion.png"
-    return [_draw(path, lambda: confusion_png(counts_kk, task.names, split))]
+    return [draw(path, lambda: confusion_png(counts_kk, task.names, split))]
 
 
-def page(setup: TaskSetup, title: str, shown: list[Prediction]) -> bytes:
+def page(setup: NetworkSetup, title: str, shown: list[Prediction]) -> bytes:
     """A PNG of every picture with its depth, and for dense tasks the truth and the answer."""
     heads = ["rgb", "depth"]
     if setup.settings.task != "scene":
@@ -130,10 +130,10 @@ def page(setup: TaskSetup, title: str, shown: list[Prediction]) -> bytes:
     if setup.settings.task.startswith("semantic"):
         colours = class_colours(setup.task.n_out)[1:]  # the first is of void
         legend = dict(zip(setup.task.names, colours, strict=True))
-    return page_png(title, heads, pictures, legend)
+    return page_png(f"{title}: {', '.join(heads)}", heads, pictures, legend)
 
 
-def _dense_panels(setup: TaskSetup, prediction: Prediction) -> list[np.ndarray]:
+def _dense_panels(setup: NetworkSetup, prediction: Prediction) -> list[np.ndarray]:
     """The truth, where it is known, and the answer, in colours; of a dense task."""
     answers = [prediction.true, prediction.predicted]
     planes = [plane for plane in answers if plane is not None and plane.ndim == 2]
@@ -164,7 +164,7 @@ def report(result: TrainingResult) -> list[Path]:
     names = tables_and_pictures(out, result.run, result.answers)
     history = result.run.history
     with suppress(ModuleNotFoundError):  # announced already
-        names.append(_draw(out / "curves.png", lambda: curves_png(history, result.baseline)))
+        names.append(draw(out / "curves.png", lambda: curves_png(history, result.baseline)))
 
     files = [*result.files, *(out / name for name in names)]
     print_summary(result, files)

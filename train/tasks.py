@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.spec import VOID
-from train.data import ShardDataset
-from train.geometry import CropBox, crop_box_of, scored_box_of
+from train.geometry import CropBox
+from train.learnt import Learnt
 from train.settings import Settings
 
 NEAREST_M = 1e-3
@@ -144,10 +144,9 @@ class Depth:
 Task = Classes | Depth
 
 
-def make_task(settings: Settings, train_set: ShardDataset) -> Task:
-    """The task of these settings on a dataset."""
+def make_task(settings: Settings, learnt: Learnt) -> Task:
+    """The task of these settings on what is known of the set."""
     if settings.task == "depth":
-        boxes = crop_box_of(train_set), scored_box_of(train_set)
-        return Depth(train_set.depth_mean, *boxes)
+        return Depth(learnt.depth_mean_m, learnt.stored_box, learnt.scored_box)
     main = "top1" if settings.task == "scene" else "miou"
-    return Classes(train_set.classes, settings.label_smoothing, main)
+    return Classes(list(learnt.classes), settings.label_smoothing, main)

@@ -16,7 +16,7 @@ from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
 from convert.sources.depth_encodings import check_names, looks_undecoded
 from convert.sources.errors import BadRow
 from convert.sources.frame_rows import DepthRules, FrameRows, FramesReader, LabelRule
-from convert.sources.layouts import list_frames
+from convert.sources.layouts import Listing, list_frames
 from convert.sources.opening import SourceOptions
 from convert.sources.pictures import decoder_name
 from convert.sources.roots import Roots
@@ -54,6 +54,7 @@ class FramesSource:
         check_names(settings.depth_encoding, settings.depth_scale, settings.depth_trunc)
         self._path = path
         self._kinds = settings.kinds
+        self._wanted = (*settings.fields, *settings.kinds)
         self._is_directory = path.is_dir()
         table, self._stamp_when_read = self._read(settings)
         self._identity = SourceIdentity(
@@ -97,7 +98,7 @@ class FramesSource:
     def _read(self, settings: ConversionSettings) -> tuple[FrameTable, tuple[int, ...]]:
         """The table, or what the directory's layout makes one of; and its stamp as it was read."""
         if self._is_directory:
-            listing = list_frames(self._path, self._kinds)
+            listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
             return listing.table, listing.stamp
@@ -108,6 +109,9 @@ class FramesSource:
         if table.not_used:
             log(f"{self._path}: not used: {', '.join(table.not_used)}")
         return table, stamp
+
+    def _listing(self) -> Listing:
+        return list_frames(self._path, self._kinds, self._wanted)
 
     def __str__(self) -> str:
         return str(self._path)
@@ -135,7 +139,7 @@ class FramesSource:
 
     def stamp(self) -> tuple[int, ...]:
         if self._is_directory:
-            return list_frames(self._path, self._kinds).stamp
+            return self._listing().stamp
         stat = self._path.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -188,7 +192,8 @@ class FramesSource:
 
         Raises WrongSource where none can be read, WrongSetting for depth that looks undecoded.
         """
-        reader = self._reader(tuple(self.fields))
+        fields = [field for name, field in self.fields.items() if name in self._wanted]
+        reader = self._reader([field.name for field in fields])
         n_probed = min(PROBED_ROWS, self.n_rows)
         rows = np.unique(np.linspace(0, self.n_rows - 1, n_probed).astype(int)).tolist()
         problems: list[str] = []
@@ -199,7 +204,7 @@ class FramesSource:
                 row_bytes = max(row_bytes, sum(each[0].nbytes for each in pictures.values()))
             except BadRow as error:
                 problems.append(str(error))
-        for field in self.fields.values():
+        for field in fields:
             if field.kind == "depth":
                 self._probe_depth(reader, field.name, rows, settings)
         if len(problems) == len(rows):

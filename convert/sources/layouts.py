@@ -3,13 +3,14 @@
 DIR/rgb/kitchen/0001.jpg  DIR/depth/kitchen/0001.png  ...      frames: by equal names
 DIR/train/rgb/0001.jpg    DIR/train/depth/0001.png    ...      the same in each split
 DIR/rgb/train/0001.jpg    DIR/depth/train/0001.png    ...      or so
+DIR/0001.jpg              DIR/depth/0001.png          ...      pictures that lie in DIR itself
 """
 
 import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,23 +60,27 @@ class Listing:
     notes: tuple[str, ...]
 
 
-def list_frames(directory: Path, kinds: Mapping[str, str]) -> Listing:
+def list_frames(
+    directory: Path, kinds: Mapping[str, str], fields: Collection[str] = tuple(KNOWN_FIELDS)
+) -> Listing:
     """The frames of a directory, each with the pictures of its name. kinds: of further fields, each
-    in a folder of its name. Raises WrongSource where it is not laid out so, and OSError.
+    in a folder of its name. fields: of the known ones those that are wanted; others are passed
+    over. Raises WrongSource where it is not laid out so, and OSError.
     """
-    parts = _parts(directory, kinds)
+    wanted = [name for name in (*KNOWN_FIELDS, *kinds) if name in ("rgb", *fields, *kinds)]
+    folders = _folders(directory, wanted)
+    is_alone = all(folder.field == "rgb" for folder in folders)
     found: dict[str, dict[str, Found]] = {}
-    for part in parts:
-        for field, pictures in _pictures_of(directory, part, kinds).items():
-            found.setdefault(field, {}).update(pictures)
+    for folder in folders:
+        pictures = _pictures_in(directory, folder, with_suffix=is_alone)
+        found.setdefault(folder.field, {}).update(pictures)
     if not found.get("rgb"):
         raise WrongSource(directory, f"has no pictures in {FOLDERS['rgb'][0]}/")
-    names = sorted(found["rgb"])
     _check_paired(directory, found)
     return Listing(
-        table=_table(found, names),
+        table=_table(found, sorted(found["rgb"])),
         stamp=_stamp(found),
-        notes=tuple(_notes(found)),
+        notes=(*_not_looked_into(directory, folders), *_notes(found)),
     )
 
 
@@ -110,26 +115,57 @@ def write_table(directory: Path, kinds: Mapping[str, str], out: Path) -> int:
 # ---------------------------------------------------------------- what lies where
 
 
-def _parts(directory: Path, kinds: Mapping[str, str]) -> list[str]:
-    """The folders that have a folder of rgb in them: the directory itself, or those of splits."""
-    if _folder_of(directory, "rgb", kinds) is not None:
-        return [""]
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Where pictures of a field lie. part: "", or the folder of a split that it is in. name: in
+    that; "" for pictures that lie in the directory itself, of which the folders are not looked
+    into: they may hold anything.
+    """
+
+    field: str
+    part: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        """In the directory; "" for itself."""
+        return "/".join(filter(None, (self.part, self.name)))
+
+
+def _folders(directory: Path, fields: Sequence[str]) -> list[Folder]:
+    """Of the fields that have one. Raises WrongSource where there is none of rgb."""
+    parts = [""] if _folder_of(directory, "rgb") is not None else _splits_in(directory)
+    found = [
+        Folder(field=field, part=part, name=name)
+        for part in parts
+        for field in fields
+        if (name := _folder_of(directory / part, field)) is not None
+    ]
+    if parts:
+        return found
+    if next(_pictures_under(directory, is_deep=False), None) is None:
+        what = "is no directory of a known layout: it has no folder rgb, no train/rgb, no pictures"
+        raise WrongSource(directory, what, "Put pictures into rgb/ and depth/, by equal names")
+    others = [(field, _folder_of(directory, field)) for field in fields if field != "rgb"]
+    return [
+        Folder(field="rgb", part="", name=""),
+        *(Folder(field=field, part="", name=name) for field, name in others if name is not None),
+    ]
+
+
+def _splits_in(directory: Path) -> list[str]:
+    """The folders of splits that have a folder of rgb in them."""
     splits = [
         entry.name
         for entry in sorted(os.scandir(directory), key=lambda entry: entry.name)
         if entry.is_dir() and entry.name.lower() in SPLIT_NAMES
     ]
-    parts = [name for name in splits if _folder_of(directory / name, "rgb", kinds) is not None]
-    if not parts:
-        what = "is no directory of a known layout: it has no folder rgb, nor train/rgb"
-        raise WrongSource(directory, what, "Put pictures into rgb/ and depth/, by equal names")
-    return parts
+    return [name for name in splits if _folder_of(directory / name, "rgb") is not None]
 
 
-def _folder_of(directory: Path, field: str, kinds: Mapping[str, str]) -> str | None:
+def _folder_of(directory: Path, field: str) -> str | None:
     """What the folder of a field is called here. Raises WrongSource where there are two."""
-    names = FOLDERS.get(field, (field,)) if field in FOLDERS or field in kinds else ()
-    there = [name for name in names if (directory / name).is_dir()]
+    there = [name for name in FOLDERS.get(field, (field,)) if (directory / name).is_dir()]
     if len(there) > 1:
         raise WrongSource(
             directory, f"has {there[0]}/ and {there[1]}/, both of {field}", "Keep one"
@@ -137,25 +173,34 @@ def _folder_of(directory: Path, field: str, kinds: Mapping[str, str]) -> str | N
     return there[0] if there else None
 
 
-def _pictures_of(directory: Path, part: str, kinds: Mapping[str, str]) -> dict[str, Pictures]:
-    """Of each field that has a folder in this part."""
-    base = directory / part
-    found: dict[str, Pictures] = {}
-    for field in (*KNOWN_FIELDS, *kinds):
-        folder = _folder_of(base, field, kinds)
-        if folder is not None:
-            found[field] = _pictures_in(directory, f"{part}/{folder}" if part else folder, part)
-    return found
+def _not_looked_into(directory: Path, folders: Sequence[Folder]) -> Iterator[str]:
+    """Folders beside pictures that lie in the directory itself."""
+    if folders[0].name:
+        return
+    used = {folder.name for folder in folders}
+    others = [
+        entry.name
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name)
+        if entry.is_dir() and entry.name not in used and not entry.name.startswith(".")
+    ]
+    if others:
+        listed = ", ".join(f"{name}/" for name in others[:SHOWN])
+        rgb = FOLDERS["rgb"][0]
+        yield f"{len(others)} folders are not looked into, such as {listed}: put all into {rgb}/"
 
 
-def _pictures_in(directory: Path, folder: str, part: str) -> Pictures:
-    """By PART/NAME, NAME being the path in the folder without its suffix."""
+def _pictures_in(directory: Path, folder: Folder, *, with_suffix: bool) -> Pictures:
+    """By PART/NAME, NAME being the path in the folder.
+
+    with_suffix: as part of the name, where nothing has to be of the same. Raises WrongSource where
+    two pictures have one name.
+    """
     found: dict[str, Found] = {}
-    prefix = f"{part}/" if part else ""
-    for entry in _files_under(directory / folder):
-        inside = os.path.relpath(entry.path, directory / folder).replace(os.sep, "/")
-        name = prefix + os.path.splitext(inside)[0]
-        path = f"{folder}/{inside}"
+    for entry in _pictures_under(directory / folder.path, is_deep=folder.name != ""):
+        inside = os.path.relpath(entry.path, directory / folder.path).replace(os.sep, "/")
+        path = "/".join(filter(None, (folder.path, inside)))
+        stem = inside if with_suffix else os.path.splitext(inside)[0]
+        name = "/".join(filter(None, (folder.part, stem)))
         if name in found:
             what = f"has {found[name].path} and {path}, of one name"
             raise WrongSource(directory, what, "Keep one of them")
@@ -172,17 +217,20 @@ def _found(path: str, entry: "os.DirEntry[str]") -> Found:
     return Found(path, stat.st_size, stat.st_mtime_ns)
 
 
-def _files_under(folder: Path) -> Iterator["os.DirEntry[str]"]:
+def _pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEntry[str]"]:
     """Every picture file; what is hidden, as .DS_Store and ._x.png, is none."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+        is_picture = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        # A link may lead to a folder that it lies in.
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if entry.name.startswith(".") or not (is_picture or is_folder):
             continue
         if not entry.name.isprintable():  # such as bytes that are no UTF-8
             raise WrongSource(folder, f"has a file called {entry.name!r}", "Give it another name")
-        if entry.is_dir(follow_symlinks=False):  # a link may lead to a folder that it lies in
-            yield from _files_under(Path(entry.path))
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+        if is_picture and not is_folder:
             yield entry
+        elif is_folder and is_deep:
+            yield from _pictures_under(Path(entry.path))
 
 
 # ---------------------------------------------------------------- as a table
