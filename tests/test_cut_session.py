@@ -69,9 +69,9 @@ def cut_session(mat: Path, machine: Path, drive: Path, n_shards: int) -> None:
 
 
 def n_shards_made(stderr: str) -> int:
-    """As the conversion says how many rows it has to convert: all shards have 8."""
+    """As the conversion says how many rows it has to convert: shards have 8, the last one fewer."""
     (n_rows,) = re.findall(r"^(\d+) rows to convert", stderr, re.M)
-    return int(n_rows) // SETTINGS.rows_per_shard
+    return -(-int(n_rows) // SETTINGS.rows_per_shard)
 
 
 def assert_all_is_well(mat: Path, machine: Path, drive: Path, tmp_path: Path) -> None:
