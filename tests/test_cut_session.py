@@ -17,6 +17,7 @@ from conftest import REPO
 from helpers.sets import content, convert, flip, is_whole
 
 from convert import follower, pipeline
+from convert.executors import FullShard
 from convert.plan import Plan
 from convert.session import SetRequest, prepare
 from shards.dataset import finished_sets
@@ -69,9 +70,9 @@ def cut_session(mat: Path, machine: Path, drive: Path, n_shards: int) -> None:
 
 
 def n_shards_made(stderr: str) -> int:
-    """As the conversion says how many rows it has to convert: all shards have 8."""
+    """As the conversion says how many rows it has to convert: shards have 8, the last one fewer."""
     (n_rows,) = re.findall(r"^(\d+) rows to convert", stderr, re.M)
-    return int(n_rows) // SETTINGS.rows_per_shard
+    return -(-int(n_rows) // SETTINGS.rows_per_shard)
 
 
 def assert_all_is_well(mat: Path, machine: Path, drive: Path, tmp_path: Path) -> None:
@@ -167,13 +168,13 @@ def test_shards_of_a_source_that_changed_meanwhile_are_withdrawn(
     write = pipeline.write_shard
     seen: list[Path] = []
 
-    def write_and_change(plan: Plan, k: int, *more: Any) -> Receipt:
-        if k == 3:
+    def write_and_change(plan: Plan, shard: FullShard, *more: Any) -> Receipt:
+        if shard.number == 3:
             while not seen:
                 seen.extend((tmp_path / "drive").glob("*/receipt-*.json"))
                 time.sleep(0.01)
             os.utime(source)
-        return write(plan, k, *more)
+        return write(plan, shard, *more)
 
     monkeypatch.setattr(pipeline, "write_shard", write_and_change)
     with pytest.raises(WrongSource, match="changed while it was read"):

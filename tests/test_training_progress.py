@@ -144,7 +144,7 @@ def test_other_ranks_say_nothing(
     assert capsys.readouterr().err == ""
 
 
-def test_on_a_terminal_there_is_a_bar() -> None:
+def test_on_a_terminal_there_is_a_bar_even_where_its_width_is_unknown() -> None:
     program = (
         "from train.progress import Progress\n"
         "with Progress('scoring test', 'rows', 2) as bar:\n"
@@ -152,7 +152,7 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     )
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", program]
-    subprocess.run(command, cwd=REPO, stderr=theirs, check=True)
+    subprocess.run(command, cwd=REPO, stdin=theirs, stderr=theirs, check=True)
     shown = os.read(ours, 4096).decode()
     for end in (ours, theirs):
         os.close(end)

@@ -93,7 +93,11 @@ class FramesSource:
         self.decoder: str | None = decoder_name()
         for warning in self.dataset.warnings:
             log(f"{path}: {warning}")
-        self._row_bytes = self._probe(settings)
+        try:
+            self._row_bytes = self._probe(settings)
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self, settings: ConversionSettings) -> tuple[FrameTable, tuple[int, ...]]:
         """The table, or what the directory's layout makes one of; and its stamp as it was read."""
