@@ -19,7 +19,7 @@ from shards.manifest import FAILED, FAILED_ROW, RIGHT_ROW, ColumnValues, Receipt
 SHOWN = 3  # failed rows in a message
 # More than are allowed, after which a conversion gives up: a wrong root fails every row.
 MANY_FAILED = 100
-HEADER = ("row", "line", "rgb_file", "problem")
+HEADER = ("set_row", "row", "rgb_file", "problem")
 
 
 class FailedRows(WrongSource):
@@ -46,7 +46,7 @@ class FailedRows(WrongSource):
         more = f"; all are in {self.listed}"
         if self.is_early:
             so_far = f"{n_failed} rows cannot be read, the rest was not tried: {first}{more}"
-            return f"{self.source}: {so_far}", "Is its root right? Mend them, then convert it again"
+            return f"{self.source}: {so_far}", "Check where its paths lead, mend them"
         share = -(-n_failed * 10_000 // self.n_rows) / 10_000
         allowed = naming("max_failed", share)
         what = f"{n_failed} of {self.n_rows} rows cannot be read: {first}{more}"
@@ -134,7 +134,7 @@ def _problems(found: ShardSet) -> dict[int, str]:
     """From failed.csv, which nothing vouches for: a set is right without it."""
     try:
         with open(found.path / FAILED, encoding="utf-8", newline="") as file:
-            return {int(line["row"]): line["problem"] for line in csv.DictReader(file)}
+            return {int(line["set_row"]): line["problem"] for line in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return {}
 

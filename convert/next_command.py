@@ -117,9 +117,14 @@ def repair_commands(error: Any) -> str:
 def repair_command(found: ShardSet) -> list[str]:
     """The command that makes the wrong shards of a set again."""
     try:
-        source = json.loads((found.path / PROVENANCE).read_text())["source_path"]
+        provenance = json.loads((found.path / PROVENANCE).read_text())
+        source = provenance["source_path"]
+        words = shlex.split(provenance["command"])
     except (OSError, ValueError, KeyError, TypeError):
         source = found.manifest.source.name
+        words = []
+    if found.manifest.source.kind == "table" and "run" in words:  # roots and names are there alone
+        return ["python", "-m", "convert", *words[words.index("run") :], "--repair"]
     out = str(found.path.parent)
     command = ["python", "-m", "convert", "run", source, "--out", out, "--repair"]
     if found.codecs:

@@ -7,6 +7,7 @@ last. A run that was killed goes on after its last receipt, and ends byte-identi
 import errno
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -279,9 +280,9 @@ class ConvertedShards:
         dataset = self.facts.dataset
         rows = [receipt.rows for receipt in self.receipts if receipt.rows]
         highest = [each.highest["label"] for each in rows if "label" in each.highest]
-        if dataset.label_names or not highest:
-            return dataset
-        return replace(dataset, label_names=tuple(str(k) for k in range(1, max(highest) + 1)))
+        names = dataset.label_names
+        without = range(len(names) + 1, max(highest, default=0) + 1)
+        return replace(dataset, label_names=(*names, *map(str, without)))
 
 
 def failed_of(receipts: Iterable[Receipt]) -> dict[int, str]:
@@ -420,7 +421,7 @@ def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict
         except PackageNotFoundError:
             packages[name] = "absent"
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "source_path": str(source),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 2),

@@ -199,6 +199,11 @@ class StoredPixels:
         return self.pixels.nbytes
 
 
+def as_meant(row: np.ndarray | StoredPixels) -> np.ndarray:
+    """(H, W[, 3]) with the meaning that it has in a set."""
+    return row.meaning(row.pixels) if isinstance(row, StoredPixels) else row
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resizer:
     """Rows of one field as they are decoded -> as they are stored.
@@ -221,7 +226,7 @@ class Resizer:
         if isinstance(row, StoredPixels):
             if self._takes_nearest:
                 return row.meaning(nearest(row.pixels.T, self.size))
-            row = row.meaning(row.pixels)
+            row = as_meant(row)
         if self.is_hw and self.field.kind == "colour":
             return rgb_of_picture(row, self.size)
         return self._of_planes(row.T if self.is_hw else row)

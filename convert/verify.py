@@ -133,8 +133,8 @@ def _compare_columns(found: ShardSet, source: Source) -> None:
 def _compare_label_names(found: ShardSet, dataset: DatasetSpec, source: Source) -> None:
     stored = found.dataset.label_names
     given = dataset.label_names
-    if source.rows_differ and not given:  # they were called by their numbers
-        return
+    if source.rows_differ and len(given) < len(stored):  # the others are called by their numbers
+        given = (*given, *map(str, range(len(given) + 1, len(stored) + 1)))
     if len(stored) != len(given):
         raise _other(found, f"has {len(stored)} label names, {source} has {len(given)}")
     for k, (ours, theirs) in enumerate(zip(stored, given, strict=True)):

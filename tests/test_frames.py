@@ -52,6 +52,8 @@ from convert.sample_frames import (
     pnm,
     write_frames,
 )
+from convert.sources import frames
+from convert.sources.dealing import dealt_order
 from convert.sources.opening import SourceOptions
 from shards.dataset import ShardSet, open_set
 from shards.errors import UserError, WrongSetting, WrongSource
@@ -474,15 +476,22 @@ def test_another_void_moves_the_ids_up_by_one(tmp_path: Path) -> None:
     assert found.dataset.label_names == ("wall", "floor", "bed")
 
 
-def test_a_label_beyond_the_names_fails_its_row_alone(tmp_path: Path) -> None:
+def test_a_label_beyond_the_names_is_refused_or_called_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = write_frames_of(tmp_path, 3, split="train")
-    write_file(tmp_path / rows[1]["label"], png(np.full((SIDE, SIDE), 6, np.uint8)))
+    last = int(dealt_order(np.zeros(3, np.uint8))[-1])
+    write_file(tmp_path / rows[last]["label"], png(np.full((SIDE, SIDE), 6, np.uint8)))
     (tmp_path / "names.txt").write_text("wall\nfloor\nbed\nlamp\n")
     options = SourceOptions(label_names=tmp_path / "names.txt")
     table = write_table(tmp_path / "t.csv", rows)
-    found = converted(table, tmp_path / "out", options=options, max_failed=0.4)
-    assert statuses(found) == {0: 0, 1: 1, 2: 0}
-    assert "has the label 6, beyond the 4" in (found.path / FAILED).read_text()
+    with pytest.raises(WrongSetting, match="has the label 6, beyond the 4 names"):
+        converted(table, tmp_path / "out", options=options)
+
+    monkeypatch.setattr(frames, "PROBED_ROWS", 1)  # so that it is not seen beforehand
+    found = converted(table, tmp_path / "out", options=options)
+    assert statuses(found) == {0: 0, 1: 0, 2: 0}
+    assert found.dataset.label_names == ("wall", "floor", "bed", "lamp", "5", "6")
 
 
 def test_an_empty_cell_is_a_field_of_zeros_and_no_failure(tmp_path: Path) -> None:
@@ -572,7 +581,7 @@ def test_each_kind_of_bad_file_fails_its_row_alone(
     failed = read_csv(found.path / FAILED)
     assert len(failed) == 1
     row = found.column("row").tolist().index(3)
-    assert (failed[0]["row"], failed[0]["line"]) == (str(row), "3")
+    assert (failed[0]["set_row"], failed[0]["row"]) == (str(row), "3")
     assert failed[0]["rgb_file"] == rows[3]["rgb"]
     assert PROBLEMS[name] in failed[0]["problem"]
     named = f"{FAULTS[name].field}/broken_0001/{name}"

@@ -230,7 +230,7 @@ def test_without_leave_nothing_with_bad_rows_is_published_and_the_line_says_how_
     assert "or go without: --max-failed 0.0953" in last
     (directory,) = (tmp_path / "out").glob("rows-*")
     assert not (directory / MANIFEST).exists()
-    failed = {line["line"]: line for line in read_csv(directory / FAILED)}
+    failed = {line["row"]: line for line in read_csv(directory / FAILED)}
     assert failed.keys() == {"3", "11"}
     assert str(directory / FAILED) in last
 

@@ -116,9 +116,13 @@ def test_in_a_pipe_there_are_lines_while_it_learns_scores_and_draws(
         assert f"writing {tmp_path / name}" in said.err
 
 
-def test_a_short_run_in_a_pipe_says_nothing_on_the_way(
-    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_nothing_is_said_on_the_way_before_somebody_would_wonder(
+    small_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("train.progress.SILENT_S", 1e9)
     VOICE.has_spoken()
     train(Settings(str(small_set), str(tmp_path), **TINY))
     assert " of " not in capsys.readouterr().err.replace("evaluation: on the", "")

@@ -364,7 +364,7 @@ def _unreadable(rows: AnySet) -> list[dict[str, Any]]:
     why: dict[int, str] = {}
     try:
         with open(rows.found.path / FAILED, encoding="utf-8", newline="") as file:
-            why = {int(line["row"]): line["problem"] for line in csv.DictReader(file)}
+            why = {int(line["set_row"]): line["problem"] for line in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         pass
     return [_unanswered(rows, row, why.get(row, "could not be read")) for row in failed]

@@ -81,11 +81,10 @@ class FrameRows:
 @dataclass(frozen=True, kw_only=True)
 class LabelRule:
     """void: the stored id that is void; other ids move up by one where it is not 0. None: 0 is
-    void, and ids stay. highest: of the ids that have a name, MAX_ID where none has.
+    void, and ids stay.
     """
 
     void: int | None
-    highest: int
 
     def stored(self, ids: np.ndarray) -> np.ndarray:
         """(H, W) uint16 as in the file -> as in the set, 0 = void. Raises BadRow."""
@@ -94,8 +93,6 @@ class LabelRule:
             if ids.max(initial=0, where=~is_void) == MAX_ID:
                 raise BadRow(f"has the id {MAX_ID}, which leaves no room for the void")
             ids = np.where(is_void, 0, ids + np.uint16(1)).astype(np.uint16)
-        if ids.max() > self.highest:
-            raise BadRow(f"has the label {ids.max()}, beyond the {self.highest} that have names")
         return ids
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.resize import as_meant
 from convert.sources.base import RowFacts, RowReader
 from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
 from convert.sources.depth_encodings import check_names, looks_undecoded
@@ -85,7 +86,7 @@ class FramesSource:
         folder = path if self._is_directory else path.parent
         self._roots = Roots(folder, options.roots, options.follow)
         self._depth_rules = DepthRules.of(self._rows, settings)
-        self._label_rule = LabelRule(void=settings.label_void, highest=len(label_names) or MAX_ID)
+        self._label_rule = LabelRule(void=settings.label_void)
         self.handles: tuple[int, ...] | None = (self._rows.arrays.handle,)
         self.may_hang = self._roots.may_hang
         self.rows_differ = True
@@ -168,7 +169,7 @@ class FramesSource:
         )
 
     def highest_id(self, field: str) -> int | None:
-        """None: a label beyond the names is the row's fault, and its reader says so."""
+        """None: names decide no stored byte. Labels beyond them are called by their numbers."""
         return None
 
     def check_crop(self, crop: str) -> None:
@@ -202,19 +203,32 @@ class FramesSource:
         rows = np.unique(np.linspace(0, self.n_rows - 1, n_probed).astype(int)).tolist()
         problems: list[str] = []
         row_bytes = 0
+        highest_label = 0
         for row in rows:
             try:
                 pictures = reader.read_group(row)
                 row_bytes = max(row_bytes, sum(each[0].nbytes for each in pictures.values()))
+                for label in pictures.get("label", ()):
+                    highest_label = max(highest_label, int(as_meant(label).max()))
             except BadRow as error:
                 problems.append(str(error))
         for field in fields:
             if field.kind == "depth":
                 self._probe_depth(reader, field.name, rows, settings)
+        self._check_names(highest_label)
         if len(problems) == len(rows):
             what = f"has no row that can be read, of {len(rows)} tried: {problems[0]}"
-            raise WrongSource(self, what, "Is its root right?")
+            raise WrongSource(self, what, "Check where its paths lead")
         return row_bytes
+
+    def _check_names(self, highest_label: int) -> None:
+        """Raise WrongSetting for a label without a name: mostly a void that was not named."""
+        n_names = len(self.dataset.label_names)
+        if n_names and highest_label > n_names:
+            label = highest_label - 1 if self._label_rule.void else highest_label
+            what = f"{self} has the label {label}, beyond the {n_names} names"
+            void = self._label_rule.void
+            raise WrongSetting("label_void", void, f"{what}. Name it, if that is the void")
 
     def _probe_depth(
         self, reader: FramesReader, field: str, rows: Sequence[int], settings: ConversionSettings
