@@ -13,6 +13,7 @@ DRIVE ?=
 MIRROR ?=
 ARGS ?=
 IMAGES ?=
+FRAMES ?=
 # Trains in two runs (train/recipe.py). RECIPE= goes back to one run with the flags' defaults.
 RECIPE ?= default
 # The run that learns the classes of the pixels first: auto is RUN-parts, where that can help. START= begins with the scenes.
@@ -69,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-step test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-frames bench-step test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -145,6 +146,9 @@ mat-given:
 
 bench-convert: mat-given $(READY)  ## converting against its floor: make bench-convert MAT=x.mat
 	$(PY) -m bench.convert "$(MAT)" --profile $(ARGS)
+
+bench-frames: $(READY)  ## converting pictures against decoding them: make bench-frames [FRAMES=DIR]
+	$(PY) -m bench.frames $(if $(FRAMES),"$(FRAMES)") $(ARGS)
 
 bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-RAM script too
 	$(PY) -m bench.loader "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)

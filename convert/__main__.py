@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -103,26 +104,45 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
 
 def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     """The set of a table, or of a directory of frames. Raises WrongSetting."""
-    from convert.pipeline import convert
+    from convert.pipeline import Execution, convert_to_set
+    from convert.session import SetRequest, prepare
     from convert.sources.opening import open_source
 
-    for name in ("drive", "url"):
-        value = getattr(args, name)
-        if value is not None:
-            raise NeedsSetting(name, value, "layout", "nyu")
-
+    if args.url is not None:
+        raise NeedsSetting("url", args.url, "layout", "nyu")
+    if not args.source.exists():  # the set may be all that is left of it
+        return _found_by_name(args, settings)
     with closing(open_source(args.source, settings, source_options_of(args))) as source:
-        codecs = codecs_of(args.format, args.codec, source.resolved(settings).fields)
-        made = convert(
-            source,
-            args.out,
-            settings,
-            workers=args.workers,
-            codecs=codecs,
-            repair=args.repair,
-            max_failed=args.max_failed,
+        resolved = source.resolved(settings)
+        codecs = codecs_of(args.format, args.codec, resolved.fields)
+        if args.drive:
+            request = SetRequest(
+                root=args.out,
+                settings=resolved,
+                source=source,
+                drive=args.drive,
+                workers=args.workers,
+                codecs=codecs,
+                max_failed=args.max_failed,
+            )
+            return prepare(request)
+        execution = Execution(
+            workers=args.workers, codecs=codecs, repair=args.repair, max_failed=args.max_failed
         )
-    return Path(made)
+        return convert_to_set(source, args.out, settings, execution).path
+
+
+def _found_by_name(args: argparse.Namespace, settings: ConversionSettings) -> Path:
+    """The finished set of a table or directory that is not there. Raises WrongSource."""
+    from convert.session import SetRequest, existing_sets, prepare
+
+    request = SetRequest(root=args.out, settings=settings, source=args.source, drive=args.drive)
+    existing = existing_sets(request)
+    if existing.local is None and existing.on_drive is None:
+        raise WrongSource(
+            args.source, "is not there, nor is a finished set of it", "Check its path"
+        )
+    return prepare(request)
 
 
 def _say_which_to_train(made: Path) -> None:
@@ -196,6 +216,11 @@ def inspect(args: argparse.Namespace) -> None:
     if args.picture:
         picture(found, args.picture, args.rows)
         print(f"picture: {args.picture}")
+    if args.rerun:
+        from convert.recording import record
+
+        record(found, args.rerun, args.rows)
+        print(f"recording: {args.rerun} (to look at it: rerun {shlex.quote(str(args.rerun))})")
 
 
 def push(args: argparse.Namespace) -> None:
@@ -214,7 +239,8 @@ def pull(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Write made-up rooms: a small .mat, or a directory of frames."""
-    from convert.sample import write_frames, write_sample
+    from convert.sample import write_sample
+    from convert.sample_frames import write_frames
 
     write = write_frames if args.layout == "frames" else write_sample
     write(args.file, args.rows)

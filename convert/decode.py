@@ -109,12 +109,21 @@ class Decoder:
         n_placed = dict.fromkeys(slots, 0)
         failed: dict[int, str] = {}
         for group in groups:
+            if not self._is_missing(self.readers[reader], group, slots):
+                continue
             try:
                 self._decode_group(self.readers[reader], group, slots, n_placed)
             except BadRow as error:  # its group is that row
                 failed[group] = one_line(error)
                 self._leave_empty(self.readers[reader], group, slots, n_placed)
         return Decoded(n_placed=n_placed, failed=failed)
+
+    def _is_missing(self, reader: RowReader, group: int, slots: Mapping[int, int]) -> bool:
+        """Whether a shard with rows of the group is open; else an earlier run finished it."""
+        first = group * reader.group_rows
+        last = first + reader.group_rows - 1
+        shards = range(first // self.rows_per_shard, last // self.rows_per_shard + 1)
+        return any(shard in slots for shard in shards)
 
     def _decode_group(
         self, reader: RowReader, group: int, slots: Mapping[int, int], n_placed: dict[int, int]

@@ -22,9 +22,16 @@ import numpy as np
 
 from convert.plan import Plan
 from shards.containers import ShardForm, write_field
-from shards.errors import DamagedSet, IncompleteCopy, one_line
+from shards.errors import DamagedSet, IncompleteCopy, WrongSource, one_line
 from shards.files import FileEntry, log
-from shards.manifest import Receipt, read_receipt, receipt_name, shard_file, write_receipt
+from shards.manifest import (
+    Receipt,
+    read_receipt,
+    receipt_name,
+    remove_receipts,
+    shard_file,
+    write_receipt,
+)
 from shards.progress import Progress, megabytes
 from shards.spec import Codecs
 from shards.strict_json import JsonObject
@@ -76,11 +83,24 @@ class Follower:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """The shard on its way is waited for, but not after Ctrl-C: a mount may say nothing."""
+        """The shard on its way is waited for, but not after Ctrl-C: a mount may say nothing.
+
+        Where the source turned out to be wrong, nobody may go on from what was made of it.
+        """
         self._is_ending = True
         self._todo.put(None)
         if kind is not KeyboardInterrupt:
             self._thread.join()
+        if isinstance(error, WrongSource):
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        remove_receipts(self.packed)
+        try:
+            for number in range(len(self.plan.bounds)):
+                self.store.delete(receipt_name(number))
+        except Exception as error:  # what ended the conversion is told in any case
+            log(f"{self.store} has shards of it, to be removed by hand ({one_line(error)})")
 
     def _run(self) -> None:
         with suppress(OSError, AttributeError):  # a thread has a priority of its own on Linux alone

@@ -109,7 +109,7 @@ def picture(found: ShardSet, out: Path, n_rows: int) -> None:
     Folders are made. Raises WrongPlace, also for a suffix that no picture has.
     """
     _format_of(out)
-    rows = np.linspace(0, found.n_rows - 1, min(n_rows, found.n_rows)).astype(int)
+    rows = np.array(spread_rows(found, n_rows))
     scene = found.column("scene")
     types = found.column("scene_type")
     split = found.column("split")
@@ -139,9 +139,19 @@ def _stored(
     size = found.settings.size
     if field not in found.manifest.fields:
         return np.zeros((len(rows), *planes, size, size), np.uint8)
-    shards = found.shards(field)
-    step = found.settings.rows_per_shard
-    return np.stack([shards[row // step][row % step] for row in rows])
+    return np.stack([stored_row(found, field, int(row)) for row in rows])
+
+
+def spread_rows(found: ShardSet, n_rows: int) -> list[int]:
+    """So many rows, or all there are, spread over the set."""
+    n_shown = min(n_rows, found.n_rows)
+    return [int(row) for row in np.linspace(0, found.n_rows - 1, n_shown)]
+
+
+def stored_row(found: ShardSet, field: str, row: int) -> np.ndarray:
+    """One row of a field, as it is stored."""
+    shard, place = divmod(row, found.settings.rows_per_shard)
+    return found.shard(field, shard)[place]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,13 @@ def parser(verbs: Verbs) -> argparse.ArgumentParser:
         )
     )
     _add_inspect_flags(
-        command("inspect", "Say what is in a set, and draw it", "data", "data --picture rows.png")
+        command(
+            "inspect",
+            "Say what is in a set, and draw it",
+            "data",
+            "data --picture rows.png",
+            "data --rerun rows.rrd --rows 50",
+        )
     )
     to_drive = "data /content/drive/MyDrive/nyuv2"
     _add_push_flags(command("push", "Copy a set to Drive, or into any other folder", to_drive))
@@ -236,7 +242,9 @@ def _add_inspect_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("directory", type=as_path, metavar="SET", help=SET)
     picture_help = "also draw rows into this .png, .jpg, .svg or .pdf (default: text alone)"
     p.add_argument("--picture", type=as_path, metavar="FILE", help=picture_help)
-    rows_help = "rows in the picture (1 to 100, default: %(default)s)"
+    rerun_help = "also write rows as a recording of rerun.io, .rrd (default: none)"
+    p.add_argument("--rerun", type=as_path, metavar="FILE", help=rerun_help)
+    rows_help = "rows in picture and recording (1 to 100, default: %(default)s)"
     p.add_argument("--rows", type=whole(1, 100), default=8, metavar="N", help=rows_help)
 
 

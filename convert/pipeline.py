@@ -186,6 +186,7 @@ def _convert_source(
     if not execution.repair:
         finished = _finished(directory, plan)
         if finished is not None:
+            _say_other_names(finished, source)
             return finished
 
     with only_one(root, directory.name):
@@ -478,6 +479,13 @@ def _finished(directory: Path, plan: Plan) -> ShardSet | None:
     except OldSet:
         upgrade(directory)
         return finished_set(directory, plan.fingerprint, plan.codecs)
+
+
+def _say_other_names(found: ShardSet, source: Source) -> None:
+    """Names of labels decide no stored byte: a finished set keeps those that it has."""
+    given = source.dataset.label_names
+    if given and given != found.dataset.label_names:
+        log(f"{found.path} keeps the label names that it has: to change them, delete it first")
 
 
 def _right_or_taken_back(directory: Path, plan: Plan) -> ShardSet | None:

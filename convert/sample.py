@@ -238,8 +238,3 @@ def _create(
     dataset = file.create_dataset(name, **content)
     dataset.attrs["MATLAB_class"] = np.bytes_(matlab_class)
     return dataset
-
-
-def write_frames(out: Path, n_rows: int) -> None:
-    """A directory of made-up rooms as pictures."""
-    raise NotImplementedError

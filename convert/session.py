@@ -10,24 +10,24 @@ import json
 import shutil
 import time
 from collections.abc import Collection
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from convert.follower import Follower, take_up
 from convert.pipeline import Execution, convert_to_set, find_set, make_plan
-from convert.sources.base import SourceFilter
-from convert.sources.nyu import NyuSource
-from convert.sources.nyu_mat import Source, check_opens, sampled_identity
+from convert.sources.base import Source, SourceFilter
+from convert.sources.nyu_mat import Elsewhere, check_opens, sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
+from convert.sources.opening import open_source
 from convert.transfer import fetch, missing_files, pull, pull_right_files, push, refuse_newer
 from convert.verify import checked
 from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, open_set
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
-from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS
+from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS, remove_receipts
 from shards.spec import Codecs, ConversionSettings
 from stores.local import exists
 from stores.mounted import MountedStore, check_mounted, patiently
@@ -40,22 +40,27 @@ CODEC = "blosc-zstd"
 TRANSIT = ".shelf"
 
 
+Origin = Path | Elsewhere | Source  # what is converted
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetRequest:
     """Which set is asked for, and from where it may be had.
 
-    source: the .mat; None: found, else fetched. root: where the set is to be, on this disk.
-    drive: a folder of finished sets on a mount. url: of the .mat; None: its home.
-    workers, codecs: where the set has to be converted, as of `convert.pipeline.convert`.
+    source: the .mat, or any open source; None: the .mat is found, else fetched. root: where the set
+    is to be, on this disk. drive: a folder of finished sets on a mount. url: of the .mat; None: its
+    home. workers, codecs, max_failed: where the set has to be converted, as of
+    `convert.pipeline.convert`.
     """
 
     root: Path
     settings: ConversionSettings
-    source: Source | None = None
+    source: Origin | None = None
     drive: Path | None = None
     url: str | None = None
     workers: int | None = None
     codecs: Codecs = None
+    max_failed: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ def prepare(request: SetRequest) -> Path:
     """
     if request.drive:
         check_mounted(request.drive)
-    existing = _existing_sets(request)
+    existing = existing_sets(request)
 
     made = _from_this_disk(existing.local)
     read_back: Collection[str] = ()
@@ -103,7 +108,7 @@ def prepare(request: SetRequest) -> Path:
 # ------------------------------------------------------------------------------- what is there
 
 
-def _existing_sets(request: SetRequest) -> ExistingSets:
+def existing_sets(request: SetRequest) -> ExistingSets:
     """Look through both places for the same.
 
     Sets of version 1 that fit are upgraded where they lie.
@@ -126,10 +131,12 @@ def _set_in(where: Path, settings: ConversionSettings, wanted: SourceFilter) -> 
     return find_set(where, settings, wanted, (PLAIN, PACKED))
 
 
-def _wanted(source: Source | None) -> SourceFilter:
-    """What a set's source must be: the given .mat, or, where that is gone, one of its name."""
+def _wanted(source: Origin | None) -> SourceFilter:
+    """What a set's source must be: the given one, or, where that is gone, one of its name."""
     if source is None:
-        return SourceFilter()
+        return SourceFilter(kind="mat")
+    if isinstance(source, Source):
+        return SourceFilter(identity=source.identity())
     if isinstance(source, Path):
         is_there = patiently(partial(exists, source), f"looking for {source}")
         if not is_there:
@@ -184,8 +191,8 @@ def _from_drive(request: SetRequest, on_drive: ShardSet) -> ShardSet | None:
     return pulled
 
 
-def _source_of(request: SetRequest) -> Source:
-    """The .mat: given, found, or fetched."""
+def _source_of(request: SetRequest) -> Origin:
+    """The one that is given, or the .mat, found or fetched."""
     source = request.source or _find_mat(request.root, request.drive)
     if source is None:
         source = fetch(request.url or NYU_DOWNLOAD.url, request.root / NYU_DOWNLOAD.name)
@@ -195,19 +202,21 @@ def _source_of(request: SetRequest) -> Source:
 
 
 def _converted_onto_drive(
-    request: SetRequest, drive: Path, source: Source
+    request: SetRequest, drive: Path, source: Origin
 ) -> tuple[ShardSet, Collection[str]]:
-    """The set made from the .mat, each shard on Drive soon after; and the files that are there.
+    """The set made from its source, each shard on Drive soon after; and the files that are there.
 
     A session that was cut, here or on another machine, is gone on with.
     """
-    with closing(NyuSource(source, request.settings)) as opened:
+    with _opened(source, request.settings) as opened:
         settings = opened.resolved(request.settings)
         codecs = request.codecs or codecs_of("zarr", CODEC, settings.fields)
         plan = make_plan(opened, settings, codecs)
         where = request.root if request.codecs else request.root / TRANSIT
         packed = where / plan.directory_name
         plain = request.root / packed.stem
+        # As the conversion does with its own: they may be of the file as it was before.
+        remove_receipts(packed, older_than_ns=opened.stamp()[-1])
         is_begun_here = request.codecs is None and any(plain.glob(RECEIPTS))
         is_taken_up = not is_begun_here and take_up(plan, drive, packed) > 0
         if not is_taken_up:
@@ -218,6 +227,7 @@ def _converted_onto_drive(
                 workers=request.workers,
                 codecs=codecs if is_taken_up else request.codecs,
                 repair=True,
+                max_failed=request.max_failed,
                 on_shard=follower,
             )
             made = convert_to_set(opened, where, settings, execution)
@@ -226,10 +236,19 @@ def _converted_onto_drive(
     return made, follower.read_back
 
 
-def _converted(request: SetRequest, existing: ExistingSets, source: Source) -> ShardSet:
-    """The set made from the .mat, but for what is right of a damaged one here or on Drive."""
+def _opened(source: Origin, settings: ConversionSettings) -> AbstractContextManager[Source]:
+    """The source; one that was open stays so."""
+    if isinstance(source, Source):
+        return nullcontext(source)
+    return closing(open_source(source, settings))
+
+
+def _converted(request: SetRequest, existing: ExistingSets, source: Origin) -> ShardSet:
+    """The set made from its source, but for what is right of a damaged one here or on Drive."""
     where, codecs = _begin(request, existing)
-    execution = Execution(workers=request.workers, codecs=codecs, repair=True)
+    execution = Execution(
+        workers=request.workers, codecs=codecs, repair=True, max_failed=request.max_failed
+    )
     made = convert_to_set(source, where, request.settings, execution)
     if where != request.root:
         made = copy_set(made, request.root, None)
@@ -276,8 +295,9 @@ def _cost(found: ShardSet) -> str:
         seconds = json.loads((found.path / PROVENANCE).read_text())["seconds"]
     except (OSError, ValueError, KeyError, TypeError):
         seconds = "some"
-    size_mb = found.manifest.source.n_bytes / 1e6
-    return f"the .mat ({size_mb:.0f} MB) and {seconds} s of converting it"
+    source = found.manifest.source
+    what = f"the .mat ({source.n_bytes / 1e6:.0f} MB)" if source.kind == "mat" else source.name
+    return f"{what} and {seconds} s of converting it"
 
 
 # ------------------------------------------------------------------------------ a copy on Drive

@@ -22,6 +22,7 @@ from shards.errors import (
 from shards.files import FileEntry, Folder, log
 from shards.lock import only_one
 from shards.manifest import (
+    FAILED,
     MANIFEST,
     PROVENANCE,
     read_manifest,
@@ -81,7 +82,9 @@ def push(found: ShardSet, drive: Path, read_back: Collection[str] = ()) -> Shard
     if changed:
         target.delete(MANIFEST)
         _copy_files(changed, "writing", copy)
-    for name in (PROVENANCE, MANIFEST):
+    if source.size(FAILED) < 0:
+        target.delete(FAILED)  # of the set as it was before its rows were mended
+    for name in (PROVENANCE, FAILED, MANIFEST):
         if source.size(name) >= 0:
             copy(name, None)
     for k in range(found.n_shards):  # of a session that was cut, or that copied shard by shard
@@ -114,8 +117,10 @@ def pull(found: ShardSet, root: Path) -> ShardSet:
 
         _prepare(source, target, files)
         _copy_files(files, "reading", copy)
-        if source.size(PROVENANCE) >= 0:
-            copy(PROVENANCE, None)
+        (target.path / FAILED).unlink(missing_ok=True)
+        for name in (PROVENANCE, FAILED):
+            if source.size(name) >= 0:
+                copy(name, None)
         write_manifest(target.path, found.manifest)  # as it was checked, not as it comes once more
     return ShardSet(target.path, found.manifest)
 

@@ -24,6 +24,7 @@ from shards.files import FileEntry, log, what_is_wrong, write_bytes
 from shards.flags import Parser, as_flag, as_path
 from shards.lock import only_one
 from shards.manifest import (
+    FAILED,
     PROVENANCE,
     Receipt,
     write_receipt,
@@ -90,8 +91,9 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
             done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
             write_receipt(directory, k, done[k])
 
-    if (found.path / PROVENANCE).is_file():
-        write_bytes(directory / PROVENANCE, (found.path / PROVENANCE).read_bytes())
+    for name in (PROVENANCE, FAILED):
+        if (found.path / name).is_file():
+            write_bytes(directory / name, (found.path / name).read_bytes())
     manifest = replace(
         found.manifest.without_files(),
         codecs=codecs,

@@ -43,9 +43,12 @@ def as_flag(name: str, value: Any = ...) -> str:
 class Parser(argparse.ArgumentParser):
     """A mistake is one line, without the usage block; texts are shown as they are written."""
 
-    def __init__(self, prog: str, description: str | None = None, epilog: str = "") -> None:
+    def __init__(
+        self, prog: str, description: str | None = None, epilog: str = "", **more: Any
+    ) -> None:
+        """more: what a later Python gives to the parsers of commands."""
         as_written = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, None, description, epilog, formatter_class=as_written)
+        super().__init__(prog, None, description, epilog, formatter_class=as_written, **more)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and end with status 2."""

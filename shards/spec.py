@@ -486,10 +486,18 @@ class ConversionSettings:
     def fits(self, stored: "ConversionSettings") -> bool:
         """Whether a set of `stored` is what is asked for.
 
-        `axes` were left out of it where the pictures told them; the kinds of fields, and how many
-        rows suit a shard, are the source's to tell.
+        `axes` were left out of it where the pictures told them; the kinds of fields, how many rows
+        suit a shard, and what a table is by itself, are the source's to tell.
         """
-        asked = replace(self, kinds=stored.kinds if self.fields == stored.fields else {})
+        asked = replace(
+            self,
+            kinds=stored.kinds if self.fields == stored.fields else {},
+            split_by=self.split_by or stored.split_by,
+            orientation=stored.orientation,
+            order_version=stored.order_version,
+        )
+        if self.are_all_fields and not stored.are_all_fields and stored.order_version == DEALT:
+            asked = replace(asked, fields=stored.fields, kinds=stored.kinds)  # all that it had
         if asked.rows_per_shard == AUTO_ROWS:
             asked = replace(asked, rows_per_shard=stored.rows_per_shard)
             if stored.rows_per_shard not in SUITABLE_ROWS:

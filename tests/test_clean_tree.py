@@ -27,6 +27,14 @@ def checkout(tmp_path: Path) -> Path:
     return repo
 
 
+@pytest.fixture(scope="module")
+def common_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for tests that leave it as it was."""
+    repo = git_copy_of_the_checkout(tmp_path_factory.mktemp("common") / "clone")
+    lend_the_packages(repo / ".venv")
+    return repo
+
+
 def left_behind(repo: Path) -> list[str]:
     """Every line of git's status; changed and unknown files are in it beside the ignored ones."""
     return git(repo, "status", "--porcelain", "--ignored").splitlines()
@@ -67,13 +75,25 @@ def test_what_is_left_behind_is_seen(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["data/x.npy", "runs/x.pt", "demo/x.png", ".installed-colab", "docs/api/index.html"]
+    "name",
+    [
+        "data/x.npy",
+        "runs/x.pt",
+        "demo/x.png",
+        ".installed-colab",
+        "docs/api/index.html",
+        "build/x.py",
+        "dist/x.whl",
+    ],
 )
-def test_what_make_makes_is_hidden(name: str, checkout: Path) -> None:
-    path = checkout / name
+def test_what_make_makes_is_hidden(name: str, common_checkout: Path) -> None:
+    path = common_checkout / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    assert all(line.startswith("!! ") for line in left_behind(checkout))
+    try:
+        assert all(line.startswith("!! ") for line in left_behind(common_checkout))
+    finally:
+        path.unlink()
 
 
 @pytest.mark.skipif(not os.path.exists(REPO / ".git"), reason="needs a checkout made by git")

@@ -4,19 +4,25 @@ from what is on Drive.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPO
 from helpers.sets import content, convert, flip, is_whole
 
-from convert import follower
+from convert import follower, pipeline
+from convert.executors import FullShard
+from convert.plan import Plan
 from convert.session import SetRequest, prepare
 from shards.dataset import finished_sets
-from shards.manifest import PROVENANCE
+from shards.errors import WrongSource
+from shards.manifest import PROVENANCE, Receipt
 from shards.spec import ConversionSettings
 from stores import mounted
 
@@ -63,8 +69,10 @@ def cut_session(mat: Path, machine: Path, drive: Path, n_shards: int) -> None:
     assert not finished_sets(drive)
 
 
-def shards_made(stderr: str) -> list[int]:
-    return sorted(int(number) for number in re.findall(r"^shard (\d) of 5", stderr, re.M))
+def n_shards_made(stderr: str) -> int:
+    """As the conversion says how many rows it has to convert: shards have 8, the last one fewer."""
+    (n_rows,) = re.findall(r"^(\d+) rows to convert", stderr, re.M)
+    return -(-int(n_rows) // SETTINGS.rows_per_shard)
 
 
 def assert_all_is_well(mat: Path, machine: Path, drive: Path, tmp_path: Path) -> None:
@@ -86,7 +94,7 @@ def test_a_killed_session_keeps_its_shards_for_another_machine(mat: Path, tmp_pa
     done = session(mat, tmp_path / "third", drive)
     assert done.returncode == 0, done.stderr
     assert "has 3 shards of a session that was cut" in done.stderr
-    assert shards_made(done.stderr) == [4, 5]
+    assert n_shards_made(done.stderr) == 2
     assert_all_is_well(mat, tmp_path / "third", drive, tmp_path)
 
 
@@ -98,7 +106,7 @@ def test_a_killed_session_goes_on_from_this_disk_where_it_is_the_same_machine(
     done = session(mat, tmp_path / "machine", drive)
     assert done.returncode == 0, done.stderr
     assert "of a session that was cut" not in done.stderr  # nothing had to be fetched
-    assert shards_made(done.stderr) == [4, 5]
+    assert n_shards_made(done.stderr) == 2
     assert_all_is_well(mat, tmp_path / "machine", drive, tmp_path)
 
 
@@ -111,7 +119,7 @@ def test_a_shard_that_is_damaged_on_drive_is_made_again(mat: Path, tmp_path: Pat
     done = session(mat, tmp_path / "second", drive)
     assert done.returncode == 0, done.stderr
     assert "that shard is made again" in done.stderr
-    assert shards_made(done.stderr) == [2, 3, 4, 5]
+    assert n_shards_made(done.stderr) == 4
     assert_all_is_well(mat, tmp_path / "second", drive, tmp_path)
 
 
@@ -122,7 +130,7 @@ def test_a_receipt_on_drive_reaches_no_file_outside(mat: Path, tmp_path: Path) -
     receipt.write_text(receipt.read_text().replace("depth/c/0/0/0", "../../../stolen"))
     done = session(mat, tmp_path / "second", drive)
     assert done.returncode == 0, done.stderr
-    assert shards_made(done.stderr) == [1, 2, 3, 4, 5]
+    assert n_shards_made(done.stderr) == 5
     assert not list(tmp_path.rglob("stolen"))
 
 
@@ -151,6 +159,28 @@ def test_a_drive_that_fails_meanwhile_does_not_end_the_conversion(
     said = capsys.readouterr().err
     assert said.count("shards do not go to") == 1
     assert is_whole(finished_sets(tmp_path / "drive")[0])
+
+
+def test_shards_of_a_source_that_changed_meanwhile_are_withdrawn(
+    mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copy(mat, tmp_path / "changing.mat"))
+    write = pipeline.write_shard
+    seen: list[Path] = []
+
+    def write_and_change(plan: Plan, shard: FullShard, *more: Any) -> Receipt:
+        if shard.number == 3:
+            while not seen:
+                seen.extend((tmp_path / "drive").glob("*/receipt-*.json"))
+                time.sleep(0.01)
+            os.utime(source)
+        return write(plan, shard, *more)
+
+    monkeypatch.setattr(pipeline, "write_shard", write_and_change)
+    with pytest.raises(WrongSource, match="changed while it was read"):
+        prepare(request(source, tmp_path))
+    assert seen
+    assert not list(tmp_path.rglob("receipt-*.json"))
 
 
 def test_packing_never_takes_the_room_that_the_conversion_needs(

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, SMALL
-from helpers.sets import convert, manifest_json, write_manifest_json
+from helpers.sets import convert, is_whole, manifest_json, write_manifest_json
 
 from convert.sample import write_sample
 from convert.sources.nyu_mat import CELLS, KEYS
@@ -574,3 +574,124 @@ def test_a_failure_in_the_middle_keeps_what_is_done(
         convert(path, tmp_path / "out", SMALL, 1)
     assert list(tmp_path.glob("out/*/receipt-*"))
     assert not list(tmp_path.glob("out/*/.*"))
+
+
+# ---------------------------------------------------------------- tables and pictures
+
+
+def flipped(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.choice((1, 1, 8, 64))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def grown(path: Path, rng: random.Random) -> None:
+    """Far beyond what memory holds, with nothing in it."""
+    os.truncate(path, 8 << 30)
+
+
+def strewn(path: Path, rng: random.Random) -> None:
+    """Strange bytes put into the middle."""
+    strange = (
+        b"\0",
+        b"\xff\xfe",
+        b'"',
+        b"\r",
+        b"\n\n",
+        b"," * 50,
+        b"x" * 10_000,
+        b"../" * 20,
+        b"#" * 9,
+    )
+    data = path.read_bytes()
+    at = rng.randrange(len(data))
+    path.write_bytes(data[:at] + rng.choice(strange) + data[at:])
+
+
+def put_in_place(make: Callable[[Path], Any]) -> Change:
+    def edit(path: Path, rng: random.Random) -> None:
+        path.unlink()
+        make(path)
+
+    return edit
+
+
+OF_A_FILE: dict[str, Change] = {
+    "flipped": flipped,
+    "cut": cut,
+    "strewn": strewn,
+    "grown": grown,
+    "random": lambda path, rng: path.write_bytes(rng.randbytes(rng.randrange(1, 4096))),
+    "a folder": put_in_place(Path.mkdir),
+    "a pipe": put_in_place(os.mkfifo),
+    "a link out": put_in_place(lambda path: path.symlink_to("/etc/passwd")),
+    "a link to itself": put_in_place(lambda path: path.symlink_to(path.name)),
+    "a link to a device": put_in_place(lambda path: path.symlink_to("/dev/zero")),
+}
+
+
+def hostile_frames(name: str, number: int, rooms: Path, folder: Path) -> str | None:
+    """What is not as it should be once one file of a directory was changed: mostly a picture, and
+    each third time the table.
+    """
+    copy = Path(shutil.copytree(rooms, folder / f"{number}"))
+    rng = random.Random(number)
+    pictures = sorted(path for path in copy.glob("*/*/*") if path.is_file())
+    is_table = number % 3 == 0
+    OF_A_FILE[name](copy / "rows.csv" if is_table else rng.choice(pictures), rng)
+    source = copy if number % 2 else copy / "rows.csv"
+    root = folder / f"{number} out"
+    outcome = limited(
+        "convert", "run", source, "--out", root, "--size", 16, "--max-failed", 1, "--workers", 2
+    )
+    made = list(root.glob("*/manifest.json"))
+    problem = frames_complaint(outcome, made)
+    shutil.rmtree(copy)
+    shutil.rmtree(root, ignore_errors=True)
+    return problem and f"{name} {number}: {problem}"
+
+
+def frames_complaint(outcome: Outcome, made: list[Path]) -> str | None:
+    if outcome.status not in (0, 2) or "Traceback" in outcome.errors:
+        return f"status {outcome.status}: {outcome.errors[-600:]}"
+    if outcome.status == 2 and (made or not outcome.errors.strip()):
+        return f"published, or silent: {outcome.errors[-300:]}"
+    if outcome.status == 0:
+        (manifest,) = made
+        if not is_whole(manifest.parent):
+            return "a set that is not whole"
+    return f"{outcome.resident >> 20} MiB" if outcome.resident > MAX_RESIDENT else None
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("PIL", reason="needs pillow")
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from convert.sample_frames import write_frames
+
+    folder = tmp_path_factory.mktemp("sample") / "rooms"
+    write_frames(folder, 8, sizes_wh=((48, 36),), bad=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["strewn", "grown", "a pipe", "a link out"])
+def test_a_hostile_file_among_frames_is_a_failed_row_or_one_line(
+    name: str, rooms: Path, tmp_path: Path
+) -> None:
+    number = list(OF_A_FILE).index(name)
+    assert hostile_frames(name, number, rooms, tmp_path) is None
+
+
+@pytest.mark.stress
+def test_300_hostile_files_among_frames(rooms: Path, tmp_path: Path) -> None:
+    names = list(OF_A_FILE)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(
+            lambda k: hostile_frames(names[k % len(names)], k, rooms, tmp_path), range(300)
+        )
+        assert not [problem for problem in found if problem]

@@ -10,15 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import REPO, SMALL
 from helpers.cgroup import drop_from_cache, memory_group
-from helpers.commands import Run, conversion, ends_in_one_line
-from helpers.disks import make_read_only, small_disk
+from helpers.commands import Run, conversion, ends_in_one_line, running, until_a_shard_is_done
+from helpers.disks import fill, make_read_only, small_disk
 from helpers.sets import committed, convert, files_of, verify
 
 from convert.__main__ import read_set
@@ -29,23 +28,6 @@ from shards.manifest import MANIFEST
 from shards.spec import ConversionSettings
 
 SLOW = ("--rows-per-shard", "1", "--workers", "1")  # 36 shards: time to do something in between
-
-
-@contextmanager
-def running(*args: object) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        conversion(*args), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def until_a_shard_is_done(process: subprocess.Popen[str], root: Path) -> None:
-    while not list(root.glob("*/receipt-*")):
-        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-        time.sleep(0.002)
 
 
 def nothing_temporary(root: Path) -> bool:
@@ -158,13 +140,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_keeps_what_is_done(
     with small_disk(tmp_path / "disk", 40 << 20) as disk:
         with running(mat, disk / "out", *SLOW) as process:
             until_a_shard_is_done(process, disk / "out")
-            with open(disk / "filler", "wb") as filler:
-                free = shutil.disk_usage(disk).free
-                while free > 0:  # the run writes at the same time
-                    try:
-                        os.posix_fallocate(filler.fileno(), 0, filler.seek(0, os.SEEK_END) + free)
-                    except OSError:
-                        free = min(free // 2, shutil.disk_usage(disk).free)
+            fill(disk)
             assert "No space left on device" in ends_in_one_line(process, 2)
         assert nothing_temporary(disk)
         assert list(disk.glob("out/*/receipt-*"))

@@ -31,6 +31,7 @@ WHOLE_FILES_NEED_TORCH = {
         "data",
         "ddp",
         "forks",
+        "frames_training",
         "gather",
         "layout",
         "loader",
@@ -42,11 +43,13 @@ WHOLE_FILES_NEED_TORCH = {
         "other_systems",
         "payload",
         "predict",
+        "progress",
         "recipe",
         "results",
         "resume",
         "signals",
         "tasks",
+        "torch_habits",
         "unpack",
     )
 }
@@ -137,6 +140,27 @@ def test_a_suite_that_dies_or_is_empty_is_a_failure(tmp_path: Path, stacks: Modu
         result = stacks.Result("x", "3.11")
         stacks.count(result, tmp_path / "no report", status)
         assert (result.passed, result.failed, str(status) in result.remark) == (0, 1, True)
+
+
+# ---------------------------------------------------------------- what is not run again
+
+VARIED = {"torch", "h5py", "numpy", "zarr", "numcodecs", "deflate", "fsspec", "matplotlib", "PIL"}
+
+
+def test_a_stack_runs_all_but_the_list_unless_it_is_told_what(stacks: ModuleType) -> None:
+    assert stacks.to_run([]) == [f"--ignore={name}" for name in stacks.NOT_AGAIN]
+    assert stacks.to_run(["tests/test_pages.py"]) == ["tests/test_pages.py"]
+
+
+def test_a_file_that_is_not_run_again_is_there_and_uses_nothing_that_the_stacks_vary(
+    stacks: ModuleType,
+) -> None:
+    for name, reason in stacks.NOT_AGAIN.items():
+        text = (REPO / name).read_text()
+        imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
+        assert imported & VARIED == set(), name
+        assert "@pytest.mark.races" not in text, name  # those are repeated in every stack
+        assert len(reason) > 10
 
 
 # ---------------------------------------------------------------- what tests need

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -31,19 +32,25 @@ from shards.flags import as_flag, flag_of, upgrade_commands
 from train import ranks
 from train.data import open_for_training
 from train.errors import CannotUnpack, CannotWrite, NeedsSet, NoCheckpoint, WrongCheckpoint
+from train.looking import augmentations_png
 from train.loop import MIRROR_WAIT_S, training
 from train.predict import needed_set, predict, predict_flags
 from train.recipe import AUTO, RECIPES, defaults, plan
-from train.report import report
+from train.report import report, write
 from train.settings import Settings, add_flags
 from train.signals import REQUESTS, Stopped
 
 DESCRIPTION = """Train a network on a converted set: on its scenes, the classes of its pixels, or
 depth. It leaves checkpoints, scores, tables and pictures in RUN.
 
-What a run says of the test rows, or of other pictures: python -m train predict --help"""
+What a run says of the test rows, or of other pictures: python -m train predict --help
+What augmentation does to pictures, as a page: python -m train look --help"""
 USAGE = "python -m train --data DIR|ROOT --out RUN [flags]"
 PREDICT_USAGE = "python -m train predict RUN [RUN ...] [flags]"
+LOOK_DESCRIPTION = """Draw a page of train rows as they are stored, and as three steps of a
+training with these flags would see them: rgb, depth and labels.
+Of the flags --crop, --jitter, --size, --task and --seed count."""
+LOOK_USAGE = "python -m train look FILE.png --data DIR|ROOT [flags]"
 EPILOG = """examples:
   python -m train --data data --out runs/scene
   python -m train --data data --out runs/scene --recipe default
@@ -52,6 +59,7 @@ EPILOG = """examples:
   torchrun --nproc-per-node 2 -m train --data data --out runs/two
   python -m train predict runs/scene
   python -m train predict runs/scene --data photos-224-1f3a9c20
+  python -m train look augmented.png --data data --crop 0.3
 
 The same command again continues where it stopped."""
 
@@ -92,6 +100,19 @@ def make_parser() -> Parser:
         help="of a recipe: the run that learns the pixels' classes first, '' for none "
         "(auto: OUT-parts, where the set has them); default auto",
     )
+    return parser
+
+
+def look_parser() -> Parser:
+    """The flags of a training, of which those of augmentation count, and the picture to write."""
+    parser = Parser(
+        "train look",
+        usage=LOOK_USAGE,
+        description=LOOK_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("picture", metavar="FILE.png", help="the page to write; required")
+    add_flags(parser, needs_out=False)
     return parser
 
 
@@ -139,6 +160,10 @@ def _do(words: Sequence[str]) -> None:
         _predict(vars(parser.parse_args(words[1:])))
         return
 
+    if words[:1] == ["look"]:
+        look(words[1:])
+        return
+
     settings, recipe, start = parse(words)
     settings.check_out()
     found = open_for_training(settings.data, allow_remote=settings.allow_remote)
@@ -151,6 +176,23 @@ def _do(words: Sequence[str]) -> None:
             log(f"stage {k + 1} of {len(stages)}: {what}{' is done' if is_done else ''}")
         if not is_done:
             train_and_report(stage.settings, found)
+
+
+def look(words: Sequence[str]) -> None:
+    """Draw what augmentation does with these settings. Raises UserError, CannotWrite."""
+    values = vars(look_parser().parse_args(words))
+    picture: str = os.path.expanduser(values.pop("picture"))
+    settings = Settings(**values)
+    if not picture.endswith(".png"):
+        raise UserError(f"{picture!r} is no name for the page", "Use one that ends in .png")
+    found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    try:
+        page = augmentations_png(settings, found)
+    except ModuleNotFoundError as error:
+        install = "Install the extra show: pip install 'nyuv2-shards[show]'"
+        raise UserError(f"no picture: {error.name} is not installed", install) from None
+    write(Path(picture), page)
+    print(picture)
 
 
 def _predict(values: dict[str, Any]) -> None:

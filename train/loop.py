@@ -500,12 +500,16 @@ def _train_epochs(
 ) -> Answers | None:
     """What the network says of the rows after the last epoch; None where none was left to train."""
     answers = None
+    is_said = ranks.RANK > 0
     n_epochs = setup.settings.epochs
     while run.epoch < n_epochs:
         started = time.perf_counter()
         is_last = run.epoch + 1 == n_epochs
         row: dict[str, float] = {"epoch": run.epoch + 1}
         row |= _train_epoch(run, setup, loaders, keeper)
+        if not is_said:
+            log(_what_is_scored(setup))
+            is_said = True
         evaluation = evaluate(run, setup, loaders, test_time_augmentation=is_last, keeper=keeper)
         answers = evaluation.answers
         row |= evaluation.scores
@@ -519,6 +523,12 @@ def _train_epochs(
             print(epoch_line(row, n_epochs), flush=True)
             VOICE.has_spoken()
     return answers
+
+
+def _what_is_scored(setup: TaskSetup) -> str:
+    """Said once: a score of the val rows is no score of the test rows."""
+    once = "" if reported_split(setup) == setup.eval_split else "; the test rows once, at the end"
+    return f"scored after each epoch: the {setup.eval_split} rows{once}"
 
 
 def _best(history: list[dict[str, float]], column: str) -> dict[str, float]:

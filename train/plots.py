@@ -179,7 +179,7 @@ def page_png(
         _draw_panels(axes, left, top, heads, picture)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
 
-    figure.suptitle(f"{title}: {', '.join(heads)}", fontsize=11, y=1 - 0.08 / height, va="top")
+    figure.suptitle(title, fontsize=11, y=1 - 0.08 / height, va="top")
     if legend:
         patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
         figure.legend(

@@ -3,6 +3,8 @@
 Elsewhere is a pipe, a scheduler's log, the cell of a notebook: a bar would fill them.
 """
 
+import os
+import sys
 import time
 from typing import Any
 
@@ -10,6 +12,8 @@ from tqdm import tqdm
 
 from shards.files import log
 
+UNKNOWN_COLUMNS = 80
+UNKNOWN_LINES = 24
 SILENT_S = 5.0  # after so long somebody begins to wonder
 
 
@@ -29,6 +33,17 @@ class Voice:
 
 
 VOICE = Voice()  # one for all bars: a short one begins where another has ended
+
+
+def _shape() -> dict[str, int]:
+    """Columns and lines, for tqdm, which shows nothing on a terminal that does not know its own (0,
+    in containers and schedulers). Empty: those of the terminal.
+    """
+    try:
+        is_known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):  # no terminal
+        return {}
+    return {} if is_known else {"ncols": UNKNOWN_COLUMNS, "nrows": UNKNOWN_LINES}
 
 
 class Progress:
@@ -55,6 +70,7 @@ class Progress:
             desc=what,
             unit=unit.removesuffix("s"),
             leave=False,
+            **_shape(),
             disable=None if is_shown else True,
         )
 

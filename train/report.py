@@ -130,7 +130,7 @@ def page(setup: NetworkSetup, title: str, shown: list[Prediction]) -> bytes:
     if setup.settings.task.startswith("semantic"):
         colours = class_colours(setup.task.n_out)[1:]  # the first is of void
         legend = dict(zip(setup.task.names, colours, strict=True))
-    return page_png(title, heads, pictures, legend)
+    return page_png(f"{title}: {', '.join(heads)}", heads, pictures, legend)
 
 
 def _dense_panels(setup: NetworkSetup, prediction: Prediction) -> list[np.ndarray]:

@@ -201,9 +201,14 @@ def _wrong(each: "Field[Any]", value: Any, choices: str) -> WrongSetting:
     return WrongSetting(each.name, given, f"choose {choices}")
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """One flag a field; the type is that of the default, which --help shows."""
+def add_flags(parser: ArgumentParser, *, needs_out: bool = True) -> None:
+    """One flag a field, `out` only where it is needed; the type is that of the default, which
+    --help shows.
+    """
     for each in fields(Settings):
+        if each.name == "out" and not needs_out:
+            parser.set_defaults(out="")
+            continue
         options: dict[str, Any] = {"default": each.default}
         shown = dict(each.metadata["argparse"])
         shown["help"] += _default_in_words(each)

@@ -194,15 +194,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFilter:
-    """Which sources a set may be of: those of that name, or with that identity; empty: any."""
+    """Which sources a set may be of: of that kind, of that name, with that identity; empty: any."""
 
+    kind: str | None = None
     name: str | None = None
     identity: SourceIdentity | None = None
 
     def accepts(self, source: SourceIdentity) -> bool:
         if self.identity is not None:
             return self.identity.content() == source.content()
-        return self.name is None or self.name == source.name
+        is_of_kind = self.kind in (None, source.kind)
+        return is_of_kind and self.name in (None, source.name)
 
 
 def filled_columns(

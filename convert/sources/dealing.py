@@ -43,14 +43,15 @@ class SplitRule:
     @classmethod
     def parse(cls, text: str) -> "SplitRule":
         """`scene`, `scene:0.8,0.1,0.1`. Raises WrongSetting."""
-        by, _, listed = text.partition(":")
-        if not listed:
+        by, colon, listed = text.partition(":")
+        if not colon:
             return cls(by=by)
         try:
             train, val, test = (float(share) for share in listed.split(","))
         except ValueError:
             raise WrongSetting("split_by", text, "give three shares, train,val,test") from None
-        if not 0 < train <= 1 or abs(train + val + test - 1) > 1e-6:
+        is_share = 0 < train <= 1 and 0 <= val <= 1 and 0 <= test <= 1
+        if not is_share or abs(train + val + test - 1) > 1e-6:
             raise WrongSetting("split_by", text, "give shares that add up to 1, some for train")
         return cls(by=by, shares=(train, val, test))
 

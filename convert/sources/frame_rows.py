@@ -195,7 +195,10 @@ class FramesReader:
         try:
             yield
         except BadRow as error:
-            raise BadRow(f"{self.called(row)}: {path} {error}") from None
+            problem = str(error)
+            names_it = problem.startswith(path)  # as roots do, and decoders do not
+            said = problem if names_it else f"{path} {problem}"
+            raise BadRow(f"{self.called(row)}: {said}") from None
 
     def _picture(self, field: Field, path: str, row: int) -> Picture:
         """(H, W[, 3]) with the meaning that the field has in a set."""

@@ -56,8 +56,7 @@ class FramesSource:
         self._kinds = settings.kinds
         self._wanted = (*settings.fields, *settings.kinds)
         self._is_directory = path.is_dir()
-        self._stamp = self.stamp()
-        table = self._read(settings)
+        table, self._stamp_when_read = self._read(settings)
         self._identity = SourceIdentity(
             kind="table", name=path.name, n_bytes=table.n_bytes, sha256=table.sha256
         )
@@ -94,21 +93,26 @@ class FramesSource:
         self.decoder: str | None = decoder_name()
         for warning in self.dataset.warnings:
             log(f"{path}: {warning}")
-        self._row_bytes = self._probe(settings)
+        try:
+            self._row_bytes = self._probe(settings)
+        except BaseException:
+            self.close()
+            raise
 
-    def _read(self, settings: ConversionSettings) -> FrameTable:
-        """The table, or what the directory's layout makes one of."""
+    def _read(self, settings: ConversionSettings) -> tuple[FrameTable, tuple[int, ...]]:
+        """The table, or what the directory's layout makes one of; and its stamp as it was read."""
         if self._is_directory:
             listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
-            return listing.table
+            return listing.table, listing.stamp
+        stamp = self.stamp() if self._path.exists() else ()  # what is absent, `read_table` says
         by = SplitRule.parse(settings.split_by).by if settings.split_by else "scene"
         also = [by] if by not in ("scene", "row") else []
         table = read_table(self._path, fields=self._kinds, also=also)
         if table.not_used:
             log(f"{self._path}: not used: {', '.join(table.not_used)}")
-        return table
+        return table, stamp
 
     def _listing(self) -> Listing:
         return list_frames(self._path, self._kinds, self._wanted)
@@ -144,6 +148,9 @@ class FramesSource:
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def row_facts(self) -> RowFacts:
+        """Raises WrongSource where it changed since it was opened: its lines were read then."""
+        if self.stamp() != self._stamp_when_read:
+            raise WrongSource(self, "changed while it was read", "Wait until it is whole")
         columns: dict[str, Any] = {
             "split": self._facts.split,
             "scene": self._facts.scene,

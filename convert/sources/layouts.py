@@ -18,7 +18,7 @@ import numpy as np
 
 from convert.sources.tables import SPLIT_NAMES, FrameTable, Names
 from shards.errors import WrongSource
-from shards.files import HashingFile, write_atomically
+from shards.files import HashingFile, log, write_atomically
 from shards.spec import KNOWN_FIELDS, SPLITS
 from shards.texts import Texts
 
@@ -86,7 +86,10 @@ def list_frames(
 
 def write_table(directory: Path, kinds: Mapping[str, str], out: Path) -> int:
     """The table that a directory is read as, as CSV; how many lines. Raises WrongSource."""
-    table = list_frames(directory, kinds).table
+    listing = list_frames(directory, kinds)
+    for note in listing.notes:
+        log(f"{directory}: {note}")
+    table = listing.table
     header = [*table.paths, *(["split"] if table.split is not None else []), *table.columns]
 
     def lines() -> Iterator[list[str]]:
@@ -201,9 +204,17 @@ def _pictures_in(directory: Path, folder: Folder, *, with_suffix: bool) -> Pictu
         if name in found:
             what = f"has {found[name].path} and {path}, of one name"
             raise WrongSource(directory, what, "Keep one of them")
-        stat = entry.stat()
-        found[name] = Found(path, stat.st_size, stat.st_mtime_ns)
+        found[name] = _found(path, entry)
     return found
+
+
+def _found(path: str, entry: "os.DirEntry[str]") -> Found:
+    """A link to nowhere is listed too: its row fails, and says that the file is missing."""
+    try:
+        stat = entry.stat()
+    except FileNotFoundError:
+        return Found(path, 0, 0)
+    return Found(path, stat.st_size, stat.st_mtime_ns)
 
 
 def _pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEntry[str]"]:

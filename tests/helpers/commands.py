@@ -9,7 +9,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,27 @@ def conversion(source: object, root: Path, *more: object) -> list[str]:
     """The command line of a conversion."""
     words = [sys.executable, "-m", "convert", "run", source, "--out", root, *more]
     return [str(word) for word in words]
+
+
+@contextmanager
+def running(*args: object) -> Iterator[subprocess.Popen[str]]:
+    """A conversion under way: source, root, more words."""
+    source, root, *more = args
+    command = conversion(source, Path(str(root)), *more)
+    with subprocess.Popen(
+        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until_a_shard_is_done(process: subprocess.Popen[str], root: Path) -> None:
+    """Of what it converts, under this folder."""
+    while not list(root.glob("*/receipt-*")):
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.002)
 
 
 def ends_in_one_line(process: subprocess.Popen[str], status: int) -> str:

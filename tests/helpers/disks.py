@@ -2,6 +2,8 @@
 mounted.
 """
 
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +37,14 @@ def make_read_only(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(OSError, match="Read-only"):
         (disk / "x").touch()
+
+
+def fill(disk: Path) -> None:
+    """With one file, `filler`, whatever else is written meanwhile."""
+    with open(disk / "filler", "wb") as filler:
+        free = shutil.disk_usage(disk).free
+        while free > 0:
+            try:
+                os.posix_fallocate(filler.fileno(), 0, filler.seek(0, os.SEEK_END) + free)
+            except OSError:
+                free = min(free // 2, shutil.disk_usage(disk).free)
