@@ -71,7 +71,14 @@ def text_of(document: str, folder: Path) -> str:
 
 
 TRAINING = pytest.param("docs/training.md", marks=pytest.mark.stress)  # a minute
-WITH_COMMANDS = ["README.md", "docs/converting.md", "docs/moving-over.md", "docs/zarr.md", TRAINING]
+WITH_COMMANDS = [
+    "README.md",
+    "docs/converting.md",
+    "docs/frames.md",
+    "docs/moving-over.md",
+    "docs/zarr.md",
+    TRAINING,
+]
 WITH_PYTHON = [
     "README.md",
     "docs/loading.md",

@@ -327,3 +327,34 @@ def test_the_made_up_directory_is_of_this_layout_and_its_table_names_the_same_fi
     ]
     found: ShardSet = converted(made_up, tmp_path)
     assert not found.column("status").any()
+
+
+def test_a_folder_that_holds_pictures_itself_is_a_table_of_rgb_alone(tmp_path: Path) -> None:
+    """And says which folders it does not look into."""
+    (tmp_path / "more").mkdir()
+    for name in ("a.jpg", "a.png", ".hidden.png", "notes.txt", "more/b.png"):
+        (tmp_path / name).write_bytes(b"bytes")
+    listing = list_frames(tmp_path, {})
+    assert list(listing.table.paths) == ["rgb"]
+    assert list(listing.table.paths["rgb"]) == ["a.jpg", "a.png"]
+    assert listing.notes == ("1 folders are not looked into, such as more/: put all into rgb/",)
+
+
+def test_pictures_that_lie_in_the_folder_itself_are_paired_with_a_folder_of_depth(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "depth").mkdir()
+    for name in ("a.jpg", "b.jpg", "depth/a.png"):
+        (tmp_path / name).write_bytes(b"bytes")
+    table = list_frames(tmp_path, {}).table
+    assert list(table.paths["rgb"]) == ["a.jpg", "b.jpg"]
+    assert list(table.paths["depth"]) == ["depth/a.png", ""]
+
+
+def test_fields_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
+    for name in ("rgb/a.jpg", "rgb/a.png", "depth/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"bytes")
+    with pytest.raises(WrongSource, match="of one name"):
+        list_frames(tmp_path, {})
+    assert list_frames(tmp_path, {}, ["rgb"]).table.n_rows == 2
