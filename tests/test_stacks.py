@@ -43,13 +43,13 @@ WHOLE_FILES_NEED_TORCH = {
         "other_systems",
         "payload",
         "predict",
-        "progress",
         "recipe",
         "results",
         "resume",
         "signals",
         "tasks",
         "torch_habits",
+        "training_progress",
         "unpack",
     )
 }

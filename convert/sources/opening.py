@@ -61,7 +61,7 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
     """Whether it is to be read as frames: by its layout, else by its name. Raises WrongSource."""
     if layout == "nyu" or not isinstance(path, Path):
         return False
-    if layout == "frames" or path.is_dir():
+    if layout == "frames" or (path.is_dir() and path.suffix.lower() != ".mat"):
         return True
     return path.suffix.lower() in TABLES
 
