@@ -23,7 +23,7 @@ from train.errors import MissingDepth, NoCheckpoint, WrongCheckpoint
 from train.geometry import crop_box_of
 from train.job import TaskSetup, make_setup, new_run, open_loaders, reported_split
 from train.loop import Batch, evaluate, predict_batch
-from train.progress import Progress
+from train.progress import VOICE, Progress
 from train.report import page, tables_and_pictures, write
 from train.settings import Settings
 
@@ -60,6 +60,7 @@ def predict(run: list[str], images: str | None, data: str | None, out: str | Non
     Raises UserError.
     """
     _check_paths(run=run, images=images, data=data, out=out)
+    VOICE.has_spoken()
     run = [os.path.expanduser(each) for each in run]
     opened: dict[str, ShardSet] = {}
     loaded = [load_run(each, data, opened) for each in run]
