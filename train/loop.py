@@ -422,6 +422,7 @@ def training(settings: Settings, found: ShardSet | None = None) -> Iterator[Trai
     the first one's `counts` and files count.
     """
     settings.check_out()
+    VOICE.has_spoken()  # whatever happened before is no silence of this training
     setup = make_setup(settings, ranks.join(), found)
     with ExitStack() as held:
         lock = only_writer(Path(settings.out), "trained")

@@ -37,7 +37,7 @@ from train.job import (
 )
 from train.learnt import Learnt
 from train.loop import evaluate, predict_batch
-from train.progress import Progress
+from train.progress import VOICE, Progress
 from train.report import draw, page, tables_and_pictures, write
 from train.settings import Settings
 
@@ -87,6 +87,7 @@ def predict(
     says which. Raises UserError.
     """
     _check_paths(run=run, images=images, data=data, out=out)
+    VOICE.has_spoken()
     run = [os.path.expanduser(each) for each in run]
     if images is not None:
         raise needed_set(run[0], os.path.expanduser(images))

@@ -85,7 +85,9 @@ class Progress:
         self.n_done += n
         n_whole = int(self.n_done + 1e-6)
         self._bar.update(n_whole - self._bar.n)
-        if self._bar.disable and not self.disable and VOICE.is_due():
+        is_wanted = self._bar.disable and not self.disable
+        # At the end whoever counts has something to say.
+        if is_wanted and n_whole < self.total and VOICE.is_due():
             VOICE.has_spoken()
             log(f"{self.what}: {n_whole} of {self.total} {self.unit}{self._postfix}")
 
