@@ -153,7 +153,7 @@ def test_rows_of_one_gather_are_handed_over_as_torch_asks_for_them(small_set: Pa
 GROWTH = """
 import sys
 import numpy as np
-from loader.memory import PROC
+from loader.memory import PROC, sizes_in
 from train.data import ShardDataset
 dataset = ShardDataset(sys.argv[1], normalize=True)
 positions = np.arange(len(dataset)).repeat(50)
