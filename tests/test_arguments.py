@@ -250,9 +250,18 @@ right: dict[str, st.SearchStrategy[Any]] = {
 few = (
     st.integers(-3, 0) | st.floats() | st.text(max_size=3).filter(lambda text: not text.isdecimal())
 )
+
+
+def wrong_for(name: str) -> st.SearchStrategy[Any]:
+    """Mostly no value that this argument takes."""
+    if name.endswith("transform"):
+        return junk.filter(lambda value: not callable(value))
+    return few if name == "num_workers" else junk
+
+
 mostly_right = st.fixed_dictionaries(
     {},
-    optional={name: one | (few if name == "num_workers" else junk) for name, one in right.items()},
+    optional={name: one | wrong_for(name) for name, one in right.items()},
 )
 
 

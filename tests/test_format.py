@@ -26,6 +26,8 @@ from shards.spec import (
     FORMAT_VERSION,
     KINDS,
     NO_SCENE_TYPE,
+    OF_EVERY_SET,
+    OF_TABLES,
     SPLITS,
     ConversionSettings,
     DatasetSpec,
@@ -223,7 +225,7 @@ def first_cells(heading: str) -> set[str]:
 
 def test_the_page_has_every_key_column_kind_and_number() -> None:
     found = manifest_json(NPY_SETS[-1])
-    of_parts = {"fields", "size", "crop", "depth_resize", "rows_per_shard", "axes", "kinds"}
+    of_parts = {*OF_EVERY_SET, "axes", "kinds", *OF_TABLES}
     assert first_cells("manifest.json") == {*MANIFEST_KEYS, "sha256", *of_parts}
     assert first_cells("The dataset") == set(DatasetSpec.__dataclass_fields__)
     assert first_cells("Fields and statistics") == found["fields"]["rgb"].keys()

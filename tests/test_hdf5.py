@@ -35,11 +35,13 @@ import sys, threading
 from pathlib import Path
 import numpy as np
 from convert.sources.nyu import NyuSource
-from shards.spec import ConversionSettings
+from convert.sources.nyu_mat import Mat
+from shards.spec import KNOWN_FIELDS, ConversionSettings
 
 mat = NyuSource(Path(sys.argv[1]), ConversionSettings())
+fields = Mat(Path(sys.argv[1]), tuple(KNOWN_FIELDS))
 columns = mat.row_facts().columns
-packed = mat.reader("instance")
+packed = fields.reader("instance")
 packed.read_index()
 instances = packed.read_group(0)
 offsets = {}
@@ -63,7 +65,7 @@ def read_chunks():
 
 def read_indexes():
     for name in ("rgb", "depth", "raw_depth", "label"):
-        reader = mat.reader(name)
+        reader = fields.reader(name)
         reader.read_index()
         if not np.array_equal(offsets.setdefault(name, reader.index.offset), reader.index.offset):
             wrong.append(f"the index of {name} changed")

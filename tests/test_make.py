@@ -16,7 +16,10 @@ from conftest import REPO, needs_torch
 from helpers.commands import copy_of_the_checkout, lend_the_packages, make
 
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-GIVEN = ("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE", "IMAGES")
+GIVEN = (
+    *("MAT", "URL", "OUT", "DATA", "RUN", "START", "MIRROR", "DRIVE", "RECIPE", "IMAGES"),
+    "FRAMES",
+)
 
 
 @pytest.fixture
@@ -278,11 +281,12 @@ def wheel(folder: Path, name: str, version: str, *needs: str) -> None:
 COLABS = {
     "torch": "2.11.0+cpu", "h5py": "3.16.0", "numpy": "2.1.3", "fsspec": "2025.3.0", "psutil": "5.9.5",
     "pillow": "11.3.0", "tqdm": "4.67.3", "matplotlib": "3.10.0", "packaging": "25.0", "nyuv2-shards": "0.0.1",
+    "pyarrow": "18.1.0", "scipy": "1.16.3",
 }  # fmt: skip
 NEWER = {
     "torch": "2.13.0", "h5py": "3.17.0", "numpy": "2.4.6", "fsspec": "2026.9.0", "psutil": "7.2.2",
     "pillow": "13.0.0", "tqdm": "4.70.1", "matplotlib": "3.11.2", "packaging": "26.4", "numcodecs": "0.17.1",
-    "deflate": "0.9.0",
+    "deflate": "0.9.0", "imagecodecs": "2026.3.6", "pyarrow": "26.0.1", "scipy": "1.17.1",
 }  # fmt: skip
 
 
@@ -351,6 +355,7 @@ def test_make_on_colab_replaces_nothing_and_adds_what_fits(folder: Path, tmp_pat
         "zarr": "3.1.6",
         "numcodecs": "0.17.1",
         "deflate": "0.9.0",
+        "imagecodecs": "2026.3.6",
     }
     pins = (tmp_path / "nyuv2-shards" / ".installed-colab.txt").read_text()
     assert "torch==2.11.0+cpu\n" in pins

@@ -68,7 +68,9 @@ def predict_flags(parser: ArgumentParser) -> ArgumentParser:
         "(default: none)",
     )
     parser.add_argument(
-        "--needs", action="store_true", help="print how a set is to be converted for it, and end"
+        "--needs",
+        action="store_true",
+        help="print how a set is to be converted for it, and end (default: answer)",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="where the answers go (default: RUN/predict, of the first)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,8 +62,11 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
     """Whether it is to be read as frames: by its layout, else by its name. Raises WrongSource."""
     if layout == "nyu" or not isinstance(path, Path):
         return False
-    if layout == "frames" or (path.is_dir() and path.suffix.lower() != ".mat"):
+    if layout == "frames":
         return True
+    with suppress(OSError):  # a name too long: opening it says so
+        if path.is_dir() and path.suffix.lower() != ".mat":
+            return True
     return path.suffix.lower() in TABLES
 
 
