@@ -41,6 +41,16 @@ NOT_AGAIN = {
     "tests/test_pages.py": "links and trees of pages",
     "tests/test_release.py": "what setuptools packs, which pip fetches for itself",
 }
+# What versions hardly change, and what takes long: only --all runs these in each stack.
+WITH_ALL = {
+    "tests/test_command_lines.py": "how command lines are parsed",
+    "tests/test_cut_session.py": "what is copied to a mount, and when",
+    "tests/test_help.py": "texts of --help",
+    "tests/test_litter.py": "names of files",
+    "tests/test_progress.py": "bars on terminals",
+    "tests/test_session.py": "which copy of a set is taken",
+    "tests/test_transfer.py": "copies to and from a mount that fails",
+}
 Version = tuple[int, int]
 
 
@@ -176,9 +186,10 @@ def count(result: Result, report: Path, status: int) -> None:
     result.skipped += skipped
 
 
-def to_run(tests: Sequence[str]) -> list[str]:
-    """What pytest is given: the tests that were asked for, else all but NOT_AGAIN."""
-    return list(tests) or [f"--ignore={name}" for name in NOT_AGAIN]
+def to_run(tests: Sequence[str], with_all: bool) -> list[str]:
+    """What pytest is given: the tests that were asked for, else all but NOT_AGAIN and WITH_ALL."""
+    left_out = NOT_AGAIN if with_all else {**NOT_AGAIN, **WITH_ALL}
+    return list(tests) or [f"--ignore={name}" for name in left_out]
 
 
 def run_stack(name: str, available: dict[Version, str], races: int, arguments: list[str]) -> Result:
@@ -237,7 +248,10 @@ def main() -> int:
         "--races", type=int, default=5, help="how often the tests of races are repeated (5)"
     )
     parser.add_argument(
-        "--tests", nargs="*", default=[], help="what to hand to pytest instead of all but NOT_AGAIN"
+        "--tests",
+        nargs="*",
+        default=[],
+        help="what to hand to pytest instead of all that are chosen",
     )
     args = parser.parse_args()
     every = sorted(path.stem for path in LISTS.glob("*.txt"))
@@ -250,7 +264,7 @@ def main() -> int:
         *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())),
         flush=True,
     )
-    arguments = to_run(args.tests)
+    arguments = to_run(args.tests, args.all)
     results = [run_stack(name, available, args.races, arguments) for name in names]
     show(results)
     required = [r for r in results if not args.all]

@@ -148,8 +148,12 @@ VARIED = {"torch", "h5py", "numpy", "zarr", "numcodecs", "deflate", "fsspec", "m
 
 
 def test_a_stack_runs_all_but_the_list_unless_it_is_told_what(stacks: ModuleType) -> None:
-    assert stacks.to_run([]) == [f"--ignore={name}" for name in stacks.NOT_AGAIN]
-    assert stacks.to_run(["tests/test_pages.py"]) == ["tests/test_pages.py"]
+    never = [f"--ignore={name}" for name in stacks.NOT_AGAIN]
+    seldom = [f"--ignore={name}" for name in stacks.WITH_ALL]
+    assert stacks.to_run([], True) == never
+    assert stacks.to_run([], False) == [*never, *seldom]
+    assert stacks.to_run(["tests/test_pages.py"], False) == ["tests/test_pages.py"]
+    assert all((REPO / name).exists() for name in stacks.WITH_ALL)
 
 
 def test_a_file_that_is_not_run_again_is_there_and_uses_nothing_that_the_stacks_vary(

@@ -476,7 +476,7 @@ def test_a_pyarrow_that_reads_no_json_in_blocks_gives_the_same(
     from pyarrow import json as reader
 
     expected = read(tmp_path, "t.jsonl", FORMS["t.jsonl"])
-    monkeypatch.delattr(reader, "open_json")
+    monkeypatch.delattr(reader, "open_json", raising=False)  # which older ones have not
     assert read(tmp_path, "t.jsonl", FORMS["t.jsonl"]).sha256 == expected.sha256
 
 
