@@ -35,12 +35,8 @@ class RowFacts:
     camera_px: np.ndarray | None = None
 
 
-class FieldRows(Protocol):
-    """The rows of one field, decoded a group at a time. Threads may call `read_group` at once."""
-
-    group_rows: int  # rows that are decoded together
-    row_shape: tuple[int, ...]
-    dtype: np.dtype
+class Readable(Protocol):
+    """What readers have in common: how they are made ready, and let go of."""
 
     @property
     def scratch_bytes(self) -> int:
@@ -56,17 +52,25 @@ class FieldRows(Protocol):
     def fill_scratch(self, directory: Path, run: Callable[..., Any] = map) -> None:
         """Unpack everything once into a nameless file. `run` is a map, such as a pool's."""
 
+    def close(self) -> None:
+        """Nothing is read afterwards."""
+
+
+class FieldRows(Readable, Protocol):
+    """The rows of one field, decoded a group at a time. Threads may call `read_group` at once."""
+
+    group_rows: int  # rows that are decoded together
+    row_shape: tuple[int, ...]
+    dtype: np.dtype
+
     def read_group(self, group: int) -> np.ndarray:
         """Rows [group * group_rows, ...): (rows, [planes,] W, H), planes as MATLAB stores them.
 
         Colour and grey levels as uint8, depth as float metres (0 = none), ids as whole numbers.
         """
 
-    def close(self) -> None:
-        """Nothing is read afterwards."""
 
-
-class RowReader(Protocol):
+class RowReader(Readable, Protocol):
     """Rows of some fields that are read together. Threads may call `read_group` at once.
 
     fields: by name, in the order of the plan. group_rows: how many rows are decoded together.
@@ -82,20 +86,6 @@ class RowReader(Protocol):
     def called(self, row: int | None = None) -> str:
         """How a message calls what is read, or one row of it."""
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Of the scratch file that it needs, as its chunks span too many rows; 0: none."""
-
-    @property
-    def can_travel(self) -> bool:
-        """Whether another process on this machine can read the rows, given its pickle."""
-
-    def read_index(self) -> None:
-        """Find out where the rows lie; called once, before anything is read."""
-
-    def fill_scratch(self, directory: Path, run: Callable[..., Any] = map) -> None:
-        """Unpack everything once into a nameless file. `run` is a map, such as a pool's."""
-
     def read_group(self, group: int) -> Mapping[str, Sequence[Picture]]:
         """Of each field the pictures of rows [group * group_rows, ...).
 
@@ -104,9 +94,6 @@ class RowReader(Protocol):
         where group_rows is 1 and the row's bytes are at fault, Damaged or Unreadable where the
         source is, and OSError.
         """
-
-    def close(self) -> None:
-        """Nothing is read afterwards."""
 
 
 class FieldReader:
