@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from loader.ahead import ReadAhead, batches_ahead, can_read_ahead
 from loader.batches import (
     BatchMaker,
+    BufferNeed,
     BatchOrder,
     Position,
     RowDataset,
@@ -20,10 +22,10 @@ from loader.batches import (
 )
 from loader.buffers import N_BUFFERS, BufferPool
 from loader.forks import HOLDERS, ProcessLock
-from loader.memory import check_room
+from loader.memory import check_room, room
 from loader.messages import Raised
 from loader.producers import InlineProducer, Producer, ThreadProducer
-from loader.workers import ProcessProducer
+from loader.workers import ProcessProducer, WorkerStart
 
 __all__ = [
     "BatchMaker",
@@ -140,11 +142,21 @@ class Loader:
         check_room(N_BUFFERS * need.used_bytes, f"{N_BUFFERS} batches of {n_rows} rows")
 
         pool = BufferPool(need.reserved_bytes, self.num_workers > 0)
+        read_ahead = self._new_read_ahead(need)
         if self.num_workers:
-            return ProcessProducer(self.batch_maker, pool, self.num_workers, self.start_method)
+            start = WorkerStart(count=self.num_workers, method=self.start_method)
+            return ProcessProducer(self.batch_maker, pool, read_ahead, start)
         if self.runs_ahead:
-            return ThreadProducer(self.batch_maker, pool)
-        return InlineProducer(self.batch_maker, pool)
+            return ThreadProducer(self.batch_maker, pool, read_ahead)
+        return InlineProducer(self.batch_maker, pool, read_ahead)
+
+    def _new_read_ahead(self, need: BufferNeed) -> ReadAhead:
+        if not can_read_ahead(self.dataset):
+            return ReadAhead(0)
+        left = room()
+        n_in_work = max(1, min(self.num_workers, N_BUFFERS - 1))
+        left_bytes = left.left_bytes if left else None
+        return ReadAhead(batches_ahead(need.used_bytes, left_bytes, n_in_work))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "stream"}

@@ -14,6 +14,7 @@ from threading import Event
 
 import torch
 
+from loader.ahead import ReadAhead
 from loader.batches import (
     BatchMaker,
     Delivery,
@@ -53,13 +54,14 @@ class Producer(ABC):
 class InlineProducer(Producer):
     """The caller makes a batch when it asks."""
 
-    def __init__(self, maker: BatchMaker, pool: BufferPool) -> None:
+    def __init__(self, maker: BatchMaker, pool: BufferPool, read_ahead: ReadAhead) -> None:
         self.maker = maker
         self.pool = pool
+        self.read_ahead = read_ahead
         self._plan: Plan = iter(())
 
     def seek(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan = self.read_ahead.plan(plan)
 
     def next(self) -> Delivery:
         try:
@@ -68,6 +70,7 @@ class InlineProducer(Producer):
             return end_of_plan(error)
         buffer_id = self.pool.take()
         made = self.maker.make(self.pool.buffers[buffer_id], planned.request)
+        self.read_ahead.learn(made.was_read)
         result = self.pool.deliver(buffer_id, made)
         return Delivery(result=result, position_after=planned.position_after)
 
@@ -85,9 +88,10 @@ class ThreadProducer(Producer):
     by then, or is kept for good. Python's lock is asked for once a batch, after the copy.
     """
 
-    def __init__(self, maker: BatchMaker, pool: BufferPool) -> None:
+    def __init__(self, maker: BatchMaker, pool: BufferPool, read_ahead: ReadAhead) -> None:
         self.maker = maker
         self.pool = pool
+        self.read_ahead = read_ahead
         self._turns = SimpleQueue[bool]()
         self._ready = SimpleQueue[Delivery]()
         self._end: weakref.finalize | None = None  # of the thread that runs
@@ -100,7 +104,8 @@ class ThreadProducer(Producer):
         run = ThreadRun(
             maker=self.maker,
             pool=self.pool,
-            plan=plan,
+            read_ahead=self.read_ahead,
+            plan=self.read_ahead.plan(plan),
             turns=self._turns,
             ready=self._ready,
             has_begun=threading.Event(),
@@ -140,6 +145,7 @@ class ThreadRun:
 
     maker: BatchMaker
     pool: BufferPool
+    read_ahead: ReadAhead
     plan: Plan
     turns: SimpleQueue[bool]
     ready: SimpleQueue[Delivery]
@@ -153,6 +159,7 @@ class ThreadRun:
             for planned in self.plan:
                 buffer_id = self.pool.take()
                 made = self.maker.make(self.pool.buffers[buffer_id], planned.request)
+                self.read_ahead.learn(made.was_read)
                 if not self.turns.get():
                     self.pool.put_back(buffer_id)
                     return

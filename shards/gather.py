@@ -40,6 +40,7 @@ class RowGather:
         every = [shard for maps in self._shards.values() for shard in maps]
         low = min(shard.ctypes.data for shard in every)
         high = max(shard.ctypes.data + shard.nbytes for shard in every)
+        self._low = low
         self._starts = {
             field: np.array([shard.ctypes.data for shard in maps]) - low
             for field, maps in self._shards.items()
@@ -68,6 +69,20 @@ class RowGather:
         into = torch.from_numpy(out.reshape(len(index), self._piece_bytes))
         torch.index_select(self._pieces, 0, torch.from_numpy(index), out=into)
         return out
+
+    def row_spans(self, fields: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where rows [B] of these fields lie: (addresses, n_bytes), each [B * fields] int64.
+
+        What is in memory is not looked at. rows: as in `into`.
+        """
+        addresses = []
+        n_bytes = []
+        for field in fields:
+            rows_per_shard = len(self._shards[field][0])
+            starts = self._low + self._starts[field][rows // rows_per_shard]
+            addresses.append(starts + rows % rows_per_shard * self._row_bytes(field))
+            n_bytes.append(np.full(len(rows), self._row_bytes(field)))
+        return np.concatenate(addresses), np.concatenate(n_bytes)
 
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""

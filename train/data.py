@@ -26,6 +26,7 @@ from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
 from shards.manifest import RIGHT_ROW, read_manifest
+from shards.readahead import RowsAhead
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
 from stores.mounted import refuse_remote
 from train.arguments import (
@@ -55,7 +56,7 @@ SMALLEST_STD_M = 1e-6
 # How a stored field is handed over, by its kind. Depth is at most 32767 mm: as int16 it has the
 # bits of the uint16 on disk, and torch computes with it.
 INPUT_DTYPES = {"colour": "u1", "grey": "u1", "grey16": "u2", "depth": "i2"}
-OPENED = {"_set", "_split_rows", "_gather", "_parts"}  # what a pickle leaves behind
+OPENED = {"_set", "_split_rows", "_gather", "_ahead", "_parts"}  # what a pickle leaves behind
 
 
 def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False) -> ShardSet:
@@ -157,6 +158,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.fields = check_fields(fields, inputs) or default
         self._kept: np.ndarray | None = None  # positions in the split, of a subset
         self._gather: RowGather | None = None
+        self._ahead: RowsAhead | None = None
         self._parts: tuple[Tensor, ...] | None = None
         check_split(self._set, split)
         self._split_rows = self._read_split()
@@ -178,6 +180,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             what = "was replaced by another set since this dataset was made"
             raise MissingSet(self.path, what, "Make it again")
         self._gather = None
+        self._ahead = None
         self._parts = None
         self._split_rows = self._read_split()
 
@@ -361,6 +364,28 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         rows = self.rows_of(indices)
         return self._fill_normalized(buffer, rows) if self.normalize else self._fill(buffer, rows)
 
+    def read_ahead(self, indices: Any) -> None:
+        """Have the system begin to read these rows, for a `batch` or `fill` that comes later.
+
+        It pays where they come from a disk; nothing else changes. Raises as `rows_of` does.
+        """
+        if self.device is not None:
+            return
+        rows = self.rows_of(indices)
+        ahead = self._ahead
+        if ahead is None:  # as in `_opened_gather`: several threads may each make one
+            gather = self._opened_gather()
+            n_per_shard = self._set.settings.rows_per_shard
+            self._ahead = ahead = RowsAhead(
+                gather, self._mapped_fields(), rows_per_shard=n_per_shard, n_rows=self._set.n_rows
+            )
+        ahead.ask_for(rows)
+
+    def _mapped_fields(self) -> list[str]:
+        """Each once: what a batch is read from."""
+        target = target_of(self.target).field
+        return list(dict.fromkeys([*self.fields, *([target] if target else [])]))
+
     def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
         use_one_thread_in_a_fork()
         gather = self._opened_gather()
@@ -425,9 +450,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """
         gather = self._gather
         if gather is None:
-            target = target_of(self.target).field
-            names = {*self.fields, *([target] if target else [])}
-            shards = {name: self._set.shards(name) for name in names}
+            shards = {name: self._set.shards(name) for name in self._mapped_fields()}
             self._gather = gather = RowGather(shards, self.size)
         return gather
 
