@@ -5,6 +5,7 @@ fast as the disk takes it: nothing is decoded.
 """
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +67,7 @@ def random_set(root: Path, n_rows: int, size: int) -> ShardSet:
     ]
     types = np.arange(n_rows) % len(SCENE_TYPES)
     columns = filled_columns({"scene_type": types}, n_rows, manifest.dataset, settings.crop)
-    return commit(directory, _with_shards(manifest, shards), columns)
-
-
-def _with_shards(manifest: Manifest, shards: list[ShardEntry]) -> Manifest:
-    from dataclasses import replace
-
-    return replace(manifest, shards=shards)
+    return commit(directory, replace(manifest, shards=shards), columns)
 
 
 def _written_shard(directory: Path, manifest: Manifest, shard: int) -> ShardEntry:

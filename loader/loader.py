@@ -12,8 +12,8 @@ import numpy as np
 from loader.ahead import ReadAhead, batches_ahead, can_read_ahead
 from loader.batches import (
     BatchMaker,
-    BufferNeed,
     BatchOrder,
+    BufferNeed,
     Position,
     RowDataset,
     Transform,

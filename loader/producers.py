@@ -10,9 +10,6 @@ import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Event
-
-import torch
 
 from loader.ahead import ReadAhead
 from loader.batches import (
@@ -24,9 +21,8 @@ from loader.batches import (
 from loader.buffers import (
     BufferPool,
 )
-from loader.forks import HOLDERS, ProcessLock, use_one_thread_in_a_fork
-
-N_THREADS = ProcessLock()  # whoever changes torch's number of threads for a moment
+from loader.forks import HOLDERS, use_one_thread_in_a_fork
+from loader.threads import use_one_thread_here
 
 
 class Producer(ABC):
@@ -108,19 +104,12 @@ class ThreadProducer(Producer):
             plan=self.read_ahead.plan(plan),
             turns=self._turns,
             ready=self._ready,
-            has_begun=threading.Event(),
         )
         thread = threading.Thread(target=run.work, name="loader", daemon=True)
 
         use_one_thread_in_a_fork()
-        with N_THREADS.held():
-            n_threads = torch.get_num_threads()
-            thread.start()
-            self._end = weakref.finalize(self, _end_thread, self._turns, thread)
-            # It has asked for one core, which holds for itself and for every thread to come: undone
-            # for those.
-            run.has_begun.wait()
-            torch.set_num_threads(n_threads)
+        thread.start()
+        self._end = weakref.finalize(self, _end_thread, self._turns, thread)
 
     def next(self) -> Delivery:
         self._turns.put(True)
@@ -149,11 +138,9 @@ class ThreadRun:
     plan: Plan
     turns: SimpleQueue[bool]
     ready: SimpleQueue[Delivery]
-    has_begun: Event
 
     def work(self) -> None:
-        torch.set_num_threads(1)
-        self.has_begun.set()
+        use_one_thread_here()  # the training step needs the other cores
         self.turns.put(True)  # the first batch is lent out at once
         try:
             for planned in self.plan:

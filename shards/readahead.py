@@ -89,7 +89,7 @@ def can_advise() -> bool:
     return hasattr(mmap, "MADV_WILLNEED") and hasattr(_library(), "madvise")
 
 
-# ---------------------------------------------------------------------------------------- what is asked
+# ------------------------------------------------------------------------------- what is asked
 
 
 def whole_pages(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def in_pieces(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
     return piece_starts, np.minimum(left, PIECE_BYTES)
 
 
-# ---------------------------------------------------------------------------------------- how it is said
+# ------------------------------------------------------------------------------ how it is said
 
 
 def advise(starts: np.ndarray, sizes: np.ndarray, advice: int) -> None:
