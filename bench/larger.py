@@ -109,7 +109,8 @@ def run_way(path: str, way: Way) -> Measured:
 
     loader = Loader(
         dataset,
-        lambda epoch: batches(epoch)[: way.most_batches],
+        # It ends there: what would be read ahead for a further epoch is not needed for this one.
+        lambda epoch: batches(epoch)[: way.most_batches] if epoch < way.n_epochs else [],
         way.n_workers,
         way.method,
         prefetch=way.prefetch,

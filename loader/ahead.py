@@ -4,8 +4,8 @@ A dataset that can be told has a method `read_ahead(indices)`: it begins to read
 returns. Whether that is worth a call is measured, not guessed: whoever makes a batch says whether
 anything of it came from a disk (loader.disk).
 
-    on    before batch n is made, batch n + N_AHEAD is asked for, and n once more: a page that n
-          shares with a row read long ago may have been dropped since
+    on    before batch n is made, a batch some way ahead is asked for, and n once more: a page that
+          n shares with a row read long ago may have been dropped since
     off   nothing is asked for: all of it is in memory
 
          a batch that came from a disk
@@ -18,43 +18,56 @@ asking hides what a disk does from the count (a file system over a network may),
 off and on again all the time: each time it was off for a short while only, it stays on longer.
 """
 
+import math
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from loader.batches import Plan, PlannedBatch, RowDataset
 
-AHEAD_BYTES = 64 << 20  # of batches that are asked for and not made yet; at least one batch
+AHEAD_BYTES = 96 << 20  # of batches whose rows were asked for and are not used yet, at most
 MOST_AHEAD = 32  # batches
-SHARE_OF_ROOM = 1 / 4  # of the memory that is left: more would push out what was asked for
+# Of the memory that is left: more would push out what was asked for before it is used.
+SHARE_OF_ROOM = 1 / 2
+WORKER_BYTES = 12 << 20  # that a forked worker comes to hold
 FIRST_QUIET = 2  # batches without a disk, before it is turned off
 QUIET = 8  # the same, once a disk was seen
 MOST_QUIET = 512
 SHORT_WHILE = 64  # batches
 
 
-def batches_ahead(batch_bytes: int, left_bytes: int | None, n_in_work: int) -> int:
-    """How many batches ahead are asked for.
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How many batches are wanted from the disk at the same time.
 
-    left_bytes: of memory; None: not known. n_in_work: batches that are made at the same time, whose
-    rows are wanted now.
+    n_ahead: how far ahead of a batch that is handed out its rows are asked for. n_wanted: batches
+    that were asked for and are not made yet, at most.
     """
-    most_bytes = AHEAD_BYTES
-    if left_bytes is not None:
-        most_bytes = min(most_bytes, int(left_bytes * SHARE_OF_ROOM))
-    n_batches = most_bytes // max(1, batch_bytes)
-    return min(max(1, n_batches), MOST_AHEAD) + n_in_work - 1
+
+    n_ahead: int
+    n_wanted: int
+
+
+def reach(batch_bytes: int, left_bytes: int, n_makers: int) -> Reach:
+    """Of batches of this size, where so much memory is left for what is read.
+
+    n_makers: how many are made at the same time. One that makes them alone always asks for another.
+    """
+    most_bytes = min(AHEAD_BYTES, int(left_bytes * SHARE_OF_ROOM))
+    n_wanted = min(most_bytes // max(1, batch_bytes), MOST_AHEAD)
+    n_ahead = max(n_wanted - n_makers, 1 if n_makers == 1 else 0)
+    return Reach(n_ahead=n_ahead, n_wanted=max(1, n_wanted))
 
 
 class ReadAhead:
     """Says for each batch which later ones to ask for; belongs to who hands the batches out.
 
-    n_batches: how far ahead; 0: never anything.
+    reach: how far; None: the dataset cannot be told.
     """
 
-    def __init__(self, n_batches: int) -> None:
-        self.n_batches = n_batches
-        self.is_on = n_batches > 0
+    def __init__(self, reach: Reach | None) -> None:
+        self._reach = reach
+        self.is_on = reach is not None
         self._n_quiet = 0  # batches without a disk, one after the other
         self._n_wanted = FIRST_QUIET  # of those, before it is turned off
 
@@ -64,13 +77,18 @@ class ReadAhead:
             self._n_quiet += 1
             self.is_on = self.is_on and self._n_quiet < self._n_wanted
             return
-        if not self.is_on and self.n_batches:
+        if not self.is_on and self._reach is not None:
             was_short = self._n_quiet - self._n_wanted < SHORT_WHILE
             longer = min(2 * self._n_wanted, MOST_QUIET)
             self._n_wanted = longer if was_short else QUIET
             self.is_on = True
         self._n_wanted = max(self._n_wanted, QUIET)
         self._n_quiet = 0
+
+    @property
+    def most_in_work(self) -> float:
+        """How many batches may be handed out before the first of them is made."""
+        return self._reach.n_wanted if self.is_on and self._reach else math.inf
 
     def plan(self, plan: Plan) -> Plan:
         """The same batches; each says what to ask for before it is made.
@@ -81,8 +99,8 @@ class ReadAhead:
         n_asked_for = 0  # of those upcoming
         end: Exception | None = None
         while True:
-            n_wanted = 1 + self.n_batches if self.is_on else 1
-            while end is None and len(upcoming) < n_wanted:
+            n_ahead = self._reach.n_ahead if self.is_on and self._reach else 0
+            while end is None and len(upcoming) <= n_ahead:
                 try:
                     upcoming.append(next(plan))
                 except Exception as error:

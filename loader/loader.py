@@ -9,7 +9,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from loader.ahead import ReadAhead, batches_ahead, can_read_ahead
+from loader.ahead import (
+    AHEAD_BYTES,
+    WORKER_BYTES,
+    ReadAhead,
+    can_read_ahead,
+    reach,
+)
 from loader.batches import (
     BatchMaker,
     BatchOrder,
@@ -152,11 +158,15 @@ class Loader:
 
     def _new_read_ahead(self, need: BufferNeed) -> ReadAhead:
         if not can_read_ahead(self.dataset):
-            return ReadAhead(0)
+            return ReadAhead(None)
         left = room()
-        n_in_work = max(1, min(self.num_workers, N_BUFFERS - 1))
-        left_bytes = left.left_bytes if left else None
-        return ReadAhead(batches_ahead(need.used_bytes, left_bytes, n_in_work))
+        if left is None:
+            left_bytes = AHEAD_BYTES
+        else:  # the buffers have no pages yet, and workers share what they are forked from
+            to_come = N_BUFFERS * need.used_bytes + self.num_workers * WORKER_BYTES
+            left_bytes = max(0, left.left_bytes - to_come)
+        n_makers = max(1, min(self.num_workers, N_BUFFERS - 1))
+        return ReadAhead(reach(need.used_bytes, left_bytes, n_makers))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "stream"}

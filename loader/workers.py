@@ -203,7 +203,8 @@ class ProcessProducer(Producer):
 
     def _send_ahead(self) -> None:
         """Hand out what there are buffers for; one is left to the batch that is delivered."""
-        while self.pool.free and len(self._pending) < N_BUFFERS - 1:
+        most = min(N_BUFFERS - 1, self.read_ahead.most_in_work)
+        while self.pool.free and len(self._pending) < most:
             self._look_ahead()
             if self._upcoming is None:
                 return
