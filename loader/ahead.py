@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from loader.batches import Plan, PlannedBatch, RowDataset
+from loader.batches import Plan, PlannedBatch
 
 AHEAD_BYTES = 96 << 20  # of batches whose rows were asked for and are not used yet, at most
 MOST_AHEAD = 32  # batches
@@ -117,8 +117,3 @@ class ReadAhead:
                 n_asked_for = len(upcoming)
                 planned = replace(planned, request=replace(planned.request, ahead=ahead))
             yield planned
-
-
-def can_read_ahead(dataset: RowDataset) -> bool:
-    """Whether it can be told which rows come."""
-    return callable(getattr(dataset, "read_ahead", None))

@@ -203,7 +203,7 @@ class BatchMaker:
 
     def _ask_ahead(self, request: BatchRequest) -> None:
         """This batch once more: of what was asked for earlier, some may have been dropped."""
-        if request.ahead is None:
+        if request.ahead is None or not can_read_ahead(self.dataset):
             return
         for indices in (request.indices, *request.ahead):
             with suppress(Exception):  # of rows that do not exist: raised when they are made
@@ -212,7 +212,9 @@ class BatchMaker:
     def buffer_need(self, n_rows: int) -> BufferNeed:
         """Of a batch of so many rows, judged by the dataset's first row."""
         use_one_thread_in_a_fork()
-        made = self.dataset.batch(np.zeros(1, np.int64))
+        first = BatchRequest(epoch=0, step=0, indices=np.zeros(1, np.int64), ahead=())
+        self._ask_ahead(first)  # a first touch would read around that row
+        made = self.dataset.batch(first.indices)
         row = [part for part in made if _is_plain(part)] if type(made) is tuple else []
         used_bytes = n_rows * sum(part.nbytes for part in row)
         if self.transform is None:
@@ -224,7 +226,7 @@ class BatchMaker:
         """What the first `n_rows` take to make: the least of five, as the first touches what is
         cold. Raises what is no Exception: Ctrl-C."""
         buffer = private_memory(self.buffer_need(n_rows).used_bytes)
-        request = BatchRequest(epoch=0, step=0, indices=np.arange(n_rows))
+        request = BatchRequest(epoch=0, step=0, indices=np.arange(n_rows), ahead=())
         seconds = []
         for _ in range(N_TIMED):
             started = time.perf_counter()
@@ -254,6 +256,11 @@ class BatchMaker:
             rows = ", ".join(map(str, np.asarray(request.indices).tolist()))
             place = f"epoch {request.epoch}, step {request.step}, rows {rows} of {self.dataset!r}"
             add_note(error, f"in the loader, {place}")
+
+
+def can_read_ahead(dataset: RowDataset) -> bool:
+    """Whether it can be told which rows come."""
+    return callable(getattr(dataset, "read_ahead", None))
 
 
 def _stored(made: Any, buffer: memoryview) -> Written | Returned:

@@ -13,7 +13,6 @@ from loader.ahead import (
     AHEAD_BYTES,
     WORKER_BYTES,
     ReadAhead,
-    can_read_ahead,
     reach,
 )
 from loader.batches import (
@@ -24,6 +23,7 @@ from loader.batches import (
     RowDataset,
     Transform,
     batches_of,
+    can_read_ahead,
     plan_from,
 )
 from loader.buffers import N_BUFFERS, BufferPool
