@@ -126,9 +126,9 @@ def in_pieces(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
 def advise(starts: np.ndarray, sizes: np.ndarray, advice: int) -> None:
     """Say one thing of many places [n], whole pages.
 
-    Where the kernel lets a process speak of itself (since Linux 6.13, or as root) that is one call
-    for 1024 places. Else it is one for each: beside a thread that never lets Python's lock go,
-    each waits for it.
+    Where the kernel lets a process say much of itself at once (older ones ask for rights) that is
+    one call for 1024 places. Else it is one for each: beside a thread that never lets Python's lock
+    go, each waits for it.
     """
     if not can_advise():
         return
