@@ -55,9 +55,14 @@ class RowsAhead:
     def ask_for(self, rows: np.ndarray) -> None:
         """Have the system begin to read these rows [B]; those that are in memory cost little.
 
-        It waits only while the disk has more requests than it takes. Python's lock is free.
+        It waits only while the disk has more requests than it takes. Python's lock is free. Rows
+        that follow one another are left to the kernel, which is faster then: it reads ahead by
+        itself, and in larger pages.
         """
-        self._expect_no_order(np.unique(rows // self._rows_per_shard))
+        shards = np.unique(rows // self._rows_per_shard)
+        if follow_one_another(rows) and not self._is_random[shards].any():
+            return
+        self._expect_no_order(shards)
         addresses, n_bytes = self._rows.row_spans(self._fields, rows)
         will_need(addresses, n_bytes)
 
@@ -73,6 +78,11 @@ class RowsAhead:
             last_starts, last_bytes = self._rows.row_spans([field], last_rows)
             advise(*whole_pages(starts, last_starts + last_bytes), mmap.MADV_RANDOM)
         self._is_random[new] = True
+
+
+def follow_one_another(rows: np.ndarray) -> bool:
+    """Whether several rows are in order, and none between them is left out."""
+    return len(rows) > 1 and bool((np.diff(rows) == 1).all())
 
 
 def will_need(addresses: np.ndarray, n_bytes: np.ndarray) -> None:

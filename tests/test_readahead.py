@@ -152,6 +152,22 @@ def test_what_was_asked_for_is_read_and_touching_it_waits_for_nothing(cold: Shar
     assert disk_use().n_blocks == asked.n_blocks
 
 
+def test_rows_in_order_are_left_to_the_kernel_until_it_was_told_that_there_is_no_order(
+    cold: ShardSet,
+) -> None:
+    dataset = ShardDataset(cold, split="all")
+    dataset.read_ahead(np.array([150, 140]))  # of the other shard: headers are read now
+    before = disk_use()
+    dataset.read_ahead(np.arange(0, 32))
+    assert disk_use() == before
+    dataset.read_ahead(np.array([40, 3]))  # of the same shard
+    asked = disk_use()
+    assert asked.n_blocks > before.n_blocks
+    dataset.read_ahead(np.arange(64, 96))
+    assert (disk_use().n_blocks - asked.n_blocks) * 512 >= 32 * 250_880
+    assert not readahead.follow_one_another(np.array([5]))
+
+
 def test_one_call_for_each_place_where_the_kernel_takes_no_list(
     cold: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
