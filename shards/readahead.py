@@ -3,7 +3,7 @@
 What is mapped comes from the disk when it is touched, and whoever touches it waits: for one place
 after the other. Worse, the kernel then reads around each place, some hundred KB to some MB, which
 helps who reads in order. Of a set that is larger than memory, read in shuffled order, that is
-thrown away unread: 35 times the bytes came from the disk (docs/measurements/loading.md). So
+thrown away unread: 37 times the bytes came from the disk (docs/measurements/loading.md). So
 
     WILLNEED   a row is asked for some batches ahead; the call only begins to read
     RANDOM     of a whole shard, once: what is touched all the same comes alone
