@@ -164,8 +164,9 @@ def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSet
 def table(args: argparse.Namespace) -> None:
     """Write the table that a directory of frames is converted as."""
     from convert.sources.layouts import write_table
+    from convert.sources.listings import Wanted
 
-    n_rows = write_table(args.source, kinds_of(args), args.out)
+    n_rows = write_table(args.source, args.layout, Wanted(kinds=kinds_of(args)), args.out)
     log(f"{n_rows} rows; paths are relative to {args.source}: give that as --root")
     print(args.out)
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from convert.sources.opening import LAYOUTS, SourceOptions
+from convert.sources.opening import LAYOUTS, OF_DIRECTORIES, SourceOptions
 from shards.containers import CODECS
 from shards.errors import WrongSetting
 from shards.flags import Parser, as_path, whole
@@ -223,8 +223,8 @@ def _add_table_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", type=as_path, metavar="DIR", help=directory_help)
     out_help = "the .csv to write (no default: it must be given)"
     p.add_argument("--out", type=as_path, required=True, metavar="FILE", help=out_help)
-    layout_help = "how DIR is laid out (default: %(default)s)"
-    layouts = ("auto", "frames")
+    layout_help = f"how DIR is laid out: {', '.join(OF_DIRECTORIES)} (default: %(default)s)"
+    layouts = (AUTO, *OF_DIRECTORIES)
     p.add_argument("--layout", choices=layouts, default=AUTO, metavar="NAME", help=layout_help)
     _add_field_flag(p)
 

@@ -26,12 +26,11 @@ from helpers.sets import shard_bytes
 
 from convert.__main__ import main
 from convert.sample_frames import npy, png, write_frames
-from convert.sources.layouts import FOLDERS, list_frames
+from convert.sources.layouts_frames import FOLDERS, list_frames
+from convert.sources.listings import Wanted
 from shards.dataset import ShardSet
 from shards.errors import WrongSource
 from shards.spec import SPLITS
-
-KINDS: dict[str, str] = {}
 
 
 def put(folder: Path, *paths: str) -> Path:
@@ -43,9 +42,9 @@ def put(folder: Path, *paths: str) -> Path:
     return folder
 
 
-def lines_of(folder: Path, kinds: dict[str, str] = KINDS) -> list[dict[str, str]]:
+def lines_of(folder: Path, kinds: dict[str, str] | None = None) -> list[dict[str, str]]:
     """The table of a directory: a dictionary a line."""
-    table = list_frames(folder, kinds).table
+    table = list_frames(folder, Wanted(kinds=kinds or {})).table
     lines = []
     for k in range(table.n_rows):
         line = {field: paths[k] for field, paths in table.paths.items()}
@@ -81,7 +80,7 @@ def test_every_name_that_people_give_a_folder_is_understood(
 def test_two_folders_of_one_field_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "images/1.png")
     with pytest.raises(WrongSource, match=r"has rgb/ and images/, both of rgb\. Keep one"):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_further_fields_lie_in_a_folder_of_their_name(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_equal_names_in_two_splits_are_two_frames(tmp_path: Path) -> None:
 def test_one_name_in_two_file_types_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "rgb/a.jpg", "rgb/a.png", "depth/a.png")
     with pytest.raises(WrongSource, match=r"has rgb/a.jpg and rgb/a.png, of one name. Keep one"):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_what_is_hidden_or_no_picture_is_passed_over(tmp_path: Path) -> None:
@@ -179,7 +178,7 @@ def test_no_pair_at_all_is_told_with_a_name_of_each(tmp_path: Path) -> None:
     put(tmp_path, "rgb/0001_rgb.png", "depth/0001_depth.png")
     expected = r"has no depth of the name of an rgb picture, such as depth/0001_depth.png and rgb/0001_rgb.png"
     with pytest.raises(WrongSource, match=expected):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_a_directory_that_is_none_is_one_line(
 ) -> None:
     put(tmp_path, *paths)
     with pytest.raises(WrongSource, match=expected):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
@@ -206,31 +205,31 @@ def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     except OSError as error:
         pytest.skip(f"this file system has no such names: {error}")
     with pytest.raises(WrongSource, match="has a file called"):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_a_stamp_differs_once_a_file_was_added_changed_or_removed(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "rgb/2.png", "depth/1.png")
-    stamps = [list_frames(tmp_path, KINDS).stamp]
-    assert list_frames(tmp_path, KINDS).stamp == stamps[0]
+    stamps = [list_frames(tmp_path, Wanted()).stamp]
+    assert list_frames(tmp_path, Wanted()).stamp == stamps[0]
     write_file(tmp_path / "rgb/3.png", png(picture_of(3)["rgb"]))
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     os.utime(tmp_path / "rgb/1.png", ns=(1, 1))
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     (tmp_path / "depth/1.png").write_bytes(b"shorter")
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     (tmp_path / "rgb/2.png").unlink()
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     assert len(set(stamps)) == len(stamps)
 
 
 def test_another_size_of_a_file_is_another_source(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "depth/1.png")
-    before = list_frames(tmp_path, KINDS).table.sha256
+    before = list_frames(tmp_path, Wanted()).table.sha256
     os.utime(tmp_path / "rgb/1.png", ns=(1, 1))
-    assert list_frames(tmp_path, KINDS).table.sha256 == before
+    assert list_frames(tmp_path, Wanted()).table.sha256 == before
     (tmp_path / "rgb/1.png").write_bytes(b"shorter")
-    assert list_frames(tmp_path, KINDS).table.sha256 != before
+    assert list_frames(tmp_path, Wanted()).table.sha256 != before
 
 
 # ---------------------------------------------------------------- converted
@@ -334,7 +333,7 @@ def test_a_folder_that_holds_pictures_itself_is_a_table_of_rgb_alone(tmp_path: P
     (tmp_path / "more").mkdir()
     for name in ("a.jpg", "a.png", ".hidden.png", "notes.txt", "more/b.png"):
         (tmp_path / name).write_bytes(b"bytes")
-    listing = list_frames(tmp_path, {})
+    listing = list_frames(tmp_path, Wanted())
     assert list(listing.table.paths) == ["rgb"]
     assert list(listing.table.paths["rgb"]) == ["a.jpg", "a.png"]
     assert listing.notes == ("1 folders are not looked into, such as more/: put all into rgb/",)
@@ -346,7 +345,7 @@ def test_pictures_that_lie_in_the_folder_itself_are_paired_with_a_folder_of_dept
     (tmp_path / "depth").mkdir()
     for name in ("a.jpg", "b.jpg", "depth/a.png"):
         (tmp_path / name).write_bytes(b"bytes")
-    table = list_frames(tmp_path, {}).table
+    table = list_frames(tmp_path, Wanted()).table
     assert list(table.paths["rgb"]) == ["a.jpg", "b.jpg"]
     assert list(table.paths["depth"]) == ["depth/a.png", ""]
 
@@ -356,5 +355,5 @@ def test_fields_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"bytes")
     with pytest.raises(WrongSource, match="of one name"):
-        list_frames(tmp_path, {})
-    assert list_frames(tmp_path, {}, ["rgb"]).table.n_rows == 2
+        list_frames(tmp_path, Wanted())
+    assert list_frames(tmp_path, Wanted(known=["rgb"])).table.n_rows == 2

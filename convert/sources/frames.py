@@ -17,7 +17,8 @@ from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
 from convert.sources.depth_encodings import check_names, looks_undecoded
 from convert.sources.errors import BadRow
 from convert.sources.frame_rows import DepthRules, FrameRows, FramesReader, LabelRule
-from convert.sources.layouts import Listing, list_frames
+from convert.sources.layouts import LAYOUTS, layout_of
+from convert.sources.listings import Listing, Wanted
 from convert.sources.opening import SourceOptions
 from convert.sources.pictures import decoder_name
 from convert.sources.roots import Roots
@@ -39,6 +40,7 @@ from shards.spec import (
     field_of_kind,
 )
 
+NOTHING_KNOWN = DatasetSpec(name="", width=0, height=0)
 PROBED_ROWS = 8  # read before a conversion begins
 MAX_SCENE_TYPES = 4096
 
@@ -54,10 +56,10 @@ class FramesSource:
     def __init__(self, path: Path, settings: ConversionSettings, options: SourceOptions) -> None:
         check_names(settings.depth_encoding, settings.depth_scale, settings.depth_trunc)
         self._path = path
-        self._kinds = settings.kinds
-        self._wanted = (*settings.fields, *settings.kinds)
+        self._wanted = Wanted(kinds=settings.kinds, known=settings.fields, roots=options.roots)
         self._is_directory = path.is_dir()
-        table, self._stamp_when_read = self._read(settings)
+        self._layout = layout_of(path, options.layout) if self._is_directory else options.layout
+        table, self._stamp_when_read, spec = self._read(settings)
         self._identity = SourceIdentity(
             kind="table", name=path.name, n_bytes=table.n_bytes, sha256=table.sha256
         )
@@ -73,14 +75,12 @@ class FramesSource:
         paths = dict(table.paths)
         table = replace(table, paths={})  # a million paths are held once
         self._rows = FrameRows(paths, table.columns.get("depth_encoding"), lines)
-        label_names = _label_names(options.label_names)
-        self.dataset = DatasetSpec(
+        self.dataset = replace(
+            spec,
             name=_dataset_name(path, options.name),
-            width=0,
-            height=0,
             scene_types=self._facts.scene_types,
-            label_names=label_names,
-            warnings=_warnings(table, self._places, split),
+            label_names=_label_names(options.label_names) or spec.label_names,
+            warnings=(*spec.warnings, *_warnings(table, self._places, split)),
         )
 
         folder = path if self._is_directory else path.parent
@@ -100,23 +100,28 @@ class FramesSource:
             self.close()
             raise
 
-    def _read(self, settings: ConversionSettings) -> tuple[FrameTable, tuple[int, ...]]:
-        """The table, or what the directory's layout makes one of; and its stamp as it was read."""
+    def _read(
+        self, settings: ConversionSettings
+    ) -> tuple[FrameTable, tuple[int, ...], DatasetSpec]:
+        """The table, or what the directory's layout makes one of; its stamp as it was read; and
+        what is known of the dataset.
+        """
         if self._is_directory:
             listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
-            return listing.table, listing.stamp
+            table = _with_encoding_given(listing.table, settings)
+            return table, listing.stamp, listing.spec or NOTHING_KNOWN
         stamp = self.stamp() if self._path.exists() else ()  # what is absent, `read_table` says
         by = SplitRule.parse(settings.split_by).by if settings.split_by else "scene"
         also = [by] if by not in ("scene", "row") else []
-        table = read_table(self._path, fields=self._kinds, also=also)
+        table = read_table(self._path, fields=self._wanted.kinds, also=also)
         if table.not_used:
             log(f"{self._path}: not used: {', '.join(table.not_used)}")
-        return table, stamp
+        return table, stamp, NOTHING_KNOWN
 
     def _listing(self) -> Listing:
-        return list_frames(self._path, self._kinds, self._wanted)
+        return LAYOUTS[self._layout].read(self._path, self._wanted)
 
     def __str__(self) -> str:
         return str(self._path)
@@ -197,7 +202,8 @@ class FramesSource:
 
         Raises WrongSource where none can be read, WrongSetting for depth that looks undecoded.
         """
-        fields = [field for name, field in self.fields.items() if name in self._wanted]
+        asked = (*settings.fields, *settings.kinds)
+        fields = [field for name, field in self.fields.items() if name in asked]
         reader = self._reader([field.name for field in fields])
         n_probed = min(PROBED_ROWS, self.n_rows)
         rows = np.unique(np.linspace(0, self.n_rows - 1, n_probed).astype(int)).tolist()
@@ -278,6 +284,14 @@ class _Facts:
     scene_type: np.ndarray
     scene_types: tuple[str, ...]
     camera_px: np.ndarray | None
+
+
+def _with_encoding_given(table: FrameTable, settings: ConversionSettings) -> FrameTable:
+    """What a user says of the depths of a directory counts, and not what its layout says."""
+    if settings.depth_encoding is None and settings.depth_scale is None:
+        return table
+    columns = {name: each for name, each in table.columns.items() if name != "depth_encoding"}
+    return replace(table, columns=columns)
 
 
 def _fields_of(table: FrameTable, settings: ConversionSettings) -> dict[str, Field]:

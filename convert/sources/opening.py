@@ -14,7 +14,8 @@ if TYPE_CHECKING:  # h5py takes a while, and a command line that only asks need 
     from convert.sources.base import Source
     from convert.sources.nyu_mat import Elsewhere
 
-LAYOUTS = ("auto", "nyu", "frames")
+OF_DIRECTORIES = ("frames",)  # as convert.sources.layouts has them
+LAYOUTS = ("auto", "nyu", *OF_DIRECTORIES)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
 
 
@@ -62,7 +63,7 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
     """Whether it is to be read as frames: by its layout, else by its name. Raises WrongSource."""
     if layout == "nyu" or not isinstance(path, Path):
         return False
-    if layout == "frames":
+    if layout in OF_DIRECTORIES:
         return True
     with suppress(OSError):  # a name too long: opening it says so
         if path.is_dir() and path.suffix.lower() != ".mat":
