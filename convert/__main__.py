@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -239,12 +239,14 @@ def pull(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write made-up rooms: a small .mat, or a directory of frames."""
+    """Write made-up rooms: a small .mat, or a directory of a known layout."""
     from convert.sample import write_sample
     from convert.sample_frames import write_frames
+    from convert.sample_tum import write_tum
 
-    write = write_frames if args.layout == "frames" else write_sample
-    write(args.file, args.rows)
+    writers: dict[str, Callable[[Path, int], None]]
+    writers = {"nyu": write_sample, "frames": write_frames, "tum": write_tum}
+    writers[args.layout](args.file, args.rows)
     print(args.file)
 
 

@@ -15,6 +15,7 @@ from helpers.frames import (
     SIZES_WH,
     convert_frames,
     converted,
+    lines_of,
     picture_of,
     read_csv,
     stored,
@@ -26,7 +27,8 @@ from helpers.sets import shard_bytes
 
 from convert.__main__ import main
 from convert.sample_frames import npy, png, write_frames
-from convert.sources.layouts_frames import FOLDERS, list_frames
+from convert.sources.folder_names import FOLDERS
+from convert.sources.layouts_frames import list_frames
 from convert.sources.listings import Wanted
 from shards.dataset import ShardSet
 from shards.errors import WrongSource
@@ -42,26 +44,12 @@ def put(folder: Path, *paths: str) -> Path:
     return folder
 
 
-def lines_of(folder: Path, kinds: dict[str, str] | None = None) -> list[dict[str, str]]:
-    """The table of a directory: a dictionary a line."""
-    table = list_frames(folder, Wanted(kinds=kinds or {})).table
-    lines = []
-    for k in range(table.n_rows):
-        line = {field: paths[k] for field, paths in table.paths.items()}
-        if table.split is not None:
-            line["split"] = SPLITS[table.split[k]]
-        for name, column in table.columns.items():
-            line[name] = column.names[column.numbers[k]]
-        lines.append(line)
-    return lines
-
-
 # ---------------------------------------------------------------- which pictures are one frame
 
 
 def test_pictures_of_equal_names_are_one_frame_in_the_order_of_their_names(tmp_path: Path) -> None:
     put(tmp_path, "rgb/b.jpg", "rgb/a.png", "depth/a.png", "depth/b.npy", "label/b.png")
-    assert lines_of(tmp_path) == [
+    assert lines_of(tmp_path, "frames") == [
         {"rgb": "rgb/a.png", "depth": "depth/a.png", "label": ""},
         {"rgb": "rgb/b.jpg", "depth": "depth/b.npy", "label": "label/b.png"},
     ]
@@ -74,7 +62,7 @@ def test_every_name_that_people_give_a_folder_is_understood(
     field: str, name: str, tmp_path: Path
 ) -> None:
     put(tmp_path, f"{name}/1.png", *(["rgb/1.png"] if field != "rgb" else []))
-    assert lines_of(tmp_path)[0][field] == f"{name}/1.png"
+    assert lines_of(tmp_path, "frames")[0][field] == f"{name}/1.png"
 
 
 def test_two_folders_of_one_field_are_refused(tmp_path: Path) -> None:
@@ -85,14 +73,14 @@ def test_two_folders_of_one_field_are_refused(tmp_path: Path) -> None:
 
 def test_further_fields_lie_in_a_folder_of_their_name(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "thermal/1.png", "other/1.png")
-    assert lines_of(tmp_path, {"thermal": "grey"}) == [
+    assert lines_of(tmp_path, "frames", {"thermal": "grey"}) == [
         {"rgb": "rgb/1.png", "thermal": "thermal/1.png"}
     ]
 
 
 def test_places_are_the_folders_inside(tmp_path: Path) -> None:
     put(tmp_path, "rgb/kitchen/a/1.png", "rgb/kitchen/b/1.png", "rgb/2.png")
-    found = {line["rgb"]: line["scene"] for line in lines_of(tmp_path)}
+    found = {line["rgb"]: line["scene"] for line in lines_of(tmp_path, "frames")}
     assert found == {
         "rgb/2.png": "",
         "rgb/kitchen/a/1.png": "kitchen/a",
@@ -110,7 +98,7 @@ def test_places_are_the_folders_inside(tmp_path: Path) -> None:
     ids=["outside", "inside", "other words"],
 )  # fmt: skip
 def test_split_folders_may_stand_outside_or_inside(paths: tuple[str, ...], tmp_path: Path) -> None:
-    lines = lines_of(put(tmp_path, *paths))
+    lines = lines_of(put(tmp_path, *paths), "frames")
     assert {line["rgb"]: (line["split"], line["scene"]) for line in lines} == {
         paths[0]: ("train", "x"),
         paths[2]: ("test", "y"),
@@ -122,7 +110,7 @@ def test_split_folders_may_stand_outside_or_inside(paths: tuple[str, ...], tmp_p
 
 def test_equal_names_in_two_splits_are_two_frames(tmp_path: Path) -> None:
     put(tmp_path, "train/rgb/1.png", "train/depth/1.png", "val/rgb/1.png", "val/depth/1.png")
-    lines = lines_of(tmp_path)
+    lines = lines_of(tmp_path, "frames")
     assert [(line["split"], line["depth"]) for line in lines] == [
         ("train", "train/depth/1.png"),
         ("val", "val/depth/1.png"),
@@ -139,13 +127,13 @@ def test_what_is_hidden_or_no_picture_is_passed_over(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "depth/1.png")
     for name in (".DS_Store", "._1.png", ".cache/2.png", "Thumbs.db", "notes.txt", "1.png.part"):
         write_file(tmp_path / "rgb" / name, b"no picture")
-    assert len(lines_of(tmp_path)) == 1
+    assert len(lines_of(tmp_path, "frames")) == 1
 
 
 def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "depth/1.png")
     (tmp_path / "rgb" / "again").symlink_to(tmp_path)
-    assert len(lines_of(tmp_path)) == 1
+    assert len(lines_of(tmp_path, "frames")) == 1
 
 
 def test_a_link_to_nowhere_is_a_row_that_fails(tmp_path: Path) -> None:
@@ -318,7 +306,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_made_up_directory_is_of_this_layout_and_its_table_names_the_same_files(
     made_up: Path, tmp_path: Path
 ) -> None:
-    lines = lines_of(made_up)
+    lines = lines_of(made_up, "frames")
     named = read_csv(made_up / "rows.csv")
     fields = ("rgb", "depth", "label")
     assert [[line[field] for field in fields] for line in lines] == [

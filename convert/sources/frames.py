@@ -14,10 +14,10 @@ import numpy as np
 from convert.resize import as_meant
 from convert.sources.base import RowFacts, RowReader
 from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
-from convert.sources.depth_encodings import check_names, looks_undecoded
+from convert.sources.depth_encodings import DepthRule, check_names, looks_undecoded
 from convert.sources.errors import BadRow
 from convert.sources.frame_rows import DepthRules, FrameRows, FramesReader, LabelRule
-from convert.sources.layouts import LAYOUTS, layout_of
+from convert.sources.layouts import LAYOUTS, is_laid_out, layout_of
 from convert.sources.listings import Listing, Wanted
 from convert.sources.opening import SourceOptions
 from convert.sources.pictures import decoder_name
@@ -57,8 +57,8 @@ class FramesSource:
         check_names(settings.depth_encoding, settings.depth_scale, settings.depth_trunc)
         self._path = path
         self._wanted = Wanted(kinds=settings.kinds, known=settings.fields, roots=options.roots)
-        self._is_directory = path.is_dir()
-        self._layout = layout_of(path, options.layout) if self._is_directory else options.layout
+        self._is_laid_out = is_laid_out(path, options.layout)
+        self._layout = layout_of(path, options.layout) if self._is_laid_out else ""
         table, self._stamp_when_read, spec = self._read(settings)
         self._identity = SourceIdentity(
             kind="table", name=path.name, n_bytes=table.n_bytes, sha256=table.sha256
@@ -83,7 +83,7 @@ class FramesSource:
             warnings=(*spec.warnings, *_warnings(table, self._places, split)),
         )
 
-        folder = path if self._is_directory else path.parent
+        folder = path if path.is_dir() else path.parent
         self._roots = Roots(folder, options.roots, options.follow)
         self._depth_rules = DepthRules.of(self._rows, settings)
         self._label_rule = LabelRule(void=settings.label_void)
@@ -106,7 +106,7 @@ class FramesSource:
         """The table, or what the directory's layout makes one of; its stamp as it was read; and
         what is known of the dataset.
         """
-        if self._is_directory:
+        if self._is_laid_out:
             listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
@@ -148,7 +148,7 @@ class FramesSource:
         return self._identity
 
     def stamp(self) -> tuple[int, ...]:
-        if self._is_directory:
+        if self._is_laid_out:
             return self._listing().stamp
         stat = self._path.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -239,32 +239,34 @@ class FramesSource:
     def _probe_depth(
         self, reader: FramesReader, field: str, rows: Sequence[int], settings: ConversionSettings
     ) -> None:
-        planes = []
+        planes: dict[int, np.ndarray] = {}
         for row in rows:
             try:
                 stored = reader.stored_depth(field, row)
-                if stored is not None and self._rows.encoding_of(row) is None:
-                    planes.append(stored)
             except BadRow:
                 continue  # told when its turn comes
+            if stored is not None:
+                planes[row] = stored
         if not planes:
             return
         named = settings.depth_encoding is not None or settings.depth_scale is not None
-        looks_like = None if named else looks_undecoded(planes)
+        unnamed = [planes[row] for row in planes if self._rows.encoding_of(row) is None]
+        looks_like = None if named or not unnamed else looks_undecoded(unnamed)
         if looks_like is not None:
             what = f"left at its default, but {field} of {self} looks like {looks_like}"
             raise WrongSetting(
                 "depth_encoding", "mm", f"{what}. Choose that, or mm if it is not so"
             )
-        self._say_median(field, planes[len(planes) // 2])
+        row = list(planes)[len(planes) // 2]
+        self._say_median(field, planes[row], self._depth_rules.of_row(self._rows, row))
 
-    def _say_median(self, field: str, stored_hw: np.ndarray) -> None:
+    def _say_median(self, field: str, stored_hw: np.ndarray, rule: DepthRule) -> None:
         """What a median pixel becomes: a wrong unit shows at once."""
         is_measured = np.isfinite(stored_hw) & (stored_hw > 0)
         if not is_measured.any():
             return
         try:
-            mm = self._depth_rules.usual.to_mm(stored_hw)
+            mm = rule.to_mm(stored_hw)
         except BadRow:
             return
         median = np.median(stored_hw[is_measured])

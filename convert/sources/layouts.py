@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.sources.layouts_frames import is_of_frames, list_frames
+from convert.sources.layouts_tum import is_tum, list_tum
 from convert.sources.listings import Listing, Wanted
 from convert.sources.tables import CAMERA, NONE, FrameTable, Names
-from shards.errors import WrongSetting
+from shards.errors import WrongSetting, WrongSource
 from shards.files import HashingFile, log, write_atomically
 from shards.spec import SPLITS
 
+AUTO = "auto"
 ANY = "frames"  # the layout of a directory that looks like none in particular
 
 
@@ -23,16 +25,33 @@ ANY = "frames"  # the layout of a directory that looks like none in particular
 class Layout:
     """read: the frames of a directory. is_one: whether one looks like it, for which little is read.
 
-    read raises WrongSource where it is not laid out so, and OSError.
+    read raises WrongSource where it is not laid out so, and OSError. reads_files: whether it may
+    also be given a list, a file whose paths are relative to its folder.
     """
 
     read: Callable[[Path, Wanted], Listing]
     is_one: Callable[[Path], bool]
+    reads_files: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {
     ANY: Layout(read=list_frames, is_one=is_of_frames),
+    "tum": Layout(read=list_tum, is_one=is_tum, reads_files=True),
 }
+
+
+def is_laid_out(source: Path, layout: str) -> bool:
+    """Whether a layout makes the table of a source; else it is a table itself.
+
+    Raises WrongSource for a file where only a directory can be.
+    """
+    if source.is_dir():
+        return True
+    if layout in (AUTO, ANY) or not source.exists():
+        return False
+    if not LAYOUTS[layout].reads_files:
+        raise WrongSource(source, f"is a file, and {layout} a layout of directories")
+    return True
 
 
 def layout_of(directory: Path, name: str = "auto") -> str:
@@ -40,7 +59,7 @@ def layout_of(directory: Path, name: str = "auto") -> str:
 
     Raises WrongSetting where it looks like several.
     """
-    if name != "auto":
+    if name != AUTO:
         return name
     found = [each for each in LAYOUTS if each != ANY and LAYOUTS[each].is_one(directory)]
     if not found:
@@ -49,7 +68,7 @@ def layout_of(directory: Path, name: str = "auto") -> str:
         found.append(ANY)
     if len(found) > 1:
         what = f"{directory} may be {' or '.join(found)}: choose one of them"
-        raise WrongSetting("layout", "auto", what)
+        raise WrongSetting("layout", AUTO, what)
     log(f"{directory}: laid out as {found[0]}")
     return found[0]
 

@@ -115,6 +115,14 @@ def pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEnt
             yield from pictures_under(Path(entry.path))
 
 
+def refuse_further_fields(source: Path, wanted: Wanted) -> None:
+    """Raise WrongSource for fields that a layout has no folder of."""
+    if wanted.kinds:
+        name = next(iter(wanted.kinds))
+        what = f"has no {name} in its layout"
+        raise WrongSource(source, what, "Write its table, and add a column")
+
+
 def stamp_of(files: Iterable[Found]) -> tuple[int, ...]:
     """How many, a hash over their names, sizes and times, and when the newest was changed."""
     ordered = sorted(files, key=lambda each: each.path)
