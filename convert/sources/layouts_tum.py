@@ -16,6 +16,7 @@ from convert.sources.listings import (
     Listing,
     Wanted,
     entries_of,
+    folders_in,
     found_at,
     refuse_further_fields,
     stamp_of,
@@ -72,7 +73,7 @@ def is_tum(directory: Path) -> bool:
     """Whether it has the lists, or a folder in it has."""
     if _is_usual(directory):
         return True
-    return any(entry.is_dir() and _is_usual(Path(entry)) for entry in entries_of(directory))
+    return any(_is_usual(folder) for folder in folders_in(directory))
 
 
 def _is_usual(folder: Path) -> bool:
@@ -93,11 +94,7 @@ def _recordings_in(directory: Path) -> list[Recording]:
     here = _recording(directory, "", directory.resolve().name)
     if here is not None:
         return [here]
-    inside = [
-        _recording(Path(entry), entry.name, entry.name)
-        for entry in entries_of(directory)
-        if entry.is_dir()
-    ]
+    inside = [_recording(folder, folder.name, folder.name) for folder in folders_in(directory)]
     found = [recording for recording in inside if recording is not None]
     if not found:
         what = f"has no {RGB} and {DEPTH}, nor a list of pairs, nor a folder that has"

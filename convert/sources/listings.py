@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,12 @@ def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
             raise WrongSource(folder, f"has a file called {entry.name!r}", "Give it another name")
         found.append(entry)
     return found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in it, by name, without those that are hidden or whose name is no text."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return [folder / name for name in sorted(names) if name[0] != "." and name.isprintable()]
 
 
 def pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEntry[str]"]:
@@ -199,5 +206,11 @@ def table_of(
         sha256=digest.hexdigest(),
         n_bytes=n_bytes,
         not_used=(),
-        n_repeated=0,
+        n_repeated=_n_repeated(fields["rgb"]),
     )
+
+
+def _n_repeated(files: Sequence[Found | None]) -> int:
+    """How many are there more than once."""
+    n_of_path = Counter(each.path for each in files if each)
+    return sum(n for n in n_of_path.values() if n > 1)
