@@ -74,12 +74,14 @@ class FramesSource:
         self._facts = _facts_of(table, self._places, split, lines)
         paths = dict(table.paths)
         table = replace(table, paths={})  # a million paths are held once
-        self._rows = FrameRows(paths, table.columns.get("depth_encoding"), lines)
+        self._rows = FrameRows(paths, table.columns, lines)
+        if options.label_names is not None:
+            label_names = _label_names(options.label_names)
+            spec = replace(spec, label_names=label_names, label_tables=())
         self.dataset = replace(
             spec,
             name=_dataset_name(path, options.name),
             scene_types=self._facts.scene_types,
-            label_names=_label_names(options.label_names) or spec.label_names,
             warnings=(*spec.warnings, *_warnings(table, self._places, split)),
         )
 
@@ -404,13 +406,11 @@ def _dataset_name(path: Path, given: str | None) -> str:
     return stem[:64] if NAME.fullmatch(stem[:64]) else f"set_{stem}"[:64].rstrip("_")
 
 
-def _label_names(path: Path | None) -> tuple[str, ...]:
+def _label_names(path: Path) -> tuple[str, ...]:
     """A name a line: of ids 1, 2, ...; of 0, 1, ... where another id than 0 is void.
 
     Raises WrongSource.
     """
-    if path is None:
-        return ()
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from convert.sources.layouts_frames import is_of_frames, list_frames
 from convert.sources.layouts_nyu_raw import is_nyu_raw, list_nyu_raw
+from convert.sources.layouts_scannet import is_scannet, list_scannet
 from convert.sources.layouts_tum import is_tum, list_tum
 from convert.sources.listings import Listing, Wanted
 from convert.sources.tables import CAMERA, NONE, FrameTable, Names
@@ -38,6 +39,7 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     ANY: Layout(read=list_frames, is_one=is_of_frames),
     "nyu_raw": Layout(read=list_nyu_raw, is_one=is_nyu_raw),
+    "scannet": Layout(read=list_scannet, is_one=is_scannet),
     "tum": Layout(read=list_tum, is_one=is_tum, reads_files=True),
 }
 
