@@ -166,8 +166,11 @@ def table(args: argparse.Namespace) -> None:
     from convert.sources.layouts import write_table
     from convert.sources.listings import Wanted
 
-    n_rows = write_table(args.source, args.layout, Wanted(kinds=kinds_of(args)), args.out)
-    log(f"{n_rows} rows; paths are relative to {args.source}: give that as --root")
+    wanted = Wanted(kinds=kinds_of(args), roots=tuple(args.root))
+    n_rows = write_table(args.source, args.layout, wanted, args.out)
+    folder = args.source if args.source.is_dir() else args.source.parent
+    where = "the same --root" if args.root else f"--root {shlex.quote(str(folder))}"
+    log(f"{n_rows} rows; convert them with {where}")
     print(args.out)
 
 

@@ -167,15 +167,19 @@ def _add_source_flags(p: Any) -> None:
     p.add_argument("--layout", choices=LAYOUTS, default=AUTO, metavar="NAME", help=layout_help)
     name_help = "what the dataset is called (default: as the file or directory)"
     p.add_argument("--name", metavar="DATASET", help=name_help)
+    _add_root_flag(p)
+    follow_help = "let paths leave their root by links and .. (default: such rows fail)"
+    p.add_argument("--follow", action="store_true", help=follow_help)
+    label_names_help = "a file with a name of a label a line, from id 1 on (default: numbers)"
+    p.add_argument("--label-names", type=as_path, metavar="FILE", help=label_names_help)
+
+
+def _add_root_flag(p: Any) -> None:
     root_help = (
         "where paths lead: a folder, URL, .zip or .tar, or FIELD=one of these; may be repeated "
         "(default: the table's own folder)"
     )
     p.add_argument("--root", action="append", default=[], metavar="PLACE", help=root_help)
-    follow_help = "let paths leave their root by links and .. (default: such rows fail)"
-    p.add_argument("--follow", action="store_true", help=follow_help)
-    label_names_help = "a file with a name of a label a line, from id 1 on (default: numbers)"
-    p.add_argument("--label-names", type=as_path, metavar="FILE", help=label_names_help)
 
 
 def _add_meaning_flags(p: Any) -> None:
@@ -226,6 +230,7 @@ def _add_table_flags(p: argparse.ArgumentParser) -> None:
     layout_help = f"how DIR is laid out: {', '.join(OF_DIRECTORIES)} (default: %(default)s)"
     layouts = (AUTO, *OF_DIRECTORIES)
     p.add_argument("--layout", choices=layouts, default=AUTO, metavar="NAME", help=layout_help)
+    _add_root_flag(p)
     _add_field_flag(p)
 
 

@@ -28,8 +28,10 @@ from helpers.sets import shard_bytes
 from convert.__main__ import main
 from convert.sample_frames import npy, png, write_frames
 from convert.sources.folder_names import FOLDERS
+from convert.sources.layouts import LAYOUTS, layout_of
 from convert.sources.layouts_frames import list_frames
 from convert.sources.listings import Wanted
+from convert.sources.opening import OF_DIRECTORIES, SourceOptions
 from shards.dataset import ShardSet
 from shards.errors import WrongSource
 from shards.spec import SPLITS
@@ -243,7 +245,7 @@ def test_a_directory_gives_the_set_of_its_own_table(
     assert main(["table", str(room), "--out", str(tmp_path / "rows.csv")]) == 0
     done = capsys.readouterr()
     assert done.out.strip() == str(tmp_path / "rows.csv")
-    assert f"9 rows; paths are relative to {room}" in done.err
+    assert f"9 rows; convert them with --root {room}" in done.err
 
     words = ["run", tmp_path / "rows.csv", "--root", room, "--out", tmp_path / "b"]
     words += ["--size", 8, "--rows-per-shard", 4]
@@ -336,6 +338,52 @@ def test_pictures_that_lie_in_the_folder_itself_are_paired_with_a_folder_of_dept
     table = list_frames(tmp_path, Wanted()).table
     assert list(table.paths["rgb"]) == ["a.jpg", "b.jpg"]
     assert list(table.paths["depth"]) == ["depth/a.png", ""]
+
+
+# ---------------------------------------------------------------- which layout
+
+
+def test_every_layout_has_a_name_on_the_command_line() -> None:
+    assert set(LAYOUTS) == set(OF_DIRECTORIES)
+
+
+def test_a_directory_that_looks_like_none_in_particular_is_one_of_frames(tmp_path: Path) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png")
+    write_file(tmp_path / "notes.txt", b"bought a lamp 5\n")
+    assert layout_of(tmp_path) == "frames"
+    assert layout_of(tmp_path, "tum") == "tum"
+
+
+def test_a_directory_that_looks_like_two_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png")
+    write_file(tmp_path / "train.txt", b"rgb/1.png depth/1.png 518.8579\n")
+    assert main(["run", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == f"--layout auto: {tmp_path} may be bts or frames: choose one of them"
+    chosen = converted(tmp_path, tmp_path / "out", options=SourceOptions(layout="bts"))
+    assert chosen.n_rows == 1
+
+
+@pytest.mark.parametrize("layout", ["scannet", "nyu_raw"])
+def test_a_file_is_no_directory_of_a_layout(layout: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))
+    with pytest.raises(WrongSource, match=f"is a file, and {layout} a layout of directories"):
+        converted(table, tmp_path / "out", options=SourceOptions(layout=layout))
+
+
+@pytest.mark.parametrize("layout", [name for name in OF_DIRECTORIES if name != "frames"])
+def test_layouts_without_further_fields_say_so(layout: str, tmp_path: Path) -> None:
+    with pytest.raises(WrongSource, match="has no thermal in its layout"):
+        lines_of(tmp_path, layout, {"thermal": "grey"})
+
+
+@pytest.mark.parametrize("layout", OF_DIRECTORIES)
+def test_an_empty_directory_is_none_of_any_layout(layout: str, tmp_path: Path) -> None:
+    assert not LAYOUTS[layout].is_one(tmp_path)
+    with pytest.raises(WrongSource):
+        lines_of(tmp_path, layout)
 
 
 def test_fields_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.sources.layouts_bts import is_bts, list_bts
 from convert.sources.layouts_frames import is_of_frames, list_frames
 from convert.sources.layouts_nyu_raw import is_nyu_raw, list_nyu_raw
 from convert.sources.layouts_scannet import is_scannet, list_scannet
@@ -38,6 +39,7 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     ANY: Layout(read=list_frames, is_one=is_of_frames),
+    "bts": Layout(read=list_bts, is_one=is_bts, reads_files=True),
     "nyu_raw": Layout(read=list_nyu_raw, is_one=is_nyu_raw),
     "scannet": Layout(read=list_scannet, is_one=is_scannet),
     "tum": Layout(read=list_tum, is_one=is_tum, reads_files=True),

@@ -181,8 +181,9 @@ def table_of(
 ) -> FrameTable:
     """A table of rows that are given by columns. fields: each row's file, None where there is none.
 
-    columns: texts, "" for an empty cell; a column of those alone is left out. split: of shards.spec.SPLITS. camera_px: [N, 4], see
-    FrameTable. All of that is in the hash, with the sizes of files.
+    columns: texts, "" for an empty cell; a column of those alone is left out. split: of
+    shards.spec.SPLITS. camera_px: [N, 4], see FrameTable. All of that is in the hash, with the
+    sizes of files.
     """
     digest, n_bytes = hash_of_files(fields)
     named = {name: column_of(texts) for name, texts in columns.items() if any(texts)}

@@ -14,7 +14,8 @@ if TYPE_CHECKING:  # h5py takes a while, and a command line that only asks need 
     from convert.sources.base import Source
     from convert.sources.nyu_mat import Elsewhere
 
-OF_DIRECTORIES = ("frames", "tum", "scannet", "nyu_raw")  # as convert.sources.layouts has them
+# As convert.sources.layouts has them.
+OF_DIRECTORIES = ("frames", "tum", "scannet", "nyu_raw", "bts")
 LAYOUTS = ("auto", "nyu", *OF_DIRECTORIES)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
 
