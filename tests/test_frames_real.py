@@ -5,10 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
 from conftest import shared
 from helpers.frames import AS_IS, by_line, converted, image_at, stored_pixels, write_table
 

@@ -6,16 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
 from helpers.frames import (
     AS_IS,
-    SIZES_WH,
     convert_frames,
     converted,
     lines_of,
+    made_up_rooms,
     picture_of,
     read_csv,
     stored,
@@ -26,7 +22,7 @@ from helpers.frames import (
 from helpers.sets import shard_bytes
 
 from convert.__main__ import main
-from convert.sample_frames import npy, png, write_frames
+from convert.sample_frames import npy, png
 from convert.sources.folder_names import FOLDERS
 from convert.sources.layouts import LAYOUTS, layout_of
 from convert.sources.layouts_frames import list_frames
@@ -300,9 +296,7 @@ def test_a_place_in_two_splits_is_a_warning(
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample") / "rooms"
-    write_frames(folder, 8, sizes_wh=SIZES_WH)
-    return folder
+    return made_up_rooms(tmp_path_factory.mktemp("sample"), 8)
 
 
 def test_the_made_up_directory_is_of_this_layout_and_its_table_names_the_same_files(

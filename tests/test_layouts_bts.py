@@ -6,10 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
 from conftest import shared
 from helpers.frames import by_line, converted, lines_of, picture_of, write_file
 from helpers.sets import shard_bytes

@@ -1,4 +1,7 @@
-"""Tables and directories of frames for tests: written, read in plain ways, and converted."""
+"""Tables and directories of frames for tests: written, read in plain ways, and converted.
+
+A test file that imports this one is skipped whole where Pillow or pyarrow is missing.
+"""
 
 import csv
 import io
@@ -11,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+pytest.importorskip("PIL", reason="needs pillow")
+pytest.importorskip("pyarrow", reason="needs pyarrow")
+
 from PIL import Image, ImageOps
 
 from convert import pipeline
 from convert.resize import Resizer, nearest_indices
-from convert.sample_frames import npy, png, pnm
+from convert.sample_frames import npy, png, pnm, write_frames
 from convert.sources.layouts import LAYOUTS
 from convert.sources.listings import Wanted
 from convert.sources.opening import SourceOptions, open_source
@@ -84,6 +92,13 @@ def write_frames_of(folder: Path, n_rows: int, **more: str) -> list[Row]:
             write_file(folder / row[field], png(picture))
         rows.append({**row, **more})
     return rows
+
+
+def made_up_rooms(made: Path, n_rows: int, *, bad: bool = False) -> Path:
+    """A small directory of `convert sample --layout frames`, inside of this one."""
+    folder = made / "rooms"
+    write_frames(folder, n_rows, sizes_wh=SIZES_WH, bad=bad)
+    return folder
 
 
 # ------------------------------------------------------------------------- read again, in plain ways
