@@ -33,6 +33,7 @@ WHOLE_FILES_NEED_TORCH = {
         "forks",
         "frames_training",
         "gather",
+        "inputs",
         "layout",
         "loader",
         "loop",
