@@ -36,6 +36,7 @@ WHOLE_FILES_NEED_TORCH = {
         "layout",
         "loader",
         "loop",
+        "maps",
         "memory",
         "mistakes",
         "model",
