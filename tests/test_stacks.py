@@ -37,6 +37,7 @@ WHOLE_FILES_NEED_TORCH = {
         "layout",
         "loader",
         "loop",
+        "maps",
         "memory",
         "mistakes",
         "model",

@@ -474,8 +474,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         if gather is None:
             target = target_of(self.target).field
             names = {*self._stored_fields(), *([target] if target else [])}
-            shards = {name: self._set.shards(name) for name in names}
-            self._gather = gather = RowGather(shards, self.size)
+            self._gather = gather = RowGather(self._set.maps(sorted(names)), self.size)
         return gather
 
     def _gathered(self, rows: np.ndarray) -> tuple[Tensor, ...]:
