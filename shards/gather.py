@@ -1,34 +1,69 @@
 """Many rows of many shards in one copy.
 
-Every shard is a memory map of its own, somewhere in the address space. Seen from the lowest of
-their addresses, all of them together are one long array of bytes, with gaps that belong to others:
+Shards lie in a range of addresses of their own (shards/maps.py); what is decoded, or mapped where
+there are no such ranges, lies somewhere. Seen from the lowest of all their addresses they are one
+long array of bytes, with gaps where nothing is mapped, or which belong to others:
 
     low                                                                                      high
-    |  rgb-00000  |   others'   |  depth-00001  |  rgb-00001  |   others'   |  depth-00000   |
+    |  rgb-00000  |             |  rgb-00002  |             |  depth-00000  |  depth-00001  |
        [piece][piece][piece]       [piece][piece]   ^ a piece may begin at any byte
 
     pieces[i]  =  the bytes  low + i  ...  low + i + piece        overlapping, strides (1, 1)
 
 A row is a whole number of pieces, so a batch of any rows of any fields is one list of piece numbers
 and one `index_select`: one pass over memory, outside Python's lock, which torch divides among its
-threads. The plain way to say the same is `take_rows` below, against which this is tested.
+threads. The plain way to say the same is `take_rows` below, against which this is tested. The
+table spans shards that are mapped later, so it never changes.
 
-Invariant: a piece number is only ever computed from a row that exists, so that its bytes lie
-inside one shard. What lies between the shards may be anybody's memory or none at all.
+Invariant: a piece number is only ever computed from a row that exists, after its shard was mapped,
+so that its bytes lie inside one shard.
 
 Never do anything else to `pieces`: not even `pieces.sum()`, printing it, pickling it or moving it
 to a device. It spans memory that is not mapped, and reading there ends the process. It lives no
-longer than the maps it was made from, and is given to nobody.
+longer than the shards it was made from, and is given to nobody.
 """
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from shards.maps import MappedShards
+
 # torch gives whole pieces to its threads below this many elements, and divides each of them above.
 PIECE_BELOW = 32768
+
+
+class PlacedShards(Protocol):
+    """The shards of a field, where they lie or will lie."""
+
+    starts: np.ndarray  # [n_shards] int64: the address of the first row of each
+    rows_per_shard: int
+    row_bytes: int
+    itemsize: int
+    low: int  # no shard lies below it
+    high: int  # nor beyond
+
+    def need(self, shards: np.ndarray) -> None:
+        """Have these shards, [n] numbers, in memory or mapped."""
+
+
+class HeldShards:
+    """Shards that are there already: decoded, or mapped by numpy."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        """arrays: in row order, [n, ...]."""
+        self._arrays = list(arrays)
+        self.starts = np.array([array.ctypes.data for array in self._arrays], np.int64)
+        self.rows_per_shard = len(self._arrays[0])
+        self.row_bytes = self._arrays[0][0].nbytes
+        self.itemsize = self._arrays[0].itemsize
+        self.low = min(array.ctypes.data for array in self._arrays)
+        self.high = max(array.ctypes.data + array.nbytes for array in self._arrays)
+
+    def need(self, shards: np.ndarray) -> None:
+        """They are there."""
 
 
 class RowGather:
@@ -36,16 +71,14 @@ class RowGather:
 
     def __init__(self, shards: Mapping[str, Sequence[np.ndarray]], size: int) -> None:
         """shards: of each field, in row order, [n, ..., size, size]; all but the last equal."""
-        self._shards = {field: list(maps) for field, maps in shards.items()}
-        every = [shard for maps in self._shards.values() for shard in maps]
-        low = min(shard.ctypes.data for shard in every)
-        high = max(shard.ctypes.data + shard.nbytes for shard in every)
-        self._starts = {
-            field: np.array([shard.ctypes.data for shard in maps]) - low
-            for field, maps in self._shards.items()
+        self._fields: dict[str, PlacedShards] = {
+            field: each if isinstance(each, MappedShards) else HeldShards(each)
+            for field, each in shards.items()
         }
+        self._low = min(placed.low for placed in self._fields.values())
+        high = max(placed.high for placed in self._fields.values())
         self._piece_bytes = piece_bytes(size)
-        self._pieces = _pieces_between(low, high, self._piece_bytes)
+        self._pieces = _pieces_between(self._low, high, self._piece_bytes)
 
     def into(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None = None
@@ -69,23 +102,35 @@ class RowGather:
         torch.index_select(self._pieces, 0, torch.from_numpy(index), out=into)
         return out
 
+    def row_spans(self, fields: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where these rows lie in memory, field after field; their shards are mapped now.
+
+        rows [B]: numbers of rows that exist. Returns addresses and bytes, each [fields * B] int64.
+        """
+        addresses = [self._addresses(field, rows) for field in fields]
+        n_bytes = [np.full(len(rows), self._fields[field].row_bytes, np.int64) for field in fields]
+        return np.concatenate(addresses), np.concatenate(n_bytes)
+
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""
-        n_pieces = {field: self._row_bytes(field) // self._piece_bytes for field in fields}
+        n_pieces = {field: self._fields[field].row_bytes // self._piece_bytes for field in fields}
         index = np.empty(len(rows) * sum(n_pieces.values()), np.int64)
         at = 0
-        for field in widest_first(fields, self._shards):
-            rows_per_shard = len(self._shards[field][0])
-            shard_starts = self._starts[field][rows // rows_per_shard]
-            row_starts = shard_starts + rows % rows_per_shard * self._row_bytes(field)
+        for field in sorted(fields, key=lambda name: -self._fields[name].itemsize):
+            row_starts = self._addresses(field, rows) - self._low
             end = at + len(rows) * n_pieces[field]
             for k in range(n_pieces[field]):
                 index[at + k : end : n_pieces[field]] = row_starts + k * self._piece_bytes
             at = end
         return index
 
-    def _row_bytes(self, field: str) -> int:
-        return self._shards[field][0][0].nbytes
+    def _addresses(self, field: str, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, whose shards are mapped now."""
+        placed = self._fields[field]
+        shards = rows // placed.rows_per_shard
+        placed.need(shards)
+        found: np.ndarray = placed.starts[shards] + rows % placed.rows_per_shard * placed.row_bytes
+        return found
 
 
 def take_rows(

@@ -229,7 +229,7 @@ def _what_is_learnt(loaded: LoadedRun) -> tuple[Any, ...]:
         settings.num_classes,
         settings.inputs,
         settings.size,
-        len(loaded.setup.rays),
+        loaded.setup.sees_surfaces,
         loaded.fingerprint,
     )
 
@@ -269,8 +269,8 @@ def needed_set(run: str, images: str) -> NeedsSet:
         size = _own_set(settings, found, is_asked_about=False).settings.size
     else:
         size = Learnt.from_plain(found.learnt).size
-    sees_depth = settings.inputs != "rgb" and settings.task != "depth"
-    return NeedsSet(images, run, size, None if sees_depth else "rgb")
+    is_alone = settings.input_fields == ("rgb",)
+    return NeedsSet(images, run, size, "rgb" if is_alone else None)
 
 
 # ---------------------------------------------------------------- every row of another set
