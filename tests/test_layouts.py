@@ -360,6 +360,16 @@ def test_a_directory_that_looks_like_two_names_them(
     assert chosen.n_rows == 1
 
 
+def test_what_lies_beside_the_pictures_does_not_disturb_recognition(tmp_path: Path) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png", "more/rgb/1.png")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "scene0000_00").symlink_to(tmp_path / "nothing")
+    write_file(tmp_path / "binary.txt", bytes(range(256)))
+    write_file(tmp_path / "rgb.txt", b"\xff\xfe1 rgb/1.png")
+    (tmp_path / "closed").mkdir(mode=0)
+    assert layout_of(tmp_path) == "frames"
+
+
 @pytest.mark.parametrize("layout", ["scannet", "nyu_raw"])
 def test_a_file_is_no_directory_of_a_layout(layout: str, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))

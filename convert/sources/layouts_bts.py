@@ -21,9 +21,9 @@ from convert.sources.listings import (
     Found,
     Listing,
     Wanted,
-    entries_of,
     folders_in,
     found_at,
+    lists_in,
     refuse_further_fields,
     stamp_of,
     table_of,
@@ -109,8 +109,7 @@ def is_bts(directory: Path) -> bool:
 
 
 def _lists_in(directory: Path) -> list[str]:
-    names = [entry.name for entry in entries_of(directory) if entry.name.lower().endswith(".txt")]
-    return [name for name in names if _is_line(first_cells(directory / name))]
+    return [name for name in lists_in(directory) if _is_line(first_cells(directory / name))]
 
 
 def _is_line(cells: Sequence[str]) -> bool:

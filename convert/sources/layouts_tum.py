@@ -15,9 +15,9 @@ from convert.sources.listings import (
     Found,
     Listing,
     Wanted,
-    entries_of,
     folders_in,
     found_at,
+    lists_in,
     refuse_further_fields,
     stamp_of,
     table_of,
@@ -104,11 +104,7 @@ def _recordings_in(directory: Path) -> list[Recording]:
 
 def _recording(path: Path, folder: str, place: str) -> Recording | None:
     """None where a folder is none. Raises WrongSource where two lists of pairs are there."""
-    lists = [
-        entry.name
-        for entry in entries_of(path)
-        if entry.name.lower().endswith(".txt") and is_timed_pair(first_cells(Path(entry)))
-    ]
+    lists = [name for name in lists_in(path) if is_timed_pair(first_cells(path / name))]
     if len(lists) > 1:
         what = f"has {lists[0]} and {lists[1]}, both lists of pairs"
         raise WrongSource(path, what, "Keep one, or give one instead of the folder")

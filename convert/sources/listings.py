@@ -106,6 +106,12 @@ def folders_in(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if name[0] != "." and name.isprintable()]
 
 
+def lists_in(folder: Path) -> list[str]:
+    """The names of the .txt files in it, without those that are no text."""
+    names = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".txt")]
+    return [name for name in sorted(names) if name[0] != "." and name.isprintable()]
+
+
 def pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEntry[str]"]:
     """Every picture file; what is hidden, as .DS_Store and ._x.png, is none."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
