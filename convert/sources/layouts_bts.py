@@ -24,6 +24,7 @@ from convert.sources.listings import (
     folders_in,
     found_at,
     lists_in,
+    named,
     refuse_further_fields,
     stamp_of,
     table_of,
@@ -80,8 +81,8 @@ def list_bts(source: Path, wanted: Wanted) -> Listing:
 
     frames = [(each, frame) for each in lists for frame in each.frames]
     files = {
-        "rgb": [_found(roots, each, "rgb", frame.rgb) for each, frame in frames],
-        "depth": [_found(roots, each, "depth", frame.depth) for each, frame in frames],
+        "rgb": [_file(each, "rgb", frame.rgb) for each, frame in frames],
+        "depth": [_file(each, "depth", frame.depth) for each, frame in frames],
     }
     scenes = [_scene_and_type(frame.rgb) for _, frame in frames]
     is_nyu = [frame.focal_px == NYU_FOCAL for _, frame in frames]
@@ -91,10 +92,9 @@ def list_bts(source: Path, wanted: Wanted) -> Listing:
         "depth_encoding": ["mm" if each else "" for each in is_nyu],
     }
     splits = [each.split for each, _ in frames] if lists[0].split else None
-    pictures = [each for of_field in files.values() for each in of_field if each]
     return Listing(
         table=table_of(files, columns, split=splits, camera_px=_cameras(is_nyu)),
-        stamp=stamp_of([*pictures, *(found_at(directory, name) for name in names)]),
+        stamp=stamp_of(found_at(directory, name) for name in names),
         notes=tuple(_notes(frames)),
         spec=DatasetSpec(name="", width=0, height=0, warnings=tuple(_warnings(frames, scenes))),
     )
@@ -224,15 +224,8 @@ def _words(folder: str) -> set[str]:
     return {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
 
 
-def _found(
-    roots: Mapping[str, Path | None], of_list: FrameList, field: str, path: str
-) -> Found | None:
-    if not path:
-        return None
-    root = roots[field]
-    if root is None:
-        return Found(path, 0, 0)
-    return found_at(root, of_list.begins[field] + path.lstrip("/"))
+def _file(of_list: FrameList, field: str, path: str) -> Found | None:
+    return named(of_list.begins[field] + path.lstrip("/")) if path else None
 
 
 # ---------------------------------------------------------------------------------- what is said

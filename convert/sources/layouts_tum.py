@@ -18,6 +18,7 @@ from convert.sources.listings import (
     folders_in,
     found_at,
     lists_in,
+    named,
     refuse_further_fields,
     stamp_of,
     table_of,
@@ -133,8 +134,8 @@ def _listing(source: Path, directory: Path, recordings: list[Recording]) -> List
     places = []
     for recording in recordings:
         for pair in recording.pairs:
-            files["rgb"].append(found_at(directory, _path(recording.folder, pair.rgb)))
-            files["depth"].append(found_at(directory, _path(recording.folder, pair.depth)))
+            files["rgb"].append(named(_path(recording.folder, pair.rgb)))
+            files["depth"].append(named(_path(recording.folder, pair.depth)))
             places.append(recording.place)
     if not places:
         raise WrongSource(source, f"has no rgb and depth less than {MOST_S} s apart")
@@ -144,10 +145,9 @@ def _listing(source: Path, directory: Path, recordings: list[Recording]) -> List
         for name in recording.lists
     ]
     columns = {"scene": places, "depth_encoding": [ENCODING] * len(places)}
-    pictures = [each for of_field in files.values() for each in of_field if each]
     return Listing(
         table=table_of(files, columns),
-        stamp=stamp_of([*pictures, *lists]),
+        stamp=stamp_of(lists),
         notes=tuple(_notes(recordings)),
     )
 
