@@ -42,7 +42,7 @@ FAULTY = "d-1315166703.129542-2466101449.pgm"  # known to the authors' own scrip
 ENCODING = "nyu_raw"
 NOT_REGISTERED = (
     "depth is not registered to rgb, as NYU's toolbox would do it: the two cameras see a thing up "
-    "to 50 of 640 pixels apart"
+    "to some 50 of 640 pixels apart"
 )
 
 

@@ -28,6 +28,7 @@ from convert.sources.timed_lists import (
     Pair,
     associated,
     first_cells,
+    is_timed,
     is_timed_pair,
     read_pairs,
     read_times,
@@ -80,12 +81,13 @@ def is_tum(directory: Path) -> bool:
 def _is_usual(folder: Path) -> bool:
     if any(is_timed_pair(first_cells(folder / name)) for name in USUAL_PAIRS):
         return True
-    return all(_has_times(folder / name) for name in (RGB, DEPTH))
+    return _has_times(folder)
 
 
-def _has_times(path: Path) -> bool:
-    cells = first_cells(path)
-    return len(cells) == 2 and cells[0].replace(".", "", 1).isdigit()
+def _has_times(folder: Path) -> bool:
+    """Whether both lists of times are there."""
+    cells = [first_cells(folder / name) for name in (RGB, DEPTH)]
+    return all(is_timed(each) and not is_timed_pair(each) for each in cells)
 
 
 # ------------------------------------------------------------------------------------- recordings
@@ -112,7 +114,7 @@ def _recording(path: Path, folder: str, place: str) -> Recording | None:
     if lists:
         pairs = read_pairs(path / lists[0])
         return Recording(folder=folder, place=place, pairs=pairs, lists=tuple(lists))
-    if not (_has_times(path / RGB) and _has_times(path / DEPTH)):
+    if not _has_times(path):
         return None
     rgb = read_times(path / RGB)
     depth = read_times(path / DEPTH)
