@@ -158,13 +158,22 @@ class MappedShards(Sequence[np.ndarray]):
         n_shards = len(files.names)
         self._is_mapped = np.zeros(n_shards, bool)
         self._places = first + place_bytes * np.arange(n_shards, dtype=np.int64)
-        # [n_shards] int64: the address of the first row of each.
-        self.starts = self._places + len(files.form.header)
-        self.rows_per_shard = files.form.shape[0]
-        self.row_bytes = files.form.n_bytes_of_rows // self.rows_per_shard
+        self._starts = self._places + len(files.form.header)  # of the first row of each
+        self._rows_per_shard = files.form.shape[0]
+        self.row_bytes = files.form.n_bytes_of_rows // self._rows_per_shard
         self.itemsize = np.dtype(files.form.dtype).itemsize
         self.low = addresses.first
         self.high = addresses.end
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, whose shards are mapped from now on.
+
+        Raises what `need` raises.
+        """
+        shards = rows // self._rows_per_shard
+        self.need(shards)
+        found: np.ndarray = self._starts[shards] + rows % self._rows_per_shard * self.row_bytes
+        return found
 
     def need(self, shards: np.ndarray) -> None:
         """Have these shards, [n] numbers, mapped.
@@ -202,7 +211,7 @@ class MappedShards(Sequence[np.ndarray]):
         number = range(len(self))[shard]
         self.need(np.array([number]))
         form = self._files.form_of(number)
-        return self._range.array(int(self.starts[number]), form.dtype, form.shape)
+        return self._range.array(int(self._starts[number]), form.dtype, form.shape)
 
 
 def mapped_shards(

@@ -34,6 +34,7 @@ WHOLE_FILES_NEED_TORCH = {
         "frames_training",
         "gather",
         "inputs",
+        "joined",
         "layout",
         "loader",
         "loop",

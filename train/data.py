@@ -8,6 +8,7 @@ device.
 import inspect
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -46,6 +47,7 @@ from train.arguments import (
     whole_numbers,
 )
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels, normalize_rgb
+from train.joined import JoinedSet, join, label_classes, parts_of, parts_of_rows
 from train.order import Batches
 from train.torch_words import TorchWords, check_torch_words
 from train.unpack import is_unpacked, unpacked
@@ -68,18 +70,28 @@ CAMERA = Field(
 OPENED = {"_set", "_split_rows", "_gather", "_parts"}  # what a pickle leaves behind
 
 
-def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False) -> ShardSet:
-    """Find, check and open a set; of a compressed one the unpacked copy, which is made first if
-    need be.
+DatasetPath = str | Path | ShardSet | Sequence[str | Path | ShardSet]  # of a set, or of several
 
-    Raises UserError where there is none, where it is damaged, or where it lies on a mounted Drive
-    and that is not allowed.
+
+def open_for_training(path: DatasetPath, *, allow_remote: bool = False) -> ShardSet:
+    """Find, check and open a set, or several as one; of a compressed one the unpacked copy, which
+    is made first if need be.
+
+    Raises UserError where there is none, where it is damaged, where it lies on a mounted Drive and
+    that is not allowed, or where several do not go together.
     """
+    if isinstance(path, list | tuple):
+        if not path:
+            raise WrongSetting("dataset_path", path, "name a finished set")
+        parts = [open_for_training(each, allow_remote=allow_remote) for each in path]
+        return parts[0] if len(parts) == 1 else join(parts)
+    if isinstance(path, JoinedSet):
+        return path
     # Maps are opened later, perhaps from another working directory: the path is absolute.
     if isinstance(path, ShardSet):
         return unpacked(replace(path, path=path.path.absolute()))
     check_path(path)
-    directory = resolve_set(os.path.expanduser(path))
+    directory = resolve_set(os.path.expanduser(str(path)))
     if not allow_remote:
         refuse_remote(directory)
     directory = directory.absolute()
@@ -113,14 +125,14 @@ class SplitRows:
     """Which rows a dataset is of, and what turns what is stored of them into classes.
 
     scene_ids: [N] of every row of the set, -1 = no class; label_classes: of each stored label, void
-    is -100, torch's ignore_index. Both are empty where the target is another. cameras: [N, 4] of
-    every row, where they are asked for; else empty.
+    is -100, torch's ignore_index; an array of each set that is joined. Both are empty where the
+    target is another. cameras: [N, 4] of every row, where they are asked for; else empty.
     """
 
     rows: np.ndarray
     classes: tuple[str, ...]
     scene_ids: np.ndarray
-    label_classes: np.ndarray
+    label_classes: tuple[np.ndarray, ...]
     cameras: np.ndarray
 
 
@@ -130,7 +142,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     `ds[i]` is (rgb [3,H,W], depth [1,H,W], target); `batch(indices)` the same with a leading batch
     axis.
 
-    path: a finished set, a folder that holds exactly one, or an opened one. split: train, val, test
+    path: a finished set, a folder that holds exactly one, an opened one, or a list of such: sets of
+    one size, whose classes are joined by name. split: train, val, test
     or all. fields: names of colour, grey or depth fields, and "camera" for that of each row, [B,4]:
     focal lengths and centre as shares of the stored picture, 0 where unknown. num_classes: which
     scene classes; None: the dataset's default. device: all rows are kept there as tensors (250 KB a
@@ -141,7 +154,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def __init__(
         self,
-        path: str | Path | ShardSet,
+        path: DatasetPath,
         *,
         split: str = "train",
         fields: tuple[str, ...] | None = None,
@@ -162,6 +175,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.normalize = normalize
         self._set = open_for_training(path, allow_remote=allow_remote)
         self.path = self._set.path
+        self._paths = tuple(part.path for part in parts_of(self._set))
         self.size = self._set.settings.size
         self.crop = self._set.settings.crop
         self.fingerprint = self._set.manifest.fingerprint
@@ -196,7 +210,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._set = open_set(self.path)
+        opened = [open_set(path) for path in self._paths]
+        self._set = opened[0] if len(opened) == 1 else join(opened)
         if self._set.manifest.fingerprint != self.fingerprint:
             what = "was replaced by another set since this dataset was made"
             raise MissingSet(self.path, what, "Make it again")
@@ -215,16 +230,14 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
         classes: tuple[str, ...] = ()
         scene_ids = np.empty(0, np.int64)
-        label_classes = np.empty(0, np.int64)
+        classes_of_labels: tuple[np.ndarray, ...] = ()
         if self.target == "scene":
             classes = protocol.names
             scene_ids = self._ids_of_scenes(protocol.ids_of(self._set.dataset.scene_types))
             rows = self._without_those_of_no_class(rows, scene_ids)
         elif target.field == "label":
-            table = self._set.dataset.label_table(target.n_classes)
-            classes = table.names
-            ids = np.array(table.ids, np.int64)
-            label_classes = np.where(ids > 0, ids - 1, VOID)
+            classes, tables = label_classes(self._set, target.n_classes)
+            classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
 
         if self._kept is not None:
             rows = rows[self._kept]
@@ -235,7 +248,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             rows=rows,
             classes=classes,
             scene_ids=scene_ids,
-            label_classes=label_classes,
+            label_classes=classes_of_labels,
             cameras=cameras,
         )
 
@@ -442,11 +455,22 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             return
         stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(target.shape)
         if name == "label":
-            target[:] = self._split_rows.label_classes[stored]
+            self._fill_label_classes(target, stored, rows)
         elif name == "depth":
             target[:] = stored / np.float32(MM_A_METRE)
         else:
             target[:] = stored
+
+    def _fill_label_classes(self, target: np.ndarray, stored: np.ndarray, rows: np.ndarray) -> None:
+        """Stored ids of these rows -> classes; the ids mean what each row's own set says."""
+        tables = self._split_rows.label_classes
+        if len(tables) == 1:
+            target[:] = tables[0][stored]
+            return
+        part_of_row = parts_of_rows(self._set, rows)
+        for part, table in enumerate(tables):
+            is_of_part = part_of_row == part
+            target[is_of_part] = table[stored[is_of_part]]
 
     def _layout(self, n: int) -> Layout:
         """Of a stored batch of n rows."""
@@ -528,7 +552,7 @@ def evaluation_split(found: ShardSet, eval_split: str) -> str:
 
 
 def create_dataloaders(
-    dataset_path: str | Path | ShardSet,
+    dataset_path: DatasetPath,
     *,
     batch_size: int = 128,
     num_workers: int | str = "auto",
@@ -552,7 +576,8 @@ def create_dataloaders(
 ) -> tuple[Loader, Loader]:
     """(train_loader, val_loader) over the splits of a converted set.
 
-    dataset_path: a finished set, a ROOT that holds exactly one, or an opened set.
+    dataset_path: a finished set, a ROOT that holds exactly one, an opened set, or a list of such:
+    several sets of one size are read as one, their classes joined by name.
     num_workers: 0 gathers in one thread (in the caller with prefetch=False), "auto" measures how
     long a batch takes to make. num_classes: which scene classes; None: the dataset's default.
     target_size: None, or the set's own size. eval_split: train, val or test, for the second loader;

@@ -13,7 +13,7 @@ from torch import Tensor
 from shards.errors import UserError
 from shards.files import log
 from shards.manifest import RIGHT_ROW
-from shards.spec import Camera
+from shards.spec import Box, Camera
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels
 from train.data import CAMERA, MM_A_METRE, ShardDataset
 from train.geometry import CropBox, crop_box_of, rays, scored_box_of
@@ -128,15 +128,9 @@ class Learnt:
         """Of a picture whose own is not known, as shares of the stored picture."""
         if self.camera is None:
             return self.row_camera
-        box = self.stored_box
-        width = box.right - box.left
-        height = box.bottom - box.top
-        return (
-            self.camera.fx / width,
-            self.camera.fy / height,
-            (self.camera.cx - box.left) / width,
-            (self.camera.cy - box.top) / height,
-        )
+        edges = asdict(self.stored_box)
+        box = Box(**{name: int(edges[name]) for name in ("top", "bottom", "left", "right")})
+        return self.camera.as_shares(box)
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, texts, lists and dictionaries of these, as a checkpoint can hold them."""

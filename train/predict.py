@@ -159,7 +159,7 @@ def _load_all(
     run: Sequence[str], checkpoints: Sequence[Checkpoint], given: ShardSet | None
 ) -> list[LoadedRun]:
     """Raises UserError for runs that cannot answer together, and as `load_run` does."""
-    opened: dict[str, ShardSet] = {}
+    opened: dict[str | tuple[str, ...], ShardSet] = {}
     pairs = zip(run, checkpoints, strict=True)
     loaded = [load_run(directory, found, given, opened) for directory, found in pairs]
     for each in loaded:
@@ -170,7 +170,10 @@ def _load_all(
 
 
 def load_run(
-    directory: str, found: Checkpoint, given: ShardSet | None, opened: dict[str, ShardSet]
+    directory: str,
+    found: Checkpoint,
+    given: ShardSet | None,
+    opened: dict[str | tuple[str, ...], ShardSet],
 ) -> LoadedRun:
     """The run of a checkpoint; says how far it is.
 
@@ -191,7 +194,10 @@ def load_run(
 
 
 def _setup_of(
-    settings: Settings, found: Checkpoint, given: ShardSet | None, opened: dict[str, ShardSet]
+    settings: Settings,
+    found: Checkpoint,
+    given: ShardSet | None,
+    opened: dict[str | tuple[str, ...], ShardSet],
 ) -> NetworkSetup:
     """With its own set where that is given or needed; else what the checkpoint keeps of it."""
     if given is not None and _is_own(found, given):

@@ -48,8 +48,12 @@ class Settings:
     Raises WrongSetting for a value that no run can start from.
     """
 
-    data: str = _flag(
-        MISSING, "a converted set, or a directory that holds exactly one", metavar="DIR|ROOT"
+    data: str | tuple[str, ...] = _flag(
+        MISSING,
+        "a converted set, or a directory that holds exactly one; given again: several sets of one "
+        "size, trained on as one",
+        metavar="DIR|ROOT",
+        action="append",
     )
     out: str = _flag(
         MISSING, "directory of this run; a run found there is continued", metavar="RUN"
@@ -159,7 +163,8 @@ class Settings:
         if not self.out:
             raise WrongSetting("out", "''", "name a directory")
         for name in sorted(PATHS):
-            if getattr(self, name) == "":
+            value = getattr(self, name)
+            if "" in (value if isinstance(value, tuple) else [value]):
                 raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
@@ -172,6 +177,13 @@ def _checked(each: "Field[Any]", value: Any) -> Any:
         if not isinstance(value, str) or not TASK.fullmatch(value):
             raise _wrong(each, value, "scene, depth, semantic or semanticN")
         return value
+
+    if each.name == "data":
+        several = value if isinstance(value, list | tuple) else [value]
+        paths = tuple(_checked_text(each, one) for one in several)
+        if not paths:
+            raise _wrong(each, value, "text")
+        return paths[0] if len(paths) == 1 else paths
 
     if each.name == "inputs":
         return _checked_inputs(each, value)
@@ -193,6 +205,11 @@ def _checked(each: "Field[Any]", value: Any) -> Any:
 
     if value is None and each.default is None:
         return None
+    return _checked_text(each, value)
+
+
+def _checked_text(each: "Field[Any]", value: Any) -> str:
+    """Raises WrongSetting."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or "\0" in value:
