@@ -195,16 +195,17 @@ def table_of(
     shards.spec.SPLITS. camera_px: [N, 4], see FrameTable. All of that is in the hash, with the
     sizes of files.
     """
-    digest, n_bytes = hash_of_files(fields)
     numbers = {name: column_of(texts) for name, texts in columns.items() if any(texts)}
     splits = None if split is None else np.array([SPLITS.index(name) for name in split], np.uint8)
     cameras = None if camera_px is None else np.asarray(camera_px, "<f4")
+    digest, n_bytes = hash_of_files(fields)
     for name, column in numbers.items():
         digest.update("\0".join((f"\0{name}", *column.names)).encode(errors="surrogateescape"))
         digest.update(column.numbers.astype("<u4").tobytes())
     for name, array in (("split", splits), ("camera", cameras)):
         if array is not None:
             digest.update(f"\0{name}\0".encode() + array.tobytes())
+
     return FrameTable(
         n_rows=len(fields["rgb"]),
         paths={
