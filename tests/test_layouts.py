@@ -377,6 +377,21 @@ def test_a_file_is_no_directory_of_a_layout(layout: str, tmp_path: Path) -> None
         converted(table, tmp_path / "out", options=SourceOptions(layout=layout))
 
 
+@pytest.mark.parametrize("layout", ["auto", *OF_DIRECTORIES])
+def test_the_table_of_what_is_not_there_is_one_line(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--layout", layout, "--out", str(tmp_path / "t.csv")]
+    assert main(["table", str(tmp_path / "nothing"), *words]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'nothing'} is not there\n"
+
+
+def test_a_table_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))
+    assert main(["table", str(table), "--out", str(tmp_path / "u.csv")]) == 2
+    assert capsys.readouterr().err == f"{table} is no directory\n"
+
+
 @pytest.mark.parametrize("layout", [name for name in OF_DIRECTORIES if name != "frames"])
 def test_layouts_without_further_fields_say_so(layout: str, tmp_path: Path) -> None:
     with pytest.raises(WrongSource, match="has no thermal in its layout"):
