@@ -46,7 +46,13 @@ class PlacedShards(Protocol):
     high: int  # nor beyond
 
     def need(self, shards: np.ndarray) -> None:
-        """Have these shards, [n] numbers, in memory or mapped."""
+        """Have these shards, [n] numbers, mapped."""
+
+    def count_reads(self, shards: np.ndarray) -> None:
+        """Rows of these shards, [n] numbers, one for each row, are about to be touched."""
+
+    def expect_no_order(self, shards: np.ndarray) -> None:
+        """Have these shards, [n] numbers, read from the disk as they are touched, and no more."""
 
 
 class HeldShards:
@@ -64,6 +70,12 @@ class HeldShards:
 
     def need(self, shards: np.ndarray) -> None:
         """They are there."""
+
+    def count_reads(self, shards: np.ndarray) -> None:
+        """Nothing is kept of what was touched."""
+
+    def expect_no_order(self, shards: np.ndarray) -> None:
+        """What is decoded is in memory; what numpy mapped is read as the system likes."""
 
 
 class RowGather:
@@ -111,12 +123,22 @@ class RowGather:
         n_bytes = [np.full(len(rows), self._fields[field].row_bytes, np.int64) for field in fields]
         return np.concatenate(addresses), np.concatenate(n_bytes)
 
+    def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
+        """Map the shards of these rows [B], and have nothing read around what is touched of them.
+
+        Said of a shard once; it holds as long as the shards are mapped.
+        """
+        for field in fields:
+            placed = self._fields[field]
+            placed.expect_no_order(rows // placed.rows_per_shard)
+
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""
         n_pieces = {field: self._fields[field].row_bytes // self._piece_bytes for field in fields}
         index = np.empty(len(rows) * sum(n_pieces.values()), np.int64)
         at = 0
         for field in sorted(fields, key=lambda name: -self._fields[name].itemsize):
+            self._fields[field].count_reads(rows // self._fields[field].rows_per_shard)
             row_starts = self._addresses(field, rows) - self._low
             end = at + len(rows) * n_pieces[field]
             for k in range(n_pieces[field]):
