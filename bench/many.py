@@ -154,6 +154,7 @@ class Round:
     """What one process measured: seconds, and bytes over what it had before."""
 
     open_s: float
+    open_cpu_s: float
     order_s: float
     first_batch_s: float
     opened_bytes: int  # anonymous, once it is open
@@ -168,35 +169,52 @@ def measure(path: Path, n_batches: int) -> Round:
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     before = _memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    started = time.perf_counter()
-    dataset = ShardDataset(path)
-    open_s = time.perf_counter() - started
+    with Timed() as opening:
+        dataset = ShardDataset(path)
     opened = _memory()
-
-    started = time.perf_counter()
-    batches = Batches(len(dataset), BATCH, 0)(0)
-    order_s = time.perf_counter() - started
-
-    started = time.perf_counter()
-    dataset.batch(batches[0])
-    first_batch_s = time.perf_counter() - started
-
-    gather = RowGather(dataset.shard_set.maps(dataset.fields), dataset.size)
-    for k in range(n_batches):
-        rows = dataset.rows_of(batches[k % len(batches)])
-        gather.expect_no_order(dataset.fields, rows)  # no zeros are made that nobody asks for
-        gather.into(dataset.fields, rows)
+    with Timed() as ordering:
+        batches = Batches(len(dataset), BATCH, 0)(0)
+    with Timed() as mapping:
+        gather = RowGather(dataset.shard_set.maps(dataset.fields), dataset.size)
+        gather_rows(gather, dataset, batches[0])
+    for k in range(1, n_batches):
+        gather_rows(gather, dataset, batches[k % len(batches)])
     after = _memory()
     return Round(
-        open_s=open_s,
-        order_s=order_s,
-        first_batch_s=first_batch_s,
+        open_s=opening.wall_s,
+        open_cpu_s=opening.cpu_s,
+        order_s=ordering.wall_s,
+        first_batch_s=mapping.wall_s,
         opened_bytes=opened["RssAnon"] - before["RssAnon"],
         peak_bytes=opened["VmHWM"] - before["VmRSS"],
         batches_bytes=after["RssAnon"] - before["RssAnon"],
         tables_bytes=after["VmPTE"] - before["VmPTE"],
         n_descriptors=len(os.listdir("/proc/self/fd")),
     )
+
+
+def gather_rows(gather: RowGather, dataset: ShardDataset, positions: np.ndarray) -> None:
+    """A batch as it is stored. Nothing is read ahead: no zeros are made that nobody asked for."""
+    rows = dataset.rows_of(positions)
+    gather.expect_no_order(dataset.fields, rows)
+    gather.into(dataset.fields, rows)
+
+
+class Timed:
+    """`with Timed() as it: ...` -> it.wall_s, it.cpu_s."""
+
+    def __init__(self) -> None:
+        self.wall_s = 0.0
+        self.cpu_s = 0.0
+
+    def __enter__(self) -> Timed:
+        self.wall_s = -time.perf_counter()
+        self.cpu_s = -time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wall_s += time.perf_counter()
+        self.cpu_s += time.process_time()
 
 
 def _memory() -> dict[str, int]:
@@ -215,23 +233,45 @@ def in_new_process(path: Path, n_batches: int) -> Round:
 
 # ---------------------------------------------------------------------------------------- telling
 
-HEAD = f"""{"":10} {"shards":>7} {"files":>7} {"open s":>7} {"order ms":>9} {"batch ms":>9} \
-{"MiB open":>9} {"peak":>6} {"in the end":>11} {"tables":>7} {"open files":>11}"""
+WIDTHS = {
+    "shards": 7,
+    "files": 7,
+    "open s": 8,
+    "CPU s": 7,
+    "order ms": 9,
+    "batch ms": 9,
+    "MiB open": 9,
+    "peak": 6,
+    "batches": 8,
+    "tables": 7,
+    "open files": 11,
+}
+
+
+def head() -> str:
+    """The first line of the table."""
+    return " " * 10 + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
 
 
 def line_of(name: str, path: Path, rounds: Sequence[Round]) -> str:
     """Medians of the rounds, and what the last one had in the end."""
-    open_s = np.median([each.open_s for each in rounds])
-    order_s = np.median([each.order_s for each in rounds])
-    first_batch_s = np.median([each.first_batch_s for each in rounds])
     last = rounds[-1]
-    n_files = len(list(path.glob("*-[0-9]*.npy")))
-    n_shards = len(list(path.glob("rgb-*.npy")))
-    return (
-        f"{name:10} {n_shards:>7} {n_files:>7} {open_s:>7.2f} {1e3 * order_s:>9.0f} "
-        f"{1e3 * first_batch_s:>9.0f} {_mib(last.opened_bytes):>9} {_mib(last.peak_bytes):>6} "
-        f"{_mib(last.batches_bytes):>11} {_mib(last.tables_bytes):>7} {last.n_descriptors:>11}"
-    )
+    cells = [
+        str(len(list(path.glob("rgb-*.npy")))),
+        str(len(list(path.glob("*-[0-9]*.npy")))),
+        f"{np.median([each.open_s for each in rounds]):.2f}",
+        f"{np.median([each.open_cpu_s for each in rounds]):.2f}",
+        f"{1000 * np.median([each.order_s for each in rounds]):.0f}",
+        f"{1000 * np.median([each.first_batch_s for each in rounds]):.0f}",
+        _mib(last.opened_bytes),
+        _mib(last.peak_bytes),
+        _mib(last.batches_bytes),
+        _mib(last.tables_bytes),
+        str(last.n_descriptors),
+    ]
+    widths = WIDTHS.values()
+    row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return f"{name:10}{row}"
 
 
 def _mib(n_bytes: int) -> str:
@@ -244,7 +284,7 @@ def report_on(root: Path, args: argparse.Namespace) -> None:
     print(
         f"{n_rows} rows at {SIZE}x{SIZE}, {args.rounds} rounds, {args.batches} batches in the last"
     )
-    print(HEAD, flush=True)
+    print(head(), flush=True)
     for fields in FIELDS_OF_SETS:
         path = make_sparse(root, fields, n_rows)
         rounds = [in_new_process(path, 1) for _ in range(args.rounds - 1)]

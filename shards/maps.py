@@ -219,6 +219,8 @@ class MappedShards(Sequence[np.ndarray]):
             form.check(path, file)
             if self._is_mapped[shard] and self._inodes[shard] != file.inode:
                 return  # another file has taken its place: what is read stays what it was
+            # Where the kernel has no memory for the new map, the old one may be gone.
+            self._is_mapped[shard] = False
             self._range.map_file(int(self._places[shard]), file.handle, form.n_bytes)
         finally:
             os.close(file.handle)
