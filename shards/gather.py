@@ -24,8 +24,8 @@ longer than the shards it was made from, and is given to nobody.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -38,21 +38,19 @@ PIECE_BELOW = 32768
 class PlacedShards(Protocol):
     """The shards of a field, where they lie or will lie."""
 
-    starts: np.ndarray  # [n_shards] int64: the address of the first row of each
-    rows_per_shard: int
     row_bytes: int
     itemsize: int
     low: int  # no shard lies below it
     high: int  # nor beyond
 
-    def need(self, shards: np.ndarray) -> None:
-        """Have these shards, [n] numbers, mapped."""
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, which are there from now on."""
 
-    def count_reads(self, shards: np.ndarray) -> None:
-        """Rows of these shards, [n] numbers, one for each row, are about to be touched."""
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
 
-    def expect_no_order(self, shards: np.ndarray) -> None:
-        """Have these shards, [n] numbers, read from the disk as they are touched, and no more."""
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
 
 
 class HeldShards:
@@ -61,21 +59,89 @@ class HeldShards:
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         """arrays: in row order, [n, ...]."""
         self._arrays = list(arrays)
-        self.starts = np.array([array.ctypes.data for array in self._arrays], np.int64)
-        self.rows_per_shard = len(self._arrays[0])
+        self._starts = np.array([array.ctypes.data for array in self._arrays], np.int64)
+        self._rows_per_shard = len(self._arrays[0])
         self.row_bytes = self._arrays[0][0].nbytes
         self.itemsize = self._arrays[0].itemsize
         self.low = min(array.ctypes.data for array in self._arrays)
         self.high = max(array.ctypes.data + array.nbytes for array in self._arrays)
 
-    def need(self, shards: np.ndarray) -> None:
-        """They are there."""
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows."""
+        shards = rows // self._rows_per_shard
+        found: np.ndarray = self._starts[shards] + rows % self._rows_per_shard * self.row_bytes
+        return found
 
-    def count_reads(self, shards: np.ndarray) -> None:
+    def count_reads(self, rows: np.ndarray) -> None:
         """Nothing is kept of what was touched."""
 
-    def expect_no_order(self, shards: np.ndarray) -> None:
+    def expect_no_order(self, rows: np.ndarray) -> None:
         """What is decoded is in memory; what numpy mapped is read as the system likes."""
+
+
+class JoinedShards(Sequence[np.ndarray]):
+    """Those of a field of several sets, whose rows are counted behind each other."""
+
+    def __init__(self, parts: Sequence[Sequence[np.ndarray]], first_rows: np.ndarray) -> None:
+        """parts: the shards of each set; rows are of one size. first_rows: [parts + 1], where the
+        rows of each begin.
+        """
+        self._shards = parts
+        self._parts = [placed(part) for part in parts]
+        self._first_rows = first_rows
+        self.row_bytes = self._parts[0].row_bytes
+        self.itemsize = self._parts[0].itemsize
+        self.low = min(part.low for part in self._parts)
+        self.high = max(part.high for part in self._parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
+
+    @overload
+    def __getitem__(self, shard: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
+        """Shard k of all, counted on from set to set. Raises IndexError."""
+        if isinstance(shard, slice):
+            return [self[k] for k in range(*shard.indices(len(self)))]
+        number = range(len(self))[shard]
+        for part in self._shards:
+            if number < len(part):
+                return part[number]
+            number -= len(part)
+        raise IndexError(shard)
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, which are there from now on."""
+        found = np.empty(len(rows), np.int64)
+        for part, is_of_part, rows_of_part in self._of_parts(rows):
+            found[is_of_part] = part.addresses(rows_of_part)
+        return found
+
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
+        for part, _, rows_of_part in self._of_parts(rows):
+            part.count_reads(rows_of_part)
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+        for part, _, rows_of_part in self._of_parts(rows):
+            part.expect_no_order(rows_of_part)
+
+    def _of_parts(self, rows: np.ndarray) -> Iterator[tuple[PlacedShards, np.ndarray, np.ndarray]]:
+        """Each set, which of the rows [B] are its own, and how it counts them."""
+        part_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for number, part in enumerate(self._parts):
+            is_of_part = part_of_row == number
+            yield part, is_of_part, rows[is_of_part] - self._first_rows[number]
+
+
+def placed(shards: Sequence[np.ndarray]) -> PlacedShards:
+    """Where the shards of a field lie: as told by themselves, else as the arrays lie."""
+    if isinstance(shards, MappedShards | JoinedShards):
+        return shards
+    return HeldShards(shards)
 
 
 class RowGather:
@@ -83,12 +149,9 @@ class RowGather:
 
     def __init__(self, shards: Mapping[str, Sequence[np.ndarray]], size: int) -> None:
         """shards: of each field, in row order, [n, ..., size, size]; all but the last equal."""
-        self._fields: dict[str, PlacedShards] = {
-            field: each if isinstance(each, MappedShards) else HeldShards(each)
-            for field, each in shards.items()
-        }
-        self._low = min(placed.low for placed in self._fields.values())
-        high = max(placed.high for placed in self._fields.values())
+        self._fields = {field: placed(each) for field, each in shards.items()}
+        self._low = min(each.low for each in self._fields.values())
+        high = max(each.high for each in self._fields.values())
         self._piece_bytes = piece_bytes(size)
         self._pieces = _pieces_between(self._low, high, self._piece_bytes)
 
@@ -119,7 +182,7 @@ class RowGather:
 
         rows [B]: numbers of rows that exist. Returns addresses and bytes, each [fields * B] int64.
         """
-        addresses = [self._addresses(field, rows) for field in fields]
+        addresses = [self._fields[field].addresses(rows) for field in fields]
         n_bytes = [np.full(len(rows), self._fields[field].row_bytes, np.int64) for field in fields]
         return np.concatenate(addresses), np.concatenate(n_bytes)
 
@@ -129,8 +192,7 @@ class RowGather:
         Said of a shard once; it holds as long as the shards are mapped.
         """
         for field in fields:
-            placed = self._fields[field]
-            placed.expect_no_order(rows // placed.rows_per_shard)
+            self._fields[field].expect_no_order(rows)
 
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""
@@ -138,21 +200,13 @@ class RowGather:
         index = np.empty(len(rows) * sum(n_pieces.values()), np.int64)
         at = 0
         for field in sorted(fields, key=lambda name: -self._fields[name].itemsize):
-            self._fields[field].count_reads(rows // self._fields[field].rows_per_shard)
-            row_starts = self._addresses(field, rows) - self._low
+            self._fields[field].count_reads(rows)
+            row_starts = self._fields[field].addresses(rows) - self._low
             end = at + len(rows) * n_pieces[field]
             for k in range(n_pieces[field]):
                 index[at + k : end : n_pieces[field]] = row_starts + k * self._piece_bytes
             at = end
         return index
-
-    def _addresses(self, field: str, rows: np.ndarray) -> np.ndarray:
-        """[B] int64: of the first byte of each of these rows, whose shards are mapped now."""
-        placed = self._fields[field]
-        shards = rows // placed.rows_per_shard
-        placed.need(shards)
-        found: np.ndarray = placed.starts[shards] + rows % placed.rows_per_shard * placed.row_bytes
-        return found
 
 
 def take_rows(

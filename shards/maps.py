@@ -170,6 +170,7 @@ class MappedShards(Sequence[np.ndarray]):
         n_shards = len(files.names)
         self._places = first + place_bytes * np.arange(n_shards, dtype=np.int64)
         # Of each shard:
+        self._starts = self._places + len(files.form.header)  # of its first row
         self._is_mapped = np.zeros(n_shards, bool)
         self._is_random = np.zeros(n_shards, bool)
         self._inodes = np.zeros(n_shards, np.uint64)
@@ -177,13 +178,21 @@ class MappedShards(Sequence[np.ndarray]):
         self._n_tables_in_all = 0
         self._most_tables_of_shard = 1 + place_bytes // TABLE_SPAN
         self._next_anew = 0
-        # [n_shards] int64: the address of the first row of each.
-        self.starts = self._places + len(files.form.header)
-        self.rows_per_shard = files.form.shape[0]
-        self.row_bytes = files.form.n_bytes_of_rows // self.rows_per_shard
+        self._rows_per_shard = files.form.shape[0]
+        self.row_bytes = files.form.n_bytes_of_rows // self._rows_per_shard
         self.itemsize = np.dtype(files.form.dtype).itemsize
         self.low = addresses.first
         self.high = addresses.end
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, whose shards are mapped from now on.
+
+        Raises what `need` raises.
+        """
+        shards = rows // self._rows_per_shard
+        self.need(shards)
+        found: np.ndarray = self._starts[shards] + rows % self._rows_per_shard * self.row_bytes
+        return found
 
     def need(self, shards: np.ndarray) -> None:
         """Have these shards, [n] numbers, mapped.
@@ -195,14 +204,15 @@ class MappedShards(Sequence[np.ndarray]):
             for shard in np.unique(wanted).tolist():
                 self._map(shard)
 
-    def count_reads(self, shards: np.ndarray) -> None:
-        """Rows of these shards, [n] numbers, one for each row, are about to be touched."""
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
         if len(self) * self._most_tables_of_shard > MOST_TABLES:
-            self._count_tables(shards)
+            self._count_tables(rows // self._rows_per_shard)
             self._free_tables()
 
-    def expect_no_order(self, shards: np.ndarray) -> None:
-        """Have these shards, [n] numbers, mapped, and nothing read but what is touched of them."""
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] mapped, and read as they are touched, no more."""
+        shards = rows // self._rows_per_shard
         new = shards[~self._is_random[shards]]
         if len(new):
             self.need(new)
@@ -271,7 +281,7 @@ class MappedShards(Sequence[np.ndarray]):
         number = range(len(self))[shard]
         self.need(np.array([number]))
         form = self._files.form_of(number)
-        return self._range.array(int(self.starts[number]), form.dtype, form.shape)
+        return self._range.array(int(self._starts[number]), form.dtype, form.shape)
 
 
 def mapped_shards(

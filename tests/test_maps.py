@@ -27,7 +27,7 @@ from shards import maps
 from shards.containers import ShardForm, write_field
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, UserError
-from shards.gather import RowGather, take_rows
+from shards.gather import JoinedShards, RowGather, take_rows
 from shards.manifest import COLUMNS, Manifest, ShardEntry, bounds_of
 from shards.maps import AddressRange, CannotReserve
 from shards.spec import KNOWN_FIELDS, Codecs, ConversionSettings, DatasetSpec, SourceIdentity
@@ -298,6 +298,21 @@ def test_shards_that_are_mapped_anew_give_the_same_rows_and_are_read_alike(
     flags = [block.partition("VmFlags:")[2].split() for block in blocks if f"{npy_set}/" in block]
     assert len(flags) > 300
     assert all("rr" in each for each in flags)  # read as it is touched, and no more
+
+
+def test_two_sets_that_are_read_as_one_are_mapped_alike(
+    npy_set: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "MOST_TABLES", 2)
+    parts = [open_set(path).maps(FIELDS) for path in (npy_set, small)]
+    first_rows = np.array([0, N_ROWS, N_ROWS + 10])
+    joined = {name: JoinedShards([part[name] for part in parts], first_rows) for name in FIELDS}
+    gather = RowGather(joined, SIZE)
+    both = {name: np.concatenate([pictures()[name], pictures(10)[name]]) for name in FIELDS}
+    for rows in (np.array([N_ROWS, 3, N_ROWS + 9, 7]), np.array([N_ROWS + 4]), np.arange(50)):
+        gather.expect_no_order(FIELDS, rows)
+        assert gather.into(FIELDS, rows).tobytes() == expected(rows, both)
+    assert "depth-00004.npy" in files_mapped(small)
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["gone", "replaced"])

@@ -33,6 +33,8 @@ WHOLE_FILES_NEED_TORCH = {
         "forks",
         "frames_training",
         "gather",
+        "inputs",
+        "joined",
         "layout",
         "loader",
         "loop",
