@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-convert bench-frames bench-many bench-step test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-many bench-step test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -158,6 +158,9 @@ bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-R
 
 bench-memory: $(READY)  ## memory by number of workers, the arrays-in-RAM script beside it: make bench-memory MAT=x.mat
 	$(PY) -m bench.memory "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
+
+bench-larger: $(READY)  ## reading a set that memory does not hold, against the disk (makes one of 2.1 GB in larger/)
+	$(PY) -m bench.larger "$(AT)larger" $(ARGS)
 
 bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)

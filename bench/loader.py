@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.command import SET, add_number, exit_status, make_parser
 from bench.figures import median_interval
 from bench.in_memory import in_memory_loader, save_arrays
+from loader.buffers import private_memory
 from loader.loader import Loader
 from shards.dataset import open_set, resolve_set
 from shards.errors import UserError
@@ -40,6 +41,7 @@ from train.order import Batches
 
 BATCH = 128
 STEP_S = 0.01
+TO_ONE_PLACE = 0  # buffers
 N_FIRST_BATCHES = 7  # processes that each way of getting a first batch is tried in
 
 Epoch = Callable[[], int]  # runs one, and returns the number of rows in it
@@ -52,15 +54,16 @@ def memcpy_limit(
     dataset: ShardDataset,
     batches: list[np.ndarray],
     library: Any = ctypes.PyDLL,
-    to_one_place: bool = False,
+    n_buffers: int = 1,
 ) -> Epoch:
     """The rows of an epoch copied one by one by C's memcpy into one reused buffer.
 
     Addresses are worked out before. `library`: PyDLL keeps Python's lock meanwhile, CDLL lets it
-    go a row. `to_one_place`: over each other.
+    go a row. `n_buffers`: each batch into the next of so many; TO_ONE_PLACE: each row over the one
+    before it.
     """
     shards = {field: _mapped_shards(dataset, field) for field in dataset.fields}
-    copies, buffer = _plan_copies(dataset, batches, shards, to_one_place)
+    copies, memory = _plan_copies(dataset, batches, shards, n_buffers)
     n_rows = sum(map(len, batches))
 
     memmove = library(None).memmove
@@ -70,7 +73,7 @@ def memcpy_limit(
     def epoch() -> int:
         for copy in copies:
             memmove(*copy)
-        return n_rows if buffer.size and shards else 0  # the addresses live as long as these do
+        return n_rows if memory and shards else 0  # the addresses live as long as these do
 
     return epoch
 
@@ -83,15 +86,18 @@ def _plan_copies(
     dataset: ShardDataset,
     batches: list[np.ndarray],
     shards: dict[str, list[np.ndarray]],
-    to_one_place: bool,
-) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-    """(memcpy's arguments in the order of the epoch: destination, source, bytes; the buffer).
+    n_buffers: int,
+) -> tuple[list[tuple[int, int, int]], list[memoryview]]:
+    """(memcpy's arguments in the order of the epoch: destination, source, bytes; the buffers).
 
-    A batch lies in the buffer field after field, and the next one in the same place.
+    A batch lies in a buffer field after field, and the next one in the next buffer.
     """
-    starts: list[tuple[int, int, int]] = []
-    batch_bytes = 0
-    for indices in batches:
+    bytes_of_all = sum(of_field[0][0].nbytes for of_field in shards.values())
+    batch_bytes = bytes_of_all * max(map(len, batches))
+    buffers = [private_memory(batch_bytes) for _ in range(max(1, n_buffers))]
+    copies: list[tuple[int, int, int]] = []
+    for k, indices in enumerate(batches):
+        base = np.frombuffer(buffers[k % len(buffers)], np.uint8).ctypes.data
         rows = dataset.rows_of(indices).tolist()
         offset = 0
         for of_field in shards.values():
@@ -100,13 +106,10 @@ def _plan_copies(
             for row in rows:
                 shard, place = divmod(row, rows_per_shard)
                 source = of_field[shard].ctypes.data + place * row_bytes
-                starts.append((0 if to_one_place else offset, source, row_bytes))
+                place_at = base if n_buffers == TO_ONE_PLACE else base + offset
+                copies.append((place_at, source, row_bytes))
                 offset += row_bytes
-        batch_bytes = max(batch_bytes, offset)
-
-    buffer = np.zeros(batch_bytes, np.uint8)
-    base = buffer.ctypes.data
-    return [(base + offset, source, n_bytes) for offset, source, n_bytes in starts], buffer
+    return copies, buffers
 
 
 # The ways.
@@ -364,7 +367,10 @@ def report_other_limits(dataset: ShardDataset, batches: list[np.ndarray]) -> Non
     for name, make_limit in (
         ("into one batch buffer, GIL kept (the limit)", limit_of),
         ("the same, GIL released a row (ctypes.CDLL)", partial(limit_of, library=ctypes.CDLL)),
-        ("into one row's place: nothing is delivered", partial(limit_of, to_one_place=True)),
+        ("into one row's place: nothing is delivered", partial(limit_of, n_buffers=TO_ONE_PLACE)),
+        ("into two in turn (ours, when asked for)", partial(limit_of, n_buffers=2)),
+        ("into three in turn (ours, a thread ahead)", partial(limit_of, n_buffers=3)),
+        ("into four in turn (ours, workers)", partial(limit_of, n_buffers=4)),
     ):
         epoch = make_limit()
         epoch()

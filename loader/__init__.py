@@ -9,10 +9,11 @@ of your own write two methods:
                             None where that cannot be done, and `batch` is asked
 
 and one function that says what a batch consists of: epoch -> arrays of row numbers. `arrays_in`
-finds the places of a batch's parts in a buffer. Everything else is `loader.loader.Loader`: a thread
-or processes that run ahead, buffers that are filled again only after the last tensor on them is
-gone, resuming at any step (`set_epoch`), ends that are clean. With `num_workers=2` two processes
-fill the buffers.
+finds the places of a batch's parts in a buffer. Where rows come from a disk, a third method,
+`read_ahead(indices)`, may begin to read those of later batches. Everything else is
+`loader.loader.Loader`: a thread or processes that run ahead, buffers that are filled again only
+after the last tensor on them is gone, resuming at any step (`set_epoch`), ends that are clean. With
+`num_workers=2` two processes fill the buffers.
 
 >>> import numpy as np, torch
 >>> from loader.loader import Loader
@@ -39,6 +40,9 @@ The files, from what you hold to what carries it:
     workers.py    or worker processes
     buffers.py    four buffers that are used again and again
     messages.py   what a worker says of a batch
+    ahead.py      which rows are asked for early: as long as a disk has to be waited for,
+    disk.py       which the kernel counts
     forks.py      what a fork must not share
+    threads.py    one of torch's threads for ours
     memory.py     the memory that is held, and what is left (NoRoom where it is too small)
 """

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from loader.buffers import (
     n_bytes_of,
     private_memory,
 )
+from loader.disk import disk_use
 from loader.forks import ProcessLock, use_one_thread_in_a_fork
 from loader.messages import (
     Layout,
@@ -63,6 +64,9 @@ class RowDataset(Protocol):
         Returns how it lies there, [(dtype, shape), ...]; or None, and `batch` is asked.
         """
 
+    # It may have `read_ahead(indices) -> None` too: begin to read these rows, and return. It is
+    # called before `batch` or `fill` is, for as long as rows come from a disk; see loader.ahead.
+
 
 # ---------------------------------------------------------------- the plan
 
@@ -77,11 +81,20 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """A batch to make; `indices` are the row numbers [B]."""
+    """A batch to make; `indices` are the row numbers [B].
+
+    ahead: those of later batches, whose reading begins now; None: nothing has to be read ahead.
+    """
 
     epoch: int
     step: int
     indices: np.ndarray
+    ahead: Sequence[np.ndarray] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all row numbers."""
+        return self.indices.nbytes + sum(later.nbytes for later in self.ahead or ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +184,13 @@ class BatchMaker:
     def make(self, buffer: memoryview, request: BatchRequest) -> Message:
         """What became of the batch; it raises nothing."""
         use_one_thread_in_a_fork()
+        before = disk_use()
+        made = self._made(buffer, request)
+        return made if disk_use() == before else replace(made, was_read=True)
+
+    def _made(self, buffer: memoryview, request: BatchRequest) -> Message:
         try:
+            self._ask_ahead(request)
             if self.transform is None:
                 return self._filled(buffer, request.indices)
             # The same draws wherever the batch is made.
@@ -183,10 +202,20 @@ class BatchMaker:
         except BaseException as error:
             return Raised(error)
 
+    def _ask_ahead(self, request: BatchRequest) -> None:
+        """This batch once more: of what was asked for earlier, some may have been dropped."""
+        if request.ahead is None or not can_read_ahead(self.dataset):
+            return
+        for indices in (request.indices, *request.ahead):
+            with suppress(Exception):  # of rows that do not exist: raised when they are made
+                self.dataset.read_ahead(indices)  # type: ignore[attr-defined]
+
     def buffer_need(self, n_rows: int) -> BufferNeed:
         """Of a batch of so many rows, judged by the dataset's first row."""
         use_one_thread_in_a_fork()
-        made = self.dataset.batch(np.zeros(1, np.int64))
+        first = BatchRequest(epoch=0, step=0, indices=np.zeros(1, np.int64), ahead=())
+        self._ask_ahead(first)  # a first touch would read around that row
+        made = self.dataset.batch(first.indices)
         row = [part for part in made if _is_plain(part)] if type(made) is tuple else []
         used_bytes = n_rows * sum(part.nbytes for part in row)
         if self.transform is None:
@@ -198,7 +227,7 @@ class BatchMaker:
         """What the first `n_rows` take to make: the least of five, as the first touches what is
         cold. Raises what is no Exception: Ctrl-C."""
         buffer = private_memory(self.buffer_need(n_rows).used_bytes)
-        request = BatchRequest(epoch=0, step=0, indices=np.arange(n_rows))
+        request = BatchRequest(epoch=0, step=0, indices=np.arange(n_rows), ahead=())
         seconds = []
         for _ in range(N_TIMED):
             started = time.perf_counter()
@@ -228,6 +257,11 @@ class BatchMaker:
             rows = ", ".join(map(str, np.asarray(request.indices).tolist()))
             place = f"epoch {request.epoch}, step {request.step}, rows {rows} of {self.dataset!r}"
             add_note(error, f"in the loader, {place}")
+
+
+def can_read_ahead(dataset: RowDataset) -> bool:
+    """Whether it can be told which rows come."""
+    return callable(getattr(dataset, "read_ahead", None))
 
 
 def _stored(made: Any, buffer: memoryview) -> Written | Returned:

@@ -9,21 +9,29 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from loader.ahead import (
+    AHEAD_BYTES,
+    WORKER_BYTES,
+    ReadAhead,
+    reach,
+)
 from loader.batches import (
     BatchMaker,
     BatchOrder,
+    BufferNeed,
     Position,
     RowDataset,
     Transform,
     batches_of,
+    can_read_ahead,
     plan_from,
 )
 from loader.buffers import N_BUFFERS, BufferPool
 from loader.forks import HOLDERS, ProcessLock
-from loader.memory import check_room
+from loader.memory import check_room, room
 from loader.messages import Raised
 from loader.producers import InlineProducer, Producer, ThreadProducer
-from loader.workers import ProcessProducer
+from loader.workers import ProcessProducer, WorkerStart
 
 __all__ = [
     "BatchMaker",
@@ -140,11 +148,25 @@ class Loader:
         check_room(N_BUFFERS * need.used_bytes, f"{N_BUFFERS} batches of {n_rows} rows")
 
         pool = BufferPool(need.reserved_bytes, self.num_workers > 0)
+        read_ahead = self._new_read_ahead(need)
         if self.num_workers:
-            return ProcessProducer(self.batch_maker, pool, self.num_workers, self.start_method)
+            start = WorkerStart(count=self.num_workers, method=self.start_method)
+            return ProcessProducer(self.batch_maker, pool, read_ahead, start)
         if self.runs_ahead:
-            return ThreadProducer(self.batch_maker, pool)
-        return InlineProducer(self.batch_maker, pool)
+            return ThreadProducer(self.batch_maker, pool, read_ahead)
+        return InlineProducer(self.batch_maker, pool, read_ahead)
+
+    def _new_read_ahead(self, need: BufferNeed) -> ReadAhead:
+        if not can_read_ahead(self.dataset):
+            return ReadAhead(None)
+        left = room()
+        if left is None:
+            left_bytes = AHEAD_BYTES
+        else:  # the buffers have no pages yet, and workers share what they are forked from
+            to_come = N_BUFFERS * need.used_bytes + self.num_workers * WORKER_BYTES
+            left_bytes = max(0, left.left_bytes - to_come)
+        n_makers = max(1, min(self.num_workers, N_BUFFERS - 1))
+        return ReadAhead(reach(need.used_bytes, left_bytes, n_makers))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "stream"}

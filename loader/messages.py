@@ -2,6 +2,9 @@
 
 These classes alone tell the cases apart, never the type of what they hold: a batch may be a list,
 None or an exception, and is delivered as it was returned.
+
+Each tells by `was_read` whether a disk was read for it, as far as the kernel counts that
+(loader.disk).
 """
 
 import pickle
@@ -20,6 +23,7 @@ class Written:
     """The batch lies in its buffer, like this."""
 
     layout: Layout
+    was_read: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Returned:
     """The batch."""
 
     value: Any
+    was_read: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Raised:
     """There is none: user code raised this."""
 
     error: BaseException
+    was_read: bool = False
 
 
 Message = Written | Returned | Raised
@@ -46,7 +52,8 @@ def packed(message: Message, worker_name: str) -> bytes:
     says so; nothing is raised.
     """
     if isinstance(message, Raised):
-        return pickle.dumps(Raised(_fit_to_travel(message.error, worker_name)))
+        error = _fit_to_travel(message.error, worker_name)
+        return pickle.dumps(Raised(error, message.was_read))
     try:
         return pickle.dumps(message)
     except BaseException as error:

@@ -10,10 +10,8 @@ import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Event
 
-import torch
-
+from loader.ahead import ReadAhead
 from loader.batches import (
     BatchMaker,
     Delivery,
@@ -23,9 +21,8 @@ from loader.batches import (
 from loader.buffers import (
     BufferPool,
 )
-from loader.forks import HOLDERS, ProcessLock, use_one_thread_in_a_fork
-
-N_THREADS = ProcessLock()  # whoever changes torch's number of threads for a moment
+from loader.forks import HOLDERS, use_one_thread_in_a_fork
+from loader.threads import use_one_thread_here
 
 
 class Producer(ABC):
@@ -53,13 +50,14 @@ class Producer(ABC):
 class InlineProducer(Producer):
     """The caller makes a batch when it asks."""
 
-    def __init__(self, maker: BatchMaker, pool: BufferPool) -> None:
+    def __init__(self, maker: BatchMaker, pool: BufferPool, read_ahead: ReadAhead) -> None:
         self.maker = maker
         self.pool = pool
+        self.read_ahead = read_ahead
         self._plan: Plan = iter(())
 
     def seek(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan = self.read_ahead.plan(plan)
 
     def next(self) -> Delivery:
         try:
@@ -68,6 +66,7 @@ class InlineProducer(Producer):
             return end_of_plan(error)
         buffer_id = self.pool.take()
         made = self.maker.make(self.pool.buffers[buffer_id], planned.request)
+        self.read_ahead.learn(made.was_read)
         result = self.pool.deliver(buffer_id, made)
         return Delivery(result=result, position_after=planned.position_after)
 
@@ -85,9 +84,10 @@ class ThreadProducer(Producer):
     by then, or is kept for good. Python's lock is asked for once a batch, after the copy.
     """
 
-    def __init__(self, maker: BatchMaker, pool: BufferPool) -> None:
+    def __init__(self, maker: BatchMaker, pool: BufferPool, read_ahead: ReadAhead) -> None:
         self.maker = maker
         self.pool = pool
+        self.read_ahead = read_ahead
         self._turns = SimpleQueue[bool]()
         self._ready = SimpleQueue[Delivery]()
         self._end: weakref.finalize | None = None  # of the thread that runs
@@ -100,22 +100,16 @@ class ThreadProducer(Producer):
         run = ThreadRun(
             maker=self.maker,
             pool=self.pool,
-            plan=plan,
+            read_ahead=self.read_ahead,
+            plan=self.read_ahead.plan(plan),
             turns=self._turns,
             ready=self._ready,
-            has_begun=threading.Event(),
         )
         thread = threading.Thread(target=run.work, name="loader", daemon=True)
 
         use_one_thread_in_a_fork()
-        with N_THREADS.held():
-            n_threads = torch.get_num_threads()
-            thread.start()
-            self._end = weakref.finalize(self, _end_thread, self._turns, thread)
-            # It has asked for one core, which holds for itself and for every thread to come: undone
-            # for those.
-            run.has_begun.wait()
-            torch.set_num_threads(n_threads)
+        thread.start()
+        self._end = weakref.finalize(self, _end_thread, self._turns, thread)
 
     def next(self) -> Delivery:
         self._turns.put(True)
@@ -140,19 +134,19 @@ class ThreadRun:
 
     maker: BatchMaker
     pool: BufferPool
+    read_ahead: ReadAhead
     plan: Plan
     turns: SimpleQueue[bool]
     ready: SimpleQueue[Delivery]
-    has_begun: Event
 
     def work(self) -> None:
-        torch.set_num_threads(1)
-        self.has_begun.set()
+        use_one_thread_here()  # the training step needs the other cores
         self.turns.put(True)  # the first batch is lent out at once
         try:
             for planned in self.plan:
                 buffer_id = self.pool.take()
                 made = self.maker.make(self.pool.buffers[buffer_id], planned.request)
+                self.read_ahead.learn(made.was_read)
                 if not self.turns.get():
                     self.pool.put_back(buffer_id)
                     return

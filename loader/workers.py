@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from loader.ahead import ReadAhead
 from loader.batches import (
     BatchMaker,
     BatchRequest,
@@ -102,6 +103,14 @@ class Pending:
     position_after: Position
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerStart:
+    """How many workers, and how they are started; None: Python's own choice."""
+
+    count: int
+    method: str | None
+
+
 class ProcessProducer(Producer):
     """Worker processes that share the buffers and take turns; kept until the loader is gone.
 
@@ -109,9 +118,10 @@ class ProcessProducer(Producer):
     """
 
     def __init__(
-        self, maker: BatchMaker, pool: BufferPool, count: int, start_method: str | None
+        self, maker: BatchMaker, pool: BufferPool, read_ahead: ReadAhead, start: WorkerStart
     ) -> None:
         self.pool = pool
+        self.read_ahead = read_ahead
         self.workers: list[WorkerProcess] = []
         self._turn = 0  # the worker whose it is
         self._pending = deque[Pending]()
@@ -126,7 +136,7 @@ class ProcessProducer(Producer):
 
         gc.freeze()  # else the first collection in a forked worker writes to every object's page
         try:
-            self._start_all(maker, count, mp.get_context(start_method))
+            self._start_all(maker, start.count, mp.get_context(start.method))
         except AssertionError as error:  # "daemonic processes are not allowed to have children"
             text = f"a loader cannot start workers here ({error}): use num_workers=0"
             raise RuntimeError(text) from None
@@ -163,7 +173,7 @@ class ProcessProducer(Producer):
             pending = self._pending.popleft()
             pending.worker.answer()
             self.pool.put_back(pending.buffer_id)
-        self._plan = plan
+        self._plan = self.read_ahead.plan(plan)
         self._upcoming = None
         self._plan_end = None
         self._send_ahead()
@@ -173,7 +183,9 @@ class ProcessProducer(Producer):
         if self._plan_end is not None and not self._pending:
             return self._plan_end
         pending = self._pending.popleft()
-        result = self.pool.deliver(pending.buffer_id, pending.worker.answer())
+        made = pending.worker.answer()
+        self.read_ahead.learn(made.was_read)
+        result = self.pool.deliver(pending.buffer_id, made)
         return Delivery(result=result, position_after=pending.position_after)
 
     def close(self) -> None:
@@ -191,13 +203,14 @@ class ProcessProducer(Producer):
 
     def _send_ahead(self) -> None:
         """Hand out what there are buffers for; one is left to the batch that is delivered."""
-        while self.pool.free and len(self._pending) < N_BUFFERS - 1:
+        most = min(N_BUFFERS - 1, self.read_ahead.most_in_work)
+        while self.pool.free and len(self._pending) < most:
             self._look_ahead()
             if self._upcoming is None:
                 return
             request = self._upcoming.request
             worker = self.workers[self._turn]
-            if request.indices.nbytes > PIPE_BYTES and self._is_busy(worker):
+            if request.n_bytes > PIPE_BYTES and self._is_busy(worker):
                 return  # the pipe cannot hold it: both would write, and neither read
 
             buffer_id = self.pool.take()

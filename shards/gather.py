@@ -24,12 +24,14 @@ longer than the shards it was made from, and is given to nobody.
 """
 
 import ctypes
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
 
 import numpy as np
 
 from shards.maps import MappedShards
+from shards.readahead import advise, whole_pages
 
 # torch gives whole pieces to its threads below this many elements, and divides each of them above.
 PIECE_BELOW = 32768
@@ -65,6 +67,7 @@ class HeldShards:
         self.itemsize = self._arrays[0].itemsize
         self.low = min(array.ctypes.data for array in self._arrays)
         self.high = max(array.ctypes.data + array.nbytes for array in self._arrays)
+        self._is_random = np.zeros(len(self._arrays), bool)  # what the kernel was told of each
 
     def addresses(self, rows: np.ndarray) -> np.ndarray:
         """[B] int64: of the first byte of each of these rows."""
@@ -76,7 +79,14 @@ class HeldShards:
         """Nothing is kept of what was touched."""
 
     def expect_no_order(self, rows: np.ndarray) -> None:
-        """What is decoded is in memory; what numpy mapped is read as the system likes."""
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+        shards = np.unique(rows // self._rows_per_shard)
+        new = shards[~self._is_random[shards]]
+        if len(new):
+            sizes = np.array([self._arrays[shard].nbytes for shard in new])
+            starts = self._starts[new]
+            advise(*whole_pages(starts, starts + sizes), mmap.MADV_RANDOM)
+            self._is_random[new] = True
 
 
 class JoinedShards(Sequence[np.ndarray]):

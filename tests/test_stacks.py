@@ -46,6 +46,7 @@ WHOLE_FILES_NEED_TORCH = {
         "other_systems",
         "payload",
         "predict",
+        "readahead",
         "recipe",
         "results",
         "resume",

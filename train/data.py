@@ -27,6 +27,7 @@ from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
 from shards.manifest import RIGHT_ROW, read_manifest
+from shards.readahead import RowsAhead
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
 from stores.mounted import refuse_remote
 from train.arguments import (
@@ -67,7 +68,7 @@ CAMERA = Field(
     invalid=0,
     resampling="none",
 )
-OPENED = {"_set", "_split_rows", "_gather", "_parts"}  # what a pickle leaves behind
+OPENED = {"_set", "_split_rows", "_gather", "_ahead", "_parts"}  # what a pickle leaves behind
 
 
 DatasetPath = str | Path | ShardSet | Sequence[str | Path | ShardSet]  # of a set, or of several
@@ -187,6 +188,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.fields = check_fields(fields, inputs) or default
         self._kept: np.ndarray | None = None  # positions in the split, of a subset
         self._gather: RowGather | None = None
+        self._ahead: RowsAhead | None = None
         self._parts: tuple[Tensor, ...] | None = None
         check_split(self._set, split)
         self._split_rows = self._read_split()
@@ -216,6 +218,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             what = "was replaced by another set since this dataset was made"
             raise MissingSet(self.path, what, "Make it again")
         self._gather = None
+        self._ahead = None
         self._parts = None
         self._split_rows = self._read_split()
 
@@ -411,6 +414,24 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         rows = self.rows_of(indices)
         return self._fill_normalized(buffer, rows) if self.normalize else self._fill(buffer, rows)
 
+    def read_ahead(self, indices: Any) -> None:
+        """Have the system begin to read these rows, for a `batch` or `fill` that comes later.
+
+        It pays where they come from a disk; nothing else changes. Raises as `rows_of` does.
+        """
+        if self.device is not None:
+            return
+        rows = self.rows_of(indices)
+        ahead = self._ahead
+        if ahead is None:  # as in `_opened_gather`: several threads may each make one
+            self._ahead = ahead = RowsAhead(self._opened_gather(), self._mapped_fields())
+        ahead.ask_for(rows)
+
+    def _mapped_fields(self) -> list[str]:
+        """Each once: what a batch is read from."""
+        target = target_of(self.target).field
+        return list(dict.fromkeys([*self._stored_fields(), *([target] if target else [])]))
+
     def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
         use_one_thread_in_a_fork()
         gather = self._opened_gather()
@@ -496,9 +517,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """
         gather = self._gather
         if gather is None:
-            target = target_of(self.target).field
-            names = {*self._stored_fields(), *([target] if target else [])}
-            self._gather = gather = RowGather(self._set.maps(sorted(names)), self.size)
+            maps = self._set.maps(self._mapped_fields())
+            self._gather = gather = RowGather(maps, self.size)
         return gather
 
     def _gathered(self, rows: np.ndarray) -> tuple[Tensor, ...]:
