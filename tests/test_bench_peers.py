@@ -84,11 +84,11 @@ def test_a_reader_that_does_not_run_is_named_with_the_reason(rows: Rows, tmp_pat
     assert re.match(r"Nobody +left out: ModuleNotFoundError: No module named .*nobody'$", line)
 
 
-def test_a_set_too_small_for_an_order_is_one_line(small_set: Path, command: Run) -> None:
-    done = command("bench.peers", small_set)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert f"Use a set with {2 * BATCH} or more" in line
+def test_a_set_too_small_for_an_order_is_one_line(
+    small_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main([str(small_set)]) == 2
+    assert f"Use a set with {2 * BATCH} or more" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------- what is compared
