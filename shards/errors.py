@@ -244,12 +244,16 @@ class WrongPlace(PathError):
 
 
 class RemoteSet(WrongPlace):
-    """A set on a mounted Drive. `kind`: of its file system, such as "fuse.drivefs"."""
+    """A set on a mounted Drive, or on what else a service far away is mounted as.
 
-    def __init__(self, path: Any, kind: str) -> None:
-        what = f"is on a mounted Drive ({kind})"
+    kind: of its file system, such as "fuse.drivefs". place: what that is, in words.
+    """
+
+    def __init__(self, path: Any, kind: str, place: str = "a mounted Drive") -> None:
+        what = f"is on {place} ({kind})"
         super().__init__(path, f"{what}: training would read it over the network, row by row")
         self.kind = kind
+        self.place = place
 
 
 class Busy(PathError):

@@ -57,6 +57,16 @@ ALLOWED = {
     "bench.larger": Row(by_m="bench.larger"),
     "bench.many": Row(by_m="bench.many"),
     "bench.memory": Row(by_m="bench.memory"),
+    "bench.peers.__main__": Row(by_m="convert"),
+    "bench.peers.places": Row(by_m="pip"),
+    "bench.peers.process": Row(by_m="bench.peers.reading"),
+    "bench.peers.with_datasets": Row(others="datasets"),
+    "bench.peers.with_grain": Row(others="absl array_record grain"),
+    "bench.peers.with_litdata": Row(others="litdata"),
+    "bench.peers.with_lmdb": Row(others="lmdb"),
+    "bench.peers.with_streaming": Row(others="streaming"),
+    "bench.peers.with_tensordict": Row(others="tensordict"),
+    "bench.peers.with_webdataset": Row(others="webdataset"),
     "bench.tables": Row(lazily="pyarrow"),
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ WHOLE_FILES_NEED_TORCH = {
         "any_source",
         "arguments",
         "augment",
+        "bench_peers",
         "data",
         "ddp",
         "forks",

@@ -78,8 +78,8 @@ def open_for_training(path: DatasetPath, *, allow_remote: bool = False) -> Shard
     """Find, check and open a set, or several as one; of a compressed one the unpacked copy, which
     is made first if need be.
 
-    Raises UserError where there is none, where it is damaged, where it lies on a mounted Drive and
-    that is not allowed, or where several do not go together.
+    Raises UserError where there is none, where it is damaged, where it lies on a mounted Drive,
+    cloud folder or bucket and that is not allowed, or where several do not go together.
     """
     if isinstance(path, list | tuple):
         if not path:
@@ -603,7 +603,7 @@ def create_dataloaders(
     target_size: None, or the set's own size. eval_split: train, val or test, for the second loader;
     "auto": val where the set has val rows, else test.
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows
-    stay on `device`. allow_remote: read a set on a FUSE mount all the same.
+    stay on `device`. allow_remote: read a set on a mounted Drive all the same.
     torch_words: what torch's DataLoader is given besides; what it asks for is so here in any case
     (pin_memory=True), or is refused with the word for it (collate_fn: transform).
 

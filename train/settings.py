@@ -125,7 +125,9 @@ class Settings:
     reset: bool = _flag(
         False, "forget the checkpoints in --out (and OUT-parts of a recipe) and start over"
     )
-    allow_remote: bool = _flag(False, "read a set on a mounted Drive (FUSE) all the same")
+    allow_remote: bool = _flag(
+        False, "read a set on a mounted Drive, cloud folder or bucket all the same"
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -159,7 +159,7 @@ class Archive:
     def _pread(self, n_bytes: int, offset: int) -> bytes:
         """So many bytes, fewer at the end of the file."""
         read = partial(_pread, self._open(), n_bytes, offset)
-        return patiently(read, f"reading {self.path}")
+        return patiently(read, f"reading {self.path}", Path(self.path))
 
     @property
     def n_bytes(self) -> int:

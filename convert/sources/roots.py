@@ -179,11 +179,11 @@ class FolderRoot:
 
     def read(self, path: str) -> bytes:
         """See Roots.read."""
-        return patiently(partial(self._read, path), f"reading {path}")
+        return patiently(partial(self._read, path), f"reading {path}", self.path)
 
     def file(self, path: str) -> Path:
         """See Roots.file."""
-        return patiently(partial(self._file, path), f"reading {path}")
+        return patiently(partial(self._file, path), f"reading {path}", self.path)
 
     def close(self) -> None:
         """No file stays open."""
