@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -166,8 +166,9 @@ def table(args: argparse.Namespace) -> None:
     from convert.sources.layouts import write_table
     from convert.sources.listings import Wanted
 
-    n_rows = write_table(args.source, args.layout, Wanted(kinds=kinds_of(args)), args.out)
-    log(f"{n_rows} rows; paths are relative to {args.source}: give that as --root")
+    n_rows, roots = write_table(args.source, args.layout, Wanted(kinds=kinds_of(args)), args.out)
+    listed = " and ".join(roots)
+    log(f"{n_rows} rows; paths are relative to {listed}: give that as --root")
     print(args.out)
 
 
@@ -242,8 +243,11 @@ def sample(args: argparse.Namespace) -> None:
     """Write made-up rooms: a small .mat, or a directory of frames."""
     from convert.sample import write_sample
     from convert.sample_frames import write_frames
+    from convert.sample_sunrgbd import write_sunrgbd
 
-    write = write_frames if args.layout == "frames" else write_sample
+    write: Callable[[Path, int], None] = write_sample
+    if args.layout != "nyu":
+        write = write_frames if args.layout == "frames" else write_sunrgbd
     write(args.file, args.rows)
     print(args.file)
 

@@ -261,12 +261,14 @@ def _add_pull_flags(p: argparse.ArgumentParser) -> None:
 def _add_sample_flags(p: argparse.ArgumentParser) -> None:
     out_help = "the .mat, or the directory, to write; it must not exist"
     p.add_argument("file", type=as_path, metavar="OUT", help=out_help)
-    layout_help = "nyu: a .mat; frames: a directory of pictures (default: %(default)s)"
-    p.add_argument(
-        "--layout", choices=("nyu", "frames"), default="nyu", metavar="NAME", help=layout_help
+    layout_help = (
+        "nyu: a .mat; frames: a directory of pictures; sunrgbd: SUNRGBD/ and its toolbox "
+        "(default: %(default)s)"
     )
-    rows_help = "rooms in it (1 to 10000, default: %(default)s)"
-    p.add_argument("--rows", type=whole(1, 10_000), default=48, metavar="N", help=rows_help)
+    layouts = ("nyu", "frames", "sunrgbd")
+    p.add_argument("--layout", choices=layouts, default="nyu", metavar="NAME", help=layout_help)
+    rows_help = "rooms in it (1 to 10335, default: %(default)s)"
+    p.add_argument("--rows", type=whole(1, 10_335), default=48, metavar="N", help=rows_help)
 
 
 # ------------------------------------------------------------------------------ what is asked for

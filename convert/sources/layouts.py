@@ -5,16 +5,19 @@ Each is a module with such a function, a line in LAYOUTS, and its name in `openi
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from convert.sources.layouts_frames import is_of_frames, list_frames
 from convert.sources.listings import Listing, Wanted
+from convert.sources.sunrgbd import list_sunrgbd, stamp_sunrgbd
+from convert.sources.sunrgbd_files import is_sunrgbd
 from convert.sources.tables import CAMERA, NONE, FrameTable, Names
 from shards.errors import WrongSetting
 from shards.files import HashingFile, log, write_atomically
-from shards.spec import SPLITS
+from shards.spec import KNOWN_FIELDS, SPLITS
 
 ANY = "frames"  # the layout of a directory that looks like none in particular
 
@@ -23,16 +26,27 @@ ANY = "frames"  # the layout of a directory that looks like none in particular
 class Layout:
     """read: the frames of a directory. is_one: whether one looks like it, for which little is read.
 
-    read raises WrongSource where it is not laid out so, and OSError.
+    stamp: that of the listing, where it can be told with less; None: by reading again. Both raise
+    WrongSource where it is not laid out so, and OSError. of_archives: whether the directory may be
+    a .zip.
     """
 
     read: Callable[[Path, Wanted], Listing]
     is_one: Callable[[Path], bool]
+    stamp: Callable[[Path, Wanted], tuple[int, ...]] | None = None
+    of_archives: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {
     ANY: Layout(read=list_frames, is_one=is_of_frames),
+    "sunrgbd": Layout(read=list_sunrgbd, is_one=is_sunrgbd, stamp=stamp_sunrgbd, of_archives=True),
 }
+
+
+def is_listed(path: Path, name: str) -> bool:
+    """Whether it is a directory, or the archive of one, and no table."""
+    may_be_archive = name == "auto" or (name in LAYOUTS and LAYOUTS[name].of_archives)
+    return path.is_dir() or (may_be_archive and path.suffix.lower() == ".zip")
 
 
 def layout_of(directory: Path, name: str = "auto") -> str:
@@ -54,8 +68,10 @@ def layout_of(directory: Path, name: str = "auto") -> str:
     return found[0]
 
 
-def write_table(directory: Path, layout: str, wanted: Wanted, out: Path) -> int:
-    """The table that a directory is read as, as CSV; how many lines.
+def write_table(
+    directory: Path, layout: str, wanted: Wanted, out: Path
+) -> tuple[int, tuple[str, ...]]:
+    """The table that a directory is read as, as CSV; how many lines, and the roots of its paths.
 
     Raises WrongSource, WrongSetting and OSError.
     """
@@ -63,27 +79,56 @@ def write_table(directory: Path, layout: str, wanted: Wanted, out: Path) -> int:
     warnings = listing.spec.warnings if listing.spec else ()
     for note in (*listing.notes, *warnings):
         log(f"{directory}: {note}")
-    table = listing.table
+    for root in listing.opened.values():
+        root.close()
+    roots, prefixes = _roots_of_table(directory, listing.roots)
 
     def write(file: HashingFile) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows(_lines(table))
+        writer.writerows(_lines(listing.table, prefixes))
         text.flush()
         text.detach()
 
     write_atomically(out, write)
-    return table.n_rows
+    return listing.table.n_rows, roots
 
 
-def _lines(table: FrameTable) -> Iterator[list[str]]:
+def _roots_of_table(
+    directory: Path, roots: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The roots of a table, and what stands before the paths of a field in it, "" for all others.
+
+    All paths of a directory can have it as their root; those in an archive cannot.
+    """
+    if not directory.is_dir() or any(not Path(_place_of(root)[1]).is_dir() for root in roots):
+        return tuple(roots) or (str(directory),), {}
+    prefixes = {}
+    for root in roots:
+        field, place = _place_of(root)
+        inside = os.path.relpath(place, directory)
+        is_outside = inside.split(os.sep)[0] == os.pardir
+        prefixes[field] = "" if inside == os.curdir else f"{place if is_outside else inside}/"
+    return (str(directory),), prefixes
+
+
+def _place_of(root: str) -> tuple[str, str]:
+    """FIELD=PLACE, as layouts give it, or PLACE: (field, place)."""
+    field, is_named, place = root.partition("=")
+    return (field, place) if is_named and field in KNOWN_FIELDS else ("", root)
+
+
+def _lines(table: FrameTable, prefixes: Mapping[str, str]) -> Iterator[list[str]]:
     """The header, then a line a row."""
+    before = {field: prefixes.get(field, prefixes.get("", "")) for field in table.paths}
     has_split = table.split is not None
     has_camera = table.camera_px is not None
     header = [*table.paths, *(["split"] if has_split else []), *table.columns]
     yield [*header, *(CAMERA if has_camera else ())]
     for line in range(table.n_rows):
-        cells = [paths[line] for paths in table.paths.values()]
+        cells = [
+            paths[line] and before[field] + paths[line] for field, paths in table.paths.items()
+        ]
         if table.split is not None:
             cells.append(SPLITS[table.split[line]])
         cells += [_cell(named, line) for named in table.columns.values()]

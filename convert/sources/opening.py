@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # h5py takes a while, and a command line that only asks need 
     from convert.sources.base import Source
     from convert.sources.nyu_mat import Elsewhere
 
-OF_DIRECTORIES = ("frames",)  # as convert.sources.layouts has them
+OF_DIRECTORIES = ("frames", "sunrgbd")  # as convert.sources.layouts has them
 LAYOUTS = ("auto", "nyu", *OF_DIRECTORIES)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
 
@@ -67,6 +67,8 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
         return True
     with suppress(OSError):  # a name too long: opening it says so
         if path.is_dir() and path.suffix.lower() != ".mat":
+            return True
+        if path.name.lower().startswith("sunrgbd") and path.suffix.lower() == ".zip":
             return True
     return path.suffix.lower() in TABLES
 
