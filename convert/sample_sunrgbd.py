@@ -294,11 +294,13 @@ def _array(matlab_class: int, sides: Sequence[int], content: bytes, name: str = 
     return _element(MATRIX, head + _element(1, name.encode()) + content)
 
 
-def _text(text: str) -> bytes:
+def text_cell(text: str) -> bytes:
+    """A char array of one line."""
     return _array(CHAR_CLASS, (1, len(text)), _element(16, text.encode()))
 
 
-def _cell(cells: Sequence[bytes], name: str = "", is_column: bool = False) -> bytes:
+def cell_array(cells: Sequence[bytes], name: str = "", is_column: bool = False) -> bytes:
+    """A cell array of arrays that are written already, (1, N), or (N, 1) as a column."""
     sides = (len(cells), 1) if is_column else (1, len(cells))
     return _array(CELL_CLASS, sides, b"".join(cells), name)
 
@@ -322,19 +324,19 @@ def allsplit(rows: Sequence[MadeUpRow]) -> bytes:
 
     def path(row: MadeUpRow) -> bytes:
         slash = "/" if row.subset.has_slash or row.number in odd else ""
-        return _cell([_text(f"{PREFIX}/{row.path}{slash}")])
+        return cell_array([text_cell(f"{PREFIX}/{row.path}{slash}")])
 
     train = [path(row) for row in rows if row.split == "train"]
     test = [path(row) for row in rows if row.split == "test"]
     n_val = len(train) // 2
     parts = [
-        _cell(train[n_val:], is_column=True),
-        _cell(train[:n_val], is_column=True),
+        cell_array(train[n_val:], is_column=True),
+        cell_array(train[:n_val], is_column=True),
     ]
     return matlab_5(
         [
-            _cell(train, "alltrain"),
-            _cell(test, "alltest"),
+            cell_array(train, "alltrain"),
+            cell_array(test, "alltest"),
             _struct(("train", "val"), [parts], "trainvalsplit"),
         ]
     )
@@ -347,7 +349,7 @@ def meta(rows: Sequence[MadeUpRow]) -> bytes:
     for row in rows:
         names = (f"{row.file_name}.jpg", f"{row.depth_name}.png")
         texts = (f"{META_PREFIX}{row.path}", *names, row.sensor)
-        cells.append([_text(text) for text in texts])
+        cells.append([text_cell(text) for text in texts])
     return matlab_5([_struct(fields, cells, "SUNRGBDMeta")])
 
 

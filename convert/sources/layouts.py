@@ -45,8 +45,11 @@ LAYOUTS: dict[str, Layout] = {
 
 def is_listed(path: Path, name: str) -> bool:
     """Whether it is a directory, or the archive of one, and no table."""
-    may_be_archive = name == "auto" or (name in LAYOUTS and LAYOUTS[name].of_archives)
-    return path.is_dir() or (may_be_archive and path.suffix.lower() == ".zip")
+    if path.is_dir() or path.suffix.lower() != ".zip":
+        return path.is_dir()
+    layouts = {each: layout for each, layout in LAYOUTS.items() if layout.of_archives}
+    is_one = any(layout.is_one(path) for layout in layouts.values())
+    return name in layouts or (name == "auto" and is_one)
 
 
 def layout_of(directory: Path, name: str = "auto") -> str:
@@ -59,7 +62,7 @@ def layout_of(directory: Path, name: str = "auto") -> str:
     found = [each for each in LAYOUTS if each != ANY and LAYOUTS[each].is_one(directory)]
     if not found:
         return ANY  # which says what is missing
-    if LAYOUTS[ANY].is_one(directory):
+    if directory.is_dir() and LAYOUTS[ANY].is_one(directory):
         found.append(ANY)
     if len(found) > 1:
         what = f"{directory} may be {' or '.join(found)}: choose one of them"
@@ -79,8 +82,6 @@ def write_table(
     warnings = listing.spec.warnings if listing.spec else ()
     for note in (*listing.notes, *warnings):
         log(f"{directory}: {note}")
-    for root in listing.opened.values():
-        root.close()
     roots, prefixes = _roots_of_table(directory, listing.roots)
 
     def write(file: HashingFile) -> None:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
     """
     places = places_of(path)
     rows = read_split(places.split_data(), str(places.split))
-    files = places.row_files()
-    scanned = _scan(files, rows)
+    with closing(places.row_files()) as files:
+        stamp = places.stamp(list(files.stamp([row.sequence for row in rows])))
+        scanned = _scan(files, rows)
     kept = _kept(scanned)
     if not kept:
         what = f"has none of the {len(rows)} rows of {places.split}"
@@ -87,7 +89,7 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
     notes = [*_missing(scanned, kept), *_unknown(kept), *_without_labels(places, wanted)]
     return Listing(
         table=table,
-        stamp=places.stamp(list(files.stamp([row.sequence for row in rows]))),
+        stamp=stamp,
         notes=tuple(notes),
         spec=_spec(kept),
         own_columns={"nyu_row": np.array([each.row.nyu_row for each in kept], "<u4")},
@@ -99,10 +101,11 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
 def stamp_sunrgbd(path: Path, wanted: Wanted) -> tuple[int, ...]:
     """That of the listing, without reading anything. Raises as that does."""
     places = places_of(path)
-    sequences = [row.sequence for row in read_split(places.split_data(), str(places.split))]
-    if places.rows.is_dir():
-        return places.stamp(list(places.row_files().stamp(sequences)))
-    return places.stamp([found_at(places.rows.parent, places.rows.name)])
+    if not places.rows.is_dir():
+        return places.stamp([found_at(places.rows.parent, places.rows.name)])
+    rows = read_split(places.split_data(), str(places.split))
+    with closing(places.row_files()) as files:
+        return places.stamp(list(files.stamp([row.sequence for row in rows])))
 
 
 # ------------------------------------------------------------------------------------ what is there

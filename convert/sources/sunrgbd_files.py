@@ -55,6 +55,9 @@ class RowFiles(Protocol):
     def stamp(self, sequences: Sequence[str]) -> Iterator[Found]:
         """Files of these rows, or the one that they are in, which tell whether any was changed."""
 
+    def close(self) -> None:
+        """An archive is opened again where more is read of it."""
+
 
 class TreeFiles:
     """An unpacked SUNRGBD/."""
@@ -83,6 +86,9 @@ class TreeFiles:
                 yield from pictures
             for name in TEXTS:
                 yield found_at(self.place, f"{sequence}/{name}")
+
+    def close(self) -> None:
+        """No file stays open."""
 
     def _entries(self, folder: str) -> list[Found] | None:
         try:
@@ -145,6 +151,10 @@ class ZipFiles:
     def stamp(self, sequences: Sequence[str]) -> Iterator[Found]:
         """See RowFiles."""
         yield found_at(self.place.parent, self.place.name)
+
+    def close(self) -> None:
+        """See RowFiles."""
+        self.archive.close()
 
     def _note(self, raw_name: bytes) -> None:
         parts = raw_name.rsplit(b"/", 2)
