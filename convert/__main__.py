@@ -166,9 +166,11 @@ def table(args: argparse.Namespace) -> None:
     from convert.sources.layouts import write_table
     from convert.sources.listings import Wanted
 
-    n_rows, roots = write_table(args.source, args.layout, Wanted(kinds=kinds_of(args)), args.out)
-    listed = " and ".join(roots)
-    log(f"{n_rows} rows; paths are relative to {listed}: give that as --root")
+    wanted = Wanted(kinds=kinds_of(args), roots=tuple(args.root))
+    n_rows, roots = write_table(args.source, args.layout, wanted, args.out)
+    given = as_typed([word for root in roots for word in ("--root", root)])
+    where = "the same --root" if args.root else given
+    log(f"{n_rows} rows; convert them with {where}")
     print(args.out)
 
 
@@ -240,15 +242,16 @@ def pull(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write made-up rooms: a small .mat, or a directory of frames."""
+    """Write made-up rooms: a small .mat, or a directory of a known layout."""
     from convert.sample import write_sample
     from convert.sample_frames import write_frames
     from convert.sample_sunrgbd import write_sunrgbd
+    from convert.sample_tum import write_tum
 
-    write: Callable[[Path, int], None] = write_sample
-    if args.layout != "nyu":
-        write = write_frames if args.layout == "frames" else write_sunrgbd
-    write(args.file, args.rows)
+    writers: dict[str, Callable[[Path, int], None]]
+    writers = {"nyu": write_sample, "frames": write_frames, "tum": write_tum}
+    writers["sunrgbd"] = write_sunrgbd
+    writers[args.layout](args.file, args.rows)
     print(args.file)
 
 

@@ -454,9 +454,7 @@ def test_its_table_leads_to_the_same_pixels(
     pytest.importorskip("pyarrow", reason="needs pyarrow")
     out = tmp_path / "rows.csv"
     assert main(["table", str(made), "--layout", "sunrgbd", "--out", str(out)]) == 0
-    assert f"{N_ROWS} rows; paths are relative to {made}: give that as --root" in (
-        capsys.readouterr().err
-    )
+    assert f"{N_ROWS} rows; convert them with --root {made}" in capsys.readouterr().err
     lines = read_csv(out)
     assert [line["rgb"].split("/image/")[0] for line in lines] == [
         f"SUNRGBD/{row.path}" for row in ROWS
@@ -481,7 +479,7 @@ def test_a_set_is_verified_against_what_it_was_made_of(
 
 def test_further_fields_are_refused(made: Path, tmp_path: Path) -> None:
     settings = ConversionSettings(fields=("rgb", "thermal"), kinds={"thermal": "grey"})
-    with pytest.raises(WrongSetting, match="thermal"):
+    with pytest.raises(WrongSource, match="has no thermal in its layout"):
         convert_frames(made, tmp_path, settings)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from convert.resize import as_meant
 from convert.sources.base import RowFacts, RowReader
 from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
-from convert.sources.depth_encodings import check_names, looks_undecoded
+from convert.sources.depth_encodings import DepthRule, check_names, looks_undecoded
 from convert.sources.errors import BadRow
 from convert.sources.frame_rows import DepthRules, FrameRows, FramesReader, LabelRule
-from convert.sources.layouts import LAYOUTS, is_listed, layout_of
+from convert.sources.layouts import LAYOUTS, is_laid_out, layout_of
 from convert.sources.listings import Listing, Wanted
 from convert.sources.opening import SourceOptions
 from convert.sources.pictures import decoder_name
@@ -57,8 +57,8 @@ class FramesSource:
         check_names(settings.depth_encoding, settings.depth_scale, settings.depth_trunc)
         self._path = path
         self._wanted = Wanted(kinds=settings.kinds, known=settings.fields, roots=options.roots)
-        self._is_directory = is_listed(path, options.layout)
-        self._layout = layout_of(path, options.layout) if self._is_directory else options.layout
+        self._is_laid_out = is_laid_out(path, options.layout)
+        self._layout = layout_of(path, options.layout) if self._is_laid_out else ""
         listing = self._read(settings)
         table = listing.table
         spec = listing.spec or NOTHING_KNOWN
@@ -78,16 +78,18 @@ class FramesSource:
         self._own_columns = {name: each[lines] for name, each in listing.own_columns.items()}
         paths = dict(table.paths)
         table = replace(table, paths={})  # a million paths are held once
-        self._rows = FrameRows(paths, table.columns.get("depth_encoding"), lines)
+        self._rows = FrameRows(paths, table.columns, lines)
+        if options.label_names is not None:
+            label_names = _label_names(options.label_names)
+            spec = replace(spec, label_names=label_names, label_tables=())
         self.dataset = replace(
             spec,
             name=_dataset_name(path, options.name or spec.name or None),
             scene_types=self._facts.scene_types,
-            label_names=_label_names(options.label_names) or spec.label_names,
             warnings=(*spec.warnings, *_warnings(table, self._places, split)),
         )
 
-        folder = path if self._is_directory else path.parent
+        folder = path if path.is_dir() else path.parent
         roots = options.roots or listing.roots
         self._roots = Roots(folder, roots, options.follow, listing.opened)
         self._depth_rules = DepthRules.of(self._rows, settings)
@@ -107,7 +109,7 @@ class FramesSource:
 
     def _read(self, settings: ConversionSettings) -> Listing:
         """The table, or what the directory's layout makes one of, with its stamp as it was read."""
-        if self._is_directory:
+        if self._is_laid_out:
             listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
@@ -148,7 +150,7 @@ class FramesSource:
         return self._identity
 
     def stamp(self) -> tuple[int, ...]:
-        if self._is_directory:
+        if self._is_laid_out:
             stamp = LAYOUTS[self._layout].stamp
             return stamp(self._path, self._wanted) if stamp else self._listing().stamp
         stat = self._path.stat()
@@ -240,32 +242,34 @@ class FramesSource:
     def _probe_depth(
         self, reader: FramesReader, field: str, rows: Sequence[int], settings: ConversionSettings
     ) -> None:
-        planes = []
+        planes: dict[int, np.ndarray] = {}
         for row in rows:
             try:
                 stored = reader.stored_depth(field, row)
-                if stored is not None and self._rows.encoding_of(row) is None:
-                    planes.append(stored)
             except BadRow:
                 continue  # told when its turn comes
+            if stored is not None:
+                planes[row] = stored
         if not planes:
             return
         named = settings.depth_encoding is not None or settings.depth_scale is not None
-        looks_like = None if named else looks_undecoded(planes)
+        unnamed = [planes[row] for row in planes if self._rows.encoding_of(row) is None]
+        looks_like = None if named or not unnamed else looks_undecoded(unnamed)
         if looks_like is not None:
             what = f"left at its default, but {field} of {self} looks like {looks_like}"
             raise WrongSetting(
                 "depth_encoding", "mm", f"{what}. Choose that, or mm if it is not so"
             )
-        self._say_median(field, planes[len(planes) // 2])
+        row = list(planes)[len(planes) // 2]
+        self._say_median(field, planes[row], self._depth_rules.of_row(self._rows, row))
 
-    def _say_median(self, field: str, stored_hw: np.ndarray) -> None:
+    def _say_median(self, field: str, stored_hw: np.ndarray, rule: DepthRule) -> None:
         """What a median pixel becomes: a wrong unit shows at once."""
         is_measured = np.isfinite(stored_hw) & (stored_hw > 0)
         if not is_measured.any():
             return
         try:
-            mm = self._depth_rules.usual.to_mm(stored_hw)
+            mm = rule.to_mm(stored_hw)
         except BadRow:
             return
         median = np.median(stored_hw[is_measured])
@@ -409,13 +413,11 @@ def _dataset_name(path: Path, given: str | None) -> str:
     return stem[:64] if NAME.fullmatch(stem[:64]) else f"set_{stem}"[:64].rstrip("_")
 
 
-def _label_names(path: Path | None) -> tuple[str, ...]:
+def _label_names(path: Path) -> tuple[str, ...]:
     """A name a line: of ids 1, 2, ...; of 0, 1, ... where another id than 0 is void.
 
     Raises WrongSource.
     """
-    if path is None:
-        return ()
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:

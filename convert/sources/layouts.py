@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.sources.layouts_bts import is_bts, list_bts
 from convert.sources.layouts_frames import is_of_frames, list_frames
+from convert.sources.layouts_nyu_raw import is_nyu_raw, list_nyu_raw
+from convert.sources.layouts_scannet import is_scannet, list_scannet
+from convert.sources.layouts_tum import is_tum, list_tum
 from convert.sources.listings import Listing, Wanted
+from convert.sources.roots import parted
 from convert.sources.sunrgbd import list_sunrgbd, stamp_sunrgbd
 from convert.sources.sunrgbd_files import is_sunrgbd
 from convert.sources.tables import CAMERA, NONE, FrameTable, Names
-from shards.errors import WrongSetting
+from shards.errors import WrongSetting, WrongSource
 from shards.files import HashingFile, log, write_atomically
-from shards.spec import KNOWN_FIELDS, SPLITS
+from shards.spec import SPLITS
 
+AUTO = "auto"
 ANY = "frames"  # the layout of a directory that looks like none in particular
 
 
@@ -26,30 +32,44 @@ ANY = "frames"  # the layout of a directory that looks like none in particular
 class Layout:
     """read: the frames of a directory. is_one: whether one looks like it, for which little is read.
 
-    stamp: that of the listing, where it can be told with less; None: by reading again. Both raise
-    WrongSource where it is not laid out so, and OSError. of_archives: whether the directory may be
-    a .zip.
+    read raises WrongSource where it is not laid out so, and OSError. reads_files: whether it may
+    also be given a list, a file whose paths are relative to its folder, or an archive. stamp: that
+    of the listing, where it is told with less; None: by reading again.
     """
 
     read: Callable[[Path, Wanted], Listing]
     is_one: Callable[[Path], bool]
+    reads_files: bool = False
     stamp: Callable[[Path, Wanted], tuple[int, ...]] | None = None
-    of_archives: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {
     ANY: Layout(read=list_frames, is_one=is_of_frames),
-    "sunrgbd": Layout(read=list_sunrgbd, is_one=is_sunrgbd, stamp=stamp_sunrgbd, of_archives=True),
+    "bts": Layout(read=list_bts, is_one=is_bts, reads_files=True),
+    "nyu_raw": Layout(read=list_nyu_raw, is_one=is_nyu_raw),
+    "scannet": Layout(read=list_scannet, is_one=is_scannet),
+    "sunrgbd": Layout(read=list_sunrgbd, is_one=is_sunrgbd, reads_files=True, stamp=stamp_sunrgbd),
+    "tum": Layout(read=list_tum, is_one=is_tum, reads_files=True),
 }
+OF_ARCHIVES = ["sunrgbd"]  # those that are told by the archive's name
 
 
-def is_listed(path: Path, name: str) -> bool:
-    """Whether it is a directory, or the archive of one, and no table."""
-    if path.is_dir() or path.suffix.lower() != ".zip":
-        return path.is_dir()
-    layouts = {each: layout for each, layout in LAYOUTS.items() if layout.of_archives}
-    is_one = any(layout.is_one(path) for layout in layouts.values())
-    return name in layouts or (name == "auto" and is_one)
+def is_laid_out(source: Path, layout: str) -> bool:
+    """Whether a layout makes the table of a source; else it is a table itself.
+
+    Raises WrongSource for a file where only a directory can be.
+    """
+    if source.is_dir():
+        return True
+    if not source.exists():
+        return False
+    if layout == AUTO:
+        return any(LAYOUTS[each].is_one(source) for each in OF_ARCHIVES)
+    if layout == ANY:
+        return False
+    if not LAYOUTS[layout].reads_files:
+        raise WrongSource(source, f"is a file, and {layout} a layout of directories")
+    return True
 
 
 def layout_of(directory: Path, name: str = "auto") -> str:
@@ -57,16 +77,18 @@ def layout_of(directory: Path, name: str = "auto") -> str:
 
     Raises WrongSetting where it looks like several.
     """
-    if name != "auto":
+    if name != AUTO:
         return name
-    found = [each for each in LAYOUTS if each != ANY and LAYOUTS[each].is_one(directory)]
+    is_archive = not directory.is_dir()
+    choices = OF_ARCHIVES if is_archive else [each for each in LAYOUTS if each != ANY]
+    found = [each for each in choices if LAYOUTS[each].is_one(directory)]
     if not found:
         return ANY  # which says what is missing
-    if directory.is_dir() and LAYOUTS[ANY].is_one(directory):
+    if not is_archive and LAYOUTS[ANY].is_one(directory):
         found.append(ANY)
     if len(found) > 1:
         what = f"{directory} may be {' or '.join(found)}: choose one of them"
-        raise WrongSetting("layout", "auto", what)
+        raise WrongSetting("layout", AUTO, what)
     log(f"{directory}: laid out as {found[0]}")
     return found[0]
 
@@ -82,7 +104,7 @@ def write_table(
     warnings = listing.spec.warnings if listing.spec else ()
     for note in (*listing.notes, *warnings):
         log(f"{directory}: {note}")
-    roots, prefixes = _roots_of_table(directory, listing.roots)
+    roots, prefixes = _roots_of_table(directory, wanted.roots or listing.roots)
 
     def write(file: HashingFile) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
@@ -100,23 +122,20 @@ def _roots_of_table(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The roots of a table, and what stands before the paths of a field in it, "" for all others.
 
-    All paths of a directory can have it as their root; those in an archive cannot.
+    roots: where a layout says that its paths lead. Within a directory that can be said by the paths
+    themselves, and it is the root of all of them.
     """
-    if not directory.is_dir() or any(not Path(_place_of(root)[1]).is_dir() for root in roots):
-        return tuple(roots) or (str(directory),), {}
+    parts = [parted(root) for root in roots]
+    if not parts:
+        return (str(directory if directory.is_dir() else directory.parent),), {}
+    if not directory.is_dir() or not all(Path(place).is_dir() for _, place in parts):
+        return tuple(roots), {}
     prefixes = {}
-    for root in roots:
-        field, place = _place_of(root)
+    for field, place in parts:
         inside = os.path.relpath(place, directory)
         is_outside = inside.split(os.sep)[0] == os.pardir
         prefixes[field] = "" if inside == os.curdir else f"{place if is_outside else inside}/"
     return (str(directory),), prefixes
-
-
-def _place_of(root: str) -> tuple[str, str]:
-    """FIELD=PLACE, as layouts give it, or PLACE: (field, place)."""
-    field, is_named, place = root.partition("=")
-    return (field, place) if is_named and field in KNOWN_FIELDS else ("", root)
 
 
 def _lines(table: FrameTable, prefixes: Mapping[str, str]) -> Iterator[list[str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.sources.folder_names import FOLDERS
 from convert.sources.listings import (
     Found,
     Listing,
@@ -28,14 +29,6 @@ from shards.errors import UserError, WrongSource
 from shards.spec import SPLITS
 from shards.texts import Texts
 
-# What people call the folder of a field.
-FOLDERS = {
-    "rgb": ("rgb", "image", "images", "color", "colour"),
-    "depth": ("depth", "depths"),
-    "raw_depth": ("raw_depth", "depth_raw"),
-    "label": ("label", "labels", "semantic", "seg", "masks"),
-    "instance": ("instance", "instances"),
-}
 SHOWN = 2  # names in a message
 
 Pictures = Mapping[str, Found]  # by the name that the pictures of one row have in common

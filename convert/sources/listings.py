@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,12 @@ def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
     return found
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in it, by name, without those that are hidden or whose name is no text."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return [folder / name for name in sorted(names) if name[0] != "." and name.isprintable()]
+
+
 def pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEntry[str]"]:
     """Every picture file; what is hidden, as .DS_Store and ._x.png, is none."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -119,6 +126,14 @@ def pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEnt
             yield entry
         elif is_folder and is_deep:
             yield from pictures_under(Path(entry.path))
+
+
+def refuse_further_fields(source: Path, wanted: Wanted) -> None:
+    """Raise WrongSource for fields that a layout has no folder of."""
+    if wanted.kinds:
+        name = next(iter(wanted.kinds))
+        what = f"has no {name} in its layout"
+        raise WrongSource(source, what, "Write its table, and add a column")
 
 
 def stamp_of(files: Iterable[Found]) -> tuple[int, ...]:
@@ -172,11 +187,12 @@ def table_of(
 ) -> FrameTable:
     """A table of rows that are given by columns. fields: each row's file, None where there is none.
 
-    columns: texts, "" for an empty cell. split: of shards.spec.SPLITS. camera_px: [N, 4], see
-    FrameTable. All of that is in the hash, with the sizes of files.
+    columns: texts, "" for an empty cell; a column of those alone is left out. split: of
+    shards.spec.SPLITS. camera_px: [N, 4], see FrameTable. All of that is in the hash, with the
+    sizes of files.
     """
     digest, n_bytes = hash_of_files(fields)
-    named = {name: column_of(texts) for name, texts in columns.items()}
+    named = {name: column_of(texts) for name, texts in columns.items() if any(texts)}
     splits = None if split is None else np.array([SPLITS.index(name) for name in split], np.uint8)
     cameras = None if camera_px is None else np.asarray(camera_px, "<f4")
     for name, column in named.items():
@@ -197,5 +213,11 @@ def table_of(
         sha256=digest.hexdigest(),
         n_bytes=n_bytes,
         not_used=(),
-        n_repeated=0,
+        n_repeated=_n_repeated(fields["rgb"]),
     )
+
+
+def _n_repeated(files: Sequence[Found | None]) -> int:
+    """How many are there more than once."""
+    n_of_path = Counter(each.path for each in files if each)
+    return sum(n for n in n_of_path.values() if n > 1)

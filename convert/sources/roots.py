@@ -76,7 +76,7 @@ class Roots:
     def _open_all(self, given: Sequence[str], follow: bool) -> None:
         there = set()
         for text in given:
-            field, place = _parted(text)
+            field, place = parted(text)
             if field in there:
                 raise WrongSetting("root", text, "one is given for that already")
             there.add(field)
@@ -121,8 +121,8 @@ class Roots:
             root.close()
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """(field, place); "" as the field for all of them."""
+def parted(text: str) -> tuple[str, str]:
+    """(field, place) of a root as a user writes it; "" as the field for all of them."""
     match = OF_ONE_FIELD.fullmatch(text)
     if match is None or Path(text).exists():
         return "", text

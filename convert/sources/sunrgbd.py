@@ -15,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.sources.listings import Found, Listing, Wanted, found_at, table_of
+from convert.sources.listings import (
+    Found,
+    Listing,
+    Wanted,
+    found_at,
+    refuse_further_fields,
+    table_of,
+)
 from convert.sources.sunrgbd_files import (
     FOLDERS,
     TEXTS,
@@ -63,6 +70,7 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
 
     Raises WrongSource where the split or every row is missing, or a file of the toolbox is damaged.
     """
+    refuse_further_fields(path, wanted)
     places = places_of(path)
     rows = read_split(places.split_data(), str(places.split))
     with closing(places.row_files()) as files:
