@@ -30,6 +30,7 @@ from convert.sources.nyu_tables import tables as nyu_lists
 from convert.sources.sunrgbd_tables import (
     LABEL_NAMES,
     LABELS_FILE,
+    META_FILE,
     SCENE_TYPES_OF_19,
     SPLIT_FILE,
     nyu_scenes,
@@ -40,7 +41,6 @@ from shards.spec import SPLITS
 
 ROWS = "SUNRGBD"
 TOOLBOX = "SUNRGBDtoolbox"
-META_FILE = "Metadata/SUNRGBDMeta.mat"
 PREFIX = "/n/fs/sun3d/data/SUNRGBD"  # of the paths in allsplit.mat
 META_PREFIX = "SUNRGBD//"  # and of those in SUNRGBDMeta.mat
 N_REAL = 10_335

@@ -21,6 +21,7 @@ from convert.sample_sunrgbd import (
     N_REAL,
     MadeUpRow,
     made_up_rows,
+    meta,
     pictures,
     rotated,
     write_sunrgbd,
@@ -423,6 +424,44 @@ def test_labels_that_are_damaged_are_refused_in_one_line(copy: Path, data: bytes
         file["SUNRGBD2Dseg/seglabel"] = np.zeros(3)
     with pytest.raises(WrongSource, match="has no cell array SUNRGBD2Dseg/seglabel"):
         list_sunrgbd(copy, Wanted())
+
+
+def test_labels_are_in_the_order_of_meta_where_that_is_another(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    n_turned = sum(row.split == "test" for row in rows_in("kv2/kinect2data"))  # of one size
+    turned = [*reversed(ROWS[:n_turned]), *ROWS[n_turned:]]
+    (copy / "SUNRGBDtoolbox/Metadata/SUNRGBDMeta.mat").write_bytes(meta(turned))
+    made = converted(copy, tmp_path / "out", SETTINGS)
+    said = "rows are in the order of SUNRGBDMeta.mat, not of allsplit.mat"
+    assert said in capsys.readouterr().err
+    labels = by_line(made, "label")
+    files = by_rows(made, "rgb_file")
+    for line, row in enumerate(turned):
+        assert str(files[line]).startswith(row.path)
+        right = resized(made.field("label"), pictures(ROWS[line])["label"], SETTINGS.size)
+        np.testing.assert_array_equal(labels[line], right)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "cannot be read as MATLAB 5"),
+        (meta(ROWS)[:-40], "cannot be read as MATLAB 5"),
+        (meta(ROWS[1:]), "has other rows"),
+    ],
+    ids=["empty", "cut", "other rows"],
+)
+def test_a_meta_that_is_damaged_or_of_other_rows_does_not_count(
+    copy: Path, data: bytes, said: str
+) -> None:
+    before = list_sunrgbd(copy, Wanted())
+    (copy / "SUNRGBDtoolbox/Metadata/SUNRGBDMeta.mat").write_bytes(data)
+    after = list_sunrgbd(copy, Wanted())
+    assert before.notes == ()
+    assert said in after.notes[0]
+    assert "order" in after.notes[0]
+    assert after.table.sha256 == before.table.sha256
 
 
 # ---------------------------------------------------------------------------------------- the rest

@@ -21,7 +21,7 @@ from convert.sample_sunrgbd import (
     text_cell,
 )
 from convert.sources.errors import BadRow
-from convert.sources.matlab5 import arrays_in, reading
+from convert.sources.matlab5 import arrays_in, reading, struct_texts
 from convert.sources.nyu_tables import split_of
 from convert.sources.sunrgbd_rows import NO_NYU_ROW, SunRow, read_split, sequence_of
 from convert.sources.sunrgbd_tables import nyu_scenes
@@ -213,6 +213,46 @@ def test_cells_that_the_bytes_cannot_hold_are_not_counted_through() -> None:
     (found,) = arrays_in(matlab_5([many])).values()
     with pytest.raises(BadRow, match="1073741824 cells in"), reading():
         list(found.texts())
+
+
+def test_a_field_of_structs_is_read_without_what_is_in_the_others(tmp_path: Path) -> None:
+    io = pytest.importorskip("scipy.io", reason="needs scipy")
+    structs = np.zeros((1, 50), dtype=[("large", "O"), ("name", "O"), ("boxes", "O")])
+    for k in range(50):
+        boxes = np.zeros((1, k % 3), dtype=[("label", "O")])
+        structs[0, k] = (np.full((90, 130), float(k)), f"row {k}", boxes)
+    path = tmp_path / "a.mat"
+    for packs in (False, True):
+        io.savemat(path, {"x": np.eye(3), "s": structs}, do_compression=packs)
+        assert struct_texts(path, "s", "name") == [f"row {k}" for k in range(50)]
+        for name, field, said in (
+            ("t", "name", "has no array t"),
+            ("s", "names", "has no field names"),
+            ("s", "large", "a text of 93648 bytes"),
+            ("s", "boxes", "has no text there"),
+            ("x", "name", "has no array of structs there"),
+        ):
+            with pytest.raises(BadRow, match=said):
+                struct_texts(path, name, field)
+        whole = path.read_bytes()
+        for n_bytes in range(0, len(whole), len(whole) // 40):
+            path.write_bytes(whole[:n_bytes])
+            with pytest.raises(BadRow):
+                struct_texts(path, "s", "name")
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_damaged_structs_are_errors_or_other_texts(step: int, tmp_path: Path) -> None:
+    whole = meta(made_up_rows(12))
+    path = tmp_path / "meta.mat"
+    rng = np.random.default_rng(step)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for at in rng.integers(124, len(whole), step):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        with suppress(BadRow):
+            assert len(struct_texts(path, "SUNRGBDMeta", "sequenceName")) <= 12
 
 
 @pytest.mark.parametrize("step", [1, 7])

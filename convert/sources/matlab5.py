@@ -33,6 +33,7 @@ NUMBERS = {
     **{7: "f4", 9: "f8", 12: "i8", 13: "u8"},
 }
 CELLS = 1  # and of an array's classes
+STRUCT = 2
 TEXT = 4
 CLASSES = {
     **{6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2"},
@@ -46,6 +47,9 @@ MAX_DEFLATE = 1100  # deflate never packs better than 1032 to 1
 MAX_ELEMENTS = 10_000  # arrays in a file
 MAX_TEXT_BYTES = 4096
 MAX_NESTED = 4  # cells in a cell, each alone in its own
+MAX_STRUCT_FIELDS = 256
+MAX_STRUCTS = 1 << 20
+BLOCK_BYTES = 1 << 16
 PEEK_BYTES = 4096  # of an array, in which its name is
 N_KEPT = 2  # arrays in memory: of two fields
 Stamp = tuple[int, int]  # bytes, time of the last change in nanoseconds
@@ -171,6 +175,22 @@ def arrays_in(data: bytes) -> dict[str, Array]:
         return {name: _array_at(opened, at, order) for name, (at, _) in places.items()}
 
 
+def struct_texts(file: Path, name: str, field: str) -> list[str]:
+    """A field of text of each struct of an array, in MATLAB's order.
+
+    The array is unpacked a block at a time, and what is in other fields is passed over: they may be
+    hundreds of megabytes. Raises BadRow where there is no such array or field, or the file is
+    damaged; OSError.
+    """
+    places = _places(file, _stamp(file))
+    if name not in places:
+        raise BadRow(f"has no array {name}")
+    with file.open("rb") as opened, reading():
+        order = _byte_order(opened)
+        at, _ = places[name]
+        return list(_texts_of_field(_Stream(opened, at, order), field))
+
+
 @contextmanager
 def reading() -> Iterator[None]:
     """BadRow for whatever damaged data leads to."""
@@ -228,6 +248,98 @@ def _array_at(opened: BinaryIO, at: int, order: str) -> Array:
     if kind == COMPRESSED:
         data = _inflate(data, order)
     return _array(memoryview(data), order)
+
+
+class _Stream:
+    """What is in one array's element, from its head on, packed or not."""
+
+    def __init__(self, opened: BinaryIO, at: int, order: str) -> None:
+        self.order = order
+        self._opened = opened
+        kind, self._n_left = struct.unpack(f"{order}II", _read(opened, at, 8))
+        self._inflate = zlib.decompressobj() if kind == COMPRESSED else None
+        self._ready = b""
+        if self._inflate is not None:
+            self.read(8)  # the head of what was packed
+
+    def read(self, n_bytes: int) -> bytes:
+        """So many bytes. Raises Damaged where there are fewer."""
+        while len(self._ready) < n_bytes:
+            self._ready += self._next()
+        data = self._ready[:n_bytes]
+        self._ready = self._ready[n_bytes:]
+        return data
+
+    def skip(self, n_bytes: int) -> None:
+        """Pass over so many."""
+        while n_bytes > len(self._ready):
+            n_bytes -= len(self._ready)
+            self._ready = self._next()
+        self._ready = self._ready[n_bytes:]
+
+    def element(self) -> Element:
+        """The next one, read whole. Raises Damaged."""
+        head = self.read(8)
+        (first, second) = struct.unpack(f"{self.order}II", head)
+        if first >> 16:
+            return Element(first & 0xFFFF, memoryview(head)[4 : 4 + (first >> 16)], 0)
+        if second > BLOCK_BYTES:
+            raise Damaged(f"an element of {second} bytes where a small one was expected")
+        body = self.read(-(-second // 8) * 8)
+        return Element(first, memoryview(body)[:second], 0)
+
+    def _next(self) -> bytes:
+        """A block more; never empty. Raises Damaged at the end."""
+        while True:
+            if self._inflate is not None and self._inflate.unconsumed_tail:
+                packed = self._inflate.unconsumed_tail
+            else:
+                packed = self._opened.read(min(BLOCK_BYTES, self._n_left))
+                self._n_left -= len(packed)
+            if not packed:
+                raise Damaged("it ends too early")
+            data = packed
+            if self._inflate is not None:
+                data = self._inflate.decompress(packed, BLOCK_BYTES)
+            if data:
+                return data
+
+
+def _texts_of_field(stream: _Stream, field: str) -> Iterator[str]:
+    """Raises Damaged, BadRow and what `reading` takes."""
+    order = stream.order
+    (word,) = struct.unpack_from(f"{order}I", stream.element().body)
+    sides = stream.element().body
+    n_structs = math.prod(struct.unpack(f"{order}{len(sides) // 4}I", sides))
+    stream.element()  # its name
+    if word & 0xFF != STRUCT:
+        raise BadRow("has no array of structs there")
+    if n_structs > MAX_STRUCTS:
+        raise Damaged(f"{n_structs} structs")
+    names = _field_names(stream)
+    if field not in names:
+        raise BadRow(f"has no field {field} in its structs")
+    for _ in range(n_structs):
+        for name in names:
+            kind, n_bytes = struct.unpack(f"{order}II", stream.read(8))
+            if kind != MATRIX:
+                raise Damaged(f"a field of type {kind}")
+            if name == field:
+                if n_bytes > BLOCK_BYTES:
+                    raise Damaged(f"a text of {n_bytes} bytes")
+                yield _array(memoryview(stream.read(n_bytes)), order).text()
+            else:
+                stream.skip(n_bytes)
+
+
+def _field_names(stream: _Stream) -> list[str]:
+    """Of an array of structs, each in so many letters as the longest needs. Raises Damaged."""
+    (n_letters,) = struct.unpack(f"{stream.order}I", stream.element().body)
+    letters = bytes(stream.element().body)
+    if not 1 <= n_letters <= len(letters) <= n_letters * MAX_STRUCT_FIELDS:
+        raise Damaged(f"names of {n_letters} letters in {len(letters)}")
+    starts = range(0, len(letters) - n_letters + 1, n_letters)
+    return [letters[at : at + n_letters].rstrip(b"\0").decode("latin-1") for at in starts]
 
 
 def _byte_order(opened: BinaryIO) -> str:

@@ -7,7 +7,7 @@ names that cannot be built; a row's scene type and camera are two small files be
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -33,8 +33,9 @@ from convert.sources.sunrgbd_files import (
     places_of,
 )
 from convert.sources.sunrgbd_labels import label_planes
-from convert.sources.sunrgbd_rows import SunRow, read_split
+from convert.sources.sunrgbd_rows import SunRow, in_order_of_meta, read_split
 from convert.sources.sunrgbd_tables import DEPTH_ENCODING, SCENE_TYPES, sunrgbd
+from convert.sources.tables import FrameTable
 from shards.errors import WrongSource
 from shards.spec import DatasetSpec
 
@@ -72,7 +73,7 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
     """
     refuse_further_fields(path, wanted)
     places = places_of(path)
-    rows = read_split(places.split_data(), str(places.split))
+    rows, said = _rows_of(places)
     with closing(places.row_files()) as files:
         stamp = places.stamp(list(files.stamp([row.sequence for row in rows])))
         scanned = _scan(files, rows)
@@ -84,21 +85,11 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
     if "label" in wanted.fields and places.labels is not None:
         planes = label_planes(places.labels, len(rows))
         fields["label"] = [planes[each.number] for each in kept]
-    table = table_of(
-        fields,
-        {
-            "scene": [each.row.place for each in kept],
-            "scene_type": [each.scene_type for each in kept],
-            "depth_encoding": [DEPTH_ENCODING] * len(kept),
-        },
-        split=[each.row.split for each in kept],
-        camera_px=np.array([each.camera_px for each in kept]),
-    )
-    notes = [*_missing(scanned, kept), *_unknown(kept), *_without_labels(places, wanted)]
+    notes = (*_missing(scanned, kept), *_unknown(kept), *_without_labels(places, wanted))
     return Listing(
-        table=table,
+        table=_table(fields, kept),
         stamp=stamp,
-        notes=tuple(notes),
+        notes=(*said, *notes),
         spec=_spec(kept),
         own_columns={"nyu_row": np.array([each.row.nyu_row for each in kept], "<u4")},
         roots=_roots(places),
@@ -117,6 +108,15 @@ def stamp_sunrgbd(path: Path, wanted: Wanted) -> tuple[int, ...]:
 
 
 # ------------------------------------------------------------------------------------ what is there
+
+
+def _rows_of(places: SunPlaces) -> tuple[Sequence[SunRow], list[str]]:
+    """All rows in their order, there or not; and what is to be said of it."""
+    rows = read_split(places.split_data(), str(places.split))
+    if places.meta is None:
+        return rows, []
+    ordered, said = in_order_of_meta(rows, places.meta)
+    return ordered, [said] if said else []
 
 
 def _scan(files: RowFiles, rows: Sequence[SunRow]) -> list[Scanned]:
@@ -172,6 +172,20 @@ def _fields(kept: Sequence[Scanned], wanted: Wanted) -> dict[str, list[Found | N
         if field == "rgb" or (is_there and field in wanted.fields):
             found[field] = [_the_one(each, folder) for each in kept]
     return found
+
+
+def _table(fields: Mapping[str, Sequence[Found | None]], kept: Sequence[Scanned]) -> FrameTable:
+    columns = {
+        "scene": [each.row.place for each in kept],
+        "scene_type": [each.scene_type for each in kept],
+        "depth_encoding": [DEPTH_ENCODING] * len(kept),
+    }
+    return table_of(
+        fields,
+        columns,
+        split=[each.row.split for each in kept],
+        camera_px=np.array([each.camera_px for each in kept]),
+    )
 
 
 def _the_one(scanned: Scanned, folder: str) -> Found:

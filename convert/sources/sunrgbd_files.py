@@ -19,7 +19,7 @@ from convert.sources.archives import Archive, ZipArchive
 from convert.sources.errors import BadRow
 from convert.sources.listings import SUFFIXES, Found, entries_of, found_at, stamp_of, status_of
 from convert.sources.roots import ArchiveRoot, Root
-from convert.sources.sunrgbd_tables import HOME, LABELS_FILE, SENSORS, SPLIT_FILE
+from convert.sources.sunrgbd_tables import HOME, LABELS_FILE, META_FILE, SENSORS, SPLIT_FILE
 from shards.errors import WrongSource
 from stores.mounted import patiently
 
@@ -181,14 +181,16 @@ class ZipFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class SunPlaces:
-    """rows: SUNRGBD/ or its archive. toolbox: folders in which the other files may lie.
+    """rows: SUNRGBD/ or its archive.
 
-    split: allsplit.mat, or the archive that it is in. labels: SUNRGBD2Dseg.mat; None: not there.
+    split: allsplit.mat, or the archive that it is in. labels: SUNRGBD2Dseg.mat, and meta:
+    SUNRGBDMeta.mat; None: not there.
     """
 
     rows: Path
     split: Path
     labels: Path | None
+    meta: Path | None
 
     def row_files(self) -> RowFiles:
         """Raises WrongSource for a damaged archive."""
@@ -206,7 +208,8 @@ class SunPlaces:
 
     def stamp(self, files: Sequence[Found]) -> tuple[int, ...]:
         """Of these files of rows, of the split and of the labels."""
-        others = [each for each in (self.split, self.labels) if each is not None]
+        files_of_toolbox = (self.split, self.labels, self.meta)
+        others = [each for each in files_of_toolbox if each is not None]
         return stamp_of([*files, *(found_at(each.parent, each.name) for each in others)])
 
 
@@ -223,7 +226,12 @@ def places_of(path: Path) -> SunPlaces:
     split = _first_of(folders, SPLIT_FILE, f"{TOOLBOX}.zip")
     if split is None:
         raise _no_split(path)
-    return SunPlaces(rows=rows, split=split, labels=_first_of(folders, LABELS_FILE))
+    return SunPlaces(
+        rows=rows,
+        split=split,
+        labels=_first_of(folders, LABELS_FILE),
+        meta=_first_of(folders, META_FILE),
+    )
 
 
 def is_sunrgbd(path: Path) -> bool:

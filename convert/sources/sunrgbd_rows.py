@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from convert.sources.errors import BadRow
-from convert.sources.matlab5 import Array, arrays_in, reading
+from convert.sources.matlab5 import Array, arrays_in, reading, struct_texts
 from convert.sources.sunrgbd_tables import SENSORS, nyu_scenes
 from shards.errors import WrongSource, shown
 
@@ -83,6 +84,24 @@ def sequence_of(path: str) -> str:
     if not is_inside or any(part.startswith(".") for part in parts):
         raise BadRow(f"has {shown(path)}, which is no row of SUN RGB-D")
     return "/".join(parts)
+
+
+def in_order_of_meta(rows: Sequence[SunRow], meta: Path) -> tuple[Sequence[SunRow], str]:
+    """The rows in the order of SUNRGBDMeta.mat, which labels have too; and what is to be said.
+
+    It is the order of the split as far as is known. A file that is damaged, or of other rows, does
+    not count. Raises OSError.
+    """
+    try:
+        paths = struct_texts(meta, "SUNRGBDMeta", "sequenceName")
+        number_of = {sequence_of(path): number for number, path in enumerate(paths)}
+    except BadRow as error:
+        return rows, f"{meta.name} {error}: the order of rows is that of allsplit.mat"
+    if number_of.keys() != {row.sequence for row in rows}:
+        return rows, f"{meta.name} has other rows: their order is that of allsplit.mat"
+    ordered = sorted(rows, key=lambda row: number_of[row.sequence])
+    is_same = ordered == list(rows)
+    return ordered, "" if is_same else f"rows are in the order of {meta.name}, not of allsplit.mat"
 
 
 def _check(rows: Sequence[SunRow], where: str) -> None:

@@ -35,6 +35,7 @@ SENSORS = ("kv1", "kv2", "realsense", "xtion")
 DEPTH_ENCODING = "sunrgbd"
 SPLIT_FILE = "traintestSUNRGBD/allsplit.mat"
 LABELS_FILE = "Metadata/SUNRGBD2Dseg.mat"
+META_FILE = "Metadata/SUNRGBDMeta.mat"
 HOME = "https://rgbd.cs.princeton.edu/data/SUNRGBDtoolbox.zip"
 
 
