@@ -10,6 +10,7 @@
       NewerSet                path, version             made by a later version
       DamagedSet              path                      bytes that are not what the manifest says
       OtherSet                path                      in its place lies another set
+      DifferentSets           path, other, what, ours, theirs    they cannot be read as one
       MissingField            path, field, fields
       WrongSource             source                    not what it should be, or not readable
         DamagedSource         source
@@ -203,6 +204,18 @@ class DamagedSet(PathError):
 
 class OtherSet(PathError):
     """In its place lies another set."""
+
+
+class DifferentSets(PathError):
+    """Two sets that cannot be read as one. what: in which they differ."""
+
+    def __init__(self, path: Any, other: Any, what: str, ours: Any, theirs: Any) -> None:
+        problem = f"and {other} cannot be joined: {what} {ours} and {theirs}"
+        super().__init__(path, problem, "Convert one of them again as the other")
+        self.other = other
+        self.what = what
+        self.ours = ours
+        self.theirs = theirs
 
 
 class MissingField(PathError):

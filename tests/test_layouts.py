@@ -360,11 +360,36 @@ def test_a_directory_that_looks_like_two_names_them(
     assert chosen.n_rows == 1
 
 
+def test_what_lies_beside_the_pictures_does_not_disturb_recognition(tmp_path: Path) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png", "more/rgb/1.png")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "scene0000_00").symlink_to(tmp_path / "nothing")
+    write_file(tmp_path / "binary.txt", bytes(range(256)))
+    write_file(tmp_path / "rgb.txt", b"\xff\xfe1 rgb/1.png")
+    (tmp_path / "closed").mkdir(mode=0)
+    assert layout_of(tmp_path) == "frames"
+
+
 @pytest.mark.parametrize("layout", ["scannet", "nyu_raw"])
 def test_a_file_is_no_directory_of_a_layout(layout: str, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))
     with pytest.raises(WrongSource, match=f"is a file, and {layout} a layout of directories"):
         converted(table, tmp_path / "out", options=SourceOptions(layout=layout))
+
+
+@pytest.mark.parametrize("layout", ["auto", *OF_DIRECTORIES])
+def test_the_table_of_what_is_not_there_is_one_line(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--layout", layout, "--out", str(tmp_path / "t.csv")]
+    assert main(["table", str(tmp_path / "nothing"), *words]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'nothing'} is not there\n"
+
+
+def test_a_table_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))
+    assert main(["table", str(table), "--out", str(tmp_path / "u.csv")]) == 2
+    assert capsys.readouterr().err == f"{table} is no directory\n"
 
 
 @pytest.mark.parametrize("layout", [name for name in OF_DIRECTORIES if name != "frames"])

@@ -170,6 +170,7 @@ def test_a_list_of_pairs_is_a_table_too(tmp_path: Path, capsys: pytest.CaptureFi
         ({"a.txt": "0 rgb/1 0 depth/1\n", "b.txt": "0 depth/1 0 rgb/1\n"}, "has a.txt and b.txt, both"),
         ({"a.txt": "0 left/1 0 right/1\n"}, "line 1 has left/1 and right/1, and which is the depth"),
         ({"a.txt": "0 rgb/1 0 depth/1\n\n1 rgb/2 depth/2\n"}, "line 3 is not time, path, time, path"),
+        ({"rgb.txt": "0 rgb/1\n1e999 rgb/2\n", "depth.txt": "0 depth/1\n"}, "line 2 is no time and a path"),
         ({"rgb.txt": "0 rgb/1\nx rgb/2\n", "depth.txt": "0 depth/1\n"}, "line 2 is no time and a path"),
         ({"rgb.txt": "0 rgb/1\n", "depth.txt": "5 depth/1\n"}, "has no rgb and depth less than 0.02 s"),
         ({"rgb.txt": "0 rgb/1\n"}, "has no rgb.txt and depth.txt, nor a list of pairs"),

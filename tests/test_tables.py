@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.sources import table_files
-from convert.sources.tables import ALIASES, MAX_NAMES, NONE, FrameTable, read_table
+from convert.sources.tables import ALIASES, CAMERA, MAX_NAMES, NONE, FrameTable, read_table
 from shards.errors import UserError, WrongSource
 from shards.spec import SPLITS
 
@@ -168,7 +168,8 @@ def test_a_table_of_something_else_is_named_with_its_columns(path: str) -> None:
     ("ours", "theirs"), [(ours, name) for ours, names in ALIASES.items() for name in names]
 )
 def test_every_name_that_people_use_is_understood(ours: str, theirs: str, tmp_path: Path) -> None:
-    cell = {"split": "train", "fx": "1", "fy": "1", "cx": "1", "cy": "1"}.get(ours, "x")
+    cells = {"split": "train", "instance_encoding": "class1000", "registered": "yes"}
+    cell = (cells | dict.fromkeys(CAMERA, "1")).get(ours, "x")
     row = {theirs.title(): cell} | ({} if ours == "rgb" else {"rgb": "a"})
     table = read(tmp_path, "t.csv", as_csv([row]))
     found = [*table.paths, *table.columns]

@@ -100,6 +100,8 @@ def write_table(
 
     Raises WrongSource, WrongSetting and OSError.
     """
+    if not is_laid_out(directory, layout):
+        raise WrongSource(directory, "is no directory" if directory.exists() else "is not there")
     listing = LAYOUTS[layout_of(directory, layout)].read(directory, wanted)
     warnings = listing.spec.warnings if listing.spec else ()
     for note in (*listing.notes, *warnings):

@@ -21,9 +21,10 @@ from convert.sources.listings import (
     Found,
     Listing,
     Wanted,
-    entries_of,
     folders_in,
     found_at,
+    lists_in,
+    named,
     refuse_further_fields,
     stamp_of,
     table_of,
@@ -32,7 +33,7 @@ from convert.sources.nyu_scenes import scene_of, type_of
 from convert.sources.nyu_tables import nyu, tables
 from convert.sources.roots import parted
 from convert.sources.table_files import IS_NUMBER, Fault, path_lines
-from convert.sources.tables import SPLIT_NAMES
+from convert.sources.tables import SPLIT_NAMES, FrameTable
 from convert.sources.timed_lists import first_cells
 from shards.errors import WrongSource, shown
 from shards.spec import DatasetSpec
@@ -79,22 +80,10 @@ def list_bts(source: Path, wanted: Wanted) -> Listing:
     _check_splits(source, lists)
 
     frames = [(each, frame) for each in lists for frame in each.frames]
-    files = {
-        "rgb": [_found(roots, each, "rgb", frame.rgb) for each, frame in frames],
-        "depth": [_found(roots, each, "depth", frame.depth) for each, frame in frames],
-    }
     scenes = [_scene_and_type(frame.rgb) for _, frame in frames]
-    is_nyu = [frame.focal_px == NYU_FOCAL for _, frame in frames]
-    columns = {
-        "scene": [scene for scene, _ in scenes],
-        "scene_type": [kind for _, kind in scenes],
-        "depth_encoding": ["mm" if each else "" for each in is_nyu],
-    }
-    splits = [each.split for each, _ in frames] if lists[0].split else None
-    pictures = [each for of_field in files.values() for each in of_field if each]
     return Listing(
-        table=table_of(files, columns, split=splits, camera_px=_cameras(is_nyu)),
-        stamp=stamp_of([*pictures, *(found_at(directory, name) for name in names)]),
+        table=_table(frames, scenes),
+        stamp=stamp_of(found_at(directory, name) for name in names),
         notes=tuple(_notes(frames)),
         spec=DatasetSpec(name="", width=0, height=0, warnings=tuple(_warnings(frames, scenes))),
     )
@@ -109,8 +98,7 @@ def is_bts(directory: Path) -> bool:
 
 
 def _lists_in(directory: Path) -> list[str]:
-    names = [entry.name for entry in entries_of(directory) if entry.name.lower().endswith(".txt")]
-    return [name for name in names if _is_line(first_cells(directory / name))]
+    return [name for name in lists_in(directory) if _is_line(first_cells(directory / name))]
 
 
 def _is_line(cells: Sequence[str]) -> bool:
@@ -225,15 +213,8 @@ def _words(folder: str) -> set[str]:
     return {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
 
 
-def _found(
-    roots: Mapping[str, Path | None], of_list: FrameList, field: str, path: str
-) -> Found | None:
-    if not path:
-        return None
-    root = roots[field]
-    if root is None:
-        return Found(path, 0, 0)
-    return found_at(root, of_list.begins[field] + path.lstrip("/"))
+def _file(of_list: FrameList, field: str, path: str) -> Found | None:
+    return named(of_list.begins[field] + path.lstrip("/")) if path else None
 
 
 # ---------------------------------------------------------------------------------- what is said
@@ -249,6 +230,24 @@ def _scene_and_type(rgb: str) -> tuple[str, str]:
     if len(folders) == 1 and folders[0] in tables().scene_types:  # the official test rows
         return "", folders[0]
     return "/".join(folders), ""
+
+
+def _table(
+    frames: Sequence[tuple[FrameList, Frame]], scenes: Sequence[tuple[str, str]]
+) -> FrameTable:
+    files = {
+        "rgb": [_file(of_list, "rgb", frame.rgb) for of_list, frame in frames],
+        "depth": [_file(of_list, "depth", frame.depth) for of_list, frame in frames],
+    }
+    is_nyu = [frame.focal_px == NYU_FOCAL for _, frame in frames]
+    columns = {
+        "scene": [scene for scene, _ in scenes],
+        "scene_type": [kind for _, kind in scenes],
+        "depth_encoding": ["mm" if each else "" for each in is_nyu],
+    }
+    has_splits = frames[0][0].split != ""
+    splits = [of_list.split for of_list, _ in frames] if has_splits else None
+    return table_of(files, columns, split=splits, camera_px=_cameras(is_nyu))
 
 
 def _cameras(is_nyu: Sequence[bool]) -> np.ndarray | None:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,12 @@ from shards.spec import SPLITS, DatasetSpec
 
 FILE = re.compile(r"([rd])-(\d{1,12}\.\d{1,9})-\d+\.(ppm|pgm)")  # kind, seconds
 FIELD_OF = {("r", "ppm"): "rgb", ("d", "pgm"): "depth"}
+LOOKED_AT = 100  # of a folder's files, to see whether it is a recording
 FAULTY = "d-1315166703.129542-2466101449.pgm"  # known to the authors' own scripts
 ENCODING = "nyu_raw"
 NOT_REGISTERED = (
     "depth is not registered to rgb, as NYU's toolbox would do it: the two cameras see a thing up "
-    "to 50 of 640 pixels apart"
+    "to some 50 of 640 pixels apart"
 )
 
 
@@ -96,12 +98,13 @@ def is_nyu_raw(directory: Path) -> bool:
 
 
 def _has_files(folder: Path) -> bool:
-    """Seen by the first ones: a folder of another kind has many, too."""
-    with os.scandir(folder) as entries:
-        for entry, _ in zip(entries, range(100), strict=False):
-            if FILE.fullmatch(entry.name):
-                return True
-    return False
+    """Seen by the first ones: a folder of another kind may have many, too, or not be readable."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in islice(entries, LOOKED_AT)]
+    except OSError:
+        return False
+    return any(FILE.fullmatch(name) for name in names)
 
 
 # ------------------------------------------------------------------------------------- recordings
@@ -142,6 +145,8 @@ def _is_cut_short(
 
     size_of: how long those that were opened should be, by field and size.
     """
+    if not n_bytes:  # or a link to nowhere
+        return True
     key = (of_field, n_bytes)
     if key not in size_of:
         with open(path, "rb") as file:

@@ -30,6 +30,7 @@ from convert.sources.listings import (
     table_of,
 )
 from convert.sources.nyu_tables import tables
+from convert.sources.tables import FrameTable
 from shards.errors import WrongSource
 from shards.spec import SPLITS, DatasetSpec, LabelTable
 
@@ -59,8 +60,7 @@ class Scan:
 def list_scannet(directory: Path, wanted: Wanted) -> Listing:
     """The frames of all scans, or of one. Raises WrongSource where there is none."""
     refuse_further_fields(directory, wanted)
-    folders = _scans_in(directory)
-    scans = [_scan(directory, folder, wanted) for folder in folders]
+    scans = [_scan(directory, folder, wanted) for folder in _scans_in(directory)]
     splits, lists = _splits(directory)
     used = [scan for scan in scans if not splits or scan.name in splits]
     if not any(scan.pictures["rgb"] for scan in used):
@@ -73,24 +73,32 @@ def list_scannet(directory: Path, wanted: Wanted) -> Listing:
         for field in FOLDERS
         if field in wanted.fields and any(scan.pictures[field] for scan in used)
     }
-    columns = {
-        "scene": [_place_of(scan.name) for scan, _ in frames],
-        "scene_type": [scan.scene_type for scan, _ in frames],
-        "depth_encoding": ["mm"] * len(frames),
-        "instance_encoding": ["class1000"] * len(frames),
-        "registered": ["yes"] * len(frames),
-    }
-    of_rows = [splits[scan.name] for scan, _ in frames] if splits else None
-    cameras = np.array([scan.camera_px for scan, _ in frames])
-    table = table_of(files, columns, split=of_rows, camera_px=cameras)
     n_left_out = len(scans) - len(used)
-    notes = [f"{n_left_out} scans are in no split's list: left out"] if n_left_out else []
+    left_out = [f"{n_left_out} scans are in no split's list: left out"] if n_left_out else []
     return Listing(
-        table=table,
+        table=_table([scan for scan, _ in frames], files, splits),
         stamp=stamp_of([*lists, *_files(scans)]),
-        notes=(*notes, *_notes(used, files)),
+        notes=(*left_out, *_notes(used, files)),
         spec=_nyu40(),
     )
+
+
+def _table(
+    scans: Sequence[Scan],
+    files: Mapping[str, Sequence[Found | None]],
+    splits: Mapping[str, str],
+) -> FrameTable:
+    """scans: of each row. splits: of the scans by name; empty: none is known."""
+    columns = {
+        "scene": [_place_of(scan.name) for scan in scans],
+        "scene_type": [scan.scene_type for scan in scans],
+        "depth_encoding": ["mm"] * len(scans),
+        "instance_encoding": ["class1000"] * len(scans),
+        "registered": ["yes"] * len(scans),
+    }
+    of_rows = [splits[scan.name] for scan in scans] if splits else None
+    cameras = np.array([scan.camera_px for scan in scans])
+    return table_of(files, columns, split=of_rows, camera_px=cameras)
 
 
 def is_scannet(directory: Path) -> bool:

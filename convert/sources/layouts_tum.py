@@ -15,9 +15,10 @@ from convert.sources.listings import (
     Found,
     Listing,
     Wanted,
-    entries_of,
     folders_in,
     found_at,
+    lists_in,
+    named,
     refuse_further_fields,
     stamp_of,
     table_of,
@@ -27,6 +28,7 @@ from convert.sources.timed_lists import (
     Pair,
     associated,
     first_cells,
+    is_timed,
     is_timed_pair,
     read_pairs,
     read_times,
@@ -79,12 +81,13 @@ def is_tum(directory: Path) -> bool:
 def _is_usual(folder: Path) -> bool:
     if any(is_timed_pair(first_cells(folder / name)) for name in USUAL_PAIRS):
         return True
-    return all(_has_times(folder / name) for name in (RGB, DEPTH))
+    return _has_times(folder)
 
 
-def _has_times(path: Path) -> bool:
-    cells = first_cells(path)
-    return len(cells) == 2 and cells[0].replace(".", "", 1).isdigit()
+def _has_times(folder: Path) -> bool:
+    """Whether both lists of times are there."""
+    cells = [first_cells(folder / name) for name in (RGB, DEPTH)]
+    return all(is_timed(each) and not is_timed_pair(each) for each in cells)
 
 
 # ------------------------------------------------------------------------------------- recordings
@@ -104,18 +107,14 @@ def _recordings_in(directory: Path) -> list[Recording]:
 
 def _recording(path: Path, folder: str, place: str) -> Recording | None:
     """None where a folder is none. Raises WrongSource where two lists of pairs are there."""
-    lists = [
-        entry.name
-        for entry in entries_of(path)
-        if entry.name.lower().endswith(".txt") and is_timed_pair(first_cells(Path(entry)))
-    ]
+    lists = [name for name in lists_in(path) if is_timed_pair(first_cells(path / name))]
     if len(lists) > 1:
         what = f"has {lists[0]} and {lists[1]}, both lists of pairs"
         raise WrongSource(path, what, "Keep one, or give one instead of the folder")
     if lists:
         pairs = read_pairs(path / lists[0])
         return Recording(folder=folder, place=place, pairs=pairs, lists=tuple(lists))
-    if not (_has_times(path / RGB) and _has_times(path / DEPTH)):
+    if not _has_times(path):
         return None
     rgb = read_times(path / RGB)
     depth = read_times(path / DEPTH)
@@ -137,8 +136,8 @@ def _listing(source: Path, directory: Path, recordings: list[Recording]) -> List
     places = []
     for recording in recordings:
         for pair in recording.pairs:
-            files["rgb"].append(found_at(directory, _path(recording.folder, pair.rgb)))
-            files["depth"].append(found_at(directory, _path(recording.folder, pair.depth)))
+            files["rgb"].append(named(_path(recording.folder, pair.rgb)))
+            files["depth"].append(named(_path(recording.folder, pair.depth)))
             places.append(recording.place)
     if not places:
         raise WrongSource(source, f"has no rgb and depth less than {MOST_S} s apart")
@@ -148,10 +147,9 @@ def _listing(source: Path, directory: Path, recordings: list[Recording]) -> List
         for name in recording.lists
     ]
     columns = {"scene": places, "depth_encoding": [ENCODING] * len(places)}
-    pictures = [each for of_field in files.values() for each in of_field if each]
     return Listing(
         table=table_of(files, columns),
-        stamp=stamp_of([*pictures, *lists]),
+        stamp=stamp_of(lists),
         notes=tuple(_notes(recordings)),
     )
 

@@ -83,12 +83,16 @@ def status_of(path: str, entry: "os.DirEntry[str]") -> Found:
 
 
 def found_at(directory: Path, path: str) -> Found:
-    """A file that a list names. Its row fails where it is not there."""
-    try:
-        stat = os.stat(directory / path)
-    except (OSError, ValueError):  # reading it tells more
-        return Found(path, 0, 0)
+    """A file that is there. Raises OSError."""
+    stat = os.stat(directory / path)
     return Found(path, stat.st_size, stat.st_mtime_ns)
+
+
+def named(path: str) -> Found:
+    """A picture that a list names, which is not looked at: of a list, as of a table, the lines are
+    what makes it another source. Its row fails where it is not there.
+    """
+    return Found(path, 0, 0)
 
 
 def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
@@ -110,6 +114,12 @@ def folders_in(folder: Path) -> list[Path]:
     """The folders in it, by name, without those that are hidden or whose name is no text."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     return [folder / name for name in sorted(names) if name[0] != "." and name.isprintable()]
+
+
+def lists_in(folder: Path) -> list[str]:
+    """The names of the .txt files in it, without those that are no text."""
+    names = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".txt")]
+    return [name for name in sorted(names) if name[0] != "." and name.isprintable()]
 
 
 def pictures_under(folder: Path, *, is_deep: bool = True) -> Iterator["os.DirEntry[str]"]:
@@ -191,16 +201,17 @@ def table_of(
     shards.spec.SPLITS. camera_px: [N, 4], see FrameTable. All of that is in the hash, with the
     sizes of files.
     """
-    digest, n_bytes = hash_of_files(fields)
-    named = {name: column_of(texts) for name, texts in columns.items() if any(texts)}
+    numbers = {name: column_of(texts) for name, texts in columns.items() if any(texts)}
     splits = None if split is None else np.array([SPLITS.index(name) for name in split], np.uint8)
     cameras = None if camera_px is None else np.asarray(camera_px, "<f4")
-    for name, column in named.items():
+    digest, n_bytes = hash_of_files(fields)
+    for name, column in numbers.items():
         digest.update("\0".join((f"\0{name}", *column.names)).encode(errors="surrogateescape"))
         digest.update(column.numbers.astype("<u4").tobytes())
     for name, array in (("split", splits), ("camera", cameras)):
         if array is not None:
             digest.update(f"\0{name}\0".encode() + array.tobytes())
+
     return FrameTable(
         n_rows=len(fields["rgb"]),
         paths={
@@ -208,7 +219,7 @@ def table_of(
             for name, files in fields.items()
         },
         split=splits,
-        columns=named,
+        columns=numbers,
         camera_px=cameras,
         sha256=digest.hexdigest(),
         n_bytes=n_bytes,

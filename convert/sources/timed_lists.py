@@ -6,6 +6,7 @@
 Times are seconds. Lines that begin with # are comments.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ def read_times(path: Path) -> dict[float, str]:
     """The path of each time; of equal times the last counts. Raises WrongSource."""
     found = {}
     for number, cells in _lines(path):
-        if len(cells) < 2 or not IS_NUMBER.fullmatch(cells[0]):
+        if not is_timed(cells):
             raise WrongSource(path, f": line {number} is no time and a path")
         found[float(cells[0])] = cells[1]
     return found
@@ -54,10 +55,18 @@ def read_pairs(path: Path) -> list[Pair]:
     return found
 
 
+def is_timed(cells: Sequence[str]) -> bool:
+    """Whether a line is time, path, and perhaps more."""
+    return len(cells) >= 2 and _is_time(cells[0]) and not _is_time(cells[1])
+
+
 def is_timed_pair(cells: Sequence[str]) -> bool:
     """Whether a line is time, path, time, path."""
-    times = cells[0::2]
-    return len(cells) == 4 and all(IS_NUMBER.fullmatch(cell) is not None for cell in times)
+    return len(cells) == 4 and is_timed(cells[:2]) and is_timed(cells[2:])
+
+
+def _is_time(cell: str) -> bool:
+    return IS_NUMBER.fullmatch(cell) is not None and math.isfinite(float(cell))
 
 
 def first_cells(path: Path) -> list[str]:
