@@ -24,7 +24,7 @@ except ImportError:  # anything but macOS
     F_FULLFSYNC = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """What a file must be."""
 
@@ -127,10 +127,11 @@ def fsync_dir(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """The descriptor of a plain file, and the bytes that it has."""
+    """The descriptor of a plain file, the bytes that it has, and its number on its disk."""
 
     handle: int
     n_bytes: int
+    inode: int
 
 
 def open_handle(path: str | Path) -> OpenFile:
@@ -148,7 +149,7 @@ def open_handle(path: str | Path) -> OpenFile:
     if not stat.S_ISREG(found.st_mode):
         os.close(handle)
         raise DamagedSet(Path(path), "is not a plain file")
-    return OpenFile(handle, found.st_size)
+    return OpenFile(handle, found.st_size, found.st_ino)
 
 
 def open_plain(path: Path) -> IO[bytes]:

@@ -24,7 +24,7 @@ longer than the shards it was made from, and is given to nobody.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -46,6 +46,12 @@ class PlacedShards(Protocol):
     def addresses(self, rows: np.ndarray) -> np.ndarray:
         """[B] int64: of the first byte of each of these rows, which are there from now on."""
 
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+
 
 class HeldShards:
     """Shards that are there already: decoded, or mapped by numpy."""
@@ -65,6 +71,12 @@ class HeldShards:
         shards = rows // self._rows_per_shard
         found: np.ndarray = self._starts[shards] + rows % self._rows_per_shard * self.row_bytes
         return found
+
+    def count_reads(self, rows: np.ndarray) -> None:
+        """Nothing is kept of what was touched."""
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """What is decoded is in memory; what numpy mapped is read as the system likes."""
 
 
 class JoinedShards(Sequence[np.ndarray]):
@@ -103,11 +115,26 @@ class JoinedShards(Sequence[np.ndarray]):
     def addresses(self, rows: np.ndarray) -> np.ndarray:
         """[B] int64: of the first byte of each of these rows, which are there from now on."""
         found = np.empty(len(rows), np.int64)
+        for part, is_of_part, rows_of_part in self._of_parts(rows):
+            found[is_of_part] = part.addresses(rows_of_part)
+        return found
+
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
+        for part, _, rows_of_part in self._of_parts(rows):
+            part.count_reads(rows_of_part)
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+        for part, _, rows_of_part in self._of_parts(rows):
+            part.expect_no_order(rows_of_part)
+
+    def _of_parts(self, rows: np.ndarray) -> Iterator[tuple[PlacedShards, np.ndarray, np.ndarray]]:
+        """Each set, which of the rows [B] are its own, and how it counts them."""
         part_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
         for number, part in enumerate(self._parts):
             is_of_part = part_of_row == number
-            found[is_of_part] = part.addresses(rows[is_of_part] - self._first_rows[number])
-        return found
+            yield part, is_of_part, rows[is_of_part] - self._first_rows[number]
 
 
 def placed(shards: Sequence[np.ndarray]) -> PlacedShards:
@@ -159,12 +186,21 @@ class RowGather:
         n_bytes = [np.full(len(rows), self._fields[field].row_bytes, np.int64) for field in fields]
         return np.concatenate(addresses), np.concatenate(n_bytes)
 
+    def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
+        """Map the shards of these rows [B], and have nothing read around what is touched of them.
+
+        Said of a shard once; it holds as long as the shards are mapped.
+        """
+        for field in fields:
+            self._fields[field].expect_no_order(rows)
+
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""
         n_pieces = {field: self._fields[field].row_bytes // self._piece_bytes for field in fields}
         index = np.empty(len(rows) * sum(n_pieces.values()), np.int64)
         at = 0
         for field in sorted(fields, key=lambda name: -self._fields[name].itemsize):
+            self._fields[field].count_reads(rows)
             row_starts = self._fields[field].addresses(rows) - self._low
             end = at + len(rows) * n_pieces[field]
             for k in range(n_pieces[field]):

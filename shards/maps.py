@@ -12,13 +12,18 @@ A shard's file is opened, checked as at the opening of the set, mapped over its 
 no descriptor is kept, whatever the number of shards (numpy's memory map keeps one each), and a set
 of which some shards are read maps those alone. Mapped they stay, until nobody holds the range.
 
-Invariant: an address is only ever handed out for a shard that is mapped. To read the range anywhere
-else ends the process.
+Invariant: an address is only ever handed out for a shard that is mapped, and what is mapped is
+never unmapped while anybody holds the range. To read it anywhere else ends the process.
 
-Two threads that want the same shard at once may both map it: the second map replaces the first one
-in one step of the kernel's, with the same bytes, so that there is no lock, and none that a fork
-could hold. A forked child has the range with all that is mapped in it, and maps further shards for
-itself.
+To map a shard again, over itself, is always safe: the new map replaces the old one in one step of
+the kernel's, with the same bytes. So two threads that want a shard at once may both map it, and
+there is no lock, and none that a fork could hold. A forked child has the range with all that is
+mapped in it, and maps further shards for itself.
+
+The same frees page tables. The kernel keeps 4 KB of them for every 2 MB that were touched anywhere,
+in each process and as long as the map lasts, whether the pages are still in memory or not: some
+500 MB for a million rows. Where that is more than MOST_TABLES of a field, shards are mapped anew,
+one after the other, as rows are read.
 """
 
 import ctypes
@@ -26,6 +31,7 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +41,7 @@ from weakref import finalize
 import numpy as np
 
 from shards.containers import MappedForm, mapped_form
-from shards.errors import UserError
+from shards.errors import DamagedSet, UserError
 from shards.files import open_handle
 from shards.manifest import Manifest, shard_file
 from shards.spec import Field
@@ -46,6 +52,8 @@ MAP_NORESERVE = 0x4000  # of Linux
 MAP_FAILED = ctypes.c_void_p(-1).value
 MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 SPARE_MAPS = 4096  # for Python, torch, and all that is not ours
+TABLE_SPAN = 2 << 20  # bytes whose pages stand in one table, itself a page
+MOST_TABLES = 16384  # of a field: 64 MB, which 32 GB of shards never need
 
 
 class CannotReserve(Exception):
@@ -73,8 +81,8 @@ def _kernel_calls() -> Any:
         ctypes.c_int,
         ctypes.c_long,
     )
-    library.munmap.restype = ctypes.c_int
     library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library
 
 
@@ -107,6 +115,10 @@ class AddressRange:
         if found != address:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+    def expect_no_order(self, address: int, n_bytes: int) -> None:
+        """Have the kernel read nothing around a place there that is touched: advice, no more."""
+        _kernel_calls().madvise(address, n_bytes, mmap.MADV_RANDOM)
 
     def array(self, address: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """What is mapped there, read-only; the range stays as long as the array does."""
@@ -156,9 +168,16 @@ class MappedShards(Sequence[np.ndarray]):
         self._range = addresses
         place_bytes = _whole_pages(files.form.n_bytes)
         n_shards = len(files.names)
-        self._is_mapped = np.zeros(n_shards, bool)
         self._places = first + place_bytes * np.arange(n_shards, dtype=np.int64)
-        self._starts = self._places + len(files.form.header)  # of the first row of each
+        # Of each shard:
+        self._starts = self._places + len(files.form.header)  # of its first row
+        self._is_mapped = np.zeros(n_shards, bool)
+        self._is_random = np.zeros(n_shards, bool)
+        self._inodes = np.zeros(n_shards, np.uint64)
+        self._n_tables = np.zeros(n_shards, np.int64)  # about so many since it was mapped
+        self._n_tables_in_all = 0
+        self._most_tables_of_shard = 1 + place_bytes // TABLE_SPAN
+        self._next_anew = 0
         self._rows_per_shard = files.form.shape[0]
         self.row_bytes = files.form.n_bytes_of_rows // self._rows_per_shard
         self.itemsize = np.dtype(files.form.dtype).itemsize
@@ -178,24 +197,75 @@ class MappedShards(Sequence[np.ndarray]):
     def need(self, shards: np.ndarray) -> None:
         """Have these shards, [n] numbers, mapped.
 
-        Raises DamagedSet where a file is not what it was when the set was opened, UserError where
-        the machine lets no process map so many.
+        Raises DamagedSet where a file is not what it was when the set was opened.
         """
         wanted = shards[~self._is_mapped[shards]]
         if len(wanted):
             for shard in np.unique(wanted).tolist():
                 self._map(shard)
 
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
+        if len(self) * self._most_tables_of_shard > MOST_TABLES:
+            self._count_tables(rows // self._rows_per_shard)
+            self._free_tables()
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] mapped, and read as they are touched, no more."""
+        shards = rows // self._rows_per_shard
+        new = shards[~self._is_random[shards]]
+        if len(new):
+            self.need(new)
+            for shard in np.unique(new).tolist():
+                self._is_random[shard] = True
+                self._advise(shard)
+
     def _map(self, shard: int) -> None:
+        """Map a shard, or map it anew."""
         form = self._files.form_of(shard)
         path = f"{self._files.path}/{self._files.names[shard]}"
         file = open_handle(path)
         try:
             form.check(path, file)
+            if self._is_mapped[shard] and self._inodes[shard] != file.inode:
+                return  # another file has taken its place: what is read stays what it was
+            # Where the kernel has no memory for the new map, the old one may be gone.
+            self._is_mapped[shard] = False
             self._range.map_file(int(self._places[shard]), file.handle, form.n_bytes)
         finally:
             os.close(file.handle)
+        self._inodes[shard] = file.inode
         self._is_mapped[shard] = True
+        if self._is_random[shard]:
+            self._advise(shard)
+
+    def _advise(self, shard: int) -> None:
+        n_bytes = self._files.form_of(shard).n_bytes
+        self._range.expect_no_order(int(self._places[shard]), n_bytes)
+
+    def _count_tables(self, shards: np.ndarray) -> None:
+        """One more for each row, and for what it goes beyond, up to all that a shard can have."""
+        numbers, n_rows = np.unique(shards, return_counts=True)
+        before = self._n_tables[numbers]
+        more = before + n_rows * (1 + self.row_bytes // TABLE_SPAN)
+        after = np.minimum(more, self._most_tables_of_shard)
+        self._n_tables[numbers] = after
+        self._n_tables_in_all += int(np.sum(after - before))
+
+    def _free_tables(self) -> None:
+        """Map shards anew, in turn, until there are no more tables than is right."""
+        for _ in range(len(self)):
+            if self._n_tables_in_all <= MOST_TABLES:
+                return
+            shard = self._next_anew
+            self._next_anew = (shard + 1) % len(self)
+            n_tables = int(self._n_tables[shard])
+            if n_tables:
+                self._n_tables[shard] = 0
+                self._n_tables_in_all -= n_tables
+                with suppress(DamagedSet, OSError):  # gone since: what is mapped stays readable
+                    self._map(shard)
+        self._n_tables_in_all = 0  # threads that counted at once have lost some
 
     def __len__(self) -> int:
         return len(self._files.names)

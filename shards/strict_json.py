@@ -79,7 +79,7 @@ class JsonObject:
     def table(self, key: str) -> tuple[tuple[int, ...], ...]:
         """A list of lists of whole numbers."""
         rows = self._list(key)
-        if any(type(row) is not list for row in rows):
+        if not {type(row) for row in rows} <= {list}:
             raise ValueError(f"{self}.{key} holds something that is no list")
         return tuple([tuple([self._whole(value, key) for value in row]) for row in rows])
 

@@ -56,6 +56,7 @@ ALLOWED = {
     "bench.decoders": Row(lazily="cv2 imagecodecs PIL simplejpeg"),
     "bench.frames": Row(lazily="PIL cv2", by_m="convert"),
     "bench.in_memory": Row(lazily="h5py"),
+    "bench.many": Row(by_m="bench.many"),
     "bench.memory": Row(by_m="bench.memory"),
     "bench.tables": Row(lazily="pyarrow"),
 }  # fmt: skip

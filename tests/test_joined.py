@@ -146,6 +146,7 @@ def test_places_types_and_splits_are_those_of_each_row(
 
     assert told(both) == told(house) + told(school)
     assert list(both.column("rgb_file")) == [*house.column("rgb_file"), *school.column("rgb_file")]
+    assert list(both.texts("rgb_file")) == [*house.texts("rgb_file"), *school.texts("rgb_file")]
 
 
 def test_statistics_are_of_all_train_rows_together(

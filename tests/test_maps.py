@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -21,11 +22,12 @@ pytest.importorskip("torch", reason="needs torch")
 
 import torch
 
+from bench.many import make_sparse
 from shards import maps
 from shards.containers import ShardForm, write_field
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, UserError
-from shards.gather import RowGather, take_rows
+from shards.gather import JoinedShards, RowGather, take_rows
 from shards.manifest import COLUMNS, Manifest, ShardEntry, bounds_of
 from shards.maps import AddressRange, CannotReserve
 from shards.spec import KNOWN_FIELDS, Codecs, ConversionSettings, DatasetSpec, SourceIdentity
@@ -246,6 +248,88 @@ def test_compressed_fields_are_gathered_beside_mapped_ones(tmp_path: Path) -> No
     rows = np.array([10, 0, 4])
     assert gather_of(path).into(FIELDS, rows).tobytes() == expected(rows, stored)
     np.testing.assert_array_equal(open_set(path).shards("rgb")[-1], stored["rgb"][10:])
+
+
+# ---------------------------------------------------------------------------------- page tables
+
+
+def page_table_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmPTE"))
+
+
+def tables_after_reading(path: Path) -> int:
+    """How many bytes of page tables it takes to read every eighth row."""
+    gather = RowGather(open_set(path).maps(["rgb"]), SPARSE_SIZE)
+    rows = np.arange(0, N_SPARSE_ROWS, 8)
+    before = page_table_bytes()
+    for some in np.array_split(np.random.default_rng(0).permutation(rows), 20):
+        gather.expect_no_order(["rgb"], some)
+        assert not gather.into(["rgb"], some).any()
+    return page_table_bytes() - before
+
+
+N_SPARSE_ROWS = 128 * 40
+SPARSE_SIZE = 224
+
+
+def test_page_tables_do_not_grow_with_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_sparse(tmp_path, ("rgb",), N_SPARSE_ROWS, SPARSE_SIZE)
+    assert tables_after_reading(path) > 350 * 4096
+    monkeypatch.setattr(maps, "MOST_TABLES", 40)
+    assert tables_after_reading(path) < 180 * 4096  # shards' ends share some with their neighbours
+
+
+def test_shards_that_are_mapped_anew_give_the_same_rows_and_are_read_alike(
+    npy_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "MOST_TABLES", 7)
+    gather = gather_of(npy_set)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        rows = rng.integers(0, N_ROWS, 30)
+        gather.expect_no_order(FIELDS, rows)
+        assert gather.into(FIELDS, rows).tobytes() == expected(rows)
+    blocks = re.split(
+        r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M
+    )
+    flags = [block.partition("VmFlags:")[2].split() for block in blocks if f"{npy_set}/" in block]
+    assert len(flags) > 300
+    assert all("rr" in each for each in flags)  # read as it is touched, and no more
+
+
+def test_two_sets_that_are_read_as_one_are_mapped_alike(
+    npy_set: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "MOST_TABLES", 2)
+    parts = [open_set(path).maps(FIELDS) for path in (npy_set, small)]
+    first_rows = np.array([0, N_ROWS, N_ROWS + 10])
+    joined = {name: JoinedShards([part[name] for part in parts], first_rows) for name in FIELDS}
+    gather = RowGather(joined, SIZE)
+    both = {name: np.concatenate([pictures()[name], pictures(10)[name]]) for name in FIELDS}
+    for rows in (np.array([N_ROWS, 3, N_ROWS + 9, 7]), np.array([N_ROWS + 4]), np.arange(50)):
+        gather.expect_no_order(FIELDS, rows)
+        assert gather.into(FIELDS, rows).tobytes() == expected(rows, both)
+    assert "depth-00004.npy" in files_mapped(small)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["gone", "replaced"])
+def test_what_was_mapped_stays_when_its_file_goes(
+    is_replaced: bool, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps, "MOST_TABLES", 1)
+    gather = gather_of(small)
+    rows = np.arange(10)
+    gather.into(FIELDS, rows)
+    for path in small.glob("*-0*.npy"):
+        data = path.read_bytes()
+        path.unlink()
+        if is_replaced:
+            path.write_bytes(data[:-16] + bytes(16))
+    for _ in range(3):
+        assert gather.into(FIELDS, rows).tobytes() == expected(rows, pictures(10))
 
 
 # ------------------------------------------------------------------------- processes and threads

@@ -60,9 +60,7 @@ class AnySet:
         self._class_of_id = _class_of_id(setup, found)
         further = setup.settings.further_fields
         fields = {"rgb", self._depth, self._target, *further} - {None}
-        self._gather = RowGather(
-            {str(name): found.shards(str(name)) for name in fields}, self._size
-        )
+        self._gather = RowGather(found.maps(str(name) for name in fields), self._size)
         # A column is read and hashed whenever it is asked for: once.
         self._scene_types = found.column("scene_type")
         self._splits = found.column("split")
@@ -180,8 +178,8 @@ def _called(crop: str) -> str:
 
 def _names(found: ShardSet) -> list[str]:
     """Of each row of the set: its file, or its number where none is known."""
-    files = found.column("rgb_file")
-    return [str(file) or f"row {row}" for row, file in enumerate(files)]
+    files = found.texts("rgb_file")
+    return [file or f"row {row}" for row, file in enumerate(files)]
 
 
 def _depth_field(setup: NetworkSetup, found: ShardSet) -> str | None:

@@ -31,6 +31,7 @@ from shards.spec import (
     SourceIdentity,
     Statistics,
 )
+from shards.texts import Texts
 
 SAME_ROW = "row_of_"  # and the name of a dataset: a column of rows of that one
 NO_ROW = 2**32 - 1
@@ -71,6 +72,12 @@ class JoinedSet(ShardSet):
         if name == "status":
             joined[self._same_rows] = FAILED_ROW
         return joined
+
+    def texts(self, name: str) -> Texts:
+        """Of all sets, behind each other; see ShardSet."""
+        texts = [part.texts(name) for part in self.parts]
+        lengths = np.concatenate([each.lengths for each in texts])
+        return Texts.from_lengths(lengths, np.concatenate([each.utf8 for each in texts]))
 
     def shards(self, field: str) -> Sequence[np.ndarray]:
         """Of all sets, behind each other; see ShardSet."""
