@@ -167,9 +167,9 @@ def table(args: argparse.Namespace) -> None:
     from convert.sources.listings import Wanted
 
     wanted = Wanted(kinds=kinds_of(args), roots=tuple(args.root))
-    n_rows = write_table(args.source, args.layout, wanted, args.out)
-    folder = args.source if args.source.is_dir() else args.source.parent
-    where = "the same --root" if args.root else f"--root {shlex.quote(str(folder))}"
+    n_rows, roots = write_table(args.source, args.layout, wanted, args.out)
+    given = as_typed([word for root in roots for word in ("--root", root)])
+    where = "the same --root" if args.root else given
     log(f"{n_rows} rows; convert them with {where}")
     print(args.out)
 
@@ -245,10 +245,12 @@ def sample(args: argparse.Namespace) -> None:
     """Write made-up rooms: a small .mat, or a directory of a known layout."""
     from convert.sample import write_sample
     from convert.sample_frames import write_frames
+    from convert.sample_sunrgbd import write_sunrgbd
     from convert.sample_tum import write_tum
 
     writers: dict[str, Callable[[Path, int], None]]
     writers = {"nyu": write_sample, "frames": write_frames, "tum": write_tum}
+    writers["sunrgbd"] = write_sunrgbd
     writers[args.layout](args.file, args.rows)
     print(args.file)
 

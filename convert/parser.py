@@ -267,12 +267,13 @@ def _add_sample_flags(p: argparse.ArgumentParser) -> None:
     out_help = "the .mat, or the directory, to write; it must not exist"
     p.add_argument("file", type=as_path, metavar="OUT", help=out_help)
     layout_help = (
-        "nyu: a .mat; frames: a directory of pictures; tum: recordings (default: %(default)s)"
+        "nyu: a .mat; frames: a directory of pictures; tum: recordings; sunrgbd: that, whole "
+        "(default: %(default)s)"
     )
-    layouts = ("nyu", "frames", "tum")
+    layouts = ("nyu", "frames", "sunrgbd", "tum")
     p.add_argument("--layout", choices=layouts, default="nyu", metavar="NAME", help=layout_help)
-    rows_help = "rooms in it (1 to 10000, default: %(default)s)"
-    p.add_argument("--rows", type=whole(1, 10_000), default=48, metavar="N", help=rows_help)
+    rows_help = "rooms in it (1 to 10335, default: %(default)s)"
+    p.add_argument("--rows", type=whole(1, 10_335), default=48, metavar="N", help=rows_help)
 
 
 # ------------------------------------------------------------------------------ what is asked for

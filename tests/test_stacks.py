@@ -52,6 +52,7 @@ WHOLE_FILES_NEED_TORCH = {
         "results",
         "resume",
         "signals",
+        "sunrgbd_training",
         "tasks",
         "torch_habits",
         "training_progress",

@@ -59,7 +59,10 @@ class FramesSource:
         self._wanted = Wanted(kinds=settings.kinds, known=settings.fields, roots=options.roots)
         self._is_laid_out = is_laid_out(path, options.layout)
         self._layout = layout_of(path, options.layout) if self._is_laid_out else ""
-        table, self._stamp_when_read, spec = self._read(settings)
+        listing = self._read(settings)
+        table = listing.table
+        spec = listing.spec or NOTHING_KNOWN
+        self._stamp_when_read = listing.stamp
         self._identity = SourceIdentity(
             kind="table", name=path.name, n_bytes=table.n_bytes, sha256=table.sha256
         )
@@ -71,7 +74,8 @@ class FramesSource:
         self._split_by = None if rule is None else str(rule)
         split = _split_of(table, self._places, rule)
         lines = dealt_order(split)
-        self._facts = _facts_of(table, self._places, split, lines)
+        self._facts = _facts_of(table, self._places, split, lines, spec.scene_types)
+        self._own_columns = {name: each[lines] for name, each in listing.own_columns.items()}
         paths = dict(table.paths)
         table = replace(table, paths={})  # a million paths are held once
         self._rows = FrameRows(paths, table.columns, lines)
@@ -80,13 +84,14 @@ class FramesSource:
             spec = replace(spec, label_names=label_names, label_tables=())
         self.dataset = replace(
             spec,
-            name=_dataset_name(path, options.name),
+            name=_dataset_name(path, options.name or spec.name or None),
             scene_types=self._facts.scene_types,
             warnings=(*spec.warnings, *_warnings(table, self._places, split)),
         )
 
         folder = path if path.is_dir() else path.parent
-        self._roots = Roots(folder, options.roots, options.follow)
+        roots = options.roots or listing.roots
+        self._roots = Roots(folder, roots, options.follow, listing.opened)
         self._depth_rules = DepthRules.of(self._rows, settings)
         self._label_rule = LabelRule(void=settings.label_void)
         self.handles: tuple[int, ...] | None = (self._rows.arrays.handle,)
@@ -102,25 +107,20 @@ class FramesSource:
             self.close()
             raise
 
-    def _read(
-        self, settings: ConversionSettings
-    ) -> tuple[FrameTable, tuple[int, ...], DatasetSpec]:
-        """The table, or what the directory's layout makes one of; its stamp as it was read; and
-        what is known of the dataset.
-        """
+    def _read(self, settings: ConversionSettings) -> Listing:
+        """The table, or what the directory's layout makes one of, with its stamp as it was read."""
         if self._is_laid_out:
             listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
-            table = _with_encoding_given(listing.table, settings)
-            return table, listing.stamp, listing.spec or NOTHING_KNOWN
+            return replace(listing, table=_with_encoding_given(listing.table, settings))
         stamp = self.stamp() if self._path.exists() else ()  # what is absent, `read_table` says
         by = SplitRule.parse(settings.split_by).by if settings.split_by else "scene"
         also = [by] if by not in ("scene", "row") else []
         table = read_table(self._path, fields=self._wanted.kinds, also=also)
         if table.not_used:
             log(f"{self._path}: not used: {', '.join(table.not_used)}")
-        return table, stamp, NOTHING_KNOWN
+        return Listing(table=table, stamp=stamp)
 
     def _listing(self) -> Listing:
         return LAYOUTS[self._layout].read(self._path, self._wanted)
@@ -151,7 +151,8 @@ class FramesSource:
 
     def stamp(self) -> tuple[int, ...]:
         if self._is_laid_out:
-            return self._listing().stamp
+            stamp = LAYOUTS[self._layout].stamp
+            return stamp(self._path, self._wanted) if stamp else self._listing().stamp
         stat = self._path.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -169,7 +170,7 @@ class FramesSource:
         if "depth" in self._rows.fields:
             columns["depth_file"] = self._rows.paths("depth")
         return RowFacts(
-            columns=columns,
+            columns=columns | self._own_columns,
             scenes=self._places.names,
             dataset=self.dataset,
             camera_px=self._facts.camera_px,
@@ -359,18 +360,24 @@ def _split_of(table: FrameTable, places: Names, rule: SplitRule | None) -> np.nd
     return rule.of_groups(np.minimum(groups.numbers, len(groups.names)))
 
 
-def _facts_of(table: FrameTable, places: Names, split: np.ndarray, lines: np.ndarray) -> _Facts:
-    """Types of scenes are numbered by name, so that the same ones have the same numbers in any
-    order of lines.
+def _facts_of(
+    table: FrameTable,
+    places: Names,
+    split: np.ndarray,
+    lines: np.ndarray,
+    known_types: Sequence[str],
+) -> _Facts:
+    """Types of scenes that are not known are numbered by name, so that the same ones have the same
+    numbers in any order of lines.
     """
     types = table.columns.get("scene_type")
     scene_type = np.full(table.n_rows, NO_SCENE_TYPE, "<u2")
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = tuple(known_types)
     if types is not None:
         if len(types.names) > MAX_SCENE_TYPES:
             what = f"{len(types.names)} different ones: it is no column of types"
             raise WrongSource("scene_type", f"has {what}")
-        names = tuple(sorted(types.names))
+        names = (*known_types, *sorted(set(types.names) - set(known_types)))
         number_of_type = np.array([*(names.index(name) for name in types.names), NO_SCENE_TYPE])
         scene_type = number_of_type[np.minimum(types.numbers, len(types.names))].astype("<u2")
     return _Facts(

@@ -5,7 +5,8 @@ Each is a module with such a function, a line in LAYOUTS, and its name in `openi
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from convert.sources.layouts_nyu_raw import is_nyu_raw, list_nyu_raw
 from convert.sources.layouts_scannet import is_scannet, list_scannet
 from convert.sources.layouts_tum import is_tum, list_tum
 from convert.sources.listings import Listing, Wanted
+from convert.sources.roots import parted
+from convert.sources.sunrgbd import list_sunrgbd, stamp_sunrgbd
+from convert.sources.sunrgbd_files import is_sunrgbd
 from convert.sources.tables import CAMERA, NONE, FrameTable, Names
 from shards.errors import WrongSetting, WrongSource
 from shards.files import HashingFile, log, write_atomically
@@ -29,12 +33,14 @@ class Layout:
     """read: the frames of a directory. is_one: whether one looks like it, for which little is read.
 
     read raises WrongSource where it is not laid out so, and OSError. reads_files: whether it may
-    also be given a list, a file whose paths are relative to its folder.
+    also be given a list, a file whose paths are relative to its folder, or an archive. stamp: that
+    of the listing, where it is told with less; None: by reading again.
     """
 
     read: Callable[[Path, Wanted], Listing]
     is_one: Callable[[Path], bool]
     reads_files: bool = False
+    stamp: Callable[[Path, Wanted], tuple[int, ...]] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -42,8 +48,10 @@ LAYOUTS: dict[str, Layout] = {
     "bts": Layout(read=list_bts, is_one=is_bts, reads_files=True),
     "nyu_raw": Layout(read=list_nyu_raw, is_one=is_nyu_raw),
     "scannet": Layout(read=list_scannet, is_one=is_scannet),
+    "sunrgbd": Layout(read=list_sunrgbd, is_one=is_sunrgbd, reads_files=True, stamp=stamp_sunrgbd),
     "tum": Layout(read=list_tum, is_one=is_tum, reads_files=True),
 }
+OF_ARCHIVES = ["sunrgbd"]  # those that are told by the archive's name
 
 
 def is_laid_out(source: Path, layout: str) -> bool:
@@ -53,7 +61,11 @@ def is_laid_out(source: Path, layout: str) -> bool:
     """
     if source.is_dir():
         return True
-    if layout in (AUTO, ANY) or not source.exists():
+    if not source.exists():
+        return False
+    if layout == AUTO:
+        return any(LAYOUTS[each].is_one(source) for each in OF_ARCHIVES)
+    if layout == ANY:
         return False
     if not LAYOUTS[layout].reads_files:
         raise WrongSource(source, f"is a file, and {layout} a layout of directories")
@@ -67,10 +79,12 @@ def layout_of(directory: Path, name: str = "auto") -> str:
     """
     if name != AUTO:
         return name
-    found = [each for each in LAYOUTS if each != ANY and LAYOUTS[each].is_one(directory)]
+    is_archive = not directory.is_dir()
+    choices = OF_ARCHIVES if is_archive else [each for each in LAYOUTS if each != ANY]
+    found = [each for each in choices if LAYOUTS[each].is_one(directory)]
     if not found:
         return ANY  # which says what is missing
-    if LAYOUTS[ANY].is_one(directory):
+    if not is_archive and LAYOUTS[ANY].is_one(directory):
         found.append(ANY)
     if len(found) > 1:
         what = f"{directory} may be {' or '.join(found)}: choose one of them"
@@ -79,8 +93,10 @@ def layout_of(directory: Path, name: str = "auto") -> str:
     return found[0]
 
 
-def write_table(directory: Path, layout: str, wanted: Wanted, out: Path) -> int:
-    """The table that a directory is read as, as CSV; how many lines.
+def write_table(
+    directory: Path, layout: str, wanted: Wanted, out: Path
+) -> tuple[int, tuple[str, ...]]:
+    """The table that a directory is read as, as CSV; how many lines, and the roots of its paths.
 
     Raises WrongSource, WrongSetting and OSError.
     """
@@ -90,27 +106,51 @@ def write_table(directory: Path, layout: str, wanted: Wanted, out: Path) -> int:
     warnings = listing.spec.warnings if listing.spec else ()
     for note in (*listing.notes, *warnings):
         log(f"{directory}: {note}")
-    table = listing.table
+    roots, prefixes = _roots_of_table(directory, wanted.roots or listing.roots)
 
     def write(file: HashingFile) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows(_lines(table))
+        writer.writerows(_lines(listing.table, prefixes))
         text.flush()
         text.detach()
 
     write_atomically(out, write)
-    return table.n_rows
+    return listing.table.n_rows, roots
 
 
-def _lines(table: FrameTable) -> Iterator[list[str]]:
+def _roots_of_table(
+    directory: Path, roots: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The roots of a table, and what stands before the paths of a field in it, "" for all others.
+
+    roots: where a layout says that its paths lead. Within a directory that can be said by the paths
+    themselves, and it is the root of all of them.
+    """
+    parts = [parted(root) for root in roots]
+    if not parts:
+        return (str(directory if directory.is_dir() else directory.parent),), {}
+    if not directory.is_dir() or not all(Path(place).is_dir() for _, place in parts):
+        return tuple(roots), {}
+    prefixes = {}
+    for field, place in parts:
+        inside = os.path.relpath(place, directory)
+        is_outside = inside.split(os.sep)[0] == os.pardir
+        prefixes[field] = "" if inside == os.curdir else f"{place if is_outside else inside}/"
+    return (str(directory),), prefixes
+
+
+def _lines(table: FrameTable, prefixes: Mapping[str, str]) -> Iterator[list[str]]:
     """The header, then a line a row."""
+    before = {field: prefixes.get(field, prefixes.get("", "")) for field in table.paths}
     has_split = table.split is not None
     has_camera = table.camera_px is not None
     header = [*table.paths, *(["split"] if has_split else []), *table.columns]
     yield [*header, *(CAMERA if has_camera else ())]
     for line in range(table.n_rows):
-        cells = [paths[line] for paths in table.paths.values()]
+        cells = [
+            paths[line] and before[field] + paths[line] for field, paths in table.paths.items()
+        ]
         if table.split is not None:
             cells.append(SPLITS[table.split[line]])
         cells += [_cell(named, line) for named in table.columns.values()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.sources.roots import Root
 from convert.sources.tables import NONE, FrameTable, Names
 from shards.errors import WrongSource
 from shards.spec import KNOWN_FIELDS, SPLITS, DatasetSpec
@@ -55,13 +56,18 @@ class Listing:
 
     stamp: differs once a file of it was changed, added or removed; the last number is when, in
     nanoseconds. notes: what is left out of the table. spec: what is known of the dataset; its
-    name, scene types and picture size are not looked at, and its warnings are said.
+    warnings are said, and scene types that it has not are behind those that it has. roots: where
+    paths lead, if not into the directory. opened: of these the ones that are open. own_columns:
+    [N] of the lines, by name; further columns of the set.
     """
 
     table: FrameTable
     stamp: tuple[int, ...]
     notes: tuple[str, ...] = ()
     spec: DatasetSpec | None = None
+    roots: tuple[str, ...] = ()
+    opened: Mapping[str, Root] = field(default_factory=dict)
+    own_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 # ----------------------------------------------------------------------------------------- files

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # h5py takes a while, and a command line that only asks need 
     from convert.sources.nyu_mat import Elsewhere
 
 # As convert.sources.layouts has them.
-OF_DIRECTORIES = ("frames", "tum", "scannet", "nyu_raw", "bts")
+OF_DIRECTORIES = ("frames", "sunrgbd", "tum", "scannet", "nyu_raw", "bts")
 LAYOUTS = ("auto", "nyu", *OF_DIRECTORIES)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
 
@@ -69,7 +69,8 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
     with suppress(OSError):  # a name too long: opening it says so
         if path.is_dir() and path.suffix.lower() != ".mat":
             return True
-    return path.suffix.lower() in TABLES
+    is_sunrgbd = path.suffix.lower() == ".zip" and path.name.lower().startswith("sunrgbd")
+    return is_sunrgbd or path.suffix.lower() in TABLES
 
 
 def refuse_frames_options(options: SourceOptions, settings: ConversionSettings) -> None:
