@@ -16,12 +16,15 @@ import torch
 from helpers.frames import AS_IS, SIDE, converted, stored, write_file, write_table
 
 from convert.sample_frames import png
+from convert.sample_sunrgbd import write_sunrgbd
 from convert.sources.opening import SourceOptions
 from shards.dataset import ShardSet
 from shards.errors import DifferentSets, WrongSetting
+from shards.manifest import RIGHT_ROW
 from shards.spec import SPLITS, DatasetSpec, SceneProtocol
 from train.__main__ import main
 from train.data import ShardDataset, create_dataloaders, open_for_training
+from train.job import make_setup
 from train.joined import JoinedSet, _joined_spec, join, label_classes, parts_of_rows
 from train.settings import Settings
 
@@ -298,3 +301,50 @@ def test_a_run_of_two_sets_does_not_go_on_with_one(
     assert main(["--data", str(house.path), "--data", str(school.path), *words]) == 0
     assert main(["--data", str(house.path), *words]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the same picture in two sets
+
+
+@pytest.fixture(scope="module")
+def sun(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Made-up rows of SUN RGB-D, some of which are NYU's."""
+    folder = tmp_path_factory.mktemp("sun")
+    write_sunrgbd(folder / "made", 60)
+    settings = replace(AS_IS, size=32, fields=("rgb", "depth", "label"))
+    return converted(folder / "made", folder, settings)
+
+
+@pytest.mark.parametrize("nyu_first", [True, False])
+def test_a_picture_that_both_sets_hold_is_taken_once(
+    nyu_first: bool, sun: ShardSet, small_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nyu = open_for_training(small_set)
+    held = set(nyu.column("row").tolist())
+    twins = [row for row in sun.column("row_of_nyuv2").tolist() if row in held]
+    assert 0 < len(twins) < sun.n_rows
+
+    joined = open_for_training([nyu, sun] if nyu_first else [sun, nyu])
+    is_right = joined.column("status") == RIGHT_ROW
+    first_of_nyu = 0 if nyu_first else sun.n_rows
+    assert is_right[first_of_nyu : first_of_nyu + nyu.n_rows].all()
+    assert int(np.sum(~is_right)) == len(twins)
+    assert f"{len(twins)} rows are pictures of {small_set}" in capsys.readouterr().err
+
+    rows = np.concatenate([ShardDataset(joined, split=s, target="depth").rows for s in SPLITS[:2]])
+    assert len(np.unique(rows)) == len(rows) == nyu.n_rows + sun.n_rows - len(twins)
+
+
+def test_nyu_and_sun_have_13_classes_of_pixels_and_one_camera_a_row(
+    sun: ShardSet, small_set: Path
+) -> None:
+    joined = open_for_training([small_set, sun.path])
+    names = ShardDataset(joined, target="semantic13").classes
+    assert names == ShardDataset(small_set, target="semantic13").classes
+    scenes = ShardDataset(joined).classes
+    for part in (small_set, sun):
+        assert set(ShardDataset(part).classes) <= set(scenes)
+    assert ShardDataset(joined, num_classes=19).classes == ShardDataset(sun).classes
+    setup = make_setup(Settings((str(small_set), str(sun.path)), "run"), torch.device("cpu"))
+    assert setup.sees_surfaces
+    assert setup.rays == ()

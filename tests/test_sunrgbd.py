@@ -117,8 +117,8 @@ def test_places_are_nyus_scenes_sequences_of_sun3d_else_rows(found: ShardSet) ->
 
 
 def test_rows_of_nyu_say_which_they_are(found: ShardSet) -> None:
-    numbers = by_rows(found, "nyu_row")
-    assert found.manifest.columns["nyu_row"].dtype == "<u4"
+    numbers = by_rows(found, "row_of_nyuv2")
+    assert found.manifest.columns["row_of_nyuv2"].dtype == "<u4"
     for row, number in zip(ROWS, numbers, strict=True):
         is_nyu = row.subset.name == "kv1/NYUdata"
         assert number == (int(row.sequence[3:]) - 1 if is_nyu else NO_NYU_ROW)
@@ -551,7 +551,7 @@ def test_all_10335_rows_are_those_of_the_published_split(tmp_path: Path) -> None
     assert whole.n_rows == N_REAL
     splits = Counter(SPLITS[k] for k in whole.column("split").tolist())
     assert splits == {"train": 5285, "test": 5050}
-    assert np.count_nonzero(whole.column("nyu_row") != NO_NYU_ROW) == 1449
+    assert np.count_nonzero(whole.column("row_of_nyuv2") != NO_NYU_ROW) == 1449
     of_19 = whole.dataset.protocol(None).ids_of(whole.dataset.scene_types)
     assert np.all(np.bincount(of_19[whole.column("scene_type")] + 1)[1:] > 0)
     packed = as_downloaded(made, tmp_path / "zip")

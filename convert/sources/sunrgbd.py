@@ -91,7 +91,7 @@ def list_sunrgbd(path: Path, wanted: Wanted) -> Listing:
         stamp=stamp,
         notes=(*said, *notes),
         spec=_spec(kept),
-        own_columns={"nyu_row": np.array([each.row.nyu_row for each in kept], "<u4")},
+        own_columns={"row_of_nyuv2": np.array([each.row.nyu_row for each in kept], "<u4")},
         roots=_roots(places),
         opened=files.opened,
     )
