@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -223,6 +224,10 @@ BITS = {
     RGB_ALPHA: (8, 16),
 }
 IHDR_BYTES = 13
+SUM_BYTES = 4
+IEND = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+ZLIB_HEADER = b"\x78\x01"
+MAX_STORED = 65535  # bytes of a block that is not compressed
 # Of interlaced ones: first column and row of each pass, and its steps.
 ADAM7 = (
     (0, 0, 8, 8),
@@ -264,13 +269,53 @@ class PngHeader:
         """
         if self.is_plain:
             return data
+        pixels = [data[first:end] for first, end in self.pixel_chunks]
+        return b"".join([*self._start(), *pixels, IEND])
+
+    def _start(self) -> list[bytes]:
+        """All that is in front of the pixels."""
         colour_type = GREY if self.colour_type == PALETTE else self.colour_type
         facts = (self.width, self.height, self.bits, colour_type, 0, 0, self.is_interlaced)
         head = b"IHDR" + struct.pack(">IIBBBBB", *facts)
-        pieces = [PNG_MAGIC, struct.pack(">I", IHDR_BYTES), head, _crc(head)]
-        pieces += [data[first:end] for first, end in self.pixel_chunks]
-        pieces += [bytes(4), b"IEND", _crc(b"IEND")]
-        return b"".join(pieces)
+        return [PNG_MAGIC, struct.pack(">I", IHDR_BYTES), head, _crc(head)]
+
+    def lines(self, data: bytes, codecs: Any) -> bytes | None:
+        """What the pixels' chunks hold, inflated: of each line its filter and its bytes.
+
+        codecs: imagecodecs, with libdeflate in it. None for any other
+        data than so many whole lines with right sums.
+        """
+        view = memoryview(data)
+        for first, end in self.pixel_chunks:
+            if codecs.deflate_crc32(view[first + 4 : end - 4]) != _number(view[end - 4 : end]):
+                return None
+        packed = b"".join(view[first + 8 : end - 4] for first, end in self.pixel_chunks)
+        n_bytes = self._n_bytes_inflated()
+        try:
+            found: bytes = codecs.deflate_decode(packed, out=n_bytes)
+        except codecs.DeflateError:
+            return None
+        return found if len(found) == n_bytes else None
+
+    def unpacked(self, lines: bytes, codecs: Any) -> bytearray:
+        """`plain` of a file of these lines, which stand in it as they are."""
+        view = memoryview(lines)
+        blocks: list[bytes | memoryview] = []
+        for first in range(0, len(lines), MAX_STORED):
+            block = view[first : first + MAX_STORED]
+            is_last = first + MAX_STORED >= len(lines)
+            blocks.append(struct.pack("<BHH", is_last, len(block), len(block) ^ 0xFFFF))
+            blocks.append(block)
+        n_bytes = len(ZLIB_HEADER) + sum(map(len, blocks)) + SUM_BYTES
+        head = struct.pack(">I4s", n_bytes, b"IDAT") + ZLIB_HEADER
+        adler = struct.pack(">I", codecs.deflate_adler32(lines))
+        file = bytearray().join([*self._start(), head, *blocks, adler, bytes(SUM_BYTES), IEND])
+
+        end = len(file) - len(IEND)
+        first = end - SUM_BYTES - n_bytes - 4
+        crc = codecs.deflate_crc32(memoryview(file)[first : end - SUM_BYTES])
+        file[end - SUM_BYTES : end] = struct.pack(">I", crc)
+        return file
 
     def check_whole(self, data: bytes) -> None:
         """Raise BadRow where a sum is wrong or pixels are missing, for decoders that do not look.
@@ -304,6 +349,10 @@ class PngHeader:
 
 def _crc(chunk: bytes) -> bytes:
     return struct.pack(">I", zlib.crc32(chunk))
+
+
+def _number(four_bytes: memoryview) -> int:
+    return int.from_bytes(four_bytes, "big")
 
 
 @dataclass(frozen=True)
