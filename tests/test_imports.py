@@ -52,7 +52,7 @@ ALLOWED = {
     "bench": Row(ours=ALL_OF_OURS, others="numpy torch", lazily="matplotlib"),
     "bench.convert": Row(others="h5py", by_m="bench.convert"),
     "bench.decoders": Row(lazily="cv2 imagecodecs PIL simplejpeg"),
-    "bench.frames": Row(lazily="PIL cv2", by_m="convert"),
+    "bench.frames": Row(lazily="PIL cv2 imagecodecs", by_m="convert"),
     "bench.in_memory": Row(lazily="h5py"),
     "bench.memory": Row(by_m="bench.memory"),
     "bench.tables": Row(lazily="pyarrow"),
