@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("PIL", reason="needs pillow")
+
 from bench.frames import Run, frames_of, table, write_frames, write_table
 from shards.errors import WrongSource
 
