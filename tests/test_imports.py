@@ -51,7 +51,7 @@ ALLOWED = {
     "train.plots": Row(lazily="matplotlib"),
     "bench": Row(ours=ALL_OF_OURS, others="numpy torch", lazily="matplotlib"),
     "bench.convert": Row(others="h5py", by_m="bench.convert"),
-    "bench.decoders": Row(lazily="cv2 imagecodecs PIL simplejpeg"),
+    "bench.decoders": Row(lazily="cv2 imagecodecs PIL simplejpeg", by_m="bench.decoders"),
     "bench.frames": Row(lazily="PIL cv2 imagecodecs", by_m="convert"),
     "bench.in_memory": Row(lazily="h5py"),
     "bench.memory": Row(by_m="bench.memory"),
