@@ -175,7 +175,7 @@ def check_mounted(drive: Path) -> None:
     """
     is_unmounted = drive.is_relative_to(MOUNT) and not os.path.ismount(MOUNT)
     looking = f"looking for {drive.parent}"
-    if is_unmounted or not patiently(partial(exists, drive.parent), looking, drive.parent):
+    if is_unmounted or not patiently(partial(exists, drive.parent), looking, drive):
         mount = f"run drive.mount('{MOUNT}') in a cell of its own"
         raise StoreFailed(f"{drive.parent} is not there: {mount}", gone=True)
 
