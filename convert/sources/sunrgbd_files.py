@@ -9,7 +9,7 @@ Of the 400,000 files only those are touched that a set is made of.
 import errno
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,8 @@ class TreeFiles:
             for pictures in self.pictures(sequence).values():
                 yield from pictures
             for name in TEXTS:
-                yield found_at(self.place, f"{sequence}/{name}")
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    yield found_at(self.place, f"{sequence}/{name}")
 
     def close(self) -> None:
         """No file stays open."""
