@@ -123,6 +123,8 @@ class JoinedSet(ShardSet):
         """See the function `label_classes`. Raises WrongSetting where the sets have others by the
         same number, too.
         """
+        if n_classes == len(self.dataset.label_names):
+            n_classes = None
         tables = [part.dataset.label_table(n_classes) for part in self.parts]
         names = _by_name(table.names for table in tables)
         if n_classes is not None and len(names) != n_classes:
