@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-step test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-many bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -150,6 +150,9 @@ bench-convert: mat-given $(READY)  ## converting against its floor: make bench-c
 bench-frames: $(READY)  ## converting pictures against decoding them: make bench-frames [FRAMES=DIR]
 	$(PY) -m bench.frames $(if $(FRAMES),"$(FRAMES)") $(ARGS)
 
+bench-many: $(READY)  ## opening sets of a million rows, sparse ones: make bench-many [MANY=DIR]
+	$(PY) -m bench.many $(if $(MANY),"$(MANY)") $(ARGS)
+
 bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-RAM script too
 	$(PY) -m bench.loader "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)
 
@@ -161,6 +164,10 @@ bench-larger: $(READY)  ## reading a set that memory does not hold, against the 
 
 bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)
+
+# Each reader in an environment of its own, which borrows this one's torch: what is downloaded is some 150 MB in all.
+bench-peers: $(READY)  ## other people's readers on the same rows: make bench-peers [DATA=SET]; installs them into .peers
+	$(PY) -m bench.peers $(if $(wildcard $(DATA)),"$(DATA)") --install "$(AT).peers" $(ARGS)
 
 test-stacks: .venv/dev  ## the tests on the versions that users have: oldest, Colab's, every h5py since 3.10; ends with a table
 	$(PY) .ci/stacks.py --all $(ARGS)

@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 PACKAGES = [name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]]
 VERSION = PROJECT["project"]["version"]
-IN_WHEEL = {"convert/sources/nyu_tables.json"}
+IN_WHEEL = {"convert/sources/nyu_tables.json", "convert/sources/nyu_rows.json"}
 TOP = {
     "LICENSE",
     "CHANGELOG.md",

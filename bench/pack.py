@@ -75,7 +75,7 @@ def write(found: ShardSet, directory: Path, codecs: Codecs) -> Figures:
         for shard, files in zip(found.manifest.shards, files_of_shard, strict=True)
     ]
     manifest = replace(found.manifest.without_files(), shards=shards, codecs=codecs)
-    commit(directory, manifest, {name: found.column(name) for name in manifest.columns})
+    commit(directory, manifest, {name: found.values(name) for name in manifest.columns})
     write_s[REST] = time.perf_counter() - started
     return write_s
 

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -164,9 +164,13 @@ def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSet
 def table(args: argparse.Namespace) -> None:
     """Write the table that a directory of frames is converted as."""
     from convert.sources.layouts import write_table
+    from convert.sources.listings import Wanted
 
-    n_rows = write_table(args.source, kinds_of(args), args.out)
-    log(f"{n_rows} rows; paths are relative to {args.source}: give that as --root")
+    wanted = Wanted(kinds=kinds_of(args), roots=tuple(args.root))
+    n_rows, roots = write_table(args.source, args.layout, wanted, args.out)
+    given = as_typed([word for root in roots for word in ("--root", root)])
+    where = "the same --root" if args.root else given
+    log(f"{n_rows} rows; convert them with {where}")
     print(args.out)
 
 
@@ -238,12 +242,16 @@ def pull(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write made-up rooms: a small .mat, or a directory of frames."""
+    """Write made-up rooms: a small .mat, or a directory of a known layout."""
     from convert.sample import write_sample
     from convert.sample_frames import write_frames
+    from convert.sample_sunrgbd import write_sunrgbd
+    from convert.sample_tum import write_tum
 
-    write = write_frames if args.layout == "frames" else write_sample
-    write(args.file, args.rows)
+    writers: dict[str, Callable[[Path, int], None]]
+    writers = {"nyu": write_sample, "frames": write_frames, "tum": write_tum}
+    writers["sunrgbd"] = write_sunrgbd
+    writers[args.layout](args.file, args.rows)
     print(args.file)
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from convert.sources.opening import LAYOUTS, SourceOptions
+from convert.sources.opening import LAYOUTS, OF_DIRECTORIES, SourceOptions
 from shards.containers import CODECS
 from shards.errors import WrongSetting
 from shards.flags import Parser, as_path, whole
@@ -167,15 +167,19 @@ def _add_source_flags(p: Any) -> None:
     p.add_argument("--layout", choices=LAYOUTS, default=AUTO, metavar="NAME", help=layout_help)
     name_help = "what the dataset is called (default: as the file or directory)"
     p.add_argument("--name", metavar="DATASET", help=name_help)
+    _add_root_flag(p)
+    follow_help = "let paths leave their root by links and .. (default: such rows fail)"
+    p.add_argument("--follow", action="store_true", help=follow_help)
+    label_names_help = "a file with a name of a label a line, from id 1 on (default: numbers)"
+    p.add_argument("--label-names", type=as_path, metavar="FILE", help=label_names_help)
+
+
+def _add_root_flag(p: Any) -> None:
     root_help = (
         "where paths lead: a folder, URL, .zip or .tar, or FIELD=one of these; may be repeated "
         "(default: the table's own folder)"
     )
     p.add_argument("--root", action="append", default=[], metavar="PLACE", help=root_help)
-    follow_help = "let paths leave their root by links and .. (default: such rows fail)"
-    p.add_argument("--follow", action="store_true", help=follow_help)
-    label_names_help = "a file with a name of a label a line, from id 1 on (default: numbers)"
-    p.add_argument("--label-names", type=as_path, metavar="FILE", help=label_names_help)
 
 
 def _add_meaning_flags(p: Any) -> None:
@@ -223,9 +227,10 @@ def _add_table_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("source", type=as_path, metavar="DIR", help=directory_help)
     out_help = "the .csv to write (no default: it must be given)"
     p.add_argument("--out", type=as_path, required=True, metavar="FILE", help=out_help)
-    layout_help = "how DIR is laid out (default: %(default)s)"
-    layouts = ("auto", "frames")
+    layout_help = f"how DIR is laid out: {', '.join(OF_DIRECTORIES)} (default: %(default)s)"
+    layouts = (AUTO, *OF_DIRECTORIES)
     p.add_argument("--layout", choices=layouts, default=AUTO, metavar="NAME", help=layout_help)
+    _add_root_flag(p)
     _add_field_flag(p)
 
 
@@ -261,12 +266,14 @@ def _add_pull_flags(p: argparse.ArgumentParser) -> None:
 def _add_sample_flags(p: argparse.ArgumentParser) -> None:
     out_help = "the .mat, or the directory, to write; it must not exist"
     p.add_argument("file", type=as_path, metavar="OUT", help=out_help)
-    layout_help = "nyu: a .mat; frames: a directory of pictures (default: %(default)s)"
-    p.add_argument(
-        "--layout", choices=("nyu", "frames"), default="nyu", metavar="NAME", help=layout_help
+    layout_help = (
+        "nyu: a .mat; frames: a directory of pictures; tum: recordings; sunrgbd: that, whole "
+        "(default: %(default)s)"
     )
-    rows_help = "rooms in it (1 to 10000, default: %(default)s)"
-    p.add_argument("--rows", type=whole(1, 10_000), default=48, metavar="N", help=rows_help)
+    layouts = ("nyu", "frames", "sunrgbd", "tum")
+    p.add_argument("--layout", choices=layouts, default="nyu", metavar="NAME", help=layout_help)
+    rows_help = "rooms in it (1 to 10335, default: %(default)s)"
+    p.add_argument("--rows", type=whole(1, 10_335), default=48, metavar="N", help=rows_help)
 
 
 # ------------------------------------------------------------------------------ what is asked for

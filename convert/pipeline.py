@@ -40,6 +40,7 @@ from convert.sources.base import (
     SourceFilter,
     camera_shares_of,
     filled_columns,
+    kinds_of_columns,
 )
 from convert.sources.nyu_mat import Elsewhere
 from convert.sources.opening import open_source
@@ -273,6 +274,7 @@ class ConvertedShards:
             scenes=self.facts.scenes,
             codecs=plan.codecs,
             decoder=plan.decoder,
+            columns=kinds_of_columns(self.columns),
         )
 
     def _dataset(self) -> DatasetSpec:

@@ -14,7 +14,8 @@ import io
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,31 +309,43 @@ def write_frames(
     Raises UserError where `out` exists or cannot be written, for no rows, for pictures under 32
     pixels, and where Pillow is not installed.
     """
-    if os.path.lexists(out):
-        raise WrongPlace(out, "exists already", "Remove it, or choose another name")
     smallest = min(min(size_wh) for size_wh in sizes_wh)
     if n_rows < 1 or smallest < SMALLEST:
         asked = f"{n_rows} of {smallest} pixels"
         raise WrongSetting("rows", asked, f"choose 1 or more, of {SMALLEST} pixels or more")
-    _pillow()
     sample = SampleFrames(seed=seed, sizes_wh=sizes_wh)
-    _write_whole(out, sample, n_rows, FAULTS if bad else {})
+    with written_whole(out) as folder:
+        _write_rooms(folder, sample, n_rows, FAULTS if bad else {})
 
 
-def _write_whole(out: Path, sample: SampleFrames, n_rows: int, faults: Mapping[str, Fault]) -> None:
-    """Under a temporary name first, which is removed whatever happens; folders above are made."""
+def _write_rooms(
+    folder: Path, sample: SampleFrames, n_rows: int, faults: Mapping[str, Fault]
+) -> None:
+    frames = sorted(
+        (_write_frame(folder, *sample.draw(number)) for number in range(n_rows)),
+        key=lambda frame: frame.paths["rgb"],
+    )
+    for number, name in enumerate(faults, n_rows):
+        frames.append(_write_frame(folder, *bad_frame(sample, name, number)))
+    names = "".join(f"{name}\n" for name in label_names())
+    write_file(folder / LABEL_NAMES, names.encode())
+    write_file(folder / TABLE, _table(frames))
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """The folder to write into, under a temporary name; it gets its own when all is written, and is
+    removed where that fails. Folders above are made.
+
+    Raises WrongPlace where `out` exists or cannot be written, UserError without Pillow.
+    """
+    if os.path.lexists(out):
+        raise WrongPlace(out, "exists already", "Remove it, or choose another name")
+    _pillow()
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        frames = sorted(
-            (_write_frame(temporary, *sample.draw(number)) for number in range(n_rows)),
-            key=lambda frame: frame.paths["rgb"],
-        )
-        for number, name in enumerate(faults, n_rows):
-            frames.append(_write_frame(temporary, *bad_frame(sample, name, number)))
-        names = "".join(f"{name}\n" for name in label_names())
-        _write_file(temporary / LABEL_NAMES, names.encode())
-        _write_file(temporary / TABLE, _table(frames))
+        yield temporary
         for folder in sorted(path for path in temporary.rglob("*") if path.is_dir()):
             fsync_dir(folder)
         fsync_dir(temporary)
@@ -347,11 +360,12 @@ def _write_whole(out: Path, sample: SampleFrames, n_rows: int, faults: Mapping[s
 
 def _write_frame(folder: Path, frame: Frame, files: Files) -> Frame:
     for path, data in files.items():
-        _write_file(folder / path, data)
+        write_file(folder / path, data)
     return frame
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """A durable file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(data)

@@ -119,7 +119,7 @@ def existing_sets(request: SetRequest) -> ExistingSets:
     is_drive_whole = False
     if request.drive:
         find = partial(_set_in, request.drive, request.settings, wanted)
-        on_drive = patiently(find, f"looking through {request.drive}")
+        on_drive = patiently(find, f"looking through {request.drive}", request.drive)
     if on_drive:
         is_drive_whole = not missing_files(MountedStore(on_drive.path), on_drive.manifest.files)
     return ExistingSets(local=local, on_drive=on_drive, is_drive_whole=is_drive_whole)
@@ -138,10 +138,11 @@ def _wanted(source: Origin | None) -> SourceFilter:
     if isinstance(source, Source):
         return SourceFilter(identity=source.identity())
     if isinstance(source, Path):
-        is_there = patiently(partial(exists, source), f"looking for {source}")
+        is_there = patiently(partial(exists, source), f"looking for {source}", source)
         if not is_there:
             return SourceFilter(name=source.name)
-    identity = patiently(lambda: sampled_identity(source), f"reading {source}")
+    where = source if isinstance(source, Path) else None
+    identity = patiently(lambda: sampled_identity(source), f"reading {source}", where)
     return SourceFilter(identity=identity)
 
 
@@ -267,7 +268,7 @@ def _find_mat(root: Path, drive: Path | None) -> Path | None:
         folders += [drive, drive.parent]
     for folder in dict.fromkeys(folders):
         path = folder / NYU_DOWNLOAD.name
-        if not patiently(partial(exists, path), f"looking for {path}"):
+        if not patiently(partial(exists, path), f"looking for {path}", path):
             continue
         try:
             check_opens(path)

@@ -22,7 +22,7 @@ def train_sums(field: Field, rows: Iterable[np.ndarray]) -> tuple[ChannelSums, .
         pixels = row.reshape(n_channels, -1).astype(np.float64)
         n_valid = pixels.shape[1] if field.invalid is None else int(np.count_nonzero(row))
         sums = pixels.sum(1).tolist()
-        sums_of_squares = np.square(pixels, out=pixels).sum(1).tolist()
+        sums_of_squares = np.einsum("cp,cp->c", pixels, pixels).tolist()  # in one pass
         for channel, of_row in enumerate(zip(sums, sums_of_squares, strict=True)):
             total[channel][0] += n_valid
             total[channel][1] += int(of_row[0])

@@ -169,7 +169,8 @@ def _files_to_change(source: Folder, target: MountedStore, files: Files) -> dict
         return {}
     refuse_newer(target)
     try:
-        there = patiently(partial(_files_of, target.path), f"reading {target.path / MANIFEST}")
+        looking = f"reading {target.path / MANIFEST}"
+        there = patiently(partial(_files_of, target.path), looking, target.path)
     except DamagedSet:
         target.delete(MANIFEST)
         return {}

@@ -120,6 +120,8 @@ def _compare_columns(found: ShardSet, source: Source) -> None:
             raise _other(found, f"has a column {name}, {source} has none")
 
     for name, values in of_source.items():  # in the order of the format
+        if name not in found.manifest.columns:
+            raise _other(found, f"has no column {name}, {source} has one")
         column = found.manifest.columns[name]
         stored = _meanings(column, found.column(name), found.manifest.scenes, found.dataset)
         given = _meanings(column, values, facts.scenes, facts.dataset)

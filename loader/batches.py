@@ -38,6 +38,7 @@ N_TIMED = 5  # batches made to see how long one takes
 NUMPY_HAS = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
     torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.uint16, torch.uint32, torch.uint64,
 }  # fmt: skip
 DRAWS = ProcessLock()  # whoever draws from the seeds of a batch: they are the whole process's
 

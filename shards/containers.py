@@ -13,6 +13,7 @@ columns are zarr-python's own output.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,15 @@ from typing import Any
 import numpy as np
 
 from shards.errors import DamagedSet, WrongSetting
-from shards.files import FileEntry, check_file, fsync_dir, open_plain, write_bytes
+from shards.files import (
+    FileEntry,
+    OpenFile,
+    check_bytes,
+    check_size,
+    fsync_dir,
+    open_handle,
+    write_bytes,
+)
 from shards.manifest import Column, Manifest, column_file, shard_file
 from shards.spec import Codecs, Field
 from shards.texts import Texts
@@ -186,28 +195,75 @@ def crc32c(data: bytes) -> bytes:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def map_npy(path: Path, *, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory-map a .npy read-only, its header and size checked first."""
-    header = npy_header(dtype, shape)
-    check_file(path, len(header) + math.prod(shape) * np.dtype(dtype).itemsize, header)
-    return np.memmap(path, dtype=dtype, mode="r", offset=len(header), shape=shape)
+@dataclass(frozen=True, kw_only=True)
+class MappedForm:
+    """How the rows of an uncompressed shard lie in its file.
 
-
-def map_zarr(path: Path, *, dtype: str, shape: tuple[int, ...], n_slots: int) -> np.ndarray:
-    """Memory-map an uncompressed Zarr shard after checking that its index has the rows back to back
-    from byte 0.
+    header: in front of them, of a .npy. index: behind them, of a Zarr shard.
     """
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    expected = shard_index(shape[0], n_bytes // shape[0], n_slots)
-    with open_plain(path) as file:
-        size = file.seek(0, 2)
-        offset = file.seek(max(0, size - len(expected)))
-        found = file.read()
-    if (offset, found) != (n_bytes, expected):
-        is_whole = crc32c(found[:-4]) == found[-4:]
-        problem = "does not hold its rows back to back: it cannot be mapped"
-        raise DamagedSet(path, problem if is_whole else "has a damaged shard index")
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+    dtype: str
+    shape: tuple[int, ...]  # [n, ...]
+    header: bytes = b""
+    index: bytes = b""
+
+    @property
+    def n_bytes_of_rows(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the file."""
+        return len(self.header) + self.n_bytes_of_rows + len(self.index)
+
+    def check(self, path: str | Path, file: OpenFile) -> None:
+        """Size, header and index of an opened file; no row is read. Raises DamagedSet."""
+        if self.index:
+            self._check_index(path, file)
+        else:
+            check_size(path, file, self.n_bytes)
+            check_bytes(path, file, 0, self.header)
+
+    def _check_index(self, path: str | Path, file: OpenFile) -> None:
+        """Raise DamagedSet where it does not say that the rows lie back to back from byte 0."""
+        start = max(0, file.n_bytes - len(self.index))
+        found = os.pread(file.handle, len(self.index), start)
+        if (start, found) != (self.n_bytes_of_rows, self.index):
+            is_whole = crc32c(found[:-4]) == found[-4:]
+            problem = "does not hold its rows back to back: it cannot be mapped"
+            raise DamagedSet(Path(path), problem if is_whole else "has a damaged shard index")
+
+
+def mapped_form(manifest: Manifest, field: Field, n_rows: int) -> MappedForm:
+    """Of the shards of an uncompressed field that have so many rows."""
+    shape = (n_rows, *field.row_shape(manifest.settings.size))
+    if not manifest.is_zarr:
+        return npy_form(field.dtype, shape)
+    return zarr_form(field.dtype, shape, manifest.settings.rows_per_shard)
+
+
+def npy_form(dtype: str, shape: tuple[int, ...]) -> MappedForm:
+    """Of a .npy with rows [n, ...]."""
+    return MappedForm(dtype=dtype, shape=shape, header=npy_header(dtype, shape))
+
+
+def zarr_form(dtype: str, shape: tuple[int, ...], n_slots: int) -> MappedForm:
+    """Of a Zarr shard with rows [n, ...], which has room for n_slots."""
+    row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    return MappedForm(dtype=dtype, shape=shape, index=shard_index(shape[0], row_bytes, n_slots))
+
+
+def map_file(path: Path, form: MappedForm) -> np.ndarray:
+    """Memory-map a shard [n, ...] read-only after checking its file; a descriptor stays open with
+    it. Raises DamagedSet.
+    """
+    file = open_handle(path)
+    try:
+        form.check(path, file)
+    finally:
+        os.close(file.handle)
+    offset = len(form.header)
+    return np.memmap(path, dtype=form.dtype, mode="r", offset=offset, shape=form.shape)
 
 
 def decode_zarr(path: Path, start: int, stop: int) -> np.ndarray:
@@ -226,13 +282,9 @@ def open_field(path: Path, manifest: Manifest, field: Field, shard: int) -> np.n
     Raises DamagedSet where its file is not as the manifest says.
     """
     entry = manifest.shards[shard]
-    shape = (entry.n_rows, *field.row_shape(manifest.settings.size))
-    file = path / shard_file(field, shard, manifest.is_zarr)
-    if not manifest.is_zarr:
-        return map_npy(file, dtype=field.dtype, shape=shape)
     if is_mapped(manifest.codecs, field.name):
-        n_slots = manifest.settings.rows_per_shard
-        return map_zarr(file, dtype=field.dtype, shape=shape, n_slots=n_slots)
+        file = path / shard_file(field, shard, manifest.is_zarr)
+        return map_file(file, mapped_form(manifest, field, entry.n_rows))
     return decode_zarr(path / field.name, entry.start, entry.stop)
 
 

@@ -99,7 +99,7 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
         codecs=codecs,
         shards=[done[k].entry for k in range(found.n_shards)],
     )
-    columns = {name: found.column(name) for name in manifest.columns}
+    columns = {name: found.values(name) for name in manifest.columns}
     return commit(directory, manifest, columns)
 
 

@@ -3,27 +3,40 @@ on request.
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
-from shards.containers import NPY_HEADER, is_mapped, npy_header, open_field
+from shards.containers import (
+    NPY_HEADER,
+    MappedForm,
+    is_mapped,
+    mapped_form,
+    npy_header,
+    open_field,
+)
 from shards.errors import DamagedSet, MissingField, MissingSet, SeveralSets
-from shards.files import LocalFolder, check_file, open_plain, what_is_wrong
+from shards.files import LocalFolder, check_size, open_handle, open_plain, what_is_wrong
 from shards.manifest import (
     FAILED,
     MANIFEST,
     PROVENANCE,
     Column,
+    ColumnValues,
     Manifest,
     column_file,
     read_manifest,
+    shard_file,
 )
+from shards.maps import CannotReserve, mapped_shards
 from shards.spec import NO_SCENE_TYPE, SPLITS, Codecs, ConversionSettings, DatasetSpec, Field
+from shards.texts import Texts
 
 DIRECTORY_NAME = re.compile(r"[a-z][a-z0-9_]*-\d+-[0-9a-f]{8}(\.zarr)?")
 # Beside a set's files: how it was made; receipts that a kill just after the commit left; what
@@ -82,9 +95,41 @@ class ShardSet:
             raise MissingField(self.path, name, list(self.manifest.fields))
         return self.manifest.fields[name]
 
-    def shards(self, field: str) -> list[np.ndarray]:
-        """The field's shards in row order, each [n, ...]: see `shard`."""
-        return [self.shard(field, k) for k in range(self.n_shards)]
+    def shards(self, field: str) -> Sequence[np.ndarray]:
+        """The field's shards in row order, each [n, ...]: mapped, or decoded, when asked for.
+
+        Mapped ones stay mapped while the sequence or one of its arrays is held. Raises MissingField
+        now, DamagedSet then.
+        """
+        wanted = self.field(field)
+        if is_mapped(self.codecs, field):
+            return self.maps([field])[field]
+        return DecodedShards(self.path, self.manifest, wanted)
+
+    def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
+        """The shards of several fields to be read together: as `shards`, in one address range.
+
+        Compressed ones are decoded into memory now, all of them. Raises MissingField, DamagedSet,
+        and UserError where they are more than the machine lets a process map.
+        """
+        found: dict[str, Sequence[np.ndarray]] = {}
+        mapped = []
+        for name in fields:
+            field = self.field(name)
+            if is_mapped(self.codecs, name):
+                mapped.append(field)
+            else:
+                found[name] = list(DecodedShards(self.path, self.manifest, field))
+        if mapped:
+            found |= self._mapped(mapped)
+        return found
+
+    def _mapped(self, fields: Sequence[Field]) -> Mapping[str, Sequence[np.ndarray]]:
+        try:
+            return mapped_shards(self.path, self.manifest, fields)
+        except CannotReserve:  # then a map and a descriptor of numpy's for each shard, all at once
+            shards = range(self.n_shards)
+            return {field.name: [self.shard(field.name, k) for k in shards] for field in fields}
 
     def shard(self, field: str, k: int) -> np.ndarray:
         """Shard k [n, ...]: a read-only memory map, or, where compressed, decoded into memory.
@@ -96,30 +141,43 @@ class ShardSet:
     def column(self, name: str) -> np.ndarray:
         """One value a row [N, ...]: numbers as stored, texts as str. Hashed, and in range.
 
-        Raises DamagedSet, or KeyError for a column that the set does not have.
+        As an array every text takes as much memory as the longest one: `texts` does not. Raises
+        DamagedSet, or KeyError for a column that the set does not have.
         """
         column = self.manifest.columns[name]
         if column.dtype == "text":
-            return self._texts(column)
+            return np.array(list(self.texts(name)), dtype=str)
         values = self._array(f"rows-{name}", column)
         if len(values) != self.n_rows or not self._is_in_range(name, values):
             raise DamagedSet(self._column_path(f"rows-{name}", column), "is damaged")
         return values
 
-    def _texts(self, column: Column) -> np.ndarray:
+    def values(self, name: str) -> ColumnValues:
+        """A column of either kind, as it is stored. Raises as `column` does."""
+        is_text = self.manifest.columns[name].dtype == "text"
+        return self.texts(name) if is_text else self.column(name)
+
+    def texts(self, name: str) -> Texts:
+        """The texts of a column, one a row: no Python object each. Hashed.
+
+        Raises DamagedSet, or KeyError for a column of texts that the set does not have.
+        """
+        column = self.manifest.columns[name]
+        if column.dtype != "text":
+            raise KeyError(name)
         offsets_name, bytes_name = column.arrays
-        offsets = self._array(offsets_name, column).astype(np.int64)
-        data = self._array(bytes_name, column).tobytes()
-        is_right = len(offsets) == self.n_rows + 1 and offsets[0] == 0 and offsets[-1] == len(data)
-        # Every row takes as much memory as the longest text.
-        lengths = np.diff(offsets)
-        if not is_right or np.any((lengths < 0) | (lengths > MAX_TEXT_BYTES)):
-            raise DamagedSet(self._column_path(offsets_name, column), "is damaged")
-        bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        offsets = self._array(offsets_name, column)
+        utf8 = self._array(bytes_name, column)
         try:
-            return np.array([data[start:stop].decode() for start, stop in bounds], dtype=str)
-        except UnicodeDecodeError:
-            raise DamagedSet(self._column_path(bytes_name, column), "is damaged") from None
+            found = Texts(offsets, utf8)
+            is_right = len(found) == self.n_rows and found.lengths.max() <= MAX_TEXT_BYTES
+        except ValueError:
+            is_right = False
+        if not is_right:
+            raise DamagedSet(self._column_path(offsets_name, column), "is damaged")
+        if not found.are_utf8():
+            raise DamagedSet(self._column_path(bytes_name, column), "is damaged")
+        return found
 
     def _column_path(self, array: str, column: Column) -> Path:
         return self.path / column_file(array, column, self.manifest.is_zarr)
@@ -154,6 +212,29 @@ class ShardSet:
         return True
 
 
+class DecodedShards(Sequence[np.ndarray]):
+    """The shards of a compressed field, each decoded whenever it is asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest, field: Field) -> None:
+        """path: of the set."""
+        self._path = path
+        self._manifest = manifest
+        self._field = field
+
+    def __len__(self) -> int:
+        return len(self._manifest.shards)
+
+    @overload
+    def __getitem__(self, shard: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
+        """Shard k [n, ...] in memory. Raises IndexError, or DamagedSet."""
+        if isinstance(shard, slice):
+            return [self[k] for k in range(*shard.indices(len(self)))]
+        return open_field(self._path, self._manifest, self._field, range(len(self))[shard])
+
+
 def open_set(path: str | Path) -> ShardSet:
     """Open a finished set after checking the size of every file and the header of every shard; no
     data is read.
@@ -171,14 +252,54 @@ def check_files(found: ShardSet) -> None:
 
     Raises DamagedSet.
     """
-    path = found.path
+    forms = _forms_of_files(found)
+    folders = PlainFolders(found.path)
     for name, entry in found.manifest.files.items():
-        if "/" in name and (path / name).parent.resolve() != (path.resolve() / name).parent:
-            raise DamagedSet(path / name, "lies behind a symbolic link")
-        check_file(path / name, entry.n_bytes)
-    for field in found.manifest.fields:
-        if is_mapped(found.codecs, field):
-            found.shards(field)  # checks each header, or each index of a Zarr store
+        folders.check(name)
+        path = f"{found.path}/{name}"
+        file = open_handle(path)
+        try:
+            check_size(path, file, entry.n_bytes)
+            if name in forms:
+                forms[name].check(path, file)
+        finally:
+            os.close(file.handle)
+
+
+def _forms_of_files(found: ShardSet) -> dict[str, MappedForm]:
+    """How the rows lie in each file that is mapped, by its name."""
+    manifest = found.manifest
+    forms: dict[str, MappedForm] = {}
+    for field in manifest.fields.values():
+        if not is_mapped(found.codecs, field.name):
+            continue
+        of_rows: dict[int, MappedForm] = {}  # the last shard may have fewer
+        for k, entry in enumerate(manifest.shards):
+            if entry.n_rows not in of_rows:
+                of_rows[entry.n_rows] = mapped_form(manifest, field, entry.n_rows)
+            forms[shard_file(field, k, manifest.is_zarr)] = of_rows[entry.n_rows]
+    return forms
+
+
+class PlainFolders:
+    """Folders of a set, each looked at once: none is a symbolic link, that could lead out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._are_plain = {""}
+
+    def check(self, name: str) -> None:
+        """Raise DamagedSet where a file of the set lies behind a link."""
+        if not self._is_plain(name.rpartition("/")[0]):
+            raise DamagedSet(self._path / name, "lies behind a symbolic link")
+
+    def _is_plain(self, folder: str) -> bool:
+        if folder not in self._are_plain:
+            above = folder.rpartition("/")[0]
+            if not self._is_plain(above) or os.path.islink(f"{self._path}/{folder}"):
+                return False
+            self._are_plain.add(folder)
+        return True
 
 
 def finished_sets(root: Path) -> list[Path]:

@@ -10,6 +10,7 @@
       NewerSet                path, version             made by a later version
       DamagedSet              path                      bytes that are not what the manifest says
       OtherSet                path                      in its place lies another set
+      DifferentSets           path, other, what, ours, theirs    they cannot be read as one
       MissingField            path, field, fields
       WrongSource             source                    not what it should be, or not readable
         DamagedSource         source
@@ -205,6 +206,18 @@ class OtherSet(PathError):
     """In its place lies another set."""
 
 
+class DifferentSets(PathError):
+    """Two sets that cannot be read as one. what: in which they differ."""
+
+    def __init__(self, path: Any, other: Any, what: str, ours: Any, theirs: Any) -> None:
+        problem = f"and {other} cannot be joined: {what} {ours} and {theirs}"
+        super().__init__(path, problem, "Convert one of them again as the other")
+        self.other = other
+        self.what = what
+        self.ours = ours
+        self.theirs = theirs
+
+
 class MissingField(PathError):
     """The set has no such field."""
 
@@ -231,12 +244,16 @@ class WrongPlace(PathError):
 
 
 class RemoteSet(WrongPlace):
-    """A set on a mounted Drive. `kind`: of its file system, such as "fuse.drivefs"."""
+    """A set on a mounted Drive, or on what else a service far away is mounted as.
 
-    def __init__(self, path: Any, kind: str) -> None:
-        what = f"is on a mounted Drive ({kind})"
+    kind: of its file system, such as "fuse.drivefs". place: what that is, in words.
+    """
+
+    def __init__(self, path: Any, kind: str, place: str = "a mounted Drive") -> None:
+        what = f"is on {place} ({kind})"
         super().__init__(path, f"{what}: training would read it over the network, row by row")
         self.kind = kind
+        self.place = place
 
 
 class Busy(PathError):

@@ -24,7 +24,7 @@ except ImportError:  # anything but macOS
     F_FULLFSYNC = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """What a file must be."""
 
@@ -125,32 +125,59 @@ def fsync_dir(path: Path) -> None:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def open_plain(path: Path) -> IO[bytes]:
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """The descriptor of a plain file, the bytes that it has, and its number on its disk."""
+
+    handle: int
+    n_bytes: int
+    inode: int
+
+
+def open_handle(path: str | Path) -> OpenFile:
     """Open a regular file to read: no symbolic link is followed, no pipe is waited for.
 
-    Raises DamagedSet where it is none, or cannot be read.
+    Whoever calls closes it. Raises DamagedSet where it is none, or cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         known = {errno.ENOENT: "is missing", errno.ELOOP: "is not a plain file"}  # a link
         problem = known.get(error.errno or 0, f"cannot be read ({error.strerror})")
-        raise DamagedSet(path, problem) from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise DamagedSet(Path(path), problem) from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
         os.close(handle)
-        raise DamagedSet(path, "is not a plain file")
-    return open(handle, "rb", buffering=0)
+        raise DamagedSet(Path(path), "is not a plain file")
+    return OpenFile(handle, found.st_size, found.st_ino)
 
 
-def check_file(path: Path, n_bytes: int, header: bytes = b"") -> None:
-    """Size and first bytes: 15 us a file, no data read. Raises DamagedSet."""
-    with open_plain(path) as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != n_bytes:
-            said = f"has {found} bytes, the manifest says {n_bytes}: the copy is incomplete"
-            raise DamagedSet(path, said)
-        if file.read(len(header)) != header:
-            raise DamagedSet(path, "is damaged (its header is not the manifest's)")
+def open_plain(path: Path) -> IO[bytes]:
+    """`open_handle`, as a file of Python's."""
+    return open(open_handle(path).handle, "rb", buffering=0)
+
+
+def check_file(path: str | Path, n_bytes: int, header: bytes = b"") -> None:
+    """Size and first bytes: 8 us a file, no data read. Raises DamagedSet."""
+    file = open_handle(path)
+    try:
+        check_size(path, file, n_bytes)
+        check_bytes(path, file, 0, header)
+    finally:
+        os.close(file.handle)
+
+
+def check_size(path: str | Path, file: OpenFile, n_bytes: int) -> None:
+    """Raise DamagedSet where an opened file has another one."""
+    if file.n_bytes != n_bytes:
+        said = f"has {file.n_bytes} bytes, the manifest says {n_bytes}: the copy is incomplete"
+        raise DamagedSet(Path(path), said)
+
+
+def check_bytes(path: str | Path, file: OpenFile, start: int, expected: bytes) -> None:
+    """Raise DamagedSet where other bytes lie there in an opened file."""
+    if expected and os.pread(file.handle, len(expected), start) != expected:
+        raise DamagedSet(Path(path), "is damaged (its header is not the manifest's)")
 
 
 def sha256_file(path: Path) -> str:

@@ -1,34 +1,157 @@
 """Many rows of many shards in one copy.
 
-Every shard is a memory map of its own, somewhere in the address space. Seen from the lowest of
-their addresses, all of them together are one long array of bytes, with gaps that belong to others:
+Shards lie in a range of addresses of their own (shards/maps.py); what is decoded, or mapped where
+there are no such ranges, lies somewhere. Seen from the lowest of all their addresses they are one
+long array of bytes, with gaps where nothing is mapped, or which belong to others:
 
     low                                                                                      high
-    |  rgb-00000  |   others'   |  depth-00001  |  rgb-00001  |   others'   |  depth-00000   |
+    |  rgb-00000  |             |  rgb-00002  |             |  depth-00000  |  depth-00001  |
        [piece][piece][piece]       [piece][piece]   ^ a piece may begin at any byte
 
     pieces[i]  =  the bytes  low + i  ...  low + i + piece        overlapping, strides (1, 1)
 
 A row is a whole number of pieces, so a batch of any rows of any fields is one list of piece numbers
 and one `index_select`: one pass over memory, outside Python's lock, which torch divides among its
-threads. The plain way to say the same is `take_rows` below, against which this is tested.
+threads. The plain way to say the same is `take_rows` below, against which this is tested. The
+table spans shards that are mapped later, so it never changes.
 
-Invariant: a piece number is only ever computed from a row that exists, so that its bytes lie
-inside one shard. What lies between the shards may be anybody's memory or none at all.
+Invariant: a piece number is only ever computed from a row that exists, after its shard was mapped,
+so that its bytes lie inside one shard.
 
 Never do anything else to `pieces`: not even `pieces.sum()`, printing it, pickling it or moving it
 to a device. It spans memory that is not mapped, and reading there ends the process. It lives no
-longer than the maps it was made from, and is given to nobody.
+longer than the shards it was made from, and is given to nobody.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from typing import Any
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, overload
 
 import numpy as np
 
+from shards.maps import MappedShards
+from shards.readahead import advise, whole_pages
+
 # torch gives whole pieces to its threads below this many elements, and divides each of them above.
 PIECE_BELOW = 32768
+
+
+class PlacedShards(Protocol):
+    """The shards of a field, where they lie or will lie."""
+
+    row_bytes: int
+    itemsize: int
+    low: int  # no shard lies below it
+    high: int  # nor beyond
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, which are there from now on."""
+
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+
+
+class HeldShards:
+    """Shards that are there already: decoded, or mapped by numpy."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        """arrays: in row order, [n, ...]."""
+        self._arrays = list(arrays)
+        self._starts = np.array([array.ctypes.data for array in self._arrays], np.int64)
+        self._rows_per_shard = len(self._arrays[0])
+        self.row_bytes = self._arrays[0][0].nbytes
+        self.itemsize = self._arrays[0].itemsize
+        self.low = min(array.ctypes.data for array in self._arrays)
+        self.high = max(array.ctypes.data + array.nbytes for array in self._arrays)
+        self._is_random = np.zeros(len(self._arrays), bool)  # what the kernel was told of each
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows."""
+        shards = rows // self._rows_per_shard
+        found: np.ndarray = self._starts[shards] + rows % self._rows_per_shard * self.row_bytes
+        return found
+
+    def count_reads(self, rows: np.ndarray) -> None:
+        """Nothing is kept of what was touched."""
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+        shards = np.unique(rows // self._rows_per_shard)
+        new = shards[~self._is_random[shards]]
+        if len(new):
+            sizes = np.array([self._arrays[shard].nbytes for shard in new])
+            starts = self._starts[new]
+            advise(*whole_pages(starts, starts + sizes), mmap.MADV_RANDOM)
+            self._is_random[new] = True
+
+
+class JoinedShards(Sequence[np.ndarray]):
+    """Those of a field of several sets, whose rows are counted behind each other."""
+
+    def __init__(self, parts: Sequence[Sequence[np.ndarray]], first_rows: np.ndarray) -> None:
+        """parts: the shards of each set; rows are of one size. first_rows: [parts + 1], where the
+        rows of each begin.
+        """
+        self._shards = parts
+        self._parts = [placed(part) for part in parts]
+        self._first_rows = first_rows
+        self.row_bytes = self._parts[0].row_bytes
+        self.itemsize = self._parts[0].itemsize
+        self.low = min(part.low for part in self._parts)
+        self.high = max(part.high for part in self._parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
+
+    @overload
+    def __getitem__(self, shard: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
+        """Shard k of all, counted on from set to set. Raises IndexError."""
+        if isinstance(shard, slice):
+            return [self[k] for k in range(*shard.indices(len(self)))]
+        number = range(len(self))[shard]
+        for part in self._shards:
+            if number < len(part):
+                return part[number]
+            number -= len(part)
+        raise IndexError(shard)
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """[B] int64: of the first byte of each of these rows, which are there from now on."""
+        found = np.empty(len(rows), np.int64)
+        for part, is_of_part, rows_of_part in self._of_parts(rows):
+            found[is_of_part] = part.addresses(rows_of_part)
+        return found
+
+    def count_reads(self, rows: np.ndarray) -> None:
+        """These rows [B] are about to be touched."""
+        for part, _, rows_of_part in self._of_parts(rows):
+            part.count_reads(rows_of_part)
+
+    def expect_no_order(self, rows: np.ndarray) -> None:
+        """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
+        for part, _, rows_of_part in self._of_parts(rows):
+            part.expect_no_order(rows_of_part)
+
+    def _of_parts(self, rows: np.ndarray) -> Iterator[tuple[PlacedShards, np.ndarray, np.ndarray]]:
+        """Each set, which of the rows [B] are its own, and how it counts them."""
+        part_of_row = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for number, part in enumerate(self._parts):
+            is_of_part = part_of_row == number
+            yield part, is_of_part, rows[is_of_part] - self._first_rows[number]
+
+
+def placed(shards: Sequence[np.ndarray]) -> PlacedShards:
+    """Where the shards of a field lie: as told by themselves, else as the arrays lie."""
+    if isinstance(shards, MappedShards | JoinedShards):
+        return shards
+    return HeldShards(shards)
 
 
 class RowGather:
@@ -36,17 +159,11 @@ class RowGather:
 
     def __init__(self, shards: Mapping[str, Sequence[np.ndarray]], size: int) -> None:
         """shards: of each field, in row order, [n, ..., size, size]; all but the last equal."""
-        self._shards = {field: list(maps) for field, maps in shards.items()}
-        every = [shard for maps in self._shards.values() for shard in maps]
-        low = min(shard.ctypes.data for shard in every)
-        high = max(shard.ctypes.data + shard.nbytes for shard in every)
-        self._low = low
-        self._starts = {
-            field: np.array([shard.ctypes.data for shard in maps]) - low
-            for field, maps in self._shards.items()
-        }
+        self._fields = {field: placed(each) for field, each in shards.items()}
+        self._low = min(each.low for each in self._fields.values())
+        high = max(each.high for each in self._fields.values())
         self._piece_bytes = piece_bytes(size)
-        self._pieces = _pieces_between(low, high, self._piece_bytes)
+        self._pieces = _pieces_between(self._low, high, self._piece_bytes)
 
     def into(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None = None
@@ -71,36 +188,35 @@ class RowGather:
         return out
 
     def row_spans(self, fields: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where rows [B] of these fields lie: (addresses, n_bytes), each [B * fields] int64.
+        """Where these rows lie in memory, field after field; their shards are mapped now.
 
-        What is in memory is not looked at. rows: as in `into`.
+        rows [B]: numbers of rows that exist. Returns addresses and bytes, each [fields * B] int64.
         """
-        addresses = []
-        n_bytes = []
-        for field in fields:
-            rows_per_shard = len(self._shards[field][0])
-            starts = self._low + self._starts[field][rows // rows_per_shard]
-            addresses.append(starts + rows % rows_per_shard * self._row_bytes(field))
-            n_bytes.append(np.full(len(rows), self._row_bytes(field)))
+        addresses = [self._fields[field].addresses(rows) for field in fields]
+        n_bytes = [np.full(len(rows), self._fields[field].row_bytes, np.int64) for field in fields]
         return np.concatenate(addresses), np.concatenate(n_bytes)
+
+    def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
+        """Map the shards of these rows [B], and have nothing read around what is touched of them.
+
+        Said of a shard once; it holds as long as the shards are mapped.
+        """
+        for field in fields:
+            self._fields[field].expect_no_order(rows)
 
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""
-        n_pieces = {field: self._row_bytes(field) // self._piece_bytes for field in fields}
+        n_pieces = {field: self._fields[field].row_bytes // self._piece_bytes for field in fields}
         index = np.empty(len(rows) * sum(n_pieces.values()), np.int64)
         at = 0
-        for field in widest_first(fields, self._shards):
-            rows_per_shard = len(self._shards[field][0])
-            shard_starts = self._starts[field][rows // rows_per_shard]
-            row_starts = shard_starts + rows % rows_per_shard * self._row_bytes(field)
+        for field in sorted(fields, key=lambda name: -self._fields[name].itemsize):
+            self._fields[field].count_reads(rows)
+            row_starts = self._fields[field].addresses(rows) - self._low
             end = at + len(rows) * n_pieces[field]
             for k in range(n_pieces[field]):
                 index[at + k : end : n_pieces[field]] = row_starts + k * self._piece_bytes
             at = end
         return index
-
-    def _row_bytes(self, field: str) -> int:
-        return self._shards[field][0][0].nbytes
 
 
 def take_rows(

@@ -35,22 +35,17 @@ class Rows(Protocol):
     def row_spans(self, fields: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(addresses, n_bytes), each [n] int64: of these rows of these fields, in any order."""
 
+    def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
+        """Have nothing read around what is touched of the shards of these rows."""
+
 
 class RowsAhead:
-    """Asks for rows of some fields of a set.
+    """Asks for rows of some fields of a set."""
 
-    rows_per_shard, n_rows: of the set; where a shard begins and ends follows from its rows.
-    """
-
-    def __init__(
-        self, rows: Rows, fields: Sequence[str], *, rows_per_shard: int, n_rows: int
-    ) -> None:
+    def __init__(self, rows: Rows, fields: Sequence[str]) -> None:
         self._rows = rows
         self._fields = list(fields)
-        self._rows_per_shard = rows_per_shard
-        self._n_rows = n_rows
-        n_shards = -(-n_rows // rows_per_shard)
-        self._is_random = np.zeros(n_shards, bool)  # what the kernel was told of each shard
+        self._has_no_order = False  # rows were asked for that do not follow one another
 
     def ask_for(self, rows: np.ndarray) -> None:
         """Have the system begin to read these rows [B]; those that are in memory cost little.
@@ -59,25 +54,14 @@ class RowsAhead:
         that follow one another are left to the kernel, which is faster then: it reads ahead by
         itself, and in larger pages.
         """
-        shards = np.unique(rows // self._rows_per_shard)
-        if follow_one_another(rows) and not self._is_random[shards].any():
+        if follow_one_another(rows) and not self._has_no_order:
             return
-        self._expect_no_order(shards)
+        if len(rows) > 1:
+            self._has_no_order = True
+        if self._has_no_order:
+            self._rows.expect_no_order(self._fields, rows)
         addresses, n_bytes = self._rows.row_spans(self._fields, rows)
         will_need(addresses, n_bytes)
-
-    def _expect_no_order(self, shards: np.ndarray) -> None:
-        """Tell the kernel to read nothing around a place of these shards."""
-        new = shards[~self._is_random[shards]]
-        if not len(new):
-            return
-        first_rows = new * self._rows_per_shard
-        last_rows = np.minimum(first_rows + self._rows_per_shard, self._n_rows) - 1
-        for field in self._fields:  # one at a time, as each field's shards have sizes of their own
-            starts, _ = self._rows.row_spans([field], first_rows)
-            last_starts, last_bytes = self._rows.row_spans([field], last_rows)
-            advise(*whole_pages(starts, last_starts + last_bytes), mmap.MADV_RANDOM)
-        self._is_random[new] = True
 
 
 def follow_one_another(rows: np.ndarray) -> bool:

@@ -12,13 +12,24 @@ MAX_WHOLE = 2**62  # no file, row or sum of squares is as large
 
 
 class JsonObject:
-    """One object of a JSON text. `where` is its place there, for messages."""
+    """One object of a JSON text.
 
-    def __init__(self, value: Any, where: str) -> None:
-        if type(value) is not dict:
-            raise ValueError(f"{where} is not an object")
-        self._value: dict[str, Any] = value
+    where: its place, for messages, in the object `inside` if there is one. A large set's manifest
+    has tens of thousands of objects, and their places are put together only for a message.
+    """
+
+    __slots__ = ("_inside", "_value", "_where")
+
+    def __init__(self, value: Any, where: str, inside: "JsonObject | None" = None) -> None:
         self._where = where
+        self._inside = inside
+        if type(value) is not dict:
+            raise ValueError(f"{self} is not an object")
+        self._value: dict[str, Any] = value
+
+    def __str__(self) -> str:
+        """Its place in the text."""
+        return self._where if self._inside is None else f"{self._inside}.{self._where}"
 
     def __contains__(self, key: str) -> bool:
         return key in self._value
@@ -28,9 +39,9 @@ class JsonObject:
 
     def only(self, *known: str) -> None:
         """Refuse keys that a later version may have added: their meaning is not known here."""
-        unknown = sorted(self._value.keys() - set(known))
+        unknown = self._value.keys() - known
         if unknown:
-            raise ValueError(f"{self._where} has {unknown[0]}, which is not known")
+            raise ValueError(f"{self} has {min(unknown)}, which is not known")
 
     def text(self, key: str) -> str:
         return self._of_type(key, str)
@@ -40,7 +51,7 @@ class JsonObject:
 
     def whole(self, key: str) -> int:
         """A whole number from 0."""
-        return _whole(self._get(key), f"{self._where}.{key}")
+        return self._whole(self._get(key), key)
 
     def whole_or_none(self, key: str) -> int | None:
         return None if self._get(key) is None else self.whole(key)
@@ -48,32 +59,32 @@ class JsonObject:
     def number(self, key: str) -> float:
         value = self._get(key)
         if type(value) in (int, float):
-            return _float(value, f"{self._where}.{key}")
+            return self._float(value, key)
         return self._of_type(key, float)
 
     def texts(self, key: str) -> tuple[str, ...]:
         values = self._list(key)
         if any(type(value) is not str for value in values):
-            raise ValueError(f"{self._where}.{key} holds something that is no text")
+            raise ValueError(f"{self}.{key} holds something that is no text")
         return tuple(values)
 
     def wholes(self, key: str) -> tuple[int, ...]:
         values = self._list(key)
-        return tuple(_whole(value, f"{self._where}.{key}") for value in values)
+        return tuple([self._whole(value, key) for value in values])
 
     def numbers(self, key: str) -> tuple[float, ...]:
         values = self._list(key)
-        return tuple(_float(value, f"{self._where}.{key}") for value in values)
+        return tuple([self._float(value, key) for value in values])
 
     def table(self, key: str) -> tuple[tuple[int, ...], ...]:
         """A list of lists of whole numbers."""
         rows = self._list(key)
-        if any(type(row) is not list for row in rows):
-            raise ValueError(f"{self._where}.{key} holds something that is no list")
-        return tuple(tuple(_whole(value, f"{self._where}.{key}") for value in row) for row in rows)
+        if not {type(row) for row in rows} <= {list}:
+            raise ValueError(f"{self}.{key} holds something that is no list")
+        return tuple([tuple([self._whole(value, key) for value in row]) for row in rows])
 
     def object(self, key: str) -> "JsonObject":
-        return JsonObject(self._get(key), f"{self._where}.{key}")
+        return JsonObject(self._get(key), key, self)
 
     def object_or_none(self, key: str) -> "JsonObject | None":
         return None if self._get(key) is None else self.object(key)
@@ -81,7 +92,7 @@ class JsonObject:
     def objects(self, key: str) -> "list[JsonObject]":
         """A list of objects."""
         values = self._list(key)
-        return [JsonObject(value, f"{self._where}.{key}[{k}]") for k, value in enumerate(values)]
+        return [JsonObject(value, f"{key}[{k}]", self) for k, value in enumerate(values)]
 
     def items(self) -> "Iterator[tuple[str, JsonObject]]":
         """Where every value is an object: each of them by its key."""
@@ -90,27 +101,25 @@ class JsonObject:
 
     def _get(self, key: str) -> Any:
         if key not in self._value:
-            raise ValueError(f"{self._where} has no {key}")
+            raise ValueError(f"{self} has no {key}")
         return self._value[key]
 
     def _of_type(self, key: str, kind: type) -> Any:
         value = self._get(key)
         if type(value) is not kind:
-            raise ValueError(f"{self._where}.{key} has the wrong type")
+            raise ValueError(f"{self}.{key} has the wrong type")
         return value
 
     def _list(self, key: str) -> list[Any]:
         return self._of_type(key, list)
 
+    def _whole(self, value: Any, key: str) -> int:
+        if type(value) is not int or not 0 <= value <= MAX_WHOLE:
+            raise ValueError(f"{self}.{key} has the wrong type")
+        return value
 
-def _whole(value: Any, where: str) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_WHOLE:
-        raise ValueError(f"{where} has the wrong type")
-    return value
-
-
-def _float(value: Any, where: str) -> float:
-    """Neither NaN nor infinite, nor beyond what anything here can be."""
-    if type(value) not in (int, float) or not abs(value) <= MAX_WHOLE:
-        raise ValueError(f"{where} holds something that is no number")
-    return float(value)
+    def _float(self, value: Any, key: str) -> float:
+        """Neither NaN nor infinite, nor beyond what anything here can be."""
+        if type(value) not in (int, float) or not abs(value) <= MAX_WHOLE:
+            raise ValueError(f"{self}.{key} holds something that is no number")
+        return float(value)

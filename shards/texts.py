@@ -103,6 +103,19 @@ class Texts:
         """[N] int64: bytes of each text."""
         return np.diff(self.offsets)
 
+    def are_utf8(self) -> bool:
+        """Whether each of them can be asked for."""
+        starts = self.offsets[:-1][self.lengths > 0]
+        if np.any((self.utf8[starts] & 0xC0) == 0x80):  # in the middle of a character
+            return False
+        try:
+            for first in range(0, len(self), BLOCK_ROWS):
+                last = min(first + BLOCK_ROWS, len(self))
+                self.utf8[self.offsets[first] : self.offsets[last]].tobytes().decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
     def take(self, rows: np.ndarray) -> "Texts":
         """The texts of these rows, [M] whole numbers >= 0, in that order. Raises IndexError."""
         rows = np.asarray(rows)

@@ -527,8 +527,11 @@ def test_every_task_trains(
     assert is_said == (task == "depth")
 
 
-def test_the_recipe_learns_the_datasets_own_groups_first(found: ShardSet) -> None:
-    assert pixels_task(found) == "semantic3"
+def test_the_recipe_learns_the_finest_classes_first_but_not_hundreds(found: ShardSet) -> None:
+    assert pixels_task(found) == "semantic7"
+    many = replace(LAB, label_names=tuple(f"thing {k}" for k in range(101)))
+    of_many = ShardSet(found.path, replace(found.manifest, dataset=many))
+    assert pixels_task(of_many) == "semantic3"
 
 
 @pytest.mark.parametrize("crop", ["none", "centre"])

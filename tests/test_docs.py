@@ -76,6 +76,7 @@ WITH_COMMANDS = [
     "docs/converting.md",
     "docs/frames.md",
     "docs/moving-over.md",
+    "docs/sunrgbd.md",
     "docs/zarr.md",
     TRAINING,
 ]

@@ -6,13 +6,9 @@ from fractions import Fraction
 from math import sqrt
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
-import h5py
 from helpers.frames import (
     AS_IS,
     SETTINGS,
@@ -24,6 +20,7 @@ from helpers.frames import (
     convert_frames,
     converted,
     image_at,
+    made_up_rooms,
     picture_of,
     raw_pgm,
     read_csv,
@@ -65,9 +62,7 @@ N_ROWS = 24  # every type in every split
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample") / "rooms"
-    write_frames(folder, N_ROWS, sizes_wh=SIZES_WH)
-    return folder
+    return made_up_rooms(tmp_path_factory.mktemp("sample"), N_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -546,9 +541,7 @@ def test_the_rows_of_a_mat_saved_as_pngs_give_the_bytes_of_its_own_set(tmp_path:
 
 @pytest.fixture(scope="module")
 def bad_rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad") / "rooms"
-    write_frames(folder, 6, sizes_wh=SIZES_WH, bad=True)
-    return folder
+    return made_up_rooms(tmp_path_factory.mktemp("bad"), 6, bad=True)
 
 
 PROBLEMS = {

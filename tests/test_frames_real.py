@@ -5,14 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
 from conftest import shared
-from helpers.frames import AS_IS, by_line, converted, image_at, write_table
+from helpers.frames import AS_IS, by_line, converted, image_at, stored_pixels, write_table
 
-from convert.resize import nearest_indices
 from convert.sources.opening import SourceOptions
 from shards.errors import WrongSetting
 
@@ -27,13 +22,6 @@ Settings = dict[str, object]
 def samples() -> Path:
     """Real frames; the test skips where they are absent."""
     return shared("rgbd_samples")
-
-
-def stored_pixels(small: np.ndarray, shape_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W) of a picture that was stored at the longer of its sides: every pixel of it once."""
-    size = small.shape[-1]
-    lines = [np.searchsorted(nearest_indices(n, size), np.arange(n)) for n in shape_hw]
-    return small[np.ix_(*lines)]
 
 
 def one_depth(

@@ -12,10 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
 from helpers.commands import Run, ends_in_one_line, running, until_a_shard_is_done
 from helpers.disks import fill, small_disk
 from helpers.frames import (

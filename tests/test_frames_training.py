@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="needs torch")
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
 
 import torch
-from helpers.frames import SIZES_WH, by_line, converted, read_csv, write_file, write_table
+from helpers.frames import (
+    SIZES_WH,
+    by_line,
+    converted,
+    made_up_rooms,
+    read_csv,
+    write_file,
+    write_table,
+)
 
-from convert.sample_frames import FAULTS, TABLE, TYPES, png, write_frames
+from convert.sample_frames import FAULTS, TABLE, TYPES, png
 from loader.loader import Loader
 from shards.dataset import ShardSet
 from shards.errors import UserError
@@ -41,8 +47,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With bad rows, and with two further fields in another table."""
-    folder = tmp_path_factory.mktemp("sample") / "rooms"
-    write_frames(folder, N_ROWS, sizes_wh=SIZES_WH, bad=True)
+    folder = made_up_rooms(tmp_path_factory.mktemp("sample"), N_ROWS, bad=True)
     rows = read_csv(folder / TABLE)[:N_ROWS]
     for number, row in enumerate(rows):
         rng = np.random.default_rng(number)

@@ -77,7 +77,10 @@ def test_every_option_says_what_it_is_its_default_and_its_range(
     [
         "convert",
         "pack",
-        *(pytest.param(name, marks=needs_torch) for name in ("loader", "memory", "recipe", "step")),
+        *(
+            pytest.param(name, marks=needs_torch)
+            for name in ("loader", "memory", "peers.__main__", "recipe", "step")
+        ),
     ],
 )
 def test_every_option_of_a_benchmark_does_too(name: str) -> None:

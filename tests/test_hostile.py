@@ -26,7 +26,7 @@ from helpers.sets import convert, is_whole, manifest_json, write_manifest_json
 
 from convert.sample import write_sample
 from convert.sources.nyu_mat import CELLS, KEYS
-from shards.containers import map_npy
+from shards.containers import map_file, npy_form
 from shards.dataset import open_set
 from shards.errors import UserError
 from shards.files import sha256_file
@@ -559,7 +559,7 @@ def test_a_shard_of_objects_is_never_loaded(small_set: Path, tmp_path: Path) -> 
     with pytest.raises(UserError):
         open_set(directory)
     with pytest.raises(UserError):
-        map_npy(directory / "label-00000.npy", dtype="<u2", shape=(10, 32, 32))
+        map_file(directory / "label-00000.npy", npy_form("<u2", (10, 32, 32)))
 
 
 def test_a_failure_in_the_middle_keeps_what_is_done(

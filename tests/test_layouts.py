@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("PIL", reason="needs pillow")
-pytest.importorskip("pyarrow", reason="needs pyarrow")
-
 from helpers.frames import (
     AS_IS,
-    SIZES_WH,
     convert_frames,
     converted,
+    lines_of,
+    made_up_rooms,
     picture_of,
     read_csv,
     stored,
@@ -25,13 +22,15 @@ from helpers.frames import (
 from helpers.sets import shard_bytes
 
 from convert.__main__ import main
-from convert.sample_frames import npy, png, write_frames
-from convert.sources.layouts import FOLDERS, list_frames
+from convert.sample_frames import npy, png
+from convert.sources.folder_names import FOLDERS
+from convert.sources.layouts import LAYOUTS, layout_of
+from convert.sources.layouts_frames import list_frames
+from convert.sources.listings import Wanted
+from convert.sources.opening import OF_DIRECTORIES, SourceOptions
 from shards.dataset import ShardSet
 from shards.errors import WrongSource
 from shards.spec import SPLITS
-
-KINDS: dict[str, str] = {}
 
 
 def put(folder: Path, *paths: str) -> Path:
@@ -43,26 +42,12 @@ def put(folder: Path, *paths: str) -> Path:
     return folder
 
 
-def lines_of(folder: Path, kinds: dict[str, str] = KINDS) -> list[dict[str, str]]:
-    """The table of a directory: a dictionary a line."""
-    table = list_frames(folder, kinds).table
-    lines = []
-    for k in range(table.n_rows):
-        line = {field: paths[k] for field, paths in table.paths.items()}
-        if table.split is not None:
-            line["split"] = SPLITS[table.split[k]]
-        for name, column in table.columns.items():
-            line[name] = column.names[column.numbers[k]]
-        lines.append(line)
-    return lines
-
-
 # ---------------------------------------------------------------- which pictures are one frame
 
 
 def test_pictures_of_equal_names_are_one_frame_in_the_order_of_their_names(tmp_path: Path) -> None:
     put(tmp_path, "rgb/b.jpg", "rgb/a.png", "depth/a.png", "depth/b.npy", "label/b.png")
-    assert lines_of(tmp_path) == [
+    assert lines_of(tmp_path, "frames") == [
         {"rgb": "rgb/a.png", "depth": "depth/a.png", "label": ""},
         {"rgb": "rgb/b.jpg", "depth": "depth/b.npy", "label": "label/b.png"},
     ]
@@ -75,25 +60,25 @@ def test_every_name_that_people_give_a_folder_is_understood(
     field: str, name: str, tmp_path: Path
 ) -> None:
     put(tmp_path, f"{name}/1.png", *(["rgb/1.png"] if field != "rgb" else []))
-    assert lines_of(tmp_path)[0][field] == f"{name}/1.png"
+    assert lines_of(tmp_path, "frames")[0][field] == f"{name}/1.png"
 
 
 def test_two_folders_of_one_field_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "images/1.png")
     with pytest.raises(WrongSource, match=r"has rgb/ and images/, both of rgb\. Keep one"):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_further_fields_lie_in_a_folder_of_their_name(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "thermal/1.png", "other/1.png")
-    assert lines_of(tmp_path, {"thermal": "grey"}) == [
+    assert lines_of(tmp_path, "frames", {"thermal": "grey"}) == [
         {"rgb": "rgb/1.png", "thermal": "thermal/1.png"}
     ]
 
 
 def test_places_are_the_folders_inside(tmp_path: Path) -> None:
     put(tmp_path, "rgb/kitchen/a/1.png", "rgb/kitchen/b/1.png", "rgb/2.png")
-    found = {line["rgb"]: line["scene"] for line in lines_of(tmp_path)}
+    found = {line["rgb"]: line["scene"] for line in lines_of(tmp_path, "frames")}
     assert found == {
         "rgb/2.png": "",
         "rgb/kitchen/a/1.png": "kitchen/a",
@@ -111,7 +96,7 @@ def test_places_are_the_folders_inside(tmp_path: Path) -> None:
     ids=["outside", "inside", "other words"],
 )  # fmt: skip
 def test_split_folders_may_stand_outside_or_inside(paths: tuple[str, ...], tmp_path: Path) -> None:
-    lines = lines_of(put(tmp_path, *paths))
+    lines = lines_of(put(tmp_path, *paths), "frames")
     assert {line["rgb"]: (line["split"], line["scene"]) for line in lines} == {
         paths[0]: ("train", "x"),
         paths[2]: ("test", "y"),
@@ -123,7 +108,7 @@ def test_split_folders_may_stand_outside_or_inside(paths: tuple[str, ...], tmp_p
 
 def test_equal_names_in_two_splits_are_two_frames(tmp_path: Path) -> None:
     put(tmp_path, "train/rgb/1.png", "train/depth/1.png", "val/rgb/1.png", "val/depth/1.png")
-    lines = lines_of(tmp_path)
+    lines = lines_of(tmp_path, "frames")
     assert [(line["split"], line["depth"]) for line in lines] == [
         ("train", "train/depth/1.png"),
         ("val", "val/depth/1.png"),
@@ -133,20 +118,20 @@ def test_equal_names_in_two_splits_are_two_frames(tmp_path: Path) -> None:
 def test_one_name_in_two_file_types_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "rgb/a.jpg", "rgb/a.png", "depth/a.png")
     with pytest.raises(WrongSource, match=r"has rgb/a.jpg and rgb/a.png, of one name. Keep one"):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_what_is_hidden_or_no_picture_is_passed_over(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "depth/1.png")
     for name in (".DS_Store", "._1.png", ".cache/2.png", "Thumbs.db", "notes.txt", "1.png.part"):
         write_file(tmp_path / "rgb" / name, b"no picture")
-    assert len(lines_of(tmp_path)) == 1
+    assert len(lines_of(tmp_path, "frames")) == 1
 
 
 def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "depth/1.png")
     (tmp_path / "rgb" / "again").symlink_to(tmp_path)
-    assert len(lines_of(tmp_path)) == 1
+    assert len(lines_of(tmp_path, "frames")) == 1
 
 
 def test_a_link_to_nowhere_is_a_row_that_fails(tmp_path: Path) -> None:
@@ -179,7 +164,7 @@ def test_no_pair_at_all_is_told_with_a_name_of_each(tmp_path: Path) -> None:
     put(tmp_path, "rgb/0001_rgb.png", "depth/0001_depth.png")
     expected = r"has no depth of the name of an rgb picture, such as depth/0001_depth.png and rgb/0001_rgb.png"
     with pytest.raises(WrongSource, match=expected):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 @pytest.mark.parametrize(
@@ -196,7 +181,7 @@ def test_a_directory_that_is_none_is_one_line(
 ) -> None:
     put(tmp_path, *paths)
     with pytest.raises(WrongSource, match=expected):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
@@ -206,31 +191,31 @@ def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     except OSError as error:
         pytest.skip(f"this file system has no such names: {error}")
     with pytest.raises(WrongSource, match="has a file called"):
-        list_frames(tmp_path, KINDS)
+        list_frames(tmp_path, Wanted())
 
 
 def test_a_stamp_differs_once_a_file_was_added_changed_or_removed(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "rgb/2.png", "depth/1.png")
-    stamps = [list_frames(tmp_path, KINDS).stamp]
-    assert list_frames(tmp_path, KINDS).stamp == stamps[0]
+    stamps = [list_frames(tmp_path, Wanted()).stamp]
+    assert list_frames(tmp_path, Wanted()).stamp == stamps[0]
     write_file(tmp_path / "rgb/3.png", png(picture_of(3)["rgb"]))
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     os.utime(tmp_path / "rgb/1.png", ns=(1, 1))
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     (tmp_path / "depth/1.png").write_bytes(b"shorter")
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     (tmp_path / "rgb/2.png").unlink()
-    stamps.append(list_frames(tmp_path, KINDS).stamp)
+    stamps.append(list_frames(tmp_path, Wanted()).stamp)
     assert len(set(stamps)) == len(stamps)
 
 
 def test_another_size_of_a_file_is_another_source(tmp_path: Path) -> None:
     put(tmp_path, "rgb/1.png", "depth/1.png")
-    before = list_frames(tmp_path, KINDS).table.sha256
+    before = list_frames(tmp_path, Wanted()).table.sha256
     os.utime(tmp_path / "rgb/1.png", ns=(1, 1))
-    assert list_frames(tmp_path, KINDS).table.sha256 == before
+    assert list_frames(tmp_path, Wanted()).table.sha256 == before
     (tmp_path / "rgb/1.png").write_bytes(b"shorter")
-    assert list_frames(tmp_path, KINDS).table.sha256 != before
+    assert list_frames(tmp_path, Wanted()).table.sha256 != before
 
 
 # ---------------------------------------------------------------- converted
@@ -256,7 +241,7 @@ def test_a_directory_gives_the_set_of_its_own_table(
     assert main(["table", str(room), "--out", str(tmp_path / "rows.csv")]) == 0
     done = capsys.readouterr()
     assert done.out.strip() == str(tmp_path / "rows.csv")
-    assert f"9 rows; paths are relative to {room}" in done.err
+    assert f"9 rows; convert them with --root {room}" in done.err
 
     words = ["run", tmp_path / "rows.csv", "--root", room, "--out", tmp_path / "b"]
     words += ["--size", 8, "--rows-per-shard", 4]
@@ -311,15 +296,13 @@ def test_a_place_in_two_splits_is_a_warning(
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample") / "rooms"
-    write_frames(folder, 8, sizes_wh=SIZES_WH)
-    return folder
+    return made_up_rooms(tmp_path_factory.mktemp("sample"), 8)
 
 
 def test_the_made_up_directory_is_of_this_layout_and_its_table_names_the_same_files(
     made_up: Path, tmp_path: Path
 ) -> None:
-    lines = lines_of(made_up)
+    lines = lines_of(made_up, "frames")
     named = read_csv(made_up / "rows.csv")
     fields = ("rgb", "depth", "label")
     assert [[line[field] for field in fields] for line in lines] == [
@@ -334,7 +317,7 @@ def test_a_folder_that_holds_pictures_itself_is_a_table_of_rgb_alone(tmp_path: P
     (tmp_path / "more").mkdir()
     for name in ("a.jpg", "a.png", ".hidden.png", "notes.txt", "more/b.png"):
         (tmp_path / name).write_bytes(b"bytes")
-    listing = list_frames(tmp_path, {})
+    listing = list_frames(tmp_path, Wanted())
     assert list(listing.table.paths) == ["rgb"]
     assert list(listing.table.paths["rgb"]) == ["a.jpg", "a.png"]
     assert listing.notes == ("1 folders are not looked into, such as more/: put all into rgb/",)
@@ -346,9 +329,80 @@ def test_pictures_that_lie_in_the_folder_itself_are_paired_with_a_folder_of_dept
     (tmp_path / "depth").mkdir()
     for name in ("a.jpg", "b.jpg", "depth/a.png"):
         (tmp_path / name).write_bytes(b"bytes")
-    table = list_frames(tmp_path, {}).table
+    table = list_frames(tmp_path, Wanted()).table
     assert list(table.paths["rgb"]) == ["a.jpg", "b.jpg"]
     assert list(table.paths["depth"]) == ["depth/a.png", ""]
+
+
+# ---------------------------------------------------------------- which layout
+
+
+def test_every_layout_has_a_name_on_the_command_line() -> None:
+    assert set(LAYOUTS) == set(OF_DIRECTORIES)
+
+
+def test_a_directory_that_looks_like_none_in_particular_is_one_of_frames(tmp_path: Path) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png")
+    write_file(tmp_path / "notes.txt", b"bought a lamp 5\n")
+    assert layout_of(tmp_path) == "frames"
+    assert layout_of(tmp_path, "tum") == "tum"
+
+
+def test_a_directory_that_looks_like_two_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png")
+    write_file(tmp_path / "train.txt", b"rgb/1.png depth/1.png 518.8579\n")
+    assert main(["run", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == f"--layout auto: {tmp_path} may be bts or frames: choose one of them"
+    chosen = converted(tmp_path, tmp_path / "out", options=SourceOptions(layout="bts"))
+    assert chosen.n_rows == 1
+
+
+def test_what_lies_beside_the_pictures_does_not_disturb_recognition(tmp_path: Path) -> None:
+    put(tmp_path, "rgb/1.png", "depth/1.png", "more/rgb/1.png")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "scene0000_00").symlink_to(tmp_path / "nothing")
+    write_file(tmp_path / "binary.txt", bytes(range(256)))
+    write_file(tmp_path / "rgb.txt", b"\xff\xfe1 rgb/1.png")
+    (tmp_path / "closed").mkdir(mode=0)
+    assert layout_of(tmp_path) == "frames"
+
+
+@pytest.mark.parametrize("layout", ["scannet", "nyu_raw"])
+def test_a_file_is_no_directory_of_a_layout(layout: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))
+    with pytest.raises(WrongSource, match=f"is a file, and {layout} a layout of directories"):
+        converted(table, tmp_path / "out", options=SourceOptions(layout=layout))
+
+
+@pytest.mark.parametrize("layout", ["auto", *OF_DIRECTORIES])
+def test_the_table_of_what_is_not_there_is_one_line(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--layout", layout, "--out", str(tmp_path / "t.csv")]
+    assert main(["table", str(tmp_path / "nothing"), *words]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'nothing'} is not there\n"
+
+
+def test_a_table_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "t.csv", write_frames_of(tmp_path, 1))
+    assert main(["table", str(table), "--out", str(tmp_path / "u.csv")]) == 2
+    assert capsys.readouterr().err == f"{table} is no directory\n"
+
+
+@pytest.mark.parametrize("layout", [name for name in OF_DIRECTORIES if name != "frames"])
+def test_layouts_without_further_fields_say_so(layout: str, tmp_path: Path) -> None:
+    with pytest.raises(WrongSource, match="has no thermal in its layout"):
+        lines_of(tmp_path, layout, {"thermal": "grey"})
+
+
+@pytest.mark.parametrize("layout", OF_DIRECTORIES)
+def test_an_empty_directory_is_none_of_any_layout(layout: str, tmp_path: Path) -> None:
+    assert not LAYOUTS[layout].is_one(tmp_path)
+    with pytest.raises(WrongSource):
+        lines_of(tmp_path, layout)
 
 
 def test_fields_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
@@ -356,5 +410,5 @@ def test_fields_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"bytes")
     with pytest.raises(WrongSource, match="of one name"):
-        list_frames(tmp_path, {})
-    assert list_frames(tmp_path, {}, ["rgb"]).table.n_rows == 2
+        list_frames(tmp_path, Wanted())
+    assert list_frames(tmp_path, Wanted(known=["rgb"])).table.n_rows == 2

@@ -63,7 +63,7 @@ def test_stream_parameters_are_named_and_counted_as_in_the_standard_checkpoint()
 def test_both_streams_get_the_checkpoint_and_the_depth_stem_its_mean(
     checkpoint: dict[str, Tensor], n_planes: int
 ) -> None:
-    model = TwoStreamResNet(13, depth_planes=n_planes)
+    model = TwoStreamResNet(13, planes={"rgb": 3, "depth": n_planes})
     head = model.fc.weight.clone()
     load_trunks(model, checkpoint)
     for key in standard_shapes():
@@ -84,7 +84,7 @@ def test_a_new_task_starts_from_the_trunks_of_another_run() -> None:
     load_trunks(scenes, parts.state_dict())
     for key, value in scenes.state_dict().items():
         assert torch.equal(value, head[key] if key in head else parts.state_dict()[key]), key
-    rgb = TwoStreamResNet(13, width=8, inputs="rgb")
+    rgb = TwoStreamResNet(13, width=8, planes={"rgb": 3})
     load_trunks(rgb, parts.state_dict())
     assert torch.equal(rgb.rgb.conv1.weight, parts.rgb.conv1.weight)
     with pytest.raises(RuntimeError, match=r"Missing.*conv1"):
@@ -144,8 +144,10 @@ def test_a_hash_in_the_name_of_the_weights_is_checked(
         read_weights(str(bad))
 
 
-@pytest.mark.parametrize(("inputs", "n"), [("rgbd", 2), ("rgb", 1), ("depth", 1)])
-def test_a_dense_network_answers_at_a_quarter_of_the_resolution(inputs: str, n: int) -> None:
-    model = TwoStreamResNet(40, width=8, inputs=inputs, dense=True).eval()
-    assert model(torch.randn(2, 3, 64, 96), torch.randn(2, 1, 64, 96)).shape == (2, 40, 16, 24)
-    assert len(model.streams) == n
+@pytest.mark.parametrize("fields", ["rgb depth", "rgb", "depth", "rgb depth training"])
+def test_a_dense_network_answers_at_a_quarter_of_the_resolution(fields: str) -> None:
+    planes = {name: 3 if name == "rgb" else 1 for name in fields.split()}
+    model = TwoStreamResNet(40, width=8, planes=planes, dense=True).eval()
+    pictures = [torch.randn(2, n, 64, 96) for n in planes.values()]
+    assert model(*pictures).shape == (2, 40, 16, 24)
+    assert len(model.streams) == len(planes)

@@ -15,7 +15,7 @@ from conftest import REPO, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.sources import pictures
+from convert.sources import picture_headers, pictures
 from convert.sources.errors import BadRow
 from convert.sources.pictures import decode, decoder_name
 from shards.errors import UserError
@@ -230,6 +230,31 @@ def test_colours_of_16_bits_are_scaled_and_rounded(
     monkeypatch.setattr(pictures, "_imagecodecs", lambda: None)
     with pytest.raises(UserError, match=r"needs imagecodecs.*pip install 'nyuv2-shards\[frames\]'"):
         decode(data, "colour")
+
+
+@pytest.mark.parametrize("what", ["grey of 16 bits", "colours", "more than is unpacked"])
+def test_pixels_inflated_beforehand_are_those_that_pillow_decodes(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several stored blocks, and of every filter that Pillow chooses."""
+    if what == "more than is unpacked":
+        monkeypatch.setattr(picture_headers, "MAX_UNPACKED", 1000)
+    shape = (151, 230, 3) if what == "colours" else (201, 310)
+    dtype = np.uint8 if what == "colours" else np.uint16
+    smooth = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) * 30
+    noise = RNG.integers(0, 40, shape)
+    picture = (smooth.reshape(*smooth.shape, *(1,) * noise[0, 0].ndim) + noise).astype(dtype)
+    data = saved(Image.fromarray(picture), "PNG")
+    found = decode(data, "colour" if what == "colours" else "depth").pixels
+    np.testing.assert_array_equal(found, picture)
+
+
+def test_what_follows_the_pixels_within_their_chunk_changes_nothing() -> None:
+    packed_lines = zlib.compress(b"".join(b"\0" + bytes(range(k, k + 10)) for k in range(10)))
+    expected = np.add.outer(np.arange(10), np.arange(10))
+    for more in (b"", b"more", zlib.compress(b"a second stream")):
+        found = decode(packed_png(packed_lines + more), "id").pixels
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("by_each_decoder")

@@ -30,6 +30,7 @@ from shards.dataset import open_set
 from train.__main__ import main, train_and_report
 from train.any_set import AnySet, answer_file
 from train.data import ShardDataset
+from train.inputs import on_device
 from train.job import make_setup
 from train.loop import train
 from train.predict import Average, answer_png
@@ -416,9 +417,10 @@ def test_what_is_known_of_each_pixel_of_another_set_is_what_its_own_dataset_give
     task: str, lab: Path, centres: Path
 ) -> None:
     setup = make_setup(Settings(str(lab), "", task=task, **TINY), torch.device("cpu"))
-    fields = ("rgb", "depth")
-    dataset = ShardDataset(centres, split="all", fields=fields, target=task)
-    asked = next(AnySet(setup, dataset.shard_set).asked())
+    found = open_set(centres)
+    asked = next(AnySet(setup, found).asked())
+    assert asked.setup.batch_fields[:2] == ("rgb", "depth")
+    dataset = ShardDataset(found, split="all", fields=asked.setup.batch_fields, target=task)
     for ours, theirs in zip(asked.batch, dataset.stored(asked.rows), strict=True):
         assert torch.equal(ours, theirs)
     assert len(asked.batch[-1].unique()) > 2
@@ -461,12 +463,14 @@ def test_a_run_answers_though_its_own_set_is_gone(
 def test_the_rays_of_a_row_are_those_of_its_own_camera(small_set: Path, lab: Path) -> None:
     setup = make_setup(Settings(str(small_set), "", **TINY), torch.device("cpu"))
     own = next(AnySet(setup, setup.train_set.shard_set).asked())
-    for ours, learnt in zip(own.setup.rays, setup.rays, strict=True):
+    _, (_, *own_rays), _ = on_device(own.setup, own.batch)
+    for ours, learnt in zip(own_rays, setup.rays, strict=True):
         torch.testing.assert_close(ours, learnt.expand_as(ours), atol=0.001, rtol=0)
 
     other = open_set(lab)
     fx, fy, cx, cy = other.column("camera")[0]
-    x, y = next(AnySet(setup, other).asked()).setup.rays
+    asked = next(AnySet(setup, other).asked())
+    _, (_, x, y), _ = on_device(asked.setup, asked.batch)
     assert x[3, 0, 9, 20] == pytest.approx((20.5 / 32 - cx) / fx)
     assert y[3, 0, 9, 20] == pytest.approx((9.5 / 32 - cy) / fy)
 

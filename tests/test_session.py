@@ -335,6 +335,9 @@ def test_a_dead_mount_stops_before_anything_is_fetched(
 ) -> None:
     monkeypatch.setattr(mounted, "PAUSES", (0.001,))
     (tmp_path / "drive").mkdir()
+    table = tmp_path / "mountinfo"
+    table.write_text(f"1 0 0:99 / {tmp_path}/drive rw - fuse.drive drive rw\n")
+    monkeypatch.setattr(mounted, "MOUNTS", table)
     real = os.stat
 
     def dead(path: object, *args: object, **kwargs: object) -> os.stat_result:

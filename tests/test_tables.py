@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.sources import table_files
-from convert.sources.tables import ALIASES, MAX_NAMES, NONE, FrameTable, read_table
+from convert.sources.tables import ALIASES, CAMERA, MAX_NAMES, NONE, FrameTable, read_table
 from shards.errors import UserError, WrongSource
 from shards.spec import SPLITS
 
@@ -168,7 +168,8 @@ def test_a_table_of_something_else_is_named_with_its_columns(path: str) -> None:
     ("ours", "theirs"), [(ours, name) for ours, names in ALIASES.items() for name in names]
 )
 def test_every_name_that_people_use_is_understood(ours: str, theirs: str, tmp_path: Path) -> None:
-    cell = {"split": "train", "fx": "1", "fy": "1", "cx": "1", "cy": "1"}.get(ours, "x")
+    cells = {"split": "train", "instance_encoding": "class1000", "registered": "yes"}
+    cell = (cells | dict.fromkeys(CAMERA, "1")).get(ours, "x")
     row = {theirs.title(): cell} | ({} if ours == "rgb" else {"rgb": "a"})
     table = read(tmp_path, "t.csv", as_csv([row]))
     found = [*table.paths, *table.columns]
@@ -234,7 +235,9 @@ WRONG: dict[str, tuple[str, bytes | str, str]] = {
     "ragged list": ("t.txt", "a b\n#\nc d e\n", "line 3 has 3 cells, the first line has 2 (a path"),
     "one path a line": ("t.txt", "scene0\nscene1\n", "has 1 cell in its first line"),
     "paths with blanks": ("t.txt", "a b c d e\n", "has 5 cells in its first line"),
-    "tum": ("t.txt", "0.1 rgb/a 0.12 depth/a\n", "pairs files with times (t rgb t depth)"),
+    "times of one kind": ("t.txt", "0.1 rgb/a\n0.2 rgb/b\n", "lists times and the pictures of one kind"),
+    "pairs of no kind": ("t.txt", "0.1 a 0.12 b\n", "pairs a with b, and which is the depth is not told"),
+    "pairs of one kind": ("t.txt", "0.1 rgb/a 0.12 rgb/b\n", "which is the depth is not told"),
     "an open quote": ("t.csv", H + L + '"a,b,train\n' + L * 9, "line 3 opens a quote that never"),
     "an open quote in a long file": ("t.csv", H + L + '"' + L * 60_000, "line 3 opens a quote"),
     "nothing": ("t.csv", "", "is empty"),

@@ -55,6 +55,27 @@ def test_taking_rows_is_indexing_a_list(strings: list[str], data: st.DataObject)
     assert list(taken) == [strings[row] for row in rows]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=4) | st.text(max_size=3).map(str.encode), max_size=6))
+def test_texts_are_utf8_where_each_of_them_is(parts: list[bytes]) -> None:
+    lengths = np.array([len(part) for part in parts], np.int64)
+    texts = Texts.from_lengths(lengths, np.frombuffer(b"".join(parts), np.uint8))
+    try:
+        for part in parts:
+            part.decode()
+        are_right = True
+    except UnicodeDecodeError:
+        are_right = False
+    assert texts.are_utf8() == are_right
+
+
+def test_a_character_cut_in_two_is_in_no_text() -> None:
+    whole = "aä".encode()
+    texts = Texts(np.array([0, 2, 3]), np.frombuffer(whole, np.uint8))
+    assert not texts.are_utf8()
+    assert Texts(np.array([0, 1, 3]), texts.utf8).are_utf8()
+
+
 def test_blocks_meet_without_a_seam() -> None:
     """Taking, hashing, iterating and making work on so many rows at once."""
     n_rows = 2 * BLOCK_ROWS + 5

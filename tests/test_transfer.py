@@ -157,7 +157,7 @@ def test_an_error_that_stays_is_one_line_with_the_cell_to_run(name: str) -> None
         raise OSError(getattr(errno, name), "as a mount does")
 
     with pytest.raises(StoreFailed) as error:
-        patiently(fails, "reading rgb-00007.npy")
+        patiently(fails, "reading rgb-00007.npy", Path("/content/drive/MyDrive/set"))
     assert len(calls) == 4
     text = str(error.value)
     assert text.startswith(f"Drive answered {name} 4 times while reading rgb-00007.npy")

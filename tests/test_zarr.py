@@ -30,7 +30,7 @@ from helpers.sets import (
 
 from convert.sample import write_sample
 from convert.sources.nyu_mat import KEYS
-from shards.containers import CODECS, crc32c, map_zarr, write_field
+from shards.containers import CODECS, crc32c, map_file, write_field, zarr_form
 from shards.dataset import open_set, resolve_set
 from shards.errors import UserError
 from shards.files import FileEntry
@@ -357,7 +357,7 @@ def test_a_store_that_leaves_out_rows_of_zeros_is_refused(copy: Path, npy_set: P
     )  # fmt: skip
     theirs[:] = by_us(npy_set, "label")
     with pytest.raises(UserError, match="back to back"):
-        map_zarr(copy / "label/c/0/0/0", dtype="<u2", shape=(10, 32, 32), n_slots=10)
+        map_file(copy / "label/c/0/0/0", zarr_form("<u2", (10, 32, 32), n_slots=10))
 
 
 @needs_torch

@@ -225,9 +225,10 @@ def command(settings: Settings, **changes: Any) -> str:
         value = values[each.name]
         if value == each.default:
             continue
-        words.append(flag_of(each.name))
-        if value is not True:
-            words.append(str(value))
+        for one in value if isinstance(value, tuple) else [value]:
+            words.append(flag_of(each.name))
+            if one is not True:
+                words.append(str(one))
     return shlex.join(words)
 
 

@@ -13,23 +13,25 @@ import torch
 from torch import Tensor
 
 from shards.dataset import ShardSet
+from shards.errors import UserError
 from shards.files import log
 from shards.gather import RowGather
 from shards.manifest import RIGHT_ROW
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, DatasetSpec
+from train.data import CAMERA
 from train.errors import MissingDepth, OtherSize
+from train.inputs import Batch
 from train.job import NetworkSetup
 
 ROWS_AT_ONCE = 16
 MM_A_METRE = 1000
 N_IDS = 1 << 16  # of labels
-Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedRows:
-    """Some rows, numbered as in the set: (rgb, depth, target) as stored, what the network is asked
-    with, and those of them, [n] bool, that it can be asked about.
+    """Some rows, numbered as in the set: `setup.batch_fields` and the target as stored, what the
+    network is asked with, and those of them, [n] bool, that it can be asked about.
     """
 
     rows: np.ndarray
@@ -51,19 +53,19 @@ class AnySet:
         self.rows = np.flatnonzero(found.column("status") == RIGHT_ROW)
         self.names = _names(found)
         self._setup = setup
+        self._batch_setup = replace(setup, batch_fields=_batch_fields(setup), rays=())
         self._size = found.settings.size
         self._depth = _depth_field(setup, found)
         self._target = _target_field(setup, found)
         self._class_of_id = _class_of_id(setup, found)
-        fields = {"rgb", self._depth, self._target} - {None}
-        self._gather = RowGather(
-            {str(name): found.shards(str(name)) for name in fields}, self._size
-        )
+        further = setup.settings.further_fields
+        fields = {"rgb", self._depth, self._target, *further} - {None}
+        self._gather = RowGather(found.maps(str(name) for name in fields), self._size)
         # A column is read and hashed whenever it is asked for: once.
         self._scene_types = found.column("scene_type")
         self._splits = found.column("split")
         self._cameras = _cameras(found)
-        if setup.rays:
+        if setup.sees_surfaces:
             self._say_whose_camera()
 
     def __len__(self) -> int:
@@ -83,11 +85,16 @@ class AnySet:
             can_be_asked = np.ones(len(rows), bool)
             if self._setup.sees_depth:
                 can_be_asked = depth.flatten(1).any(dim=1).numpy()
+            further = self._setup.settings.further_fields
+            batch = (
+                self._stored("rgb", rows),
+                depth,
+                *(self._stored(name, rows) for name in further),
+                *self._cameras_of(rows),
+                self._targets(rows),
+            )
             yield AskedRows(
-                rows=rows,
-                batch=(self._stored("rgb", rows), depth, self._targets(rows)),
-                setup=self._with_rays_of(rows),
-                can_be_asked=can_be_asked,
+                rows=rows, batch=batch, setup=self._batch_setup, can_be_asked=can_be_asked
             )
 
     # ------------------------------------------------------------------ pictures
@@ -123,21 +130,14 @@ class AnySet:
 
     # ------------------------------------------------------------------ cameras
 
-    def _with_rays_of(self, rows: np.ndarray) -> NetworkSetup:
-        """The setup with the rays of each row's own camera, where the network sees surfaces."""
-        if not self._setup.rays:
-            return self._setup
-        x_1ss, y_1ss = (plane.cpu() for plane in self._setup.rays)
-        n_rows = len(rows)
-        x_n1ss = x_1ss.repeat(n_rows, 1, 1, 1)
-        y_n1ss = y_1ss.repeat(n_rows, 1, 1, 1)
-        centres_s = (torch.arange(self._size) + 0.5) / self._size
-        for k, (fx, fy, cx, cy) in enumerate(self._cameras[rows].tolist()):
-            if fx > 0 and fy > 0:
-                x_n1ss[k] = (centres_s - cx) / fx
-                y_n1ss[k] = ((centres_s - cy) / fy)[:, None]
-        device = self._setup.device
-        return replace(self._setup, rays=(x_n1ss.to(device), y_n1ss.to(device)))
+    def _cameras_of(self, rows: np.ndarray) -> tuple[Tensor, ...]:
+        """[n, 4] where the network sees surfaces, else nothing; the run's where none is known."""
+        if not self._setup.sees_surfaces:
+            return ()
+        cameras = self._cameras[rows].astype(np.float32)
+        is_unknown = ~(cameras[:, :2] > 0).all(axis=1)
+        cameras[is_unknown] = self._setup.learnt.usual_camera
+        return (torch.from_numpy(cameras),)
 
     def _say_whose_camera(self) -> None:
         n_unknown = int(np.sum(~(self._cameras[self.rows][:, :2] > 0).all(axis=1)))
@@ -155,10 +155,21 @@ def _check_fits(setup: NetworkSetup, found: ShardSet) -> None:
     if setup.sees_depth and "depth" not in found.manifest.fields:
         raise MissingDepth(found.path)
     found.field("rgb")
+    for further in setup.learnt.further:
+        kind = found.field(further.name).kind
+        if kind != further.kind:
+            what = f"{further.name} of {found.path} is {kind}, the run learnt from {further.kind}"
+            raise UserError(what, f"Convert its source with {further.name} as {further.kind}")
     if setup.learnt.crop != found.settings.crop:
         learnt = _called(setup.learnt.crop)
         here = _called(found.settings.crop)
         log(f"{found.path}: the run learnt from {learnt}, here are {here}: it may answer worse")
+
+
+def _batch_fields(setup: NetworkSetup) -> tuple[str, ...]:
+    """What is handed over before the target: a camera a row where the network sees surfaces."""
+    camera = (CAMERA.name,) if setup.sees_surfaces else ()
+    return ("rgb", "depth", *setup.settings.further_fields, *camera)
 
 
 def _called(crop: str) -> str:
@@ -167,8 +178,8 @@ def _called(crop: str) -> str:
 
 def _names(found: ShardSet) -> list[str]:
     """Of each row of the set: its file, or its number where none is known."""
-    files = found.column("rgb_file")
-    return [str(file) or f"row {row}" for row, file in enumerate(files)]
+    files = found.texts("rgb_file")
+    return [file or f"row {row}" for row, file in enumerate(files)]
 
 
 def _depth_field(setup: NetworkSetup, found: ShardSet) -> str | None:

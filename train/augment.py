@@ -1,13 +1,15 @@
 """Batch augmentation on the device: stored integers in, network input out.
 
 Random numbers are drawn on the CPU for the whole batch of all ranks, so neither the device nor the
-number of ranks changes a picture. `planes` are sampled nearest, beside RGB: depth, its rays, dense
-targets; [B,1,H,W] or [B,H,W].
+number of ranks changes a picture. Colours are RGB, [B,3,H,W], and further planes of colours or grey
+levels behind it, [B,C,H,W]: they are averaged and sampled bilinear. `planes` are sampled nearest
+beside them: depths, rays, dense targets; [B,1,H,W] or [B,H,W].
 
 The order of the draws, and of the operations on floats, is part of what a run is: another order
 gives other weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,10 @@ SHIFT_C11 = torch.tensor(
 )[:, None, None]
 
 METRES_PER_MM = 1e-3
+SMALLEST_STD = 1e-6  # metres, or grey levels
 MAX_LOG2_ASPECT = 0.415  # of a random crop: 2**0.415 is 4/3
 
-Pictures = tuple[Tensor, list[Tensor]]  # RGB, and the planes beside it
+Pictures = tuple[Tensor, list[Tensor]]  # colours, and the planes beside them
 View = tuple[float, float, float]  # top, left, side, as shares of the picture
 WHOLE: View = (0.0, 0.0, 1.0)
 
@@ -72,6 +75,17 @@ def normalize_depth(
     """int16 millimetres [B,1,H,W] -> float32 (metres - mean) / std; 0 where none was measured."""
     metres = torch.mul(depth_mm_b1hw, METRES_PER_MM, out=out)
     return metres.sub_(mean_m).div_(std_m).masked_fill_(depth_mm_b1hw <= 0, 0.0)
+
+
+def normalize_levels(
+    levels_bchw: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None
+) -> Tensor:
+    """Grey levels or colours [B,C,H,W] -> float32, by the mean and deviation of each plane."""
+    shape = (1, -1, 1, 1)
+    mean_1c11 = torch.tensor(mean, device=levels_bchw.device).view(shape)
+    std_1c11 = torch.tensor(std, device=levels_bchw.device).view(shape)
+    levels = levels_bchw.float() if out is None else out.copy_(levels_bchw)
+    return levels.sub_(mean_1c11).div_(std_1c11.clamp(min=SMALLEST_STD))
 
 
 def surface(
@@ -158,26 +172,26 @@ class Windows:
     width_b1: Tensor
 
 
-def _cut(rgb_bchw: Tensor, planes: list[Tensor], size: int, windows: Windows) -> Pictures:
-    """Each row's window at size x size: bilinear RGB, nearest planes."""
-    height, width = rgb_bchw.shape[-2:]
-    centres_1s = (torch.arange(size, device=rgb_bchw.device) + 0.5)[None, :] / size
+def _cut(colours_bchw: Tensor, planes: list[Tensor], size: int, windows: Windows) -> Pictures:
+    """Each row's window at size x size: bilinear colours, nearest planes."""
+    height, width = colours_bchw.shape[-2:]
+    centres_1s = (torch.arange(size, device=colours_bchw.device) + 0.5)[None, :] / size
     y_bs = (windows.top_b1 + windows.height_b1 * centres_1s) * height
     x_bs = (windows.left_b1 + windows.width_b1 * centres_1s) * width
 
-    rgb = _sample_bilinear(rgb_bchw, y_bs, x_bs)
-    return rgb, [_sample_nearest(plane, y_bs, x_bs) for plane in planes]
+    colours = _sample_bilinear(colours_bchw, y_bs, x_bs)
+    return colours, [_sample_nearest(plane, y_bs, x_bs) for plane in planes]
 
 
-def _sample_bilinear(rgb_bchw: Tensor, y_bs: Tensor, x_bs: Tensor) -> Tensor:
+def _sample_bilinear(colours_bchw: Tensor, y_bs: Tensor, x_bs: Tensor) -> Tensor:
     """Colours at these pixels' coordinates (0 is the picture's edge), float32 [B,C,S,S].
 
     The picture is first averaged down to at most twice S: bilinear sampling alone would skip
     pixels.
     """
     size = y_bs.shape[1]
-    n_averaged = -(-rgb_bchw.shape[-2] // (2 * size))  # rounded up
-    coarse = F.avg_pool2d(rgb_bchw.float(), n_averaged, ceil_mode=True)
+    n_averaged = -(-colours_bchw.shape[-2] // (2 * size))  # rounded up
+    coarse = F.avg_pool2d(colours_bchw.float(), n_averaged, ceil_mode=True)
 
     # grid_sample counts from -1 to 1. Where n_averaged does not divide the picture, the coarse one
     # is a little larger than it: its own size counts.
@@ -215,22 +229,24 @@ def views(smallest: float) -> list[View]:
     return list(dict.fromkeys([WHOLE, *crops]))
 
 
-def resize(rgb_bchw: Tensor, planes: list[Tensor], size: int, view: View = WHOLE) -> Pictures:
+def resize(colours_bchw: Tensor, planes: list[Tensor], size: int, view: View = WHOLE) -> Pictures:
     """The same view of every picture at size x size, resampled as the training crops are."""
-    if rgb_bchw.shape[-2:] == (size, size) and view == WHOLE:
-        return rgb_bchw, planes
+    if colours_bchw.shape[-2:] == (size, size) and view == WHOLE:
+        return colours_bchw, planes
 
-    shape = (len(rgb_bchw), 1)
-    top_b1, left_b1, side_b1 = (torch.full(shape, share, device=rgb_bchw.device) for share in view)
+    shape = (len(colours_bchw), 1)
+    top_b1, left_b1, side_b1 = (
+        torch.full(shape, share, device=colours_bchw.device) for share in view
+    )
     windows = Windows(top_b1=top_b1, left_b1=left_b1, height_b1=side_b1, width_b1=side_b1)
-    return _cut(rgb_bchw, planes, size, windows)
+    return _cut(colours_bchw, planes, size, windows)
 
 
 # ---------------------------------------------------------------- random changes
 
 
 def random_resized_crop(
-    rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, smallest: float
+    colours_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, smallest: float
 ) -> Pictures:
     """One crop a row, at size x size.
 
@@ -244,10 +260,10 @@ def random_resized_crop(
     top_b1 = (1 - height_b1) * draws.uniform(1)
     left_b1 = (1 - width_b1) * draws.uniform(1)
     windows = Windows(top_b1=top_b1, left_b1=left_b1, height_b1=height_b1, width_b1=width_b1)
-    return _cut(rgb_bchw, planes, size, windows)
+    return _cut(colours_bchw, planes, size, windows)
 
 
-def random_flip(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws) -> Pictures:
+def random_flip(colours_bchw: Tensor, planes: list[Tensor], draws: Draws) -> Pictures:
     """Mirror each row left to right with probability one half."""
     is_flipped_b = draws.uniform() < 0.5
 
@@ -255,7 +271,7 @@ def random_flip(rgb_bchw: Tensor, planes: list[Tensor], draws: Draws) -> Picture
         is_flipped = is_flipped_b.view(-1, *[1] * (part.ndim - 1))
         return torch.where(is_flipped, part.flip(-1), part)
 
-    return flip(rgb_bchw), [flip(plane) for plane in planes]
+    return flip(colours_bchw), [flip(plane) for plane in planes]
 
 
 def _grey(rgb_bchw: Tensor) -> Tensor:
@@ -285,11 +301,14 @@ def color_jitter(rgb_bchw: Tensor, draws: Draws, strength: float) -> Tensor:
 
 
 def augment(
-    rgb_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, settings: Settings
+    colours_bchw: Tensor, planes: list[Tensor], draws: Draws, size: int, settings: Settings
 ) -> Pictures:
-    """Crop, flip and colour jitter as `settings` say -> float RGB 0..255, and the planes."""
+    """Crop, flip and, of RGB, colour jitter as `settings` say -> floats, and the planes."""
     # Of depth no crop: a zoom would change what is a metre.
     smallest = 1.0 if settings.task == "depth" else settings.crop
-    rgb, planes = random_resized_crop(rgb_bchw, planes, draws, size, smallest)
-    rgb, planes = random_flip(rgb, planes, draws)
-    return color_jitter(rgb, draws, settings.jitter), planes
+    colours, planes = random_resized_crop(colours_bchw, planes, draws, size, smallest)
+    colours, planes = random_flip(colours, planes, draws)
+    rgb = color_jitter(colours[:, :3], draws, settings.jitter)
+    if colours.shape[1] == 3:
+        return rgb, planes
+    return torch.cat((rgb, colours[:, 3:]), dim=1), planes

@@ -8,6 +8,7 @@ device.
 import inspect
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -46,31 +47,52 @@ from train.arguments import (
     one_whole_number,
     whole_numbers,
 )
-from train.augment import normalize_depth, normalize_rgb
+from train.augment import SMALLEST_STD, normalize_depth, normalize_levels, normalize_rgb
+from train.joined import JoinedSet, join, label_classes, parts_of, parts_of_rows
 from train.order import Batches
 from train.torch_words import TorchWords, check_torch_words
 from train.unpack import is_unpacked, unpacked
 
-MM_A_METRE = np.float32(1000)
-SMALLEST_STD_M = 1e-6
+MM_A_METRE = 1000
 # How a stored field is handed over, by its kind. Depth is at most 32767 mm: as int16 it has the
 # bits of the uint16 on disk, and torch computes with it.
-INPUT_DTYPES = {"colour": "u1", "grey": "u1", "grey16": "u2", "depth": "i2"}
+INPUT_DTYPES = {"colour": "u1", "grey": "u1", "grey16": "u2", "depth": "i2", "camera": "f4"}
+# A column that is handed over like a field: [B, 4] focal lengths and centre of each row's camera,
+# as shares of the stored picture, 0 where not known.
+CAMERA = Field(
+    name="camera",
+    kind="camera",
+    dtype="<f4",
+    planes=(4,),
+    unit="share of the picture",
+    invalid=0,
+    resampling="none",
+)
 OPENED = {"_set", "_split_rows", "_gather", "_ahead", "_parts"}  # what a pickle leaves behind
 
 
-def open_for_training(path: str | Path | ShardSet, *, allow_remote: bool = False) -> ShardSet:
-    """Find, check and open a set; of a compressed one the unpacked copy, which is made first if
-    need be.
+DatasetPath = str | Path | ShardSet | Sequence[str | Path | ShardSet]  # of a set, or of several
 
-    Raises UserError where there is none, where it is damaged, or where it lies on a mounted Drive
-    and that is not allowed.
+
+def open_for_training(path: DatasetPath, *, allow_remote: bool = False) -> ShardSet:
+    """Find, check and open a set, or several as one; of a compressed one the unpacked copy, which
+    is made first if need be.
+
+    Raises UserError where there is none, where it is damaged, where it lies on a mounted Drive,
+    cloud folder or bucket and that is not allowed, or where several do not go together.
     """
+    if isinstance(path, list | tuple):
+        if not path:
+            raise WrongSetting("dataset_path", path, "name a finished set")
+        parts = [open_for_training(each, allow_remote=allow_remote) for each in path]
+        return parts[0] if len(parts) == 1 else join(parts)
+    if isinstance(path, JoinedSet):
+        return path
     # Maps are opened later, perhaps from another working directory: the path is absolute.
     if isinstance(path, ShardSet):
         return unpacked(replace(path, path=path.path.absolute()))
     check_path(path)
-    directory = resolve_set(os.path.expanduser(path))
+    directory = resolve_set(os.path.expanduser(str(path)))
     if not allow_remote:
         refuse_remote(directory)
     directory = directory.absolute()
@@ -104,13 +126,15 @@ class SplitRows:
     """Which rows a dataset is of, and what turns what is stored of them into classes.
 
     scene_ids: [N] of every row of the set, -1 = no class; label_classes: of each stored label, void
-    is -100, torch's ignore_index. Both are empty where the target is another.
+    is -100, torch's ignore_index; an array of each set that is joined. Both are empty where the
+    target is another. cameras: [N, 4] of every row, where they are asked for; else empty.
     """
 
     rows: np.ndarray
     classes: tuple[str, ...]
     scene_ids: np.ndarray
-    label_classes: np.ndarray
+    label_classes: tuple[np.ndarray, ...]
+    cameras: np.ndarray
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
@@ -119,16 +143,19 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     `ds[i]` is (rgb [3,H,W], depth [1,H,W], target); `batch(indices)` the same with a leading batch
     axis.
 
-    path: a finished set, a folder that holds exactly one, or an opened one. split: train, val, test
-    or all. fields: names of colour, grey or depth fields. num_classes: which scene classes; None:
-    the dataset's default. device: all rows are kept there as tensors (250 KB a row at 224), and so
-    are batches. Pickles its path and settings only; everything else is reopened where it lands.
+    path: a finished set, a folder that holds exactly one, an opened one, or a list of such: sets of
+    one size, whose classes are joined by name. split: train, val, test
+    or all. fields: names of colour, grey or depth fields, and "camera" for that of each row, [B,4]:
+    focal lengths and centre as shares of the stored picture, 0 where unknown. num_classes: which
+    scene classes; None: the dataset's default. device: all rows are kept there as tensors (250 KB a
+    row at 224), and so are batches. Pickles its path and settings only; everything else is reopened
+    where it lands.
     Raises UserError for a set that is damaged, lacks a field, or has no row in the split.
     """
 
     def __init__(
         self,
-        path: str | Path | ShardSet,
+        path: DatasetPath,
         *,
         split: str = "train",
         fields: tuple[str, ...] | None = None,
@@ -149,11 +176,14 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.normalize = normalize
         self._set = open_for_training(path, allow_remote=allow_remote)
         self.path = self._set.path
+        self._paths = tuple(part.path for part in parts_of(self._set))
         self.size = self._set.settings.size
         self.crop = self._set.settings.crop
         self.fingerprint = self._set.manifest.fingerprint
         self.depth_mean, self.depth_std = depth_statistics(self._set)
         inputs = [name for name, each in self._set.manifest.fields.items() if each.kind != "id"]
+        if CAMERA.name in self._set.manifest.columns and CAMERA.name not in inputs:
+            inputs.append(CAMERA.name)
         default = ("rgb",) if target == "depth" else ("rgb", "depth")
         self.fields = check_fields(fields, inputs) or default
         self._kept: np.ndarray | None = None  # positions in the split, of a subset
@@ -162,10 +192,17 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self._parts: tuple[Tensor, ...] | None = None
         check_split(self._set, split)
         self._split_rows = self._read_split()
-        self._input_fields = [self._set.field(name) for name in self.fields]
+        self._input_fields = [self._field(name) for name in self.fields]
+        if not self._stored_fields():
+            raise WrongSetting("fields", repr(fields), "name a field of pictures too")
         self._check_statistics()
         if device is not None:
             self._all_parts()
+
+    def _field(self, name: str) -> Field:
+        """Raises MissingField."""
+        is_stored = name in self._set.manifest.fields
+        return CAMERA if name == CAMERA.name and not is_stored else self._set.field(name)
 
     # ------------------------------------------------------------------ opened where it is used
 
@@ -175,7 +212,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._set = open_set(self.path)
+        opened = [open_set(path) for path in self._paths]
+        self._set = opened[0] if len(opened) == 1 else join(opened)
         if self._set.manifest.fingerprint != self.fingerprint:
             what = "was replaced by another set since this dataset was made"
             raise MissingSet(self.path, what, "Make it again")
@@ -187,28 +225,34 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def _read_split(self) -> SplitRows:
         """The columns of its rows; maps wait for the first row that is asked for."""
         target = target_of(self.target)
-        for name in (*self.fields, *([target.field] if target.field else [])):
-            self._set.field(name)
+        named = [self._field(name) for name in self.fields]
+        if target.field:
+            self._set.field(target.field)
         rows = self._rows_of_split()
         protocol = self._set.dataset.protocol(self.num_classes)  # refused with any target
 
         classes: tuple[str, ...] = ()
         scene_ids = np.empty(0, np.int64)
-        label_classes = np.empty(0, np.int64)
+        classes_of_labels: tuple[np.ndarray, ...] = ()
         if self.target == "scene":
             classes = protocol.names
             scene_ids = self._ids_of_scenes(protocol.ids_of(self._set.dataset.scene_types))
             rows = self._without_those_of_no_class(rows, scene_ids)
         elif target.field == "label":
-            table = self._set.dataset.label_table(target.n_classes)
-            classes = table.names
-            ids = np.array(table.ids, np.int64)
-            label_classes = np.where(ids > 0, ids - 1, VOID)
+            classes, tables = label_classes(self._set, target.n_classes)
+            classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
 
         if self._kept is not None:
             rows = rows[self._kept]
+        cameras = np.empty((0, 4), np.float32)
+        if CAMERA in named:
+            cameras = self._set.column(CAMERA.name)
         return SplitRows(
-            rows=rows, classes=classes, scene_ids=scene_ids, label_classes=label_classes
+            rows=rows,
+            classes=classes,
+            scene_ids=scene_ids,
+            label_classes=classes_of_labels,
+            cameras=cameras,
         )
 
     def _check_statistics(self) -> None:
@@ -344,9 +388,15 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def _normalized(self, field: Field, part: Tensor, out: Tensor | None = None) -> Tensor:
         if field.kind == "depth":
             return normalize_depth(part, self.depth_mean, self.depth_std, out)
+        if field.kind == "camera":
+            return part if out is None else out.copy_(part)
         if field.name == "rgb":
             return normalize_rgb(part, out)
-        return normalize_levels(part, field, out)
+        if field.statistics is None:
+            raise UserError(
+                f"{field.name} has no statistics to normalise by: the set has no train rows"
+            )
+        return normalize_levels(part, field.statistics.mean, field.statistics.std, out)
 
     def stored(self, indices: Any) -> tuple[Tensor, ...]:
         """`batch` before normalising."""
@@ -374,26 +424,31 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         rows = self.rows_of(indices)
         ahead = self._ahead
         if ahead is None:  # as in `_opened_gather`: several threads may each make one
-            gather = self._opened_gather()
-            n_per_shard = self._set.settings.rows_per_shard
-            self._ahead = ahead = RowsAhead(
-                gather, self._mapped_fields(), rows_per_shard=n_per_shard, n_rows=self._set.n_rows
-            )
+            self._ahead = ahead = RowsAhead(self._opened_gather(), self._mapped_fields())
         ahead.ask_for(rows)
 
     def _mapped_fields(self) -> list[str]:
         """Each once: what a batch is read from."""
         target = target_of(self.target).field
-        return list(dict.fromkeys([*self.fields, *([target] if target else [])]))
+        return list(dict.fromkeys([*self._stored_fields(), *([target] if target else [])]))
 
     def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
         use_one_thread_in_a_fork()
         gather = self._opened_gather()
         layout = self._layout(len(rows))
-        target = arrays_in(buffer, layout)[-1]  # no part is wider: it lies first
+        *parts, target = arrays_in(buffer, layout)
         self._fill_target(target, rows, gather)
-        gather.into(self.fields, rows, buffer[target.nbytes :])
+        start = target.nbytes
+        for field, part in zip(self._input_fields, parts, strict=True):
+            if field == CAMERA:
+                part[:] = self._split_rows.cameras[rows]
+                start += part.nbytes
+        # The target and the cameras lie first: nothing that is stored is as wide.
+        gather.into(self._stored_fields(), rows, buffer[start:])
         return layout
+
+    def _stored_fields(self) -> list[str]:
+        return [field.name for field in self._input_fields if field != CAMERA]
 
     def _fill_normalized(self, buffer: memoryview, rows: np.ndarray) -> Layout:
         """No tensor of torch's own here: glibc before 2.38 rarely gives memory that was aligned for
@@ -421,11 +476,22 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             return
         stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(target.shape)
         if name == "label":
-            target[:] = self._split_rows.label_classes[stored]
+            self._fill_label_classes(target, stored, rows)
         elif name == "depth":
-            target[:] = stored / MM_A_METRE
+            target[:] = stored / np.float32(MM_A_METRE)
         else:
             target[:] = stored
+
+    def _fill_label_classes(self, target: np.ndarray, stored: np.ndarray, rows: np.ndarray) -> None:
+        """Stored ids of these rows -> classes; the ids mean what each row's own set says."""
+        tables = self._split_rows.label_classes
+        if len(tables) == 1:
+            target[:] = tables[0][stored]
+            return
+        part_of_row = parts_of_rows(self._set, rows)
+        for part, table in enumerate(tables):
+            is_of_part = part_of_row == part
+            target[is_of_part] = table[stored[is_of_part]]
 
     def _layout(self, n: int) -> Layout:
         """Of a stored batch of n rows."""
@@ -433,7 +499,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         parts: list[tuple[str, tuple[int, ...]]] = []
         for field in self._input_fields:
             planes = field.planes or (1,)
-            parts.append((INPUT_DTYPES[field.kind], (n, *planes, *plane)))
+            shape = (n, *planes) if field == CAMERA else (n, *planes, *plane)
+            parts.append((INPUT_DTYPES[field.kind], shape))
         if self.target == "scene":
             parts.append(("i8", (n,)))
         elif self.target == "depth":
@@ -450,8 +517,8 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """
         gather = self._gather
         if gather is None:
-            shards = {name: self._set.shards(name) for name in self._mapped_fields()}
-            self._gather = gather = RowGather(shards, self.size)
+            maps = self._set.maps(self._mapped_fields())
+            self._gather = gather = RowGather(maps, self.size)
         return gather
 
     def _gathered(self, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -467,19 +534,6 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return parts
 
 
-def normalize_levels(levels_bchw: Tensor, field: Field, out: Tensor | None = None) -> Tensor:
-    """Grey levels or colours [B,C,H,W] -> float32, by the statistics of the set's train rows."""
-    if field.statistics is None:
-        raise UserError(
-            f"{field.name} has no statistics to normalise by: the set has no train rows"
-        )
-    shape = (1, -1, 1, 1)
-    mean = torch.tensor(field.statistics.mean, device=levels_bchw.device).view(shape)
-    std = torch.tensor(field.statistics.std, device=levels_bchw.device).view(shape)
-    levels = levels_bchw.float() if out is None else out.copy_(levels_bchw)
-    return levels.sub_(mean).div_(std.clamp(min=1e-6))
-
-
 def depth_statistics(found: ShardSet) -> tuple[float, float]:
     """Mean and standard deviation of depth in metres; nan where the set has none."""
     depth = found.manifest.fields.get("depth")
@@ -487,7 +541,7 @@ def depth_statistics(found: ShardSet) -> tuple[float, float]:
         return math.nan, math.nan
     mean_m = depth.statistics.mean[0] / 1000
     std_m = depth.statistics.std[0] / 1000
-    return mean_m, max(std_m, SMALLEST_STD_M)
+    return mean_m, max(std_m, SMALLEST_STD)
 
 
 def check_split(found: ShardSet, split: str) -> None:
@@ -518,7 +572,7 @@ def evaluation_split(found: ShardSet, eval_split: str) -> str:
 
 
 def create_dataloaders(
-    dataset_path: str | Path | ShardSet,
+    dataset_path: DatasetPath,
     *,
     batch_size: int = 128,
     num_workers: int | str = "auto",
@@ -542,13 +596,14 @@ def create_dataloaders(
 ) -> tuple[Loader, Loader]:
     """(train_loader, val_loader) over the splits of a converted set.
 
-    dataset_path: a finished set, a ROOT that holds exactly one, or an opened set.
+    dataset_path: a finished set, a ROOT that holds exactly one, an opened set, or a list of such:
+    several sets of one size are read as one, their classes joined by name.
     num_workers: 0 gathers in one thread (in the caller with prefetch=False), "auto" measures how
     long a batch takes to make. num_classes: which scene classes; None: the dataset's default.
     target_size: None, or the set's own size. eval_split: train, val or test, for the second loader;
     "auto": val where the set has val rows, else test.
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows
-    stay on `device`. allow_remote: read a set on a FUSE mount all the same.
+    stay on `device`. allow_remote: read a set on a mounted Drive all the same.
     torch_words: what torch's DataLoader is given besides; what it asks for is so here in any case
     (pin_memory=True), or is refused with the word for it (collate_fn: transform).
 

@@ -55,6 +55,23 @@ def rays(size: int, box: CropBox, camera: Camera) -> tuple[Tensor, Tensor]:
     return x_1hw, y_1hw
 
 
+def rays_of_cameras(size: int, cameras_b4: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of pictures that each have a camera of their own.
+
+    cameras: [B, 4] focal lengths and centres as shares of the stored pictures, none of them 0.
+    Returns (x, y), float32 [B, 1, size, size] each.
+    """
+    n_rows = len(cameras_b4)
+    centres = (torch.arange(size, device=cameras_b4.device) + 0.5) / size
+    fx, fy, cx, cy = cameras_b4.float().view(n_rows, 4, 1).unbind(1)
+    x_of_column_bs = (centres - cx) / fx
+    y_of_row_bs = (centres - cy) / fy
+
+    x_b1hw = x_of_column_bs[:, None, None, :].expand(n_rows, 1, size, size)
+    y_b1hw = y_of_row_bs[:, None, :, None].expand(n_rows, 1, size, size)
+    return x_b1hw, y_b1hw
+
+
 # ---------------------------------------------------------------- what a dataset says of itself
 
 

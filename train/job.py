@@ -12,9 +12,15 @@ from shards.errors import MissingSet
 from shards.files import log
 from train import ranks
 from train.checkpoint import Run
-from train.data import ShardDataset, create_dataloaders, evaluation_split, open_for_training
+from train.data import (
+    CAMERA,
+    ShardDataset,
+    create_dataloaders,
+    evaluation_split,
+    open_for_training,
+)
 from train.errors import NothingToLearn, WrongNetwork
-from train.learnt import Learnt
+from train.learnt import FurtherField, Learnt
 from train.model import BUILT_IN, ask, build, check_answer, layout_for, unused_parameters
 from train.order import Batches, steps_per_epoch
 from train.settings import Settings
@@ -31,7 +37,10 @@ class NetworkSetup:
     learnt: Learnt
     task: Task
     device: torch.device
-    # Of the stored pixels, where the network sees surfaces: x and y, [1, S, S] each; else empty.
+    # What a batch has before its target.
+    batch_fields: tuple[str, ...] = ("rgb", "depth")
+    # Of the stored pixels, where the network sees surfaces and the set has one camera: x and y,
+    # [1, S, S] each; else empty.
     rays: tuple[Tensor, ...] = ()
 
     @property
@@ -58,7 +67,38 @@ class NetworkSetup:
     @property
     def sees_depth(self) -> bool:
         """Whether depth is one of its inputs."""
-        return self.settings.inputs != "rgb" and not self.learns_depth
+        return "depth" in self.settings.input_fields
+
+    @property
+    def sees_surfaces(self) -> bool:
+        """Whether depth comes as surfaces. A user's own network gets it as one plane."""
+        return self.is_built_in and self.sees_depth and self.learnt.has_surfaces
+
+    @property
+    def network_fields(self) -> tuple[str, ...]:
+        """What the network is called with; a user's own with rgb and depth in any case."""
+        if self.is_built_in:
+            return self.settings.input_fields
+        known = ("rgb",) if self.learns_depth else ("rgb", "depth")
+        return (*known, *self.settings.further_fields)
+
+    @property
+    def planes_of_fields(self) -> dict[str, int]:
+        """Of each of `network_fields`."""
+        depth = SURFACE_PLANES if self.sees_surfaces else 1
+        further = {each.name: each.n_planes for each in self.learnt.further}
+        of_all = {"rgb": 3, "depth": depth, **further}
+        return {name: of_all[name] for name in self.network_fields}
+
+    @property
+    def further_colours(self) -> list[FurtherField]:
+        """Of the fields beyond rgb and depth, those of colours and grey levels."""
+        return [each for each in self.learnt.further if each.kind != "depth"]
+
+    @property
+    def further_depths(self) -> list[FurtherField]:
+        """Of the fields beyond rgb and depth, those of depths."""
+        return [each for each in self.learnt.further if each.kind == "depth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +155,12 @@ def make_setup(
     n_classes = len(found.dataset.protocol(settings.num_classes).names) or None
     settings = replace(settings, num_classes=n_classes)
 
-    fields = ("rgb", _depth_field(settings, found))
+    fields = _batch_fields(settings, found)
+    for name in settings.input_fields:
+        found.field(name)
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
-    network = network_setup(settings, Learnt.of(train_set), device)
+    learnt = Learnt.of(train_set, settings.further_fields)
+    network = replace(network_setup(settings, learnt, device), batch_fields=fields)
     setup = TaskSetup(
         **vars(network),
         train_set=train_set,
@@ -136,10 +179,22 @@ def network_setup(settings: Settings, learnt: Learnt, device: torch.device) -> N
     """All that its network is built from and asked with."""
     task = make_task(settings, learnt)
     setup = NetworkSetup(settings=settings, learnt=learnt, task=task, device=device)
-    # A user's own network gets depth as one plane, and so does ours where no camera is known.
-    if setup.is_built_in and setup.sees_depth:
-        setup = replace(setup, rays=learnt.rays(device))
-    return setup
+    return replace(setup, rays=learnt.rays(device)) if setup.sees_surfaces else setup
+
+
+def _batch_fields(settings: Settings, found: ShardSet) -> tuple[str, ...]:
+    """What is read of each row besides the target."""
+    depth = _depth_field(settings, found)
+    sees_depth = depth in settings.input_fields
+    # Depth that the network does not see is read all the same, where there is some, to be shown.
+    is_read = sees_depth or depth in found.manifest.fields or settings.task == "depth"
+    has_own_cameras = CAMERA.name in found.manifest.columns and found.dataset.camera is None
+    return (
+        "rgb",
+        *((depth,) if is_read else ()),
+        *settings.further_fields,
+        *((CAMERA.name,) if sees_depth and has_own_cameras else ()),
+    )
 
 
 def _depth_field(settings: Settings, found: ShardSet) -> str:
@@ -228,8 +283,7 @@ def _new_model(setup: NetworkSetup) -> tuple[nn.Module, torch.memory_format]:
         settings.model,
         setup.task.n_out,
         width=settings.channels,
-        inputs="rgb" if setup.learns_depth else settings.inputs,
-        depth_planes=SURFACE_PLANES if setup.rays else 1,
+        planes=setup.planes_of_fields,
         dense=settings.task != "scene",
     )
     # A network of a user's own may flatten its features, which channels_last forbids.
@@ -262,7 +316,7 @@ def probe(model: nn.Module, setup: NetworkSetup) -> None:
     """
     spec = setup.settings.model
     size = setup.settings.size or setup.learnt.size
-    planes = (3,) if setup.learns_depth else (3, 1)
+    planes = setup.planes_of_fields.values()
     pictures = [torch.full((2, n, size, size), 0.5, device=setup.device) for n in planes]
 
     devices = [setup.device] if setup.device.type == "cuda" else []

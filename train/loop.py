@@ -30,9 +30,10 @@ from shards.files import log
 from stores.mirror import Mirror
 from train import ranks
 from train.answers import Answers, Collector
-from train.augment import WHOLE, Draws, augment, resize, to_input, views
+from train.augment import WHOLE, Draws, Pictures, augment, resize, views
 from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
 from train.errors import BatchTooSmall, Diverged, NoKnownPixel
+from train.inputs import Batch, network_inputs, on_device
 from train.job import (
     Loaders,
     NetworkSetup,
@@ -51,8 +52,6 @@ from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
 
 MIRROR_WAIT_S = 60.0  # what the end of a run grants the copy to its mirror
 DENSE_ROWS = 16  # scored at once at full resolution
-Batch = tuple[Tensor, ...]
-Pictures = tuple[Tensor, list[Tensor]]  # rgb, and the planes that go with it: depth and the rays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +99,7 @@ def _forward(
 
     net: the run's `net` where it learns, else its model itself.
     """
-    rgb, planes = pictures
-    rgb_input, depth_input = to_input(rgb, planes, setup.learnt.depth_statistics)
-    inputs = [rgb_input] if setup.learns_depth else [rgb_input, depth_input]
+    inputs = network_inputs(setup, *pictures)
     inputs = [picture.contiguous(memory_format=run.layout) for picture in inputs]
 
     dtype = setup.autocast_dtype
@@ -112,15 +109,6 @@ def _forward(
     if target.ndim == 1:
         return out
     return F.interpolate(out, target.shape[-2:], mode="bilinear")
-
-
-def _to_device(setup: NetworkSetup, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
-    """RGB; depth and the rays; the target, a depth only where the sensor measured."""
-    rgb, depth, target = (part.to(setup.device, non_blocking=True) for part in batch)
-    if setup.learns_depth:
-        target = torch.where(depth > 0, target, 0.0)
-    rays = [plane.expand_as(depth) for plane in setup.rays]
-    return rgb, [depth, *rays], target
 
 
 def _sums(setup: TaskSetup, out: Tensor, target: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
@@ -136,9 +124,9 @@ def train_step(run: Run, setup: TaskSetup, batch: Batch, mine: Any) -> None:
     at = (setup.settings.seed, run.epoch, run.step)
     torch.manual_seed(seed_of(*at, ranks.RANK))  # dropout
     draws = Draws(seed_of(*at), len(batch[0]) * ranks.WORLD, mine, setup.device)
-    rgb, planes, target = _augmented(setup, batch, draws)
+    colours, planes, target = _augmented(setup, batch, draws)
 
-    out = _forward_to_learn(run, setup, rgb, planes, target)
+    out = _forward_to_learn(run, setup, (colours, planes), target)
     loss, weight = setup.task.loss(out, target)
 
     _set_learning_rate(run, setup)
@@ -154,29 +142,28 @@ def train_step(run: Run, setup: TaskSetup, batch: Batch, mine: Any) -> None:
 
 
 def _augmented(setup: TaskSetup, batch: Batch, draws: Draws) -> tuple[Tensor, list[Tensor], Tensor]:
-    """RGB, planes and target of a batch, changed at random; a dense target as its picture."""
+    """Colours, planes and target of a batch, changed at random; a dense target as its picture."""
     settings = setup.settings
-    rgb, planes, target = _to_device(setup, batch)
-    size = settings.size or rgb.shape[-1]
+    colours, planes, target = on_device(setup, batch)
+    size = settings.size or colours.shape[-1]
     if target.ndim == 1:
-        rgb, planes = augment(rgb, planes, draws, size, settings)
-        return rgb, planes, target
+        colours, planes = augment(colours, planes, draws, size, settings)
+        return colours, planes, target
 
-    rgb, planes = augment(rgb, [*planes, target], draws, size, settings)
+    colours, planes = augment(colours, [*planes, target], draws, size, settings)
     *planes, target = planes
-    return rgb, planes, target
+    return colours, planes, target
 
 
-def _forward_to_learn(
-    run: Run, setup: TaskSetup, rgb: Tensor, planes: list[Tensor], target: Tensor
-) -> Tensor:
+def _forward_to_learn(run: Run, setup: TaskSetup, pictures: Pictures, target: Tensor) -> Tensor:
     try:
-        return _forward(run.net, run, setup, (rgb, planes), target)
+        return _forward(run.net, run, setup, pictures, target)
     except (ValueError, RuntimeError) as error:
         # Of BatchNorm, where a channel has a single value: there is nothing to normalise.
         if "Expected more than 1" not in str(error):
             raise
-        raise BatchTooSmall(len(rgb), rgb.shape[-1], one_line(error)) from error
+        colours, _ = pictures
+        raise BatchTooSmall(len(colours), colours.shape[-1], one_line(error)) from error
 
 
 def _set_learning_rate(run: Run, setup: TaskSetup) -> None:
@@ -294,28 +281,28 @@ def predict_batch(
     many rows' worth the network was asked. Returns the outputs, and (rgb, depth, target) on the
     device, at the outputs' resolution where they are dense.
     """
-    rgb, planes, target = _to_device(setup, batch)
+    colours, planes, target = on_device(setup, batch)
     is_dense = target.ndim > 1
-    size = setup.settings.size or rgb.shape[-1]
+    size = setup.settings.size or colours.shape[-1]
     if is_dense and not test_time_augmentation:
-        rgb, planes = resize(rgb, [*planes, target], size)
+        colours, planes = resize(colours, [*planes, target], size)
         *planes, target = planes
 
     is_cropped = test_time_augmentation and not is_dense
     all_views = views(setup.settings.crop) if is_cropped else [WHOLE]
     outs = []
     for view in all_views:
-        rgb_small, planes_small = resize(rgb, planes, size, view)
-        outs.append(_forward(run.model, run, setup, (rgb_small, planes_small), target))
+        small, planes_small = resize(colours, planes, size, view)
+        outs.append(_forward(run.model, run, setup, (small, planes_small), target))
         mirrored_planes = [plane.flip(-1) for plane in planes_small]
-        mirrored_pictures = (rgb_small.flip(-1), mirrored_planes)
+        mirrored_pictures = (small.flip(-1), mirrored_planes)
         mirrored = _forward(run.model, run, setup, mirrored_pictures, target)
         outs.append(mirrored.flip(-1) if is_dense else mirrored)
         if done is not None:
-            done(len(rgb) / len(all_views))
+            done(len(colours) / len(all_views))
 
     mean = sum(outs[1:], outs[0]) / len(outs)
-    return mean, (rgb, planes[0], target)
+    return mean, (colours[:, :3], planes[0], target)
 
 
 @dataclass(frozen=True, kw_only=True)

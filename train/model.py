@@ -24,7 +24,6 @@ from train.settings import Settings
 BUILT_IN = "resnet18"
 # The name ends in the first 8 digits of the file's SHA-256.
 IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-STREAMS = {"rgbd": ("rgb", "depth"), "rgb": ("rgb",), "depth": ("depth",)}
 
 # oneDNN's gradient of a strided 1x1 convolution gathers its input in a workspace of as many
 # channels as there are, but writes whole blocks: 16 with AVX-512, 8 with AVX2. In channels_last,
@@ -94,8 +93,8 @@ class TwoStreamResNet(nn.Module):
     """A trunk for each of `streams`, then pooled features -> dropout -> fc, or (dense) the decoder.
 
     n_out: classes, or 1 for depth. width: channels of the first layer; 64 is the standard size,
-    11.18 M parameters a stream, half the width has a quarter of them. inputs: a key of STREAMS.
-    depth_planes: 1, or 5 where depth comes as surfaces. dense: an answer a pixel.
+    11.18 M parameters a stream, half the width has a quarter of them. planes: of each field that it
+    sees, in their order; None: RGB and plain depth. dense: an answer a pixel.
     """
 
     def __init__(
@@ -103,15 +102,14 @@ class TwoStreamResNet(nn.Module):
         n_out: int,
         *,
         width: int = 64,
-        inputs: str = "rgbd",
-        depth_planes: int = 1,
+        planes: Mapping[str, int] | None = None,
         dense: bool = False,
     ) -> None:
         super().__init__()
-        self.streams = STREAMS[inputs]
+        planes = planes or {"rgb": 3, "depth": 1}
+        self.streams = tuple(map(stream_of, planes))
         self.dense = dense
-        for stream in self.streams:
-            n_planes = 3 if stream == "rgb" else depth_planes
+        for stream, n_planes in zip(self.streams, planes.values(), strict=True):
             self.add_module(stream, ResNetTrunk(n_planes, width))
 
         widths = [len(self.streams) * width * 2**k for k in range(4)]
@@ -127,13 +125,13 @@ class TwoStreamResNet(nn.Module):
         if dense:
             nn.init.zeros_(self.decoder.head.weight)
 
-    def forward(self, rgb_bchw: Tensor, depth_bchw: Tensor | None = None) -> Tensor:
-        """RGB [B, 3, H, W] and depth [B, depth_planes, H, W] -> logits.
+    def forward(self, *pictures_bchw: Tensor) -> Tensor:
+        """A picture of each stream, [B, its planes, H, W] -> logits.
 
         [B, n_out]; dense ones [B, n_out, H / 4, W / 4].
         """
-        pictures = {"rgb": rgb_bchw, "depth": depth_bchw}
-        features = [self.get_submodule(stream)(pictures[stream]) for stream in self.streams]
+        pairs = zip(self.streams, pictures_bchw, strict=True)
+        features = [self.get_submodule(stream)(picture) for stream, picture in pairs]
         stages = [torch.cat(maps, dim=1) for maps in zip(*features, strict=True)]
         if self.dense:
             logits: Tensor = self.decoder(stages)
@@ -141,6 +139,11 @@ class TwoStreamResNet(nn.Module):
         pooled_bc = stages[-1].mean(dim=(2, 3))
         logits = self.fc(self.dropout(pooled_bc))
         return logits
+
+
+def stream_of(field: str) -> str:
+    """What the trunk that sees a field is called in a network, where "training" is not free."""
+    return field if field in ("rgb", "depth") else f"field_{field}"
 
 
 class Decoder(nn.Module):
@@ -224,14 +227,16 @@ def start_from(model: nn.Module, weights: str | None) -> None:
 def load_trunks(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
     """Load each stream's trunk from another run's, or all from a standard ResNet-18.
 
-    Of the latter, the depth stem gets the mean over RGB. The head (fc, decoder) is left as it is.
+    Of the latter, a stem that sees no colours gets the mean over RGB. The head (fc, decoder) is
+    left as it is.
     Raises RuntimeError naming missing, unknown or wrongly shaped keys.
     """
     for stream in model.streams:
         trunk = model.get_submodule(stream)
         given = _of_stream(state_dict, stream)
-        if stream == "depth" and "conv1.weight" in state_dict:
-            stem = trunk.get_parameter("conv1.weight")
+        stem = trunk.get_parameter("conv1.weight")
+        is_standard = "conv1.weight" in state_dict
+        if is_standard and stem.shape[1] != given["conv1.weight"].shape[1]:
             mean_over_rgb = given["conv1.weight"].mean(dim=1, keepdim=True)
             given["conv1.weight"] = mean_over_rgb.expand_as(stem)
 

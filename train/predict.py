@@ -159,7 +159,7 @@ def _load_all(
     run: Sequence[str], checkpoints: Sequence[Checkpoint], given: ShardSet | None
 ) -> list[LoadedRun]:
     """Raises UserError for runs that cannot answer together, and as `load_run` does."""
-    opened: dict[str, ShardSet] = {}
+    opened: dict[str | tuple[str, ...], ShardSet] = {}
     pairs = zip(run, checkpoints, strict=True)
     loaded = [load_run(directory, found, given, opened) for directory, found in pairs]
     for each in loaded:
@@ -170,7 +170,10 @@ def _load_all(
 
 
 def load_run(
-    directory: str, found: Checkpoint, given: ShardSet | None, opened: dict[str, ShardSet]
+    directory: str,
+    found: Checkpoint,
+    given: ShardSet | None,
+    opened: dict[str | tuple[str, ...], ShardSet],
 ) -> LoadedRun:
     """The run of a checkpoint; says how far it is.
 
@@ -191,7 +194,10 @@ def load_run(
 
 
 def _setup_of(
-    settings: Settings, found: Checkpoint, given: ShardSet | None, opened: dict[str, ShardSet]
+    settings: Settings,
+    found: Checkpoint,
+    given: ShardSet | None,
+    opened: dict[str | tuple[str, ...], ShardSet],
 ) -> NetworkSetup:
     """With its own set where that is given or needed; else what the checkpoint keeps of it."""
     if given is not None and _is_own(found, given):
@@ -229,7 +235,7 @@ def _what_is_learnt(loaded: LoadedRun) -> tuple[Any, ...]:
         settings.num_classes,
         settings.inputs,
         settings.size,
-        len(loaded.setup.rays),
+        loaded.setup.sees_surfaces,
         loaded.fingerprint,
     )
 
@@ -269,8 +275,8 @@ def needed_set(run: str, images: str) -> NeedsSet:
         size = _own_set(settings, found, is_asked_about=False).settings.size
     else:
         size = Learnt.from_plain(found.learnt).size
-    sees_depth = settings.inputs != "rgb" and settings.task != "depth"
-    return NeedsSet(images, run, size, None if sees_depth else "rgb")
+    is_alone = settings.input_fields == ("rgb",)
+    return NeedsSet(images, run, size, "rgb" if is_alone else None)
 
 
 # ---------------------------------------------------------------- every row of another set

@@ -24,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PARTS_SUFFIX = "-parts"  # of the first stage's run, and of its mirror
 AUTO = "auto"
+FINEST = 100  # classes of pixels; a network of so many learns each of them from too few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,15 @@ def plan(
 
 
 def pixels_task(dataset: ShardSet) -> str:
-    """The classes of the pixels to learn first: the finest grouping of the labels, else all."""
-    tables = dataset.dataset.label_tables
-    return f"semantic{max(len(table.names) for table in tables)}" if tables else "semantic"
+    """The classes of the pixels to learn first: the finest grouping of the labels, or these
+    themselves where they are few.
+    """
+    spec = dataset.dataset
+    if not spec.label_tables:
+        return "semantic"
+    numbers = [len(spec.label_names), *(len(table.names) for table in spec.label_tables)]
+    fine = [number for number in numbers if number <= FINEST]
+    return f"semantic{max(fine, default=min(numbers))}"
 
 
 def may_start_from_pixels(settings: Settings) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from shards.errors import NeedsSetting, WrongSetting
 from shards.flags import flag_of
+from shards.spec import NAME
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
 MAY_CHANGE = {
@@ -17,6 +18,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 PATHS = {"data", "out", "mirror", "weights"}  # in which ~ is the user's home
 TASK = re.compile(r"scene|depth|semantic([1-9]\d{0,4})?")
+RGBD = "rgbd"  # stands for its two fields
 
 
 def _flag(default: Any, help: str, **more: Any) -> Any:
@@ -46,8 +48,12 @@ class Settings:
     Raises WrongSetting for a value that no run can start from.
     """
 
-    data: str = _flag(
-        MISSING, "a converted set, or a directory that holds exactly one", metavar="DIR|ROOT"
+    data: str | tuple[str, ...] = _flag(
+        MISSING,
+        "a converted set, or a directory that holds exactly one; given again: several sets of one "
+        "size, trained on as one",
+        metavar="DIR|ROOT",
+        action="append",
     )
     out: str = _flag(
         MISSING, "directory of this run; a run found there is continued", metavar="RUN"
@@ -71,7 +77,10 @@ class Settings:
         choices=["auto", "val", "test"],
     )
     inputs: str = _flag(
-        "rgbd", "what the network sees (depth is learnt from rgb)", choices=["rgbd", "rgb", "depth"]
+        "rgbd",
+        "what the network sees: names of fields parted by commas, such as rgb,depth,thermal; rgbd "
+        "stands for rgb,depth (depth is learnt from the others)",
+        metavar="FIELD,FIELD,...",
     )
     # The network halves it five times.
     size: int = _number(128, "training resolution, 0 = as stored", 32, 1024, also=0)
@@ -116,11 +125,15 @@ class Settings:
     reset: bool = _flag(
         False, "forget the checkpoints in --out (and OUT-parts of a recipe) and start over"
     )
-    allow_remote: bool = _flag(False, "read a set on a mounted Drive (FUSE) all the same")
+    allow_remote: bool = _flag(
+        False, "read a set on a mounted Drive, cloud folder or bucket all the same"
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
+        if self.task == "depth" and "raw_depth" in self.input_fields:
+            raise WrongSetting("inputs", self.inputs, "raw_depth tells the depth that is learnt")
         if self.weights and self.model != "resnet18":
             advice = f"Load them inside {self.model}"
             raise NeedsSetting("weights", self.weights, "model", "resnet18", advice)
@@ -130,6 +143,21 @@ class Settings:
         """`width`, its default worked out."""
         return self.width or (64 if self.weights else 32)
 
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """The fields that `inputs` names, rgb first, then depth; where depth is learnt it is not
+        among them, and rgb is where nothing else is.
+        """
+        names = ("rgb", "depth") if self.inputs == RGBD else tuple(self.inputs.split(","))
+        if self.task != "depth":
+            return names
+        return tuple(name for name in names if name != "depth") or ("rgb",)
+
+    @property
+    def further_fields(self) -> tuple[str, ...]:
+        """Those beyond rgb and depth."""
+        return tuple(name for name in self.input_fields if name not in ("rgb", "depth"))
+
     def check_out(self) -> None:
         """Raise WrongSetting where `out` names no directory, as it may where nothing is written, or
         another path is empty: a variable of a script that was never set.
@@ -137,7 +165,8 @@ class Settings:
         if not self.out:
             raise WrongSetting("out", "''", "name a directory")
         for name in sorted(PATHS):
-            if getattr(self, name) == "":
+            value = getattr(self, name)
+            if "" in (value if isinstance(value, tuple) else [value]):
                 raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
@@ -150,6 +179,16 @@ def _checked(each: "Field[Any]", value: Any) -> Any:
         if not isinstance(value, str) or not TASK.fullmatch(value):
             raise _wrong(each, value, "scene, depth, semantic or semanticN")
         return value
+
+    if each.name == "data":
+        several = value if isinstance(value, list | tuple) else [value]
+        paths = tuple(_checked_text(each, one) for one in several)
+        if not paths:
+            raise _wrong(each, value, "text")
+        return paths[0] if len(paths) == 1 else paths
+
+    if each.name == "inputs":
+        return _checked_inputs(each, value)
 
     if "bounds" in each.metadata:
         return None if value is None and each.default is None else _checked_number(each, value)
@@ -168,12 +207,28 @@ def _checked(each: "Field[Any]", value: Any) -> Any:
 
     if value is None and each.default is None:
         return None
+    return _checked_text(each, value)
+
+
+def _checked_text(each: "Field[Any]", value: Any) -> str:
+    """Raises WrongSetting."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or "\0" in value:
         raise _wrong(each, value, "text")
     # A shell leaves the ~ of --out=~/run as it is.
     return os.path.expanduser(value) if each.name in PATHS else value
+
+
+def _checked_inputs(each: "Field[Any]", value: Any) -> str:
+    """Names of fields as one text, rgb first, then depth. Raises WrongSetting."""
+    names = value.split(",") if isinstance(value, str) else []
+    are_names = all(NAME.fullmatch(name) for name in names)
+    is_clear = RGBD not in names or len(names) == 1
+    if not names or not are_names or len(set(names)) < len(names) or not is_clear:
+        raise _wrong(each, value, "rgbd, or names of fields such as rgb,depth,thermal, each once")
+    names.sort(key=lambda name: ("rgb", "depth").index(name) if name in ("rgb", "depth") else 2)
+    return RGBD if names == ["rgb", "depth"] else ",".join(names)
 
 
 def _checked_number(each: "Field[Any]", value: Any) -> Any:

@@ -13,7 +13,7 @@ import struct
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -44,21 +44,26 @@ SPARSE = 1002
 ENCRYPTED = 1  # a flag
 BLOCK_BYTES = 1 << 20
 BLOCK_MEMBERS = 8192
+OnName = Callable[[bytes], object]
 INCOMPLETE = "Copy or download it again"
 
 
 class Archive:
     """An archive, listed and open. Threads may read at once."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises WrongSource where it is none, damaged, or not whole."""
+    def __init__(self, path: Path, on_name: OnName | None = None) -> None:
+        """on_name: told of each member as it is listed, by its name with slashes.
+
+        Raises WrongSource where it is none, damaged, or not whole.
+        """
         self.path = path
         self._lock = threading.Lock()
         self._handle: int | None = None
         found = os.fstat(self._open())
         self._stamp = (found.st_size, found.st_mtime_ns)
         try:
-            listed = self._list()
+            listed = Listing(on_name)
+            self._list(listed)
         except OSError as error:
             self.close()
             raise WrongSource(path, f"cannot be read ({one_line(error)})") from None
@@ -98,6 +103,11 @@ class Archive:
             if self._handle is not None:
                 os.close(self._handle)
             self._handle = None
+
+    def size_of(self, name: str) -> int | None:
+        """The bytes that a member has by the list, found as by `read`; None: it is not there."""
+        member, _ = self._find(name)
+        return None if member is None else int(member["n_bytes"])
 
     def read(self, name: str) -> bytes:
         """The bytes of a member: by its name, else by its name in the one folder that all are in.
@@ -159,14 +169,14 @@ class Archive:
     def _pread(self, n_bytes: int, offset: int) -> bytes:
         """So many bytes, fewer at the end of the file."""
         read = partial(_pread, self._open(), n_bytes, offset)
-        return patiently(read, f"reading {self.path}")
+        return patiently(read, f"reading {self.path}", Path(self.path))
 
     @property
     def n_bytes(self) -> int:
         """Of the archive."""
         return self._stamp[0]
 
-    def _list(self) -> "Listing":
+    def _list(self, listing: "Listing") -> None:
         raise NotImplementedError
 
     def _read_member(self, member: np.void, raw_name: bytes, what: str) -> bytes:
@@ -176,7 +186,8 @@ class Archive:
 class Listing:
     """Members as they are found, and the one folder that all are in (b"": there is none)."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_name: OnName | None = None) -> None:
+        self._on_name = on_name
         self._hashes = bytearray()
         self._blocks: list[np.ndarray] = []
         self._rows: list[tuple[int, ...]] = []
@@ -188,6 +199,8 @@ class Listing:
         first, slash, _ = name.partition(b"/")
         if first != b"__MACOSX" and len(self._tops) < 2:
             self._tops.add(first if slash else b"")
+        if self._on_name is not None:
+            self._on_name(name)
         self._hashes += _hash_of(name)
         self._rows.append(numbers)
         if len(self._rows) == BLOCK_MEMBERS:
@@ -263,9 +276,8 @@ EXTRA_BYTES = 256  # behind a local header's name, guessed: read along with it
 class ZipArchive(Archive):
     """Stored and deflated members. Their sizes and sums are those of the central directory."""
 
-    def _list(self) -> Listing:
+    def _list(self, listing: Listing) -> None:
         """Not by zipfile, which takes some 1 KB a member. Raises WrongSource."""
-        listing = Listing()
         start, stop, shift = self._directory()
         buffer = b""
         place = 0  # in the buffer
@@ -277,7 +289,6 @@ class ZipArchive(Archive):
                 next_read += n_bytes
                 place = 0
             place = self._list_entry(listing, buffer, place, shift)
-        return listing
 
     def _list_entry(self, listing: Listing, buffer: bytes, place: int, shift: int) -> int:
         """Add the entry at `place`; where the next one begins."""
@@ -408,9 +419,8 @@ def _inflated(stored: bytes, n_bytes: int) -> bytes | None:
 class TarArchive(Archive):
     """A tar that is not compressed: GNU's and POSIX' long names; no links, no sparse files."""
 
-    def _list(self) -> Listing:
+    def _list(self, listing: Listing) -> None:
         """One pass over all headers. Raises WrongSource."""
-        listing = Listing()
         try:
             with open(self.path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
@@ -423,7 +433,6 @@ class TarArchive(Archive):
         # tarfile ends as silently at damage as at the block of zeros that ends a tar.
         if self._pread(512, end) != bytes(512):
             raise WrongSource(self.path, f"is damaged or not whole from byte {end}", INCOMPLETE)
-        return listing
 
     def _list_member(self, listing: Listing, member: tarfile.TarInfo) -> None:
         if member.isdir():

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from convert.resize import StoredPixels
-from shards.manifest import COLUMNS, ColumnValues
+from shards.manifest import COLUMNS, Column, ColumnValues
 from shards.spec import ConversionSettings, DatasetSpec, Field, SourceIdentity
 from shards.texts import Texts
 
@@ -25,6 +25,7 @@ class RowFacts:
     """One value a row of every column, and what their numbers stand for.
 
     columns: by the names in shards.manifest.COLUMNS; those left out are filled with neutral values.
+    Others are columns of this source's own.
     dataset: the specification, with names that only the source itself has. camera_px: where rows
     differ, [N, 4] focal lengths and centre in pixels of the original picture, 0 = unknown.
     """
@@ -200,7 +201,7 @@ def filled_columns(
     dataset: DatasetSpec,
     crop: str,
 ) -> dict[str, ColumnValues]:
-    """Every column of the format: those given, and neutral values where the source says nothing.
+    """Every column of the format, and those of the source's own: as given, or neutral values.
 
     Neutral is 0, and for texts empty; a row's number is its place, its camera the dataset's.
     """
@@ -217,9 +218,22 @@ def filled_columns(
             filled[name] = np.arange(n_rows, dtype=column.dtype)
         else:
             filled[name] = np.zeros((n_rows, *column.shape), column.dtype)
-        if len(filled[name]) != n_rows:
-            raise ValueError(f"column {name} has {len(filled[name])} values for {n_rows} rows")
+    for name in columns.keys() - COLUMNS.keys():
+        filled[name] = np.asarray(columns[name])
+    for name, values in filled.items():
+        if len(values) != n_rows:
+            raise ValueError(f"column {name} has {len(values)} values for {n_rows} rows")
     return filled
+
+
+def kinds_of_columns(columns: Mapping[str, ColumnValues]) -> dict[str, Column]:
+    """What stands in the manifest of these columns; the source's own are of numbers."""
+    own = {
+        name: Column(name=name, dtype=values.dtype.str, shape=values.shape[1:])
+        for name, values in sorted(columns.items())
+        if name not in COLUMNS and isinstance(values, np.ndarray)
+    }
+    return {**COLUMNS, **own}
 
 
 def camera_shares(dataset: DatasetSpec, crop: str) -> np.ndarray:

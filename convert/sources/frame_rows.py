@@ -25,29 +25,34 @@ from convert.sources.tables import NONE, Names
 from shards.spec import MAX_ID, ConversionSettings, Field
 from shards.texts import Texts
 
+# Columns that say how the pictures of a row are to be understood.
+SAID = ("depth_encoding", "instance_encoding", "registered")
+IDS_A_CLASS = 1000  # of the instance encoding "class1000": class * 1000 + number within the class
+
 
 class FrameRows:
     """What is known of each row before it is read, in the order of the set.
 
     paths: of each field as written, "" where there is none. lines: [N] <u4 of the table, 0 first.
-    encodings: [N] <u4 the place of each row's depth encoding in `encoding_names`, NONE where the
-    table says nothing.
+    names: what stands in each column of SAID, as far as the table has it.
     """
 
-    def __init__(self, paths: dict[str, Texts], encoding: Names | None, lines: np.ndarray) -> None:
+    def __init__(
+        self, paths: dict[str, Texts], columns: Mapping[str, Names], lines: np.ndarray
+    ) -> None:
         """paths: of each field, by lines; they are taken out of the dictionary, as each is let go
-        of before the next one is put in order. encoding: by lines. lines: [N] of each row.
+        of before the next one is put in order. columns: by lines. lines: [N] of each row.
         """
         self.fields = tuple(paths)
-        self.encoding_names = encoding.names if encoding else ()
-        shapes = {"lines": ("<u4", lines.shape), "encodings": ("<u4", lines.shape)}
+        self.names = {name: columns[name].names for name in SAID if name in columns}
+        shapes = {name: ("<u4", lines.shape) for name in ("lines", *self.names)}
         for field, texts in paths.items():
             shapes[f"{field}.offsets"] = ("<i8", texts.offsets.shape)
             shapes[f"{field}.utf8"] = ("|u1", texts.utf8.shape)
         self.arrays = SharedArrays(shapes)
         self.arrays.write("lines", lines)
-        if encoding:
-            self.arrays.write("encodings", encoding.numbers[lines])
+        for name in self.names:
+            self.arrays.write(name, columns[name].numbers[lines])
         for field in self.fields:
             of_rows = paths.pop(field).take(lines)
             self.arrays.write(f"{field}.offsets", of_rows.offsets)
@@ -70,12 +75,16 @@ class FrameRows:
             self._paths[field] = texts
         return self._paths[field]
 
-    def encoding_of(self, row: int) -> str | None:
-        """None where the table says nothing of it."""
-        if not self.encoding_names:
+    def said(self, name: str, row: int) -> str | None:
+        """What stands in a column of SAID; None where the table says nothing."""
+        if name not in self.names:
             return None
-        number = int(self.arrays["encodings"][row])
-        return None if number == NONE else self.encoding_names[number]
+        number = int(self.arrays[name][row])
+        return None if number == NONE else self.names[name][number]
+
+    def encoding_of(self, row: int) -> str | None:
+        """Of its depth; None where the table says nothing of it."""
+        return self.said("depth_encoding", row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +121,7 @@ class DepthRules:
             trunc_m=settings.depth_trunc,
         )
         by_name = {}
-        for name in rows.encoding_names:
+        for name in rows.names.get("depth_encoding", ()):
             check_names(name, None, None)
             by_name[name] = replace(usual, encoding=name, scale=None)
         return cls(usual=usual, by_name=by_name)
@@ -215,6 +224,8 @@ class FramesReader:
                 return self._depth_rules.of_row(self._rows, row).to_mm(pixels)
             if field.name == "label":
                 return self._label_rule.stored(pixels)
+            if field.name == "instance" and self._rows.said("instance_encoding", row):
+                pixels = pixels % IDS_A_CLASS
             highest = int(np.iinfo(field.dtype).max)
             if pixels.max() > highest:
                 raise BadRow(f"has the id {pixels.max()}, beyond {highest}")
@@ -232,11 +243,16 @@ class FramesReader:
     # ------------------------------------------------------------------ all pictures of a row
 
     def _common_size(self, row: int, found: Mapping[str, Picture]) -> tuple[int, int]:
-        """(H, W) of every picture of the row. Raises BadRow where they differ or none is there."""
+        """(H, W) of every picture of the row; of its first, where they show the same in any size.
+
+        Raises BadRow where they differ, or none is there.
+        """
         if not found:
             raise BadRow(f"{self.called(row)}: no picture of {', '.join(self.fields)}")
         sizes = {name: picture.shape[:2] for name, picture in found.items()}
         first_name, first = next(iter(sizes.items()))
+        if self._rows.said("registered", row) == "yes":
+            return first[0], first[1]
         for name, size in sizes.items():
             if size != first:
                 what = f"{name} is {size[1]}x{size[0]}, {first_name} {first[1]}x{first[0]}"

@@ -14,10 +14,11 @@ import numpy as np
 from convert.resize import as_meant
 from convert.sources.base import RowFacts, RowReader
 from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
-from convert.sources.depth_encodings import check_names, looks_undecoded
+from convert.sources.depth_encodings import DepthRule, check_names, looks_undecoded
 from convert.sources.errors import BadRow
 from convert.sources.frame_rows import DepthRules, FrameRows, FramesReader, LabelRule
-from convert.sources.layouts import Listing, list_frames
+from convert.sources.layouts import LAYOUTS, is_laid_out, layout_of
+from convert.sources.listings import Listing, Wanted
 from convert.sources.opening import SourceOptions
 from convert.sources.pictures import decoder_name
 from convert.sources.roots import Roots
@@ -39,6 +40,7 @@ from shards.spec import (
     field_of_kind,
 )
 
+NOTHING_KNOWN = DatasetSpec(name="", width=0, height=0)
 PROBED_ROWS = 8  # read before a conversion begins
 MAX_SCENE_TYPES = 4096
 
@@ -54,10 +56,13 @@ class FramesSource:
     def __init__(self, path: Path, settings: ConversionSettings, options: SourceOptions) -> None:
         check_names(settings.depth_encoding, settings.depth_scale, settings.depth_trunc)
         self._path = path
-        self._kinds = settings.kinds
-        self._wanted = (*settings.fields, *settings.kinds)
-        self._is_directory = path.is_dir()
-        table, self._stamp_when_read = self._read(settings)
+        self._wanted = Wanted(kinds=settings.kinds, known=settings.fields, roots=options.roots)
+        self._is_laid_out = is_laid_out(path, options.layout)
+        self._layout = layout_of(path, options.layout) if self._is_laid_out else ""
+        listing = self._read(settings)
+        table = listing.table
+        spec = listing.spec or NOTHING_KNOWN
+        self._stamp_when_read = listing.stamp
         self._identity = SourceIdentity(
             kind="table", name=path.name, n_bytes=table.n_bytes, sha256=table.sha256
         )
@@ -69,22 +74,24 @@ class FramesSource:
         self._split_by = None if rule is None else str(rule)
         split = _split_of(table, self._places, rule)
         lines = dealt_order(split)
-        self._facts = _facts_of(table, self._places, split, lines)
+        self._facts = _facts_of(table, self._places, split, lines, spec.scene_types)
+        self._own_columns = {name: each[lines] for name, each in listing.own_columns.items()}
         paths = dict(table.paths)
         table = replace(table, paths={})  # a million paths are held once
-        self._rows = FrameRows(paths, table.columns.get("depth_encoding"), lines)
-        label_names = _label_names(options.label_names)
-        self.dataset = DatasetSpec(
-            name=_dataset_name(path, options.name),
-            width=0,
-            height=0,
+        self._rows = FrameRows(paths, table.columns, lines)
+        if options.label_names is not None:
+            label_names = _label_names(options.label_names)
+            spec = replace(spec, label_names=label_names, label_tables=())
+        self.dataset = replace(
+            spec,
+            name=_dataset_name(path, options.name or spec.name or None),
             scene_types=self._facts.scene_types,
-            label_names=label_names,
-            warnings=_warnings(table, self._places, split),
+            warnings=(*spec.warnings, *_warnings(table, self._places, split)),
         )
 
-        folder = path if self._is_directory else path.parent
-        self._roots = Roots(folder, options.roots, options.follow)
+        folder = path if path.is_dir() else path.parent
+        roots = options.roots or listing.roots
+        self._roots = Roots(folder, roots, options.follow, listing.opened)
         self._depth_rules = DepthRules.of(self._rows, settings)
         self._label_rule = LabelRule(void=settings.label_void)
         self.handles: tuple[int, ...] | None = (self._rows.arrays.handle,)
@@ -100,23 +107,23 @@ class FramesSource:
             self.close()
             raise
 
-    def _read(self, settings: ConversionSettings) -> tuple[FrameTable, tuple[int, ...]]:
-        """The table, or what the directory's layout makes one of; and its stamp as it was read."""
-        if self._is_directory:
+    def _read(self, settings: ConversionSettings) -> Listing:
+        """The table, or what the directory's layout makes one of, with its stamp as it was read."""
+        if self._is_laid_out:
             listing = self._listing()
             for note in listing.notes:
                 log(f"{self._path}: {note}")
-            return listing.table, listing.stamp
+            return replace(listing, table=_with_encoding_given(listing.table, settings))
         stamp = self.stamp() if self._path.exists() else ()  # what is absent, `read_table` says
         by = SplitRule.parse(settings.split_by).by if settings.split_by else "scene"
         also = [by] if by not in ("scene", "row") else []
-        table = read_table(self._path, fields=self._kinds, also=also)
+        table = read_table(self._path, fields=self._wanted.kinds, also=also)
         if table.not_used:
             log(f"{self._path}: not used: {', '.join(table.not_used)}")
-        return table, stamp
+        return Listing(table=table, stamp=stamp)
 
     def _listing(self) -> Listing:
-        return list_frames(self._path, self._kinds, self._wanted)
+        return LAYOUTS[self._layout].read(self._path, self._wanted)
 
     def __str__(self) -> str:
         return str(self._path)
@@ -143,8 +150,9 @@ class FramesSource:
         return self._identity
 
     def stamp(self) -> tuple[int, ...]:
-        if self._is_directory:
-            return self._listing().stamp
+        if self._is_laid_out:
+            stamp = LAYOUTS[self._layout].stamp
+            return stamp(self._path, self._wanted) if stamp else self._listing().stamp
         stat = self._path.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -162,7 +170,7 @@ class FramesSource:
         if "depth" in self._rows.fields:
             columns["depth_file"] = self._rows.paths("depth")
         return RowFacts(
-            columns=columns,
+            columns=columns | self._own_columns,
             scenes=self._places.names,
             dataset=self.dataset,
             camera_px=self._facts.camera_px,
@@ -197,7 +205,8 @@ class FramesSource:
 
         Raises WrongSource where none can be read, WrongSetting for depth that looks undecoded.
         """
-        fields = [field for name, field in self.fields.items() if name in self._wanted]
+        asked = (*settings.fields, *settings.kinds)
+        fields = [field for name, field in self.fields.items() if name in asked]
         reader = self._reader([field.name for field in fields])
         n_probed = min(PROBED_ROWS, self.n_rows)
         rows = np.unique(np.linspace(0, self.n_rows - 1, n_probed).astype(int)).tolist()
@@ -233,32 +242,34 @@ class FramesSource:
     def _probe_depth(
         self, reader: FramesReader, field: str, rows: Sequence[int], settings: ConversionSettings
     ) -> None:
-        planes = []
+        planes: dict[int, np.ndarray] = {}
         for row in rows:
             try:
                 stored = reader.stored_depth(field, row)
-                if stored is not None and self._rows.encoding_of(row) is None:
-                    planes.append(stored)
             except BadRow:
                 continue  # told when its turn comes
+            if stored is not None:
+                planes[row] = stored
         if not planes:
             return
         named = settings.depth_encoding is not None or settings.depth_scale is not None
-        looks_like = None if named else looks_undecoded(planes)
+        unnamed = [planes[row] for row in planes if self._rows.encoding_of(row) is None]
+        looks_like = None if named or not unnamed else looks_undecoded(unnamed)
         if looks_like is not None:
             what = f"left at its default, but {field} of {self} looks like {looks_like}"
             raise WrongSetting(
                 "depth_encoding", "mm", f"{what}. Choose that, or mm if it is not so"
             )
-        self._say_median(field, planes[len(planes) // 2])
+        row = list(planes)[len(planes) // 2]
+        self._say_median(field, planes[row], self._depth_rules.of_row(self._rows, row))
 
-    def _say_median(self, field: str, stored_hw: np.ndarray) -> None:
+    def _say_median(self, field: str, stored_hw: np.ndarray, rule: DepthRule) -> None:
         """What a median pixel becomes: a wrong unit shows at once."""
         is_measured = np.isfinite(stored_hw) & (stored_hw > 0)
         if not is_measured.any():
             return
         try:
-            mm = self._depth_rules.usual.to_mm(stored_hw)
+            mm = rule.to_mm(stored_hw)
         except BadRow:
             return
         median = np.median(stored_hw[is_measured])
@@ -278,6 +289,14 @@ class _Facts:
     scene_type: np.ndarray
     scene_types: tuple[str, ...]
     camera_px: np.ndarray | None
+
+
+def _with_encoding_given(table: FrameTable, settings: ConversionSettings) -> FrameTable:
+    """What a user says of the depths of a directory counts, and not what its layout says."""
+    if settings.depth_encoding is None and settings.depth_scale is None:
+        return table
+    columns = {name: each for name, each in table.columns.items() if name != "depth_encoding"}
+    return replace(table, columns=columns)
 
 
 def _fields_of(table: FrameTable, settings: ConversionSettings) -> dict[str, Field]:
@@ -341,18 +360,24 @@ def _split_of(table: FrameTable, places: Names, rule: SplitRule | None) -> np.nd
     return rule.of_groups(np.minimum(groups.numbers, len(groups.names)))
 
 
-def _facts_of(table: FrameTable, places: Names, split: np.ndarray, lines: np.ndarray) -> _Facts:
-    """Types of scenes are numbered by name, so that the same ones have the same numbers in any
-    order of lines.
+def _facts_of(
+    table: FrameTable,
+    places: Names,
+    split: np.ndarray,
+    lines: np.ndarray,
+    known_types: Sequence[str],
+) -> _Facts:
+    """Types of scenes that are not known are numbered by name, so that the same ones have the same
+    numbers in any order of lines.
     """
     types = table.columns.get("scene_type")
     scene_type = np.full(table.n_rows, NO_SCENE_TYPE, "<u2")
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = tuple(known_types)
     if types is not None:
         if len(types.names) > MAX_SCENE_TYPES:
             what = f"{len(types.names)} different ones: it is no column of types"
             raise WrongSource("scene_type", f"has {what}")
-        names = tuple(sorted(types.names))
+        names = (*known_types, *sorted(set(types.names) - set(known_types)))
         number_of_type = np.array([*(names.index(name) for name in types.names), NO_SCENE_TYPE])
         scene_type = number_of_type[np.minimum(types.numbers, len(types.names))].astype("<u2")
     return _Facts(
@@ -388,13 +413,11 @@ def _dataset_name(path: Path, given: str | None) -> str:
     return stem[:64] if NAME.fullmatch(stem[:64]) else f"set_{stem}"[:64].rstrip("_")
 
 
-def _label_names(path: Path | None) -> tuple[str, ...]:
+def _label_names(path: Path) -> tuple[str, ...]:
     """A name a line: of ids 1, 2, ...; of 0, 1, ... where another id than 0 is void.
 
     Raises WrongSource.
     """
-    if path is None:
-        return ()
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:

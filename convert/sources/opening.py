@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # h5py takes a while, and a command line that only asks need 
     from convert.sources.base import Source
     from convert.sources.nyu_mat import Elsewhere
 
-LAYOUTS = ("auto", "nyu", "frames")
+# As convert.sources.layouts has them.
+OF_DIRECTORIES = ("frames", "sunrgbd", "tum", "scannet", "nyu_raw", "bts")
+LAYOUTS = ("auto", "nyu", *OF_DIRECTORIES)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".lst", ".list")
 
 
@@ -62,12 +64,13 @@ def is_frames(path: Path | Elsewhere, layout: str) -> bool:
     """Whether it is to be read as frames: by its layout, else by its name. Raises WrongSource."""
     if layout == "nyu" or not isinstance(path, Path):
         return False
-    if layout == "frames":
+    if layout in OF_DIRECTORIES:
         return True
     with suppress(OSError):  # a name too long: opening it says so
         if path.is_dir() and path.suffix.lower() != ".mat":
             return True
-    return path.suffix.lower() in TABLES
+    is_sunrgbd = path.suffix.lower() == ".zip" and path.name.lower().startswith("sunrgbd")
+    return is_sunrgbd or path.suffix.lower() in TABLES
 
 
 def refuse_frames_options(options: SourceOptions, settings: ConversionSettings) -> None:

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -223,6 +224,10 @@ BITS = {
     RGB_ALPHA: (8, 16),
 }
 IHDR_BYTES = 13
+IEND = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+ZLIB_HEADER = b"\x78\x01"
+MAX_STORED = 65535  # bytes of a block that is not compressed
+MAX_UNPACKED = 64 << 20  # bytes, which are in memory three times then
 # Of interlaced ones: first column and row of each pass, and its steps.
 ADAM7 = (
     (0, 0, 8, 8),
@@ -264,13 +269,50 @@ class PngHeader:
         """
         if self.is_plain:
             return data
+        pixels = [data[first:end] for first, end in self.pixel_chunks]
+        return b"".join([*self._start(), *pixels, IEND])
+
+    def _start(self) -> list[bytes]:
+        """All that is in front of the pixels."""
         colour_type = GREY if self.colour_type == PALETTE else self.colour_type
         facts = (self.width, self.height, self.bits, colour_type, 0, 0, self.is_interlaced)
         head = b"IHDR" + struct.pack(">IIBBBBB", *facts)
-        pieces = [PNG_MAGIC, struct.pack(">I", IHDR_BYTES), head, _crc(head)]
-        pieces += [data[first:end] for first, end in self.pixel_chunks]
-        pieces += [bytes(4), b"IEND", _crc(b"IEND")]
-        return b"".join(pieces)
+        return [PNG_MAGIC, struct.pack(">I", IHDR_BYTES), head, _crc(head)]
+
+    def lines(self, data: bytes, codecs: Any) -> bytes | None:
+        """The pixels inflated: of each line its filter's number and the bytes that it left.
+
+        codecs: imagecodecs, with libdeflate in it. None for data that is anything but so many whole
+        lines with right sums, and for more than MAX_UNPACKED bytes.
+        """
+        n_bytes = self._n_bytes_inflated()
+        if n_bytes > MAX_UNPACKED:
+            return None
+        view = memoryview(data)
+        for first, end in self.pixel_chunks:
+            if codecs.deflate_crc32(view[first + 4 : end - 4]) != _number(view[end - 4 : end]):
+                return None
+
+        packed = b"".join(view[first + 8 : end - 4] for first, end in self.pixel_chunks)
+        try:
+            found: bytes = codecs.deflate_decode(packed, out=n_bytes)
+        except codecs.DeflateError:
+            return None
+        return found if len(found) == n_bytes else None
+
+    def unpacked(self, lines: bytes, codecs: Any) -> bytearray:
+        """What `plain` gives, but with the lines in it as they are."""
+        adler = struct.pack(">I", codecs.deflate_adler32(lines))
+        pixels = [ZLIB_HEADER, *_stored_blocks(lines), adler]
+        n_bytes = sum(map(len, pixels))
+        start = b"".join([*self._start(), struct.pack(">I", n_bytes)])
+        file = bytearray().join([start, b"IDAT", *pixels, bytes(4), IEND])
+
+        first = len(start)
+        end = first + 4 + n_bytes
+        crc = codecs.deflate_crc32(memoryview(file)[first:end])
+        file[end : end + 4] = struct.pack(">I", crc)
+        return file
 
     def check_whole(self, data: bytes) -> None:
         """Raise BadRow where a sum is wrong or pixels are missing, for decoders that do not look.
@@ -304,6 +346,20 @@ class PngHeader:
 
 def _crc(chunk: bytes) -> bytes:
     return struct.pack(">I", zlib.crc32(chunk))
+
+
+def _stored_blocks(data: bytes) -> Iterator[bytes | memoryview]:
+    """As deflate has them that leaves data as it is: a head of each, then its bytes."""
+    view = memoryview(data)
+    for first in range(0, len(data), MAX_STORED):
+        block = view[first : first + MAX_STORED]
+        is_last = first + MAX_STORED >= len(data)
+        yield struct.pack("<BHH", is_last, len(block), len(block) ^ 0xFFFF)
+        yield block
+
+
+def _number(four_bytes: memoryview) -> int:
+    return int.from_bytes(four_bytes, "big")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ PNM_MAGICS = (b"P2", b"P3", b"P5", b"P6")
 NPY_MAGIC = b"\x93NUMPY"
 # Width, height and the greatest sample, with white space and comments between them.
 PNM_HEADER = re.compile(rb"P([2356])" + rb"(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})" * 3 + rb"\s")
+MAX_PNM_HEADER = 4096  # bytes in which one is looked for, where not the whole file is read
 COMMENT = re.compile(rb"#[^\r\n]*")
 MAX_NPY_HEADER = 10_000  # characters: numpy's own limit
 
@@ -60,6 +61,16 @@ def read_pnm(data: bytes, little_endian: bool) -> Pnm:
         raise undecodable("PNM", f"a sample is greater than {white}")
     native = samples.astype("u1" if white < 256 else "u2")
     return Pnm(native.reshape(height, width, *planes), white)
+
+
+def pnm_bytes(head: bytes) -> int | None:
+    """How long a file of samples in binary is, by its first bytes; None where they tell nothing."""
+    header = PNM_HEADER.match(head)
+    if header is None or header[1] not in (b"5", b"6"):
+        return None
+    form, width, height, white = map(int, header.groups())
+    n_samples = width * height * (3 if form == 6 else 1)
+    return header.end() + n_samples * (1 if white < 256 else 2)
 
 
 def _written_out(body: bytes, n_samples: int) -> np.ndarray:

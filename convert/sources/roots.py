@@ -15,7 +15,7 @@ import re
 import stat
 import urllib.error
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -51,12 +51,19 @@ class Root(Protocol):
 class Roots:
     """The root of every field. A copy by pickle is for another process of this machine."""
 
-    def __init__(self, table_folder: Path, given: Sequence[str] = (), follow: bool = False) -> None:
+    def __init__(
+        self,
+        table_folder: Path,
+        given: Sequence[str] = (),
+        follow: bool = False,
+        opened: Mapping[str, Root] | None = None,
+    ) -> None:
         """given: as the user wrote them, DIR, URL, X.zip or X.tar; FIELD=DIR for one field.
+        opened: of these places the ones that are open already; they are closed with the others.
 
         Raises WrongSetting for what can be no root, WrongSource for an archive that is damaged.
         """
-        self._opened: dict[str, Root] = {}
+        self._opened: dict[str, Root] = dict(opened or {})
         self._of_field: dict[str, Root] = {}
         self._default: Root = FolderRoot(table_folder.absolute(), follow)
         self._web = WebRoot("")
@@ -69,7 +76,7 @@ class Roots:
     def _open_all(self, given: Sequence[str], follow: bool) -> None:
         there = set()
         for text in given:
-            field, place = _parted(text)
+            field, place = parted(text)
             if field in there:
                 raise WrongSetting("root", text, "one is given for that already")
             there.add(field)
@@ -114,8 +121,8 @@ class Roots:
             root.close()
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """(field, place); "" as the field for all of them."""
+def parted(text: str) -> tuple[str, str]:
+    """(field, place) of a root as a user writes it; "" as the field for all of them."""
     match = OF_ONE_FIELD.fullmatch(text)
     if match is None or Path(text).exists():
         return "", text
@@ -179,11 +186,11 @@ class FolderRoot:
 
     def read(self, path: str) -> bytes:
         """See Roots.read."""
-        return patiently(partial(self._read, path), f"reading {path}")
+        return patiently(partial(self._read, path), f"reading {path}", self.path)
 
     def file(self, path: str) -> Path:
         """See Roots.file."""
-        return patiently(partial(self._file, path), f"reading {path}")
+        return patiently(partial(self._file, path), f"reading {path}", self.path)
 
     def close(self) -> None:
         """No file stays open."""
@@ -285,17 +292,19 @@ def _handle_of(path: str) -> int | None:
 
 
 class ArchiveRoot:
-    """The members of an archive."""
+    """The members of an archive, or of a folder in it."""
 
-    def __init__(self, archive: Archive) -> None:
+    def __init__(self, archive: Archive, folder: str = "") -> None:
         self.archive = archive
+        self.folder = folder
 
     def __str__(self) -> str:
         return str(self.archive)
 
     def read(self, path: str) -> bytes:
         """See Roots.read."""
-        return self.archive.read(_inside(path))
+        inside = _inside(path)
+        return self.archive.read(f"{self.folder}/{inside}" if self.folder else inside)
 
     def file(self, path: str) -> Path:
         """No file of its own."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from convert.sources.folder_names import rgb_is_first
 from shards.errors import UserError, WrongSource, one_line, shown
 from shards.texts import Texts
 
@@ -64,7 +65,7 @@ class MoreColumns(Exception):
         self.names = tuple(names)
 
 
-class _Fault(Exception):
+class Fault(Exception):
     """What is wrong with a line; its number, 1 first."""
 
     def __init__(self, line: int, problem: str, right: str = "") -> None:
@@ -161,7 +162,7 @@ def open_regular(path: Path) -> io.FileIO:
 
 
 def _text_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, str]]:
-    """(number, text) of every line, with its end. Raises _Fault for what is no UTF-8."""
+    """(number, text) of every line, with its end. Raises Fault for what is no UTF-8."""
     with io.BufferedReader(open_regular(path), BLOCK_BYTES) as file:
         number = 0
         while line := file.readline(max_bytes):
@@ -169,14 +170,24 @@ def _text_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, str]]:
             if number == 1:
                 line = line.removeprefix(BOM)
             if len(line) == max_bytes:
-                raise _Fault(number, f"is longer than {max_bytes >> 10} KB: is this a table?")
+                raise Fault(number, f"is longer than {max_bytes >> 10} KB: is this a table?")
             if b"\0" in line:
-                raise _Fault(number, f"has a byte 0 (byte {line.index(0)} of the line)")
+                raise Fault(number, f"has a byte 0 (byte {line.index(0)} of the line)")
             try:
                 yield number, line.decode()
             except UnicodeDecodeError as error:
                 what = f"is not UTF-8 (byte {error.start} of the line: 0x{line[error.start]:02x})"
-                raise _Fault(number, what, "Save the table as UTF-8") from None
+                raise Fault(number, what, "Save the table as UTF-8") from None
+
+
+def path_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number, cells) of each line of a list without quotes; comments and empty ones left out.
+
+    Raises Fault, and WrongSource where there is no file.
+    """
+    for number, line in _text_lines(path, MAX_LINE_BYTES):
+        if line.strip() and not line.startswith("#"):
+            yield number, line.split()
 
 
 # ------------------------------------------------------------------------- csv, tsv, lists of paths
@@ -186,7 +197,8 @@ class DelimitedTable:
     """Cells parted by `delimiter`: "," or a tab with quotes, " " for runs of blanks without.
 
     Without a header the columns are rgb, depth and, where the third cell is a path, label; a third
-    cell that is a number is the focal length that BTS writes.
+    cell that is a number is the focal length that BTS writes. Four that begin with a time are
+    TUM's pairs, in the order that the folders of the first line tell.
     """
 
     row_word = "line"
@@ -197,7 +209,7 @@ class DelimitedTable:
         self.is_list = delimiter == " "
         try:
             self.n_header_lines, first = next(self._records(), (0, []))
-        except _Fault as fault:
+        except Fault as fault:
             raise fault.about(path) from None
         if not first:
             raise WrongSource(path, "has no line but comments")
@@ -210,12 +222,12 @@ class DelimitedTable:
         self.names = tuple(first) if self.has_header else self._names_of_list(first)
 
     def _names_of_list(self, first: list[str]) -> tuple[str, ...]:
-        if self.n_cells == 4 and IS_NUMBER.fullmatch(first[0]) and IS_NUMBER.fullmatch(first[2]):
-            raise WrongSource(
-                self.path,
-                "pairs files with times (t rgb t depth), as TUM's associate.py writes them",
-                "Give a list without the times: rgb and depth, two paths a line",
-            )
+        is_time = [bool(IS_NUMBER.fullmatch(cell.strip())) for cell in first]
+        if is_time == [True, False, True, False]:
+            return self._names_of_pairs(first[1], first[3])
+        if is_time == [True, False]:
+            what = "lists times and the pictures of one kind, as TUM's rgb.txt does"
+            raise WrongSource(self.path, what, "Give the folder that it lies in")
         if self.n_cells not in (2, 3):
             what = f"has {_cells(self.n_cells)} in its first line and no header that is known"
             right = "A list has two or three: rgb, depth, label. Paths with blanks need a .csv"
@@ -223,15 +235,21 @@ class DelimitedTable:
         third = "focal" if IS_NUMBER.fullmatch(first[-1].strip()) else "label"
         return ("rgb", "depth", third)[: self.n_cells]
 
+    def _names_of_pairs(self, first: str, second: str) -> tuple[str, ...]:
+        is_first = rgb_is_first(first, second)
+        if is_first is None:
+            what = f"pairs {shown(first)} with {shown(second)}, and which is the depth is not told"
+            right = "Name the folders rgb and depth, or give a table with these columns"
+            raise WrongSource(self.path, what, right)
+        names = ("rgb_time", "rgb", "depth_time", "depth")
+        return names if is_first else (*names[2:], *names[:2])
+
     def _records(self) -> Iterator[tuple[int, list[str]]]:
         """(number of its last line, cells) of each record, lines without any left out."""
-        lines = _text_lines(self.path, MAX_LINE_BYTES)
         if self.is_list:
-            for number, line in lines:
-                if line.strip() and not line.startswith("#"):
-                    yield number, line.split()
-            return
-        yield from self._quoted_records(lines)
+            yield from path_lines(self.path)
+        else:
+            yield from self._quoted_records(_text_lines(self.path, MAX_LINE_BYTES))
 
     def _quoted_records(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
         texts = (line for _, line in lines)
@@ -241,19 +259,19 @@ class DelimitedTable:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise _Fault(start, _csv_problem(str(error))) from None
+                raise Fault(start, _csv_problem(str(error))) from None
             if cells is None:
                 return
             if cells:
                 yield reader.line_num, cells
 
     def _rows(self) -> Iterator[int]:
-        """The line of every row. Raises _Fault where one has other cells than the first line."""
+        """The line of every row. Raises Fault where one has other cells than the first line."""
         for number, cells in self._records():
             if len(cells) != self.n_cells:
                 than = "the header has" if self.has_header else "the first line has"
                 blanks = " (a path with blanks needs a .csv)" if self.is_list else ""
-                raise _Fault(number, f"has {_cells(len(cells))}, {than} {self.n_cells}{blanks}")
+                raise Fault(number, f"has {_cells(len(cells))}, {than} {self.n_cells}{blanks}")
             if number > self.n_header_lines:
                 yield number
 
@@ -276,7 +294,7 @@ class DelimitedTable:
         try:
             for _ in self._rows():
                 pass
-        except _Fault as fault:
+        except Fault as fault:
             raise fault.about(self.path) from None
 
     def _quick_batches(self, keys: list[str]) -> Iterator[Any]:
@@ -340,7 +358,7 @@ def _nth(path: Path, numbers: Iterator[int], row: int) -> int:
     """The line of a row. Raises WrongSource where a line before it is no right one."""
     try:
         return next(islice(numbers, row, None), row)
-    except _Fault as fault:
+    except Fault as fault:
         raise fault.about(path) from None
 
 
@@ -431,12 +449,12 @@ class JsonTable:
         try:
             for (_, pairs), _ in zip(self._objects(), range(1000), strict=False):
                 known.update(dict.fromkeys(key for key, _ in pairs))
-        except _Fault as fault:
+        except Fault as fault:
             raise fault.about(path) from None
         self.names = tuple(known)
 
     def _objects(self) -> Iterator[tuple[int, tuple[tuple[str, Any], ...]]]:
-        """(line, pairs) of each object. Raises _Fault where a line is none."""
+        """(line, pairs) of each object. Raises Fault where a line is none."""
         decode = json.JSONDecoder(
             object_pairs_hook=tuple, parse_int=str, parse_float=str, parse_constant=_refuse_constant
         ).decode
@@ -447,13 +465,13 @@ class JsonTable:
                 pairs = decode(line)
             except json.JSONDecodeError as error:
                 what = f"is no JSON object ({error.msg}, character {error.pos + 1})"
-                raise _Fault(number, what) from None
+                raise Fault(number, what) from None
             except (ValueError, RecursionError) as error:
-                raise _Fault(number, f"is no JSON object ({one_line(error)})") from None
+                raise Fault(number, f"is no JSON object ({one_line(error)})") from None
             if not isinstance(pairs, tuple):
-                raise _Fault(number, f"is no JSON object but {shown(line)}")
+                raise Fault(number, f"is no JSON object but {shown(line)}")
             if len(dict(pairs)) < len(pairs):
-                raise _Fault(number, "names a key twice")
+                raise Fault(number, "names a key twice")
             yield number, pairs
 
     def number_of(self, row: int) -> int:
@@ -513,7 +531,7 @@ class JsonTable:
                 if len(cells[0]) == BATCH_ROWS:
                     yield [string_array(column) for column in cells]
                     cells = [[] for _ in used]
-        except _Fault as fault:
+        except Fault as fault:
             raise fault.about(self.path) from None
         if len(known) > len(self.names):
             raise MoreColumns(tuple(known))
@@ -530,12 +548,12 @@ def _cell_of(value: Any, key: str, line: int) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:  # JSON can name half a character
-            raise _Fault(line, f"has half a character in {shown(key)}") from None
+            raise Fault(line, f"has half a character in {shown(key)}") from None
         return value
     if value is None:
         return ""
     kind = "true or false" if isinstance(value, bool) else "a value with values in it"
-    raise _Fault(line, f"has {kind} as {shown(key)}", "A text or a number is right there")
+    raise Fault(line, f"has {kind} as {shown(key)}", "A text or a number is right there")
 
 
 def _without_nulls(column: Any) -> Any:

@@ -62,10 +62,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "scene": ("scene", "scene_name", "place", "room"),
     "scene_type": ("scene_type", "scene_class", "category"),
     "depth_encoding": ("depth_encoding",),
+    "instance_encoding": ("instance_encoding",),
+    "registered": ("registered",),
     **{name: (name,) for name in CAMERA},
 }
 KNOWN_FIELDS = ("rgb", "depth", "raw_depth", "label", "instance")
-NAMED = ("scene", "scene_type", "depth_encoding")
+NAMED = ("scene", "scene_type", "depth_encoding", "instance_encoding", "registered")
+# What may stand in a column, where that is not for the settings to say.
+CHOICES = {"instance_encoding": ("class1000",), "registered": ("yes", "no")}
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -95,7 +99,7 @@ class FrameTable:
 
     paths: of each field that has a column, as written; "" where a cell is empty or None.
     split: [N] |u1, numbers of shards.spec.SPLITS; None: no such column.
-    columns: scene, scene_type, depth_encoding, and those asked for, as far as they are there.
+    columns: those of NAMED, and those asked for, as far as they are there.
     camera_px: [N, 4] <f4: fx, fy, cx, cy in pixels, 0 = unknown; None: no such column.
     sha256, n_bytes: of the texts of all columns used; the same in whatever form they are written.
     not_used: columns of the file that nothing reads. n_repeated: lines whose rgb another one has.
@@ -490,19 +494,30 @@ def _read(path: Path, file: TableFile, chosen: _Chosen) -> FrameTable:
     except _BadCell as bad:
         where = f"{file.row_word} {file.number_of(bad.row)}"
         raise WrongSource(path, f": {where} {bad.problem}", bad.right) from None
+    columns_named = {name: column.names() for name, column in named.items()}
+    _check_choices(path, columns_named)
     texts = {name: column.texts() for name, column in paths.items()}
     used = [column for _, column in columns]
     return FrameTable(
         n_rows=n_rows,
         paths=texts,
         split=split_values,
-        columns={name: column.names() for name, column in named.items()},
+        columns=columns_named,
         camera_px=_camera(camera, n_rows),
         sha256=_sha256(used),
         n_bytes=sum(column.n_bytes for column in used),
         not_used=chosen.not_used,
         n_repeated=_n_repeated(texts["rgb"]),
     )
+
+
+def _check_choices(path: Path, columns: Mapping[str, Names]) -> None:
+    for name, choices in CHOICES.items():
+        found = columns[name].names if name in columns else ()
+        wrong = [text for text in found if text not in choices]
+        if wrong:
+            what = f": column {name} has {shown(wrong[0])}"
+            raise WrongSource(path, what, f"It holds {' or '.join(choices)}, or nothing")
 
 
 def _read_columns(path: Path, file: TableFile, columns: Sequence[tuple[str, _Column]]) -> int:

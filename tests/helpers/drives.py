@@ -1,6 +1,6 @@
 """A Drive that fails as the real one does. Run as a program, this is the file system: a FUSE mount.
 
-    python tests/helpers/drives.py BACK MOUNT CONTROL.json
+    python tests/helpers/drives.py BACK MOUNT CONTROL.json [SUBTYPE]
 
 CONTROL.json is read before every call: {"chance": 0.02, "kinds": ["ENOTCONN", "EIO", "short",
 "forget", "stall"]}.
@@ -34,7 +34,7 @@ def why_no_fuse() -> str:
 class Drive:
     """A mounted folder whose faults can be switched; `back` is what is really stored."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, subtype: str = "") -> None:
         self.back = base / "back"
         self.mount = base / "my drive"
         self.control = base / "control.json"
@@ -42,6 +42,7 @@ class Drive:
         self.mount.mkdir()
         self.fail(0)
         command = [sys.executable, __file__, *map(str, (self.back, self.mount, self.control))]
+        command += [subtype] if subtype else []
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -65,8 +66,11 @@ class Drive:
             self.process.wait()
 
 
-def file_system(back: str, mount: str, control: str) -> None:
-    """Pass every call through to `back`, except those that fail."""
+def file_system(back: str, mount: str, control: str, subtype: str = "") -> None:
+    """Pass every call through to `back`, except those that fail.
+
+    subtype: X for a mount of the type fuse.X; "": its type is plain fuse.
+    """
     import mfusepy as fuse
 
     kind = ""  # of the fault in the call that runs now
@@ -153,7 +157,11 @@ def file_system(back: str, mount: str, control: str) -> None:
         def release(self, path: str, fh: int) -> None:
             os.close(fh)
 
-    fuse.FUSE(FileSystem(), mount, foreground=True, nothreads=True, direct_io=True, fsname="flaky")
+    options: dict[str, Any] = {"fsname": "flaky", "direct_io": True}
+    if subtype:
+        del options["direct_io"]  # else nothing on it can be mapped
+        options["subtype"] = subtype
+    fuse.FUSE(FileSystem(), mount, foreground=True, nothreads=True, **options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Tables and directories of frames for tests: written, read in plain ways, and converted."""
+"""Tables and directories of frames for tests: written, read in plain ways, and converted.
+
+A test file that imports this one is skipped whole where Pillow or pyarrow is missing.
+"""
 
 import csv
 import io
@@ -11,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+pytest.importorskip("PIL", reason="needs pillow")
+pytest.importorskip("pyarrow", reason="needs pyarrow")
+
 from PIL import Image, ImageOps
 
 from convert import pipeline
-from convert.resize import Resizer
-from convert.sample_frames import npy, png, pnm
+from convert.resize import Resizer, nearest_indices
+from convert.sample_frames import npy, png, pnm, write_frames
+from convert.sources.layouts import LAYOUTS
+from convert.sources.listings import Wanted
 from convert.sources.opening import SourceOptions, open_source
+from convert.sources.tables import NONE
 from shards.dataset import ShardSet, open_set
-from shards.spec import Codecs, ConversionSettings, Field
+from shards.spec import SPLITS, Codecs, ConversionSettings, Field
 
 SIZES_WH = ((48, 36), (40, 32), (36, 48))  # of made-up rooms: small
 SETTINGS = ConversionSettings(size=16, rows_per_shard=7)
@@ -81,6 +92,13 @@ def write_frames_of(folder: Path, n_rows: int, **more: str) -> list[Row]:
             write_file(folder / row[field], png(picture))
         rows.append({**row, **more})
     return rows
+
+
+def made_up_rooms(made: Path, n_rows: int, *, bad: bool = False) -> Path:
+    """A small directory of `convert sample --layout frames`, inside of this one."""
+    folder = made / "rooms"
+    write_frames(folder, n_rows, sizes_wh=SIZES_WH, bad=bad)
+    return folder
 
 
 # ------------------------------------------------------------------------- read again, in plain ways
@@ -158,3 +176,30 @@ def as_npy(array: Any, dtype: str) -> bytes:
 def statuses(found: ShardSet) -> Mapping[int, int]:
     """By line."""
     return dict(zip(found.column("row").tolist(), found.column("status").tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------- layouts
+
+
+def lines_of(source: Path, layout: str, kinds: Mapping[str, str] | None = None) -> list[Row]:
+    """The table that a layout makes of a source: a dictionary a line, without empty cells but of
+    pictures.
+    """
+    table = LAYOUTS[layout].read(source, Wanted(kinds=kinds or {})).table
+    lines = []
+    for k in range(table.n_rows):
+        line = {field: paths[k] for field, paths in table.paths.items()}
+        if table.split is not None:
+            line["split"] = SPLITS[table.split[k]]
+        for name, column in table.columns.items():
+            if column.numbers[k] != NONE:
+                line[name] = column.names[column.numbers[k]]
+        lines.append(line)
+    return lines
+
+
+def stored_pixels(small: np.ndarray, shape_hw: tuple[int, int]) -> np.ndarray:
+    """(H, W) of a picture that was stored at the longer of its sides: every pixel of it once."""
+    size = small.shape[-1]
+    rows, columns = (np.searchsorted(nearest_indices(n, size), np.arange(n)) for n in shape_hw)
+    return small[np.ix_(rows, columns)]

@@ -1,0 +1,1 @@
+"""Other people's readers beside ours, on the same rows."""
