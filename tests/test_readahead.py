@@ -57,6 +57,8 @@ def large_rows(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 @pytest.fixture
 def cold(large_rows: ShardSet) -> ShardSet:
     """The same, nothing of it in memory. Skips where nobody counts what is read, as on tmpfs."""
+    gc.collect()  # what an earlier test has mapped stays in memory
+    mp.active_children()  # whose reading counts as this process's once they have ended
     files = [large_rows.path / name for shard in large_rows.manifest.shards for name in shard.files]
     for path in files:
         drop_from_cache(path)
@@ -152,6 +154,22 @@ def test_what_was_asked_for_is_read_and_touching_it_waits_for_nothing(cold: Shar
     assert disk_use().n_blocks == asked.n_blocks
 
 
+def test_rows_in_order_are_left_to_the_kernel_until_it_was_told_that_there_is_no_order(
+    cold: ShardSet,
+) -> None:
+    dataset = ShardDataset(cold, split="all")
+    dataset.read_ahead(np.array([150, 140]))  # of the other shard: headers are read now
+    before = disk_use()
+    dataset.read_ahead(np.arange(0, 32))
+    assert disk_use() == before
+    dataset.read_ahead(np.array([40, 3]))  # of the same shard
+    asked = disk_use()
+    assert asked.n_blocks > before.n_blocks
+    dataset.read_ahead(np.arange(64, 96))
+    assert (disk_use().n_blocks - asked.n_blocks) * 512 >= 32 * 250_880
+    assert not readahead.follow_one_another(np.array([5]))
+
+
 def test_one_call_for_each_place_where_the_kernel_takes_no_list(
     cold: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,15 +180,10 @@ def test_one_call_for_each_place_where_the_kernel_takes_no_list(
     assert needed_bytes() <= n_read <= 1.1 * needed_bytes()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, False), (0, True), (2, True)])
 def test_a_disk_reads_the_rows_of_a_loader_and_hardly_more(
     cold: ShardSet, workers: int, prefetch: bool
 ) -> None:
-    if workers and not prefetch:
-        pytest.skip("workers are ahead whatever is said")
-    gc.collect()
-    mp.active_children()  # an earlier test's, whose reading counts as this process's once it ends
     before = read_by_all()
     dataset = ShardDataset(cold, split="all")
     method = "fork" if workers else None
