@@ -148,7 +148,8 @@ def _add_storage_flags(p: Any) -> None:
     fields_help = "which are stored (default: %(default)s, as far as the source has them)"
     p.add_argument("--fields", default=",".join(KNOWN_FIELDS), metavar="A,B,...", help=fields_help)
     crop_help = (
-        "before resizing: none, or a crop of the dataset: border, eigen (default: %(default)s)"
+        "before resizing: none, or a crop of the dataset: border, eigen, sunrgbd "
+        "(default: %(default)s)"
     )
     p.add_argument("--crop", default="none", metavar="CROP", help=crop_help)
     resize_help = "how depth is made smaller (default: %(default)s)"

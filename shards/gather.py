@@ -54,6 +54,9 @@ class PlacedShards(Protocol):
     def expect_no_order(self, rows: np.ndarray) -> None:
         """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
 
+    def expects_order(self, rows: np.ndarray) -> bool:
+        """Whether that was said of none of the shards of these rows [B]."""
+
 
 class HeldShards:
     """Shards that are there already: decoded, or mapped by numpy."""
@@ -87,6 +90,10 @@ class HeldShards:
             starts = self._starts[new]
             advise(*whole_pages(starts, starts + sizes), mmap.MADV_RANDOM)
             self._is_random[new] = True
+
+    def expects_order(self, rows: np.ndarray) -> bool:
+        """Whether that was said of none of the shards of these rows [B]."""
+        return not self._is_random[rows // self._rows_per_shard].any()
 
 
 class JoinedShards(Sequence[np.ndarray]):
@@ -138,6 +145,10 @@ class JoinedShards(Sequence[np.ndarray]):
         """Have the shards of these rows [B] read from the disk as they are touched, and no more."""
         for part, _, rows_of_part in self._of_parts(rows):
             part.expect_no_order(rows_of_part)
+
+    def expects_order(self, rows: np.ndarray) -> bool:
+        """Whether that was said of none of the shards of these rows [B]."""
+        return all(part.expects_order(of_part) for part, _, of_part in self._of_parts(rows))
 
     def _of_parts(self, rows: np.ndarray) -> Iterator[tuple[PlacedShards, np.ndarray, np.ndarray]]:
         """Each set, which of the rows [B] are its own, and how it counts them."""
@@ -203,6 +214,10 @@ class RowGather:
         """
         for field in fields:
             self._fields[field].expect_no_order(rows)
+
+    def expects_order(self, fields: Sequence[str], rows: np.ndarray) -> bool:
+        """Whether that was said of none of the shards of these rows [B]."""
+        return all(self._fields[field].expects_order(rows) for field in fields)
 
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""

@@ -220,6 +220,10 @@ class MappedShards(Sequence[np.ndarray]):
                 self._is_random[shard] = True
                 self._advise(shard)
 
+    def expects_order(self, rows: np.ndarray) -> bool:
+        """Whether that was said of none of the shards of these rows [B]."""
+        return not self._is_random[rows // self._rows_per_shard].any()
+
     def _map(self, shard: int) -> None:
         """Map a shard, or map it anew."""
         form = self._files.form_of(shard)

@@ -38,6 +38,9 @@ class Rows(Protocol):
     def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
         """Have nothing read around what is touched of the shards of these rows."""
 
+    def expects_order(self, fields: Sequence[str], rows: np.ndarray) -> bool:
+        """Whether that was said of none of the shards of these rows."""
+
 
 class RowsAhead:
     """Asks for rows of some fields of a set."""
@@ -45,7 +48,6 @@ class RowsAhead:
     def __init__(self, rows: Rows, fields: Sequence[str]) -> None:
         self._rows = rows
         self._fields = list(fields)
-        self._has_no_order = False  # rows were asked for that do not follow one another
 
     def ask_for(self, rows: np.ndarray) -> None:
         """Have the system begin to read these rows [B]; those that are in memory cost little.
@@ -54,11 +56,9 @@ class RowsAhead:
         that follow one another are left to the kernel, which is faster then: it reads ahead by
         itself, and in larger pages.
         """
-        if follow_one_another(rows) and not self._has_no_order:
+        if follow_one_another(rows) and self._rows.expects_order(self._fields, rows):
             return
-        if len(rows) > 1:
-            self._has_no_order = True
-        if self._has_no_order:
+        if len(rows) > 1:  # one alone says nothing of an order, and its shard may be read in order
             self._rows.expect_no_order(self._fields, rows)
         addresses, n_bytes = self._rows.row_spans(self._fields, rows)
         will_need(addresses, n_bytes)

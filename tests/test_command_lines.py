@@ -55,7 +55,7 @@ FLAGS = {
     "--format": ["npy", "zarr", "tar"],
     "--codec": ["none", "zstd", "blosc", "rgb=zstd", "rgb=", "=", "depth=none,depth=zstd"],
     "--fields": ["rgb", "rgb,depth", "label,rgb", "rgb,rgb", "", ",", "rgb,nothing"],
-    "--crop": ["none", "border", "eigen", "all"],
+    "--crop": ["none", "border", "eigen", "sunrgbd", "all"],
     "--depth-resize": ["nearest", "area", "cubic"],
     "--axes": ["auto", "wh", "hw", "xy"],
     "--size": [],

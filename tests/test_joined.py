@@ -224,7 +224,7 @@ def classes_of(spec: DatasetSpec, n_classes: int | None) -> dict[str, str]:
 
 
 def test_a_type_has_the_class_of_its_name_where_any_set_has_that() -> None:
-    spec = _joined_spec([ROOMS, WORLD])
+    spec = _joined_spec([ROOMS, WORLD], is_one_geometry=False)
     assert spec.protocol(None).names == ("kitchen", "others", "lab", "attic")
     assert classes_of(spec, None) == {
         "kitchen": "kitchen",
@@ -235,7 +235,7 @@ def test_a_type_has_the_class_of_its_name_where_any_set_has_that() -> None:
 
 
 def test_a_number_of_classes_is_that_of_the_set_that_has_it() -> None:
-    spec = _joined_spec([ROOMS, WORLD])
+    spec = _joined_spec([ROOMS, WORLD], is_one_geometry=False)
     assert classes_of(spec, 3) == {"kitchen": "kitchen", "attic": "attic", "lab": "lab"}
     assert classes_of(spec, 2) == {"kitchen": "kitchen", "cellar": "others", "attic": "others"}
     assert len(classes_of(spec, 5)) == 5  # every type
@@ -348,3 +348,13 @@ def test_nyu_and_sun_have_13_classes_of_pixels_and_one_camera_a_row(
     setup = make_setup(Settings((str(small_set), str(sun.path)), "run"), torch.device("cpu"))
     assert setup.sees_surfaces
     assert setup.rays == ()
+
+
+def test_sets_of_other_crops_are_one_without_a_camera_for_all(small_set: Path) -> None:
+    whole = open_for_training(small_set)
+    settings = replace(whole.settings, crop="sunrgbd")
+    cropped = ShardSet(whole.path, replace(whole.manifest, settings=settings))
+    assert whole.dataset.camera is not None
+    joined = join([whole, cropped])
+    assert joined.dataset.camera is None
+    assert joined.settings.crop == "none"

@@ -89,12 +89,18 @@ def test_area_of_whole_pixels_is_their_mean() -> None:
     np.testing.assert_allclose(area(metres, 4), expected)
 
 
-def test_eigen_crop_takes_its_box_of_the_picture() -> None:
+@pytest.mark.parametrize(
+    ("crop", "top", "left", "height", "width"),
+    [("eigen", 45, 41, 426, 560), ("sunrgbd", 44, 40, 427, 561)],
+)
+def test_a_crop_takes_its_box_of_the_picture(
+    crop: str, top: int, left: int, height: int, width: int
+) -> None:
     picture = np.arange(480 * 640).reshape(480, 640) % 251
     stored = picture.T.astype(np.uint8)
-    rows = 45 + nearest_indices(426, 32)
-    columns = 41 + nearest_indices(560, 32)
-    small = resized("instance", stored, 32, box=nyu().crops["eigen"])
+    rows = top + nearest_indices(height, 32)
+    columns = left + nearest_indices(width, 32)
+    small = resized("instance", stored, 32, box=nyu().crops[crop])
     np.testing.assert_array_equal(small, picture[np.ix_(rows, columns)])
 
 

@@ -166,16 +166,19 @@ def label_classes(
 def join(parts: Sequence[ShardSet]) -> JoinedSet:
     """Sets as one, with the fields that all of them have.
 
-    Raises DifferentSets where their sizes, crops or kinds of fields differ.
+    Raises DifferentSets where their sizes or the kinds of a field differ.
     """
     for other in parts[1:]:
         _check_alike(parts[0], other)
     names = [name for name in parts[0].manifest.fields if all(_has(part, name) for part in parts)]
     fields = {name: _joined_field([part.field(name) for part in parts]) for name in names}
+    geometries = [_geometry(part) for part in parts]
+    is_one_geometry = all(each == geometries[0] for each in geometries)
+    crop = parts[0].settings.crop if is_one_geometry else "none"
     manifest = Manifest(
-        dataset=_joined_spec([part.dataset for part in parts]),
+        dataset=_joined_spec([part.dataset for part in parts], is_one_geometry),
         source=_joined_source(parts),
-        settings=replace(parts[0].settings, fields=tuple(names)),
+        settings=replace(parts[0].settings, fields=tuple(names), crop=crop),
         n_rows=sum(part.n_rows for part in parts),
         fields=fields,
         shards=[],
@@ -197,11 +200,9 @@ def _by_name(lists: Iterable[Sequence[str]]) -> tuple[str, ...]:
 
 def _check_alike(first: ShardSet, other: ShardSet) -> None:
     """Raise DifferentSets unless their rows can lie in one batch."""
-    for what in ("size", "crop"):
-        ours = getattr(first.settings, what)
-        theirs = getattr(other.settings, what)
-        if ours != theirs:
-            raise DifferentSets(first.path, other.path, what, ours, theirs)
+    sizes = first.settings.size, other.settings.size
+    if sizes[0] != sizes[1]:
+        raise DifferentSets(first.path, other.path, "size", *sizes)
     for name, ours in first.manifest.fields.items():
         theirs = other.manifest.fields.get(name, ours)
         if (theirs.kind, theirs.dtype) != (ours.kind, ours.dtype):
@@ -256,12 +257,10 @@ def _columns_of_all(parts: Sequence[ShardSet]) -> dict[str, Column]:
     }
 
 
-def _joined_spec(specs: Sequence[DatasetSpec]) -> DatasetSpec:
-    first = specs[0]
-    if all(_geometry(spec) == _geometry(first) for spec in specs):
-        spec = replace(first, name="joined")
-    else:  # pictures of several sizes, as in a table of frames
-        spec = DatasetSpec(name="joined", width=0, height=0)
+def _joined_spec(specs: Sequence[DatasetSpec], is_one_geometry: bool) -> DatasetSpec:
+    spec = DatasetSpec(name="joined", width=0, height=0)  # as pictures of several sizes are
+    if is_one_geometry:
+        spec = replace(specs[0], name="joined")
     default = _joined_protocol([each.protocol(None) for each in specs], specs)
     numbers = _by_number(each for spec in specs for each in spec.protocols)
     protocols = [
@@ -281,8 +280,11 @@ def _joined_spec(specs: Sequence[DatasetSpec]) -> DatasetSpec:
     )
 
 
-def _geometry(spec: DatasetSpec) -> tuple[object, ...]:
-    return spec.width, spec.height, spec.crops, spec.depth_crop, spec.camera
+def _geometry(part: ShardSet) -> tuple[object, ...]:
+    """What is stored of a picture, and by which camera it was taken."""
+    spec = part.dataset
+    crop = part.settings.crop
+    return spec.width, spec.height, spec.crops, spec.depth_crop, spec.camera, crop
 
 
 def _by_number(protocols: Iterable[SceneProtocol]) -> dict[int, SceneProtocol]:

@@ -76,6 +76,7 @@ def nyu() -> DatasetSpec:
         crops={
             "border": Box(top=6, bottom=473, left=7, right=632),  # without the white frame
             "eigen": Box(top=45, bottom=471, left=41, right=601),  # of Eigen et al.
+            "sunrgbd": Box(top=44, bottom=471, left=40, right=601),  # as SUN RGB-D holds these rows
         },
         depth_crop="eigen",
         camera=Camera(fx=518.86, fy=519.47, cx=325.58, cy=253.74),  # from the set's toolbox
