@@ -43,12 +43,20 @@ NOT_AGAIN = {
 }
 # What versions hardly change, and what takes long: only --all runs these in each stack.
 WITH_ALL = {
+    "tests/test_bench_frames.py": "tables of a benchmark",
+    "tests/test_bench_peers.py": "tables of a benchmark",
     "tests/test_command_lines.py": "how command lines are parsed",
     "tests/test_cut_session.py": "what is copied to a mount, and when",
     "tests/test_help.py": "texts of --help",
+    "tests/test_layouts_bts.py": "names of files, and lists of them",
+    "tests/test_layouts_nyu_raw.py": "names of files, and times in them",
+    "tests/test_layouts_scannet.py": "names of files, and small texts",
+    "tests/test_layouts_tum.py": "names of files, and times in lists",
     "tests/test_litter.py": "names of files",
+    "tests/test_mounts.py": "types of file systems",
     "tests/test_progress.py": "bars on terminals",
     "tests/test_session.py": "which copy of a set is taken",
+    "tests/test_sunrgbd_split.py": "lists of rows",
     "tests/test_transfer.py": "copies to and from a mount that fails",
 }
 Version = tuple[int, int]

@@ -80,9 +80,10 @@ def write_frames(folder: Path, n_files: int) -> None:
 
 def frames_of(folder: Path, n_rows: int) -> list[Frame]:
     """So many frames of the folder, in turn, with paths in it. Raises WrongSource for no frame."""
-    from convert.sources.layouts import list_frames
+    from convert.sources.layouts_frames import list_frames
+    from convert.sources.listings import Wanted
 
-    table = list_frames(folder, {}).table
+    table = list_frames(folder, Wanted()).table
     if not table.n_rows:
         raise WrongSource(folder, "has no frames")
     frames = [

@@ -128,7 +128,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("cache", value) for value in ("ram", True, 1, "", ["device"], np.zeros(2))),
     *(("rank", value) for value in (1, -1, True, 0.0, None, "0")),
     *(("world", value) for value in (0, -1, True, 1.0, None, "2")),
-    *(("dataset_path", value) for value in (None, 3, b"data", "", "a\0b", "x" * 5000, ["data"])),
+    *(("dataset_path", value) for value in (None, 3, b"data", "", "a\0b", "x" * 5000, [], [3])),
     ("device", "cpu"),  # without cache="device" nothing would be kept there
 ]
 
