@@ -85,7 +85,11 @@ def open_for_training(path: DatasetPath, *, allow_remote: bool = False) -> Shard
         if not path:
             raise WrongSetting("dataset_path", path, "name a finished set")
         parts = [open_for_training(each, allow_remote=allow_remote) for each in path]
-        return parts[0] if len(parts) == 1 else join(parts)
+        if len(parts) == 1:
+            return parts[0]
+        joined = join(parts)
+        joined.say_what_is_left_out()
+        return joined
     if isinstance(path, JoinedSet):
         return path
     # Maps are opened later, perhaps from another working directory: the path is absolute.
@@ -128,6 +132,7 @@ class SplitRows:
     scene_ids: [N] of every row of the set, -1 = no class; label_classes: of each stored label, void
     is -100, torch's ignore_index; an array of each set that is joined. Both are empty where the
     target is another. cameras: [N, 4] of every row, where they are asked for; else empty.
+    n_without_class: rows of the split that are left out, as their scene type is no class.
     """
 
     rows: np.ndarray
@@ -135,6 +140,7 @@ class SplitRows:
     scene_ids: np.ndarray
     label_classes: tuple[np.ndarray, ...]
     cameras: np.ndarray
+    n_without_class: int
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
@@ -192,6 +198,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self._parts: tuple[Tensor, ...] | None = None
         check_split(self._set, split)
         self._split_rows = self._read_split()
+        self._say_what_is_left_out()
         self._input_fields = [self._field(name) for name in self.fields]
         if not self._stored_fields():
             raise WrongSetting("fields", repr(fields), "name a field of pictures too")
@@ -228,7 +235,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         named = [self._field(name) for name in self.fields]
         if target.field:
             self._set.field(target.field)
-        rows = self._rows_of_split()
+        all_rows = rows = self._rows_of_split()
         protocol = self._set.dataset.protocol(self.num_classes)  # refused with any target
 
         classes: tuple[str, ...] = ()
@@ -237,11 +244,12 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         if self.target == "scene":
             classes = protocol.names
             scene_ids = self._ids_of_scenes(protocol.ids_of(self._set.dataset.scene_types))
-            rows = self._without_those_of_no_class(rows, scene_ids)
+            rows = self._with_a_class(rows, scene_ids)
         elif target.field == "label":
             classes, tables = label_classes(self._set, target.n_classes)
             classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
 
+        n_without_class = len(all_rows) - len(rows)
         if self._kept is not None:
             rows = rows[self._kept]
         cameras = np.empty((0, 4), np.float32)
@@ -253,6 +261,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             scene_ids=scene_ids,
             label_classes=classes_of_labels,
             cameras=cameras,
+            n_without_class=n_without_class,
         )
 
     def _check_statistics(self) -> None:
@@ -282,17 +291,20 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         ids[has_type] = id_of_type[types[has_type]]
         return ids
 
-    def _without_those_of_no_class(self, rows: np.ndarray, scene_ids: np.ndarray) -> np.ndarray:
-        """The rows whose scene type is a class; says how many are not."""
+    def _with_a_class(self, rows: np.ndarray, scene_ids: np.ndarray) -> np.ndarray:
+        """The rows whose scene type is a class."""
         is_known = scene_ids[rows] >= 0
-        n_unknown = int(np.sum(~is_known))
-        if not n_unknown:
-            return rows
-        if n_unknown == len(rows):
+        if len(rows) and not is_known.any():
             what = f"has no {self.split} rows with a scene type"
             raise MissingSet(self.path, what, "Choose another target")
-        log(f"{self.path}: {n_unknown} of {len(rows)} {self.split} rows have no class: left out")
         return rows[is_known]
+
+    def _say_what_is_left_out(self) -> None:
+        """Once: not where it is remade from a pickle, as in each worker."""
+        n_left_out = self._split_rows.n_without_class
+        if n_left_out:
+            what = f"{n_left_out} of {n_left_out + len(self)} {self.split} rows have no class"
+            log(f"{self.path}: {what}: left out")
 
     # ---------------------------------------------------------------------------- facts of rows
 

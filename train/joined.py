@@ -50,6 +50,15 @@ class NamedProtocol(SceneProtocol):
         return np.array(ids, np.int64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SameRows:
+    """Rows of a part, by their numbers in it, that are pictures of right rows of another one."""
+
+    part: int
+    rows: np.ndarray
+    other: Path
+
+
 @dataclass(frozen=True)
 class JoinedSet(ShardSet):
     """Sets that are read as one. parts: these, in the order of their rows."""
@@ -70,7 +79,8 @@ class JoinedSet(ShardSet):
             values = [self._types(*each) for each in zip(self.parts, values, strict=True)]
         joined = np.concatenate(values)
         if name == "status":
-            joined[self._same_rows] = FAILED_ROW
+            for same in self._same_rows:
+                joined[self.first_rows[same.part] + same.rows] = FAILED_ROW
         return joined
 
     def texts(self, name: str) -> Texts:
@@ -106,16 +116,21 @@ class JoinedSet(ShardSet):
         return found
 
     @cached_property
-    def _same_rows(self) -> np.ndarray:
-        """Rows that are the picture of a right row of another set here."""
-        found = [np.empty(0, np.int64)]
-        for part, first_row in zip(self.parts, self.first_rows[:-1], strict=True):
-            for other in self.parts:
-                same = _rows_that_are_in(part, other)
-                if len(same):
-                    log(f"{part.path}: {len(same)} rows are pictures of {other.path}: left out")
-                    found.append(first_row + same)
-        return np.unique(np.concatenate(found))
+    def _same_rows(self) -> list[SameRows]:
+        """What is left out."""
+        numbered = list(enumerate(self.parts))
+        found = [
+            SameRows(part=k, rows=_rows_that_are_in(part, other), other=other.path)
+            for k, part in numbered
+            for other in self.parts
+        ]
+        return [same for same in found if len(same.rows)]
+
+    def say_what_is_left_out(self) -> None:
+        """A line of each set that holds pictures of another one."""
+        for same in self._same_rows:
+            path = self.parts[same.part].path
+            log(f"{path}: {len(same.rows)} rows are pictures of {same.other}: left out")
 
     def label_classes(
         self, n_classes: int | None
