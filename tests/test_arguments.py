@@ -265,7 +265,7 @@ mostly_right = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mostly_right | st.fixed_dictionaries({}, optional=right))
 def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(
     small_set: Path, how: dict[str, Any]
@@ -293,7 +293,7 @@ def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(
     assert how.get("seed", 0) == loaders[0].batches.seed  # type: ignore[attr-defined]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.dictionaries(
         st.sampled_from(["split", "fields", "target", "num_classes", "normalize", "device"]), junk
@@ -310,7 +310,7 @@ def test_any_arguments_of_a_dataset_are_refused_in_one_line_or_open_it(
     assert dataset.batch([0])[-1].shape[0] == 1
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(junk | st.lists(junk, max_size=4))
 def test_any_index_is_refused_in_one_line_or_is_those_rows(small_set: Path, indices: Any) -> None:
     dataset = ShardDataset(small_set, split="all")

@@ -58,6 +58,7 @@ def shuffled(rows: Rows) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the table
 
 
+@pytest.mark.stress
 def test_readers_that_need_nothing_are_built_checked_and_timed_beside_ours(
     lab: Path, tmp_path: Path, command: Run
 ) -> None:

@@ -206,7 +206,8 @@ def test_every_task_trains_on_further_fields_and_answers_about_another_set(
     words = ["--data", str(full_set.path), "--out", run, "--task", task, "--inputs", INPUTS]
     status = main([*words, *TINY])
     assert status == 0, capsys.readouterr().err[-2000:]
-    assert main([*words, *TINY, "--epochs", "2"]) == 0  # continued
+    if task == "scene":
+        assert main([*words, *TINY, "--epochs", "2"]) == 0  # continued
 
     other = converted(rooms / "rows.csv", tmp_path / "other", replace(FULL, rows_per_shard=5))
     status = main(["predict", run, "--data", str(other.path)])

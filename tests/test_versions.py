@@ -401,6 +401,17 @@ def said_command(stderr: str) -> str:
     return stderr.rstrip("\n").rpartition(" Run: ")[2]
 
 
+commands_on_each_form = pytest.mark.parametrize(
+    ("verb", "form"),
+    [
+        ("verify", ""),
+        ("verify", ".zarr"),
+        pytest.param("train", "", marks=needs_torch),
+        pytest.param("train", ".zarr", marks=[needs_torch, pytest.mark.stress]),
+    ],
+)
+
+
 def run_as_said(line: str) -> subprocess.CompletedProcess[str]:
     """In a shell, in the checkout, which needs no .venv of its own for it."""
     given = {"COLAB_RELEASE_TAG": "test", "MAKEFLAGS": f" -- READY= PYTHON={sys.executable}"}
@@ -409,8 +420,7 @@ def run_as_said(line: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@each_form
-@pytest.mark.parametrize("verb", ["verify", pytest.param("train", marks=needs_torch)])
+@commands_on_each_form
 def test_the_command_that_is_said_upgrades_this_very_set_and_makes_no_other(
     verb: str, form: str, tmp_path: Path, command: Run
 ) -> None:
@@ -423,8 +433,7 @@ def test_the_command_that_is_said_upgrades_this_very_set_and_makes_no_other(
     assert [path for path in old.parent.iterdir() if not path.name.endswith(".lock")] == [old]
 
 
-@each_form
-@pytest.mark.parametrize("verb", ["verify", pytest.param("train", marks=needs_torch)])
+@commands_on_each_form
 def test_of_a_set_that_cannot_be_written_to_a_command_is_said_that_copies_it(
     verb: str, form: str, tmp_path: Path, command: Run
 ) -> None:
