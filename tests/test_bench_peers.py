@@ -70,7 +70,7 @@ def test_readers_that_need_nothing_are_built_checked_and_timed_beside_ours(
     assert re.search(r"\d+ cores?, load [\d.]+ in the last minute: ", second)
     lines = {line[:39].strip(): line for line in table}
     for name in ("ours", "DataLoader, np.memmap, a row an item"):
-        figures = re.findall(r"[\d.,]+ \([\d.,]+-[\d.,]+\)", lines[name])
+        figures = re.findall(r"[\d.,]+ +\([\d.,]+-[\d.,]+\)", lines[name])
         assert len(figures) == (2 if name == "ours" else 3), lines[name]
     assert "left out: no folder to install it into was given" in lines["LMDB (3.0.0)"]
     assert "the limit: C memcpy, one buffer" in lines

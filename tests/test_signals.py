@@ -208,7 +208,7 @@ def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) 
         "import os, sys, time; from pathlib import Path; from shards.lock import hold\n"
         "with hold(Path(sys.argv[1]), Path(sys.argv[1]), 'held'):\n"
         "    child = os.fork()\n"
-        "    if child: print(child, flush=True)\n"
+        "    if not child: print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
     )
     words = [sys.executable, "-c", code, str(tmp_path / ".lock")]
