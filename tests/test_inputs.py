@@ -198,7 +198,9 @@ def test_a_network_of_a_users_own_is_called_with_the_further_fields(full_set: Sh
     assert isinstance(new_run(setup).model, TakesAll)  # it was asked once
 
 
-@pytest.mark.parametrize("task", ["scene", "semantic", "depth"])
+@pytest.mark.parametrize(
+    "task", ["scene", "depth", pytest.param("semantic", marks=pytest.mark.stress)]
+)
 def test_every_task_trains_on_further_fields_and_answers_about_another_set(
     task: str, full_set: ShardSet, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

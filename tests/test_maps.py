@@ -141,7 +141,7 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (N_DESCRIPTORS, N_DESCRIPTORS))
 
 
-@pytest.mark.parametrize("kind", ["npy_set", "zarr_set"])
+@pytest.mark.parametrize("kind", ["npy_set", pytest.param("zarr_set", marks=pytest.mark.stress)])
 def test_a_set_of_600_files_is_read_with_64_descriptors(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
