@@ -140,7 +140,7 @@ FUZZ: dict[str, Any] = {
 
 
 @given(run_lines())
-@settings(max_examples=120, **FUZZ)
+@settings(max_examples=60, **FUZZ)
 @example(["run", "MAT", "--out", "made", "--size", "9" * 5000])
 @example(["run", "MAT", "--out", "made", "--workers", "100000"])
 @example(["run", "MAT", "--out", ""])
@@ -156,7 +156,7 @@ def test_any_command_line_of_run_ends_right_or_in_one_line(
 
 
 @given(OTHERS)
-@settings(max_examples=150, **FUZZ)
+@settings(max_examples=75, **FUZZ)
 @example(["inspect", "SET", "--picture", "p.png", "--rows", "99999999"])
 @example(["inspect", "SET", "--picture", "SET"])
 @example(["verify", "SET", "--against", "SET"])
@@ -195,7 +195,7 @@ ANYTHING: st.SearchStrategy[Any] = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(ConversionSettings.__dataclass_fields__)), ANYTHING))
-@settings(max_examples=300, **FUZZ)
+@settings(max_examples=150, **FUZZ)
 @example({"size": 224.0})
 @example({"size": True})
 @example({"rows_per_shard": True})

@@ -293,7 +293,14 @@ def fill(place: Path, leave: int) -> None:
         file.write(b"x" * (stat.f_bavail * stat.f_frsize - leave))
 
 
-@pytest.mark.parametrize("leave", [0, 8 << 10, 200 << 10])
+@pytest.mark.parametrize(
+    "leave",
+    [
+        0,
+        pytest.param(8 << 10, marks=pytest.mark.stress),
+        pytest.param(200 << 10, marks=pytest.mark.stress),
+    ],
+)
 def test_a_full_disk_is_named_and_the_checkpoint_before_goes_on(
     leave: int,
     small_set: Path,
