@@ -29,6 +29,7 @@ CELL_WIDTH = 2.1
 CELL_HEIGHT = 2.45
 PANEL_SIDE = 1.95  # at most
 TITLE_HEIGHT = 0.47
+CAPTION_LETTERS = 26  # a panel
 TITLE_GAP = 0.04
 HEAD_HEIGHT = 0.4
 LEGEND_HEIGHT = 0.25
@@ -179,7 +180,7 @@ def page_png(
         _draw_panels(axes, left, top, heads, picture)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
 
-    figure.suptitle(title, fontsize=11, y=1 - 0.08 / height, va="top")
+    figure.suptitle(title, fontsize=11, y=1 - 0.08 / height, va="top", parse_math=False)
     if legend:
         patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
         figure.legend(
@@ -192,11 +193,21 @@ def page_png(
     return _png(figure)
 
 
+def _shortened(line: str, n_panels: int) -> str:
+    """A line of a caption as it fits above the panels: of a long one both its ends."""
+    n_most = CAPTION_LETTERS * n_panels
+    if len(line) <= n_most:
+        return line
+    n_first = n_most // 3
+    return f"{line[:n_first]}...{line[len(line) - (n_most - n_first - 3) :]}"
+
+
 def _draw_panels(
     axes: Axes, left: float, top: float, heads: Sequence[str], picture: CaptionedPanels
 ) -> None:
     """Each as large as its cell allows, below its title."""
-    titles = [picture.caption, *heads[1:]]
+    caption = "\n".join(_shortened(line, len(heads)) for line in picture.caption.splitlines())
+    titles = [caption, *heads[1:]]
     for k, (text, panel) in enumerate(zip(titles, picture.panels, strict=False)):
         n_high, n_wide = panel.shape[:2]
         inches = min(PANEL_SIDE / n_high, PANEL_SIDE / n_wide)
@@ -204,4 +215,5 @@ def _draw_panels(
         y = top + TITLE_HEIGHT
         extent = (x, x + inches * n_wide, y + inches * n_high, y)
         axes.imshow(panel, interpolation="nearest", extent=extent)
-        axes.text(x, y - TITLE_GAP, text, fontsize=8, va="bottom")
+        # A $ in the name of a file begins no formula.
+        axes.text(x, y - TITLE_GAP, text, fontsize=8, va="bottom", parse_math=False)

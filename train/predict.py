@@ -45,7 +45,6 @@ ANSWERS = "answers"  # the folder of dense ones
 PREDICTIONS = "predictions.csv"
 UNANSWERED = "unanswered.csv"
 SHOWN = 10  # pictures that are named on the terminal
-LONGEST_CAPTION = 40
 CPU = torch.device("cpu")
 
 
@@ -333,7 +332,7 @@ class SetAnswers:
             line["answer"] = str(self._write_dense(row, found))
         self.table.append(line)
         if len(self.shown) < MOST_PICTURES:
-            self.shown.append(replace(found, table_row=_captioned(found.table_row)))
+            self.shown.append(found)
 
     def _write_dense(self, row: int, found: Prediction) -> Path:
         file = Path(ANSWERS, answer_file(found.table_row["picture"]))
@@ -390,18 +389,6 @@ def _is_known(true: Tensor) -> bool:
     return bool((true != VOID).any())
 
 
-def _captioned(table_row: dict[str, Any]) -> dict[str, Any]:
-    """The end of a long path; a $ begins no formula."""
-    name = table_row["picture"]
-    if len(name) > LONGEST_CAPTION:
-        name = "..." + name[3 - LONGEST_CAPTION :]
-    return {**table_row, "picture": _plain(name)}
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
-
-
 def _write_tables(answers: SetAnswers) -> list[str]:
     """The names of the files, the folder of dense answers as one."""
     target = answers.target
@@ -420,7 +407,7 @@ def _write_tables(answers: SetAnswers) -> list[str]:
 
 
 def _page(answers: SetAnswers) -> list[str]:
-    title = _plain(str(answers.rows.found.path))
+    title = str(answers.rows.found.path)
     path = answers.target / "page.png"
     try:
         return [draw(path, lambda: page(answers.setup, title, answers.shown))]
