@@ -197,6 +197,7 @@ def collected(absent: Sequence[str], without: Iterable[str]) -> tuple[set[str], 
 
 
 @needs_torch
+@pytest.mark.stress  # the stacks themselves show it
 def test_without_torch_every_test_is_collected_but_those_of_the_files_that_need_it() -> None:
     absent = (
         "torch",

@@ -73,7 +73,7 @@ def test_labels_are_37_classes_or_13(found: ShardSet) -> None:
         assert set(np.unique(of_13[of_37 == k])) == {table.ids[k + 1] - 1}
 
 
-@pytest.mark.parametrize("task", ["scene", "semantic13"])
+@pytest.mark.parametrize("task", ["scene", pytest.param("semantic13", marks=pytest.mark.stress)])
 def test_a_run_goes_to_its_end(found: ShardSet, tmp_path: Path, task: str) -> None:
     out = tmp_path / "run"
     assert main(["--data", str(found.path), "--out", str(out), "--task", task, *TINY]) == 0
