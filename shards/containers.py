@@ -14,11 +14,12 @@ columns are zarr-python's own output.
 import json
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -264,6 +265,24 @@ def map_file(path: Path, form: MappedForm) -> np.ndarray:
         os.close(file.handle)
     offset = len(form.header)
     return np.memmap(path, dtype=form.dtype, mode="r", offset=offset, shape=form.shape)
+
+
+class ShardSequence(Sequence[np.ndarray]):
+    """The shards of a field in row order, each [n, ...], had when it is asked for."""
+
+    @overload
+    def __getitem__(self, shard: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
+        """One, or those of a slice. Raises IndexError, and what `get` raises."""
+        if isinstance(shard, slice):
+            return [self[k] for k in range(*shard.indices(len(self)))]
+        return self.get(range(len(self))[shard])
+
+    @abstractmethod
+    def get(self, number: int) -> np.ndarray:
+        """The shard of a number that exists."""
 
 
 def decode_zarr(path: Path, start: int, stop: int) -> np.ndarray:

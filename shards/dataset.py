@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from shards.containers import (
     NPY_HEADER,
     MappedForm,
+    ShardSequence,
     is_mapped,
     mapped_form,
     npy_header,
@@ -212,7 +212,7 @@ class ShardSet:
         return True
 
 
-class DecodedShards(Sequence[np.ndarray]):
+class DecodedShards(ShardSequence):
     """The shards of a compressed field, each decoded whenever it is asked for."""
 
     def __init__(self, path: Path, manifest: Manifest, field: Field) -> None:
@@ -224,15 +224,9 @@ class DecodedShards(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._manifest.shards)
 
-    @overload
-    def __getitem__(self, shard: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
-        """Shard k [n, ...] in memory. Raises IndexError, or DamagedSet."""
-        if isinstance(shard, slice):
-            return [self[k] for k in range(*shard.indices(len(self)))]
-        return open_field(self._path, self._manifest, self._field, range(len(self))[shard])
+    def get(self, number: int) -> np.ndarray:
+        """In memory. Raises DamagedSet."""
+        return open_field(self._path, self._manifest, self._field, number)
 
 
 def open_set(path: str | Path) -> ShardSet:

@@ -26,10 +26,11 @@ longer than the shards it was made from, and is given to nobody.
 import ctypes
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 
+from shards.containers import ShardSequence
 from shards.maps import MappedShards
 from shards.readahead import advise, whole_pages
 
@@ -96,7 +97,7 @@ class HeldShards:
         return not self._is_random[rows // self._rows_per_shard].any()
 
 
-class JoinedShards(Sequence[np.ndarray]):
+class JoinedShards(ShardSequence):
     """Those of a field of several sets, whose rows are counted behind each other."""
 
     def __init__(self, parts: Sequence[Sequence[np.ndarray]], first_rows: np.ndarray) -> None:
@@ -114,20 +115,13 @@ class JoinedShards(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return sum(map(len, self._shards))
 
-    @overload
-    def __getitem__(self, shard: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
-        """Shard k of all, counted on from set to set. Raises IndexError."""
-        if isinstance(shard, slice):
-            return [self[k] for k in range(*shard.indices(len(self)))]
-        number = range(len(self))[shard]
+    def get(self, number: int) -> np.ndarray:
+        """They are counted on from set to set."""
         for part in self._shards:
             if number < len(part):
                 return part[number]
             number -= len(part)
-        raise IndexError(shard)
+        raise IndexError(number)
 
     def addresses(self, rows: np.ndarray) -> np.ndarray:
         """[B] int64: of the first byte of each of these rows, which are there from now on."""

@@ -35,12 +35,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 from weakref import finalize
 
 import numpy as np
 
-from shards.containers import MappedForm, mapped_form
+from shards.containers import MappedForm, ShardSequence, mapped_form
 from shards.errors import DamagedSet, UserError
 from shards.files import open_handle
 from shards.manifest import Manifest, shard_file
@@ -159,7 +159,7 @@ class FieldFiles:
         return self.last_form if shard == len(self.names) - 1 else self.form
 
 
-class MappedShards(Sequence[np.ndarray]):
+class MappedShards(ShardSequence):
     """The shards of one field, each [n, ...], in a range that may be shared with other fields."""
 
     def __init__(self, files: FieldFiles, addresses: AddressRange, first: int) -> None:
@@ -274,15 +274,8 @@ class MappedShards(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._files.names)
 
-    @overload
-    def __getitem__(self, shard: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, shard: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, shard: int | slice) -> np.ndarray | list[np.ndarray]:
-        """Shard k [n, ...], read-only. Raises IndexError, and what `need` raises."""
-        if isinstance(shard, slice):
-            return [self[k] for k in range(*shard.indices(len(self)))]
-        number = range(len(self))[shard]
+    def get(self, number: int) -> np.ndarray:
+        """Read-only. Raises what `need` raises."""
         self.need(np.array([number]))
         form = self._files.form_of(number)
         return self._range.array(int(self._starts[number]), form.dtype, form.shape)

@@ -92,5 +92,6 @@ def limits_text(make_limit: Callable[[int], Memcpy], n_buffers: int, n_turns: in
         bounds = f"({found.low:,.0f}-{found.high:,.0f})"
         share = with_bounds(median_interval(shares), 2) if n > 1 else ""
         title = f"the limit: C memcpy, {name}"
-        lines.append(f"{title:{NAME_WIDTH}} {'':7} {found.median:8,.0f} {bounds:>15} {share:>19}")
+        rate = f"{found.median:8,.0f} {bounds:>15}"
+        lines.append(f"{title:{NAME_WIDTH}} {'':7} {rate} {share:>19}")
     return lines
