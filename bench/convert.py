@@ -325,7 +325,7 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
 
     A stage's CPU time is that of the thread that ran it, so `rest` is what no clock was around.
     """
-    from convert import pipeline
+    from convert import pipeline, shard
     from convert.sources import chunk_codec
     from convert.sources.chunk_codec import FileBytes
     from convert.sources.nyu import NyuSource
@@ -336,8 +336,8 @@ def profile(source: Path, fields: tuple[str, ...], out: Path) -> None:
     clocks.put_around("read", FileBytes, "read")
     clocks.put_around("inflate", chunk_codec, "inflate")
     clocks.put_around_resize(fields)
-    clocks.put_around("statistics", pipeline, "train_sums")
-    clocks.put_around("hash, write, fsync", pipeline, "write_field")
+    clocks.put_around("statistics", shard, "train_sums")
+    clocks.put_around("hash, write, fsync", shard, "write_field")
 
     cpu = time.process_time()
     wall = time.perf_counter()

@@ -32,7 +32,7 @@ import numpy as np
 
 from bench.command import add_number, exit_status, make_parser
 from shards.containers import NPY_HEADER, npy_header
-from shards.files import FileEntry
+from shards.files import FileEntry, LocalFolder
 from shards.flags import Parser, as_path
 from shards.gather import RowGather
 from shards.manifest import MANIFEST, ColumnValues, Manifest, ShardEntry, bounds_of, shard_file
@@ -83,7 +83,7 @@ def make_sparse(root: Path, fields: tuple[str, ...], n_rows: int, size: int = SI
     if not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
         shards = _write_shards(directory, manifest)
-        commit(directory, replace(manifest, shards=shards), _columns(n_rows))
+        commit(LocalFolder(directory), replace(manifest, shards=shards), _columns(n_rows))
     return directory
 
 

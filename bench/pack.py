@@ -22,7 +22,7 @@ import numpy as np
 from bench.command import SET, add_number, exit_status, make_parser
 from shards.containers import CODECS, ShardForm, write_field
 from shards.dataset import ShardSet, open_set, resolve_set
-from shards.files import FileEntry
+from shards.files import FileEntry, LocalFolder
 from shards.flags import Parser, as_path
 from shards.manifest import read_manifest
 from shards.spec import Codecs
@@ -60,13 +60,14 @@ def containers_for(fields: Sequence[str]) -> list[Container]:
 def write(found: ShardSet, directory: Path, codecs: Codecs) -> Figures:
     """Write the set into `directory`; seconds a field, and of the rest."""
     form = ShardForm(codecs=codecs, n_slots=found.settings.rows_per_shard)
+    folder = LocalFolder(directory)
     files_of_shard: list[dict[str, FileEntry]] = [{} for _ in found.manifest.shards]
     write_s: Figures = {}
     for name, field in found.manifest.fields.items():
         rows = [np.array(shard) for shard in found.shards(name)]  # in memory: reading is not timed
         started = time.perf_counter()
         for k, files in enumerate(files_of_shard):
-            files |= write_field(directory, field, k, rows[k], form)
+            files |= write_field(folder, field, k, rows[k], form)
         write_s[name] = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -75,7 +76,7 @@ def write(found: ShardSet, directory: Path, codecs: Codecs) -> Figures:
         for shard, files in zip(found.manifest.shards, files_of_shard, strict=True)
     ]
     manifest = replace(found.manifest.without_files(), shards=shards, codecs=codecs)
-    commit(directory, manifest, {name: found.values(name) for name in manifest.columns})
+    commit(folder, manifest, {name: found.values(name) for name in manifest.columns})
     write_s[REST] = time.perf_counter() - started
     return write_s
 

@@ -14,6 +14,7 @@ from convert.sources.base import filled_columns
 from shards.containers import ShardForm, write_field
 from shards.dataset import ShardSet, open_set
 from shards.errors import MissingSet
+from shards.files import LocalFolder
 from shards.manifest import Manifest, ShardEntry, bounds_of
 from shards.spec import (
     KNOWN_FIELDS,
@@ -67,7 +68,8 @@ def random_set(root: Path, n_rows: int, size: int) -> ShardSet:
     ]
     types = np.arange(n_rows) % len(SCENE_TYPES)
     columns = filled_columns({"scene_type": types}, n_rows, manifest.dataset, settings.crop)
-    return commit(directory, replace(manifest, shards=shards), columns)
+    whole = commit(LocalFolder(directory), replace(manifest, shards=shards), columns)
+    return ShardSet(directory, whole)
 
 
 def _written_shard(directory: Path, manifest: Manifest, shard: int) -> ShardEntry:
@@ -76,7 +78,7 @@ def _written_shard(directory: Path, manifest: Manifest, shard: int) -> ShardEntr
     files = {}
     for field in manifest.fields.values():
         rows = _random_rows(field, (shard, start), (stop - start, manifest.settings.size))
-        files |= write_field(directory, field, shard, rows, form)
+        files |= write_field(LocalFolder(directory), field, shard, rows, form)
     return ShardEntry(
         start=start, stop=stop, files=files, sums={name: () for name in manifest.fields}
     )

@@ -129,7 +129,9 @@ def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) ->
         execution = Execution(
             workers=args.workers, codecs=codecs, repair=args.repair, max_failed=args.max_failed
         )
-        return convert_to_set(source, args.out, settings, execution).path
+        made = convert_to_set(source, args.out, settings, execution)
+        assert made is not None
+        return Path(made.address)
 
 
 def _found_by_name(args: argparse.Namespace, settings: ConversionSettings) -> Path:
@@ -231,7 +233,7 @@ def push(args: argparse.Namespace) -> None:
     """Copy a set to Drive."""
     from convert.transfer import push
 
-    print(push(read_set(args.directory), args.drive).path)
+    print(push(read_set(args.directory), args.drive).address)
 
 
 def pull(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ shards are held, or as many as one task touches: memory does not depend on the n
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,12 +15,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
-
 from convert.decode import SIZES, Buffers, Decoder, Helper
 from convert.machine import memory_of
 from convert.plan import Plan, Task
 from convert.resize import Resizer
+from convert.shard import FullShard
 from convert.sources.base import RowReader, Source
 from shards.files import log
 from shards.manifest import Receipt
@@ -28,7 +27,7 @@ from shards.progress import Progress, n_rows_text
 
 HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
 MIN_SLOTS = 2  # one shard is filled while another is written
-WriteShard = Callable[["FullShard"], Receipt]
+WriteShard = Callable[[FullShard], Receipt]
 Receipts = list[tuple[int, Receipt]]
 
 
@@ -41,21 +40,6 @@ class OpenShard:
     n_rows: int
     n_missing: int
     failed: dict[int, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullShard:
-    """A shard whose every row was decoded.
-
-    arrays: of each field, [n, ...]. sizes: [n, 2] <u2 height and width of each original picture; of
-    planes as MATLAB stores them nothing is put down. failed: by the row's number in the set, what
-    is wrong with it.
-    """
-
-    number: int
-    arrays: Mapping[str, np.ndarray]
-    sizes: np.ndarray
-    failed: Mapping[int, str]
 
 
 class LocalExecutor:

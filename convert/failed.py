@@ -6,14 +6,13 @@ A row fails for what its bytes are; what the disk or the network does ends the c
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.dataset import ShardSet
-from shards.errors import DamagedSet, Naming, WrongSource, as_argument
-from shards.files import log, write_bytes
+from shards.dataset import StoredSet
+from shards.errors import DamagedSet, Naming, UserError, WrongSource, as_argument
+from shards.files import WritableFolder, log
 from shards.manifest import FAILED, FAILED_ROW, RIGHT_ROW, ColumnValues, Receipt, RowsRead
 
 SHOWN = 3  # failed rows in a message
@@ -30,7 +29,7 @@ class FailedRows(WrongSource):
     """
 
     def __init__(
-        self, source: Any, failed: Mapping[int, str], n_rows: int, listed: Path, is_early: bool
+        self, source: Any, failed: Mapping[int, str], n_rows: int, listed: str, is_early: bool
     ) -> None:
         self.source = source
         self.failed = dict(failed)
@@ -71,27 +70,26 @@ def try_failed_again(done: dict[int, Receipt], n_rows: int, share: float) -> Non
 
 
 def write_failed(
-    directory: Path, failed: Mapping[int, str], columns: Mapping[str, ColumnValues]
+    folder: WritableFolder, failed: Mapping[int, str], columns: Mapping[str, ColumnValues]
 ) -> None:
     """failed.csv, or none where no row failed."""
-    path = directory / FAILED
     if not failed:
-        path.unlink(missing_ok=True)
+        folder.delete(FAILED)
         return
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(HEADER)
     for row, problem in failed.items():
         writer.writerow([row, int(columns["row"][row]), columns["rgb_file"][row], problem])
-    write_bytes(path, table.getvalue().encode(errors="surrogateescape"))
+    folder.put(FAILED, table.getvalue().encode(errors="surrogateescape"))
 
 
-def say_failed(failed: Mapping[int, str], n_rows: int, directory: Path) -> None:
+def say_failed(failed: Mapping[int, str], n_rows: int, folder: WritableFolder) -> None:
     """A line for whoever watches, where rows failed in a set that is published."""
     if failed:
         first = next(iter(failed.values()))
         what = f"{len(failed)} of {n_rows} rows are left empty, and out of training"
-        log(f"{what}: {first}; all are in {directory / FAILED}")
+        log(f"{what}: {first}; all are in {folder}/{FAILED}")
 
 
 # ------------------------------------------------------------------- between receipts and columns
@@ -106,7 +104,7 @@ def columns_of_rows_read(rows: Sequence[RowsRead]) -> dict[str, np.ndarray]:
     return {"size": sizes, "status": status}
 
 
-def rows_read_of(found: ShardSet) -> dict[int, RowsRead]:
+def rows_read_of(found: StoredSet) -> dict[int, RowsRead]:
     """By shard, what was found out when a finished set's rows were read; {} of a set whose source
     told it.
 
@@ -130,16 +128,16 @@ def rows_read_of(found: ShardSet) -> dict[int, RowsRead]:
     return rows
 
 
-def _problems(found: ShardSet) -> dict[int, str]:
+def _problems(found: StoredSet) -> dict[int, str]:
     """From failed.csv, which nothing vouches for: a set is right without it."""
     try:
-        with open(found.path / FAILED, encoding="utf-8", newline="") as file:
-            return {int(line["set_row"]): line["problem"] for line in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        lines = io.StringIO(found.folder.read(FAILED).decode(), newline="")
+        return {int(line["set_row"]): line["problem"] for line in csv.DictReader(lines)}
+    except (OSError, UserError, ValueError, KeyError, TypeError, csv.Error):
         return {}
 
 
-def shards_with_failed_rows(found: ShardSet) -> set[int]:
+def shards_with_failed_rows(found: StoredSet) -> set[int]:
     """Their numbers; none where the column cannot be read, which is told elsewhere."""
     try:
         failed_rows = np.flatnonzero(found.column("status") != RIGHT_ROW)

@@ -95,10 +95,9 @@ class Follower:
             self._withdraw()
 
     def _withdraw(self) -> None:
-        remove_receipts(self.packed)
+        remove_receipts(LocalStore(self.packed))
         try:
-            for number in range(len(self.plan.bounds)):
-                self.store.delete(receipt_name(number))
+            self.store.delete(*map(receipt_name, range(len(self.plan.bounds))))
         except Exception as error:  # what ended the conversion is told in any case
             log(f"{self.store} has shards of it, to be removed by hand ({one_line(error)})")
 
@@ -129,7 +128,8 @@ class Follower:
 
     def _packed(self, shard: FinishedShard) -> Receipt:
         """The receipt of its packed form, which an earlier session may have made."""
-        made = read_receipt(self.packed, shard.number)
+        packed = LocalStore(self.packed)
+        made = read_receipt(packed, shard.number)
         if made is not None and self._is_there(made):
             return made
         form = ShardForm(codecs=self.codecs, n_slots=self.plan.settings.rows_per_shard)
@@ -137,10 +137,10 @@ class Follower:
         for field in self.plan.fields:
             path = shard.directory / shard_file(field, shard.number, False)
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            files |= write_field(self.packed, field, shard.number, rows, form)
+            files |= write_field(packed, field, shard.number, rows, form)
         entry = replace(shard.receipt.entry, files=files)
         receipt = replace(shard.receipt, entry=entry, codecs=self.codecs)
-        write_receipt(self.packed, shard.number, receipt)
+        write_receipt(packed, shard.number, receipt)
         return receipt
 
     def _is_there(self, receipt: Receipt) -> bool:
@@ -210,5 +210,5 @@ def _take_shard(store: MountedStore, packed: Path, number: int, receipt: Receipt
     except IncompleteCopy as error:
         log(f"{error}: that shard is made again")
         return False
-    write_receipt(packed, number, receipt)
+    write_receipt(LocalStore(packed), number, receipt)
     return True

@@ -4,15 +4,14 @@ A shard is hashed, fsynced and renamed before its receipt is written, and the ma
 last. A run that was killed goes on after its last receipt, and ends byte-identical.
 """
 
-import errno
-import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from convert.executors import FullShard, LocalExecutor
+from convert.executors import LocalExecutor
+from convert.existing import find_set, finished, right_or_taken_back, say_other_names
 from convert.failed import (
     MANY_FAILED,
     FailedRows,
     columns_of_rows_read,
     most_failed,
-    rows_read_of,
     say_failed,
-    shards_with_failed_rows,
     try_failed_again,
     write_failed,
 )
 from convert.machine import n_cores
-from convert.plan import Plan, plan_tasks
+from convert.plan import Part, Plan, plan_tasks
+from convert.shard import FullShard, write_shard
 from convert.sources.base import (
     RowFacts,
     Source,
@@ -44,27 +43,21 @@ from convert.sources.base import (
 )
 from convert.sources.nyu_mat import Elsewhere
 from convert.sources.opening import open_source
-from convert.statistics import statistics, train_sums
-from convert.upgrade import read_or_upgrade, read_version_1, upgrade, upgraded_if_it_fits
-from shards.containers import check_codecs, write_field
-from shards.dataset import ShardSet, check_files, finished_sets, verify
-from shards.errors import DamagedSet, OldSet, SeveralSets, UserError, WrongSetting, WrongSource
-from shards.files import FileEntry, log, mebibytes, write_json
-from shards.lock import only_one
+from convert.statistics import statistics
+from shards.containers import check_codecs
+from shards.dataset import SetInStore, ShardSet, StoredSet, check_files
+from shards.errors import WrongSetting, WrongSource
+from shards.files import LocalFolder, WritableFolder, json_bytes, log, mebibytes
+from shards.lock import hold, only_one
 from shards.manifest import (
     FAILED,
-    MANIFEST,
     PROVENANCE,
-    ChannelSums,
     ColumnValues,
     Manifest,
     Receipt,
-    RowsRead,
-    ShardEntry,
-    read_manifest,
-    remove_receipts,
+    receipt_name,
+    remove_older_receipts,
     write_receipt,
-    write_receipts,
 )
 from shards.progress import megabytes
 from shards.spec import (
@@ -76,7 +69,9 @@ from shards.spec import (
     is_number,
     is_whole,
 )
-from shards.writing import check_space, commit, finished_set, resume, take_as_finished
+from shards.writing import check_space, commit, resume
+from stores.base import Root
+from stores.places import root_at
 
 MAX_WORKERS = 256
 TRAIN = SPLITS.index("train")
@@ -92,8 +87,9 @@ def convert(
     repair: bool = False,
     max_failed: float = 0.0,
 ) -> str:
-    """Convert `source` into a directory under `out`: its path. A finished one stays as it is.
+    """Convert `source` into a folder under `out`: its path. A finished one stays as it is.
 
+    out: a path, or the address of a place that fsspec opens, such as s3://bucket/sets.
     source: the path of a .mat, of a table of frames or of a directory of a known layout; a .mat
     that lies elsewhere; or any open Source, which stays open.
     workers: threads and processes; None: one a core. codecs: one for each field of a Zarr set;
@@ -104,7 +100,9 @@ def convert(
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
     execution = Execution(workers=workers, codecs=codecs, repair=repair, max_failed=max_failed)
-    return str(convert_to_set(source, out, settings, execution).path)
+    made = convert_to_set(source, out, settings, execution)
+    assert made is not None  # as it is not one part of it
+    return str(made.address)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +113,9 @@ class Execution:
     codecs: Codecs = None
     repair: bool = False
     max_failed: float = 0.0
+    part: Part | None = None
     # Told of each shard that is durable, (directory, number, receipt), those of an earlier run
-    # first; it may not wait.
+    # first; it may not wait. Of sets on this machine's file systems alone.
     on_shard: Callable[[Path, int, Receipt], object] | None = None
 
 
@@ -125,18 +124,21 @@ def convert_to_set(
     out: Path | str,
     settings: ConversionSettings,
     execution: Execution,
-) -> ShardSet:
-    """`convert`, for who goes on with the set: it is handed on as it was opened or written."""
+) -> StoredSet | None:
+    """`convert`, for who goes on with the set: it is handed on as it was opened or written.
+
+    None where only a part is made, and other parts are not done yet.
+    """
     _check_arguments(settings, execution)
-    root = _path("out", out)
+    root = root_at(_place("out", out))
     if isinstance(source, Source):
         return _convert_source(source, root, settings, execution)
 
-    place = source if isinstance(source, Elsewhere) else _path("source", source)
-    if not _is_there(place):
+    place = source if isinstance(source, Elsewhere) else Path(_place("source", source))
+    if not _is_there(place) and isinstance(root, LocalFolder):
         wanted = SourceFilter(name=place.name)
         form = "" if execution.codecs is None else ".zarr"
-        found = find_set(root, settings, wanted, (form,))
+        found = find_set(root.path, settings, wanted, (form,))
         if found is not None:
             check_files(found)
             log(f"{place} is not there, nor needed: {found.path} is complete")
@@ -153,10 +155,10 @@ def _is_there(place: Elsewhere | Path) -> bool:
         return True
 
 
-def _path(name: str, given: Any) -> Path:
+def _place(name: str, given: Any) -> Path | str:
     if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
         raise WrongSetting(name, repr(given), "expected a path")
-    return Path(given)
+    return given
 
 
 def _check_arguments(settings: Any, execution: Execution) -> None:
@@ -179,42 +181,108 @@ def _check_arguments(settings: Any, execution: Execution) -> None:
 
 
 def _convert_source(
-    source: Source, root: Path, settings: ConversionSettings, execution: Execution
-) -> ShardSet:
+    source: Source, root: Root, settings: ConversionSettings, execution: Execution
+) -> StoredSet | None:
     started = time.perf_counter()
     before = source.stamp()
     plan = make_plan(source, settings, execution.codecs)
-    directory = root / plan.directory_name
+    folder = root.child(plan.directory_name)
     if not execution.repair:
-        finished = _finished(directory, plan)
-        if finished is not None:
-            _say_other_names(finished, source)
-            return finished
+        there = finished(folder, plan)
+        if there is not None:
+            say_other_names(there, source)
+            return there
 
-    with only_one(root, directory.name):
+    with _held(folder, execution.part):
         if execution.repair:
-            finished = _right_or_taken_back(directory, plan)
+            there = right_or_taken_back(folder, plan)
         else:
-            finished = _finished(directory, plan)  # by another run, meanwhile
-        if finished is not None:
-            return finished
-        directory.mkdir(exist_ok=True)
-        remove_receipts(directory, older_than_ns=before[-1])
+            there = finished(folder, plan)  # by another run, meanwhile
+        if there is not None:
+            return there
+        _make_ready(folder, before[-1], execution.part)
 
-        made = run_plan(plan, source, directory, execution)
+        made = run_plan(plan, source, folder, execution)
         if (source.stamp(), source.identity()) != (before, plan.source):
-            remove_receipts(directory)
+            folder.delete(*map(receipt_name, made.done))
             raise WrongSource(source, "changed while it was read", "Wait until it is whole")
-        write_failed(directory, made.failed, made.columns)
-        if len(made.failed) > most_failed(plan.n_rows, execution.max_failed):
-            listed = directory / FAILED
-            raise FailedRows(source, made.failed, plan.n_rows, listed, is_early=False)
         seconds = time.perf_counter() - started
-        write_json(directory / PROVENANCE, _provenance(source, seconds, made.peak_memory))
-        converted = commit(directory, made.manifest(plan), made.columns)
-    say_failed(made.failed, plan.n_rows, directory)
+        if execution.part is not None and len(made.done) < len(plan.bounds):
+            return _finish_part(plan, source, folder, made, seconds)
+        return _finish(plan, source, folder, made, seconds)
+
+
+@contextmanager
+def _held(folder: WritableFolder, part: Part | None) -> Iterator[None]:
+    """Nobody else converts into it meanwhile, but for other parts.
+
+    In a store nobody is kept out: who writes the same set writes the same objects.
+    """
+    if not isinstance(folder, LocalFolder):
+        yield
+        return
+    path = folder.path
+    with only_one(path.parent, path.name, shared=part is not None):
+        yield
+
+
+def _make_ready(folder: WritableFolder, changed_ns: int, part: Part | None) -> None:
+    """changed_ns: when the source was written to; what was made of it before is not taken.
+
+    Parts may have sources of their own, copied later to each machine: the fingerprint, which has
+    the source's identity, is all that tells then.
+    """
+    if not isinstance(folder, LocalFolder):
+        return
+    folder.path.mkdir(exist_ok=True)
+    if part is None:
+        folder.remove_unfinished()
+        remove_older_receipts(folder.path, changed_ns)
+
+
+def _finish(
+    plan: Plan, source: Source, folder: WritableFolder, made: "RunResult", seconds: float
+) -> StoredSet:
+    """The commit. Raises FailedRows."""
+    shards = ConvertedShards.of(plan, made)
+    write_failed(folder, shards.failed, shards.columns)
+    if len(shards.failed) > most_failed(plan.n_rows, made.max_failed):
+        listed = f"{folder}/{FAILED}"
+        raise FailedRows(source, shards.failed, plan.n_rows, listed, is_early=False)
+    folder.put(PROVENANCE, json_bytes(_provenance(source, seconds, made.peak_memory)))
+    manifest = commit(folder, shards.manifest(plan), shards.columns)
+    say_failed(shards.failed, plan.n_rows, folder)
     log(f"{plan.n_rows} rows in {seconds:.1f} s, peak memory {mebibytes(made.peak_memory)}")
-    return converted
+    if isinstance(folder, LocalFolder):
+        return ShardSet(folder.path, manifest)
+    return SetInStore(folder, manifest)
+
+
+def _finish_part(
+    plan: Plan, source: Source, folder: WritableFolder, made: "RunResult", seconds: float
+) -> StoredSet | None:
+    """The part that finds all of them done is the one that commits; None: another one will."""
+    with _held_to_commit(folder):
+        there = finished(folder, plan)
+        if there is not None:
+            return there
+        others = set(range(len(plan.bounds))) - made.done.keys()
+        done = {**made.done, **_done_before(folder, plan, others, are_hashed=False)}
+        if len(done) < len(plan.bounds):
+            so_far = f"{len(done)} of {len(plan.bounds)} shards are done"
+            log(f"{so_far}: the part that makes the last one finishes the set")
+            return None
+        return _finish(plan, source, folder, replace(made, done=done), seconds)
+
+
+@contextmanager
+def _held_to_commit(folder: WritableFolder) -> Iterator[None]:
+    if not isinstance(folder, LocalFolder):
+        yield
+        return
+    path = folder.path
+    with hold(path.parent / f".{path.name}.commit.lock", path, "finished", wait=True):
+        yield
 
 
 # ---------------------------------------------------------------------------------------- plan, run
@@ -251,7 +319,13 @@ class ConvertedShards:
     facts: RowFacts
     columns: Mapping[str, ColumnValues]
     receipts: Sequence[Receipt]
-    peak_memory: int | None  # bytes; None where the system does not tell
+
+    @classmethod
+    def of(cls, plan: Plan, made: "RunResult") -> "ConvertedShards":
+        """Of a run that has done every shard."""
+        receipts = [made.done[k] for k in range(len(plan.bounds))]
+        columns = _columns(plan, made.facts, receipts)
+        return cls(facts=made.facts, columns=columns, receipts=receipts)
 
     @property
     def failed(self) -> dict[int, str]:
@@ -295,23 +369,36 @@ def failed_of(receipts: Iterable[Receipt]) -> dict[int, str]:
     return failed
 
 
-def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) -> ConvertedShards:
-    """Make the shards that no receipt in `directory` says are done. Raises FailedRows where so many
-    rows fail that the rest is not worth while.
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run did of a plan.
+
+    done: receipts by shard, those of earlier runs with them. peak_memory: bytes; None where the
+    system does not tell. max_failed: the share of rows that may fail.
     """
-    done = _done_before(directory, plan)
+
+    facts: RowFacts
+    done: Mapping[int, Receipt]
+    peak_memory: int | None
+    max_failed: float
+
+
+def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Execution) -> RunResult:
+    """Make the shards, or those of a part, that no receipt in `folder` says are done.
+
+    Raises FailedRows where so many rows fail that the rest is not worth while.
+    """
+    n_shards = len(plan.bounds)
+    mine = execution.part.shards(n_shards) if execution.part else range(n_shards)
+    done = _done_before(folder, plan, mine)
     try_failed_again(done, plan.n_rows, execution.max_failed)
-    on_shard = execution.on_shard or _nobody
     for k, receipt in done.items():
-        on_shard(directory, k, receipt)
+        _tell(execution, folder, k, receipt)
+    todo = [k for k in mine if k not in done]
     readers = source.readers([field.name for field in plan.fields])
-    tasks = plan_tasks(plan, [reader.group_rows for reader in readers], done)
-    n_todo = sum(plan.n_rows_of(k) for k in range(len(plan.bounds)) if k not in done)
+    tasks = plan_tasks(plan, [reader.group_rows for reader in readers], todo)
     scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
-    n_bytes = n_todo * plan.row_bytes + scratch_bytes
-    free = check_space(directory, n_bytes)
-    if tasks:
-        log(f"{n_todo} rows to convert: {megabytes(n_bytes)} to write, {megabytes(free)} free")
+    _say_what_comes(plan, folder, todo, scratch_bytes)
 
     with (
         _thread_beside(source) as beside,  # text is read while pictures are decoded
@@ -320,32 +407,69 @@ def run_plan(plan: Plan, source: Source, directory: Path, execution: Execution) 
         facts: Future[RowFacts] = beside.submit(source.row_facts)
 
         def write(shard: FullShard) -> Receipt:
-            split = facts.result().columns.get("split", np.full(plan.n_rows, TRAIN))
-            return write_shard(plan, shard, np.asarray(split) == TRAIN, directory)
+            is_train = is_train_of(facts.result(), plan, shard.number)
+            receipt = write_shard(plan, shard, is_train, folder)
+            write_receipt(folder, shard.number, receipt)
+            return receipt
 
         too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
-        for k, receipt in executor.run(directory, write, facts):
+        for k, receipt in executor.run(_scratch(folder), write, facts):
             done[k] = receipt
-            on_shard(directory, k, receipt)
+            _tell(execution, folder, k, receipt)
             failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
             if len(failed) > too_many:
                 columns = filled_columns(
                     facts.result().columns, plan.n_rows, source.dataset, "none"
                 )
-                write_failed(directory, failed, columns)
-                raise FailedRows(source, failed, plan.n_rows, directory / FAILED, is_early=True)
-    receipts = [done[k] for k in range(len(plan.bounds))]
-    return ConvertedShards(
+                write_failed(folder, failed, columns)
+                listed = f"{folder}/{FAILED}"
+                raise FailedRows(source, failed, plan.n_rows, listed, is_early=True)
+    return RunResult(
         facts=facts.result(),
-        columns=_columns(plan, facts.result(), receipts),
-        receipts=receipts,
+        done=done,
         peak_memory=executor.peak_memory,
+        max_failed=execution.max_failed,
     )
 
 
-def _done_before(directory: Path, plan: Plan) -> dict[int, Receipt]:
-    """The receipts of an earlier run, but for shards that another decoder made."""
-    done = resume(directory, plan.bounds, plan.fields, plan.codecs)
+def is_train_of(facts: RowFacts, plan: Plan, shard: int) -> np.ndarray:
+    """[n] of a shard's rows: whether they are train rows, of which statistics are made."""
+    start, stop = plan.bounds_of(shard)
+    if "split" not in facts.columns:
+        return np.ones(stop - start, bool)
+    split = np.asarray(facts.columns["split"])
+    is_train: np.ndarray = split[start:stop] == TRAIN
+    return is_train
+
+
+def _tell(execution: Execution, folder: WritableFolder, shard: int, receipt: Receipt) -> None:
+    if execution.on_shard is not None and isinstance(folder, LocalFolder):
+        execution.on_shard(folder.path, shard, receipt)
+
+
+def _say_what_comes(
+    plan: Plan, folder: WritableFolder, todo: Sequence[int], scratch_bytes: int
+) -> None:
+    """Raises WrongPlace where it would not fit."""
+    n_todo = sum(plan.n_rows_of(k) for k in todo)
+    n_bytes = n_todo * plan.row_bytes + scratch_bytes
+    free = ""
+    if isinstance(folder, LocalFolder):
+        free = f", {megabytes(check_space(folder.path, n_bytes))} free"
+    if todo:
+        log(f"{n_todo} rows to convert: {megabytes(n_bytes)} to write{free}")
+
+
+def _scratch(folder: WritableFolder) -> Path:
+    """A directory of this machine for what has to be unpacked first."""
+    return folder.path if isinstance(folder, LocalFolder) else Path(tempfile.gettempdir())
+
+
+def _done_before(
+    folder: WritableFolder, plan: Plan, among: Collection[int], *, are_hashed: bool = True
+) -> dict[int, Receipt]:
+    """The receipts of these shards that were made earlier, but for those of another decoder."""
+    done = resume(folder, plan.form_of_shards, among, are_hashed=are_hashed)
     return {
         k: receipt
         for k, receipt in done.items()
@@ -363,10 +487,6 @@ def _columns(plan: Plan, facts: RowFacts, receipts: Sequence[Receipt]) -> dict[s
     return filled_columns(columns, plan.n_rows, facts.dataset, plan.settings.crop)
 
 
-def _nobody(_directory: Path, _shard: int, _receipt: Receipt) -> None:
-    """Where nobody is to be told of shards."""
-
-
 @contextmanager
 def _thread_beside(source: Source) -> Iterator[ThreadPoolExecutor]:
     """A thread of its own; after Ctrl-C it is not waited for where a server may say nothing."""
@@ -379,40 +499,6 @@ def _thread_beside(source: Source) -> Iterator[ThreadPoolExecutor]:
         raise
     finally:
         beside.shutdown(wait=wait, cancel_futures=True)
-
-
-def write_shard(plan: Plan, shard: FullShard, is_train: np.ndarray, directory: Path) -> Receipt:
-    """Make a shard durable, then its receipt. The same plan, number and source give the same bytes.
-
-    is_train: [N] of all rows; statistics are of these, but for those that failed.
-    """
-    start, stop = plan.bounds_of(shard.number)
-    is_counted = is_train[start:stop].copy()
-    is_counted[[row - start for row in shard.failed]] = False
-    train_rows = np.flatnonzero(is_counted)
-    files: dict[str, FileEntry] = {}
-    sums: dict[str, tuple[ChannelSums, ...]] = {}
-    for field in plan.fields:
-        rows = shard.arrays[field.name]
-        files |= write_field(directory, field, shard.number, rows, plan.form)
-        sums[field.name] = train_sums(field, (rows[place] for place in train_rows))
-    receipt = Receipt(
-        entry=ShardEntry(start=start, stop=stop, files=files, sums=sums),
-        codecs=plan.codecs,
-        decoder=plan.decoder,
-        rows=_rows_read(plan, shard) if plan.rows_differ else None,
-    )
-    write_receipt(directory, shard.number, receipt)
-    return receipt
-
-
-def _rows_read(plan: Plan, shard: FullShard) -> RowsRead:
-    ids = [field.name for field in plan.fields if field.kind == "id"]
-    return RowsRead(
-        sizes=shard.sizes.copy(),  # its buffer is used again
-        failed=shard.failed,
-        highest={name: int(shard.arrays[name].max()) for name in ids},
-    )
 
 
 def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict[str, Any]:
@@ -431,104 +517,3 @@ def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict
         "python": platform.python_version(),
         "versions": packages,
     }
-
-
-# ------------------------------------------------------------------------------------ what is there
-
-
-def find_set(
-    root: Path, settings: ConversionSettings, wanted: SourceFilter, forms: Sequence[str]
-) -> ShardSet | None:
-    """The finished set of these settings under `root`, of a wanted source; None: there is none.
-
-    Only manifests are read, but a set of version 1 that fits is brought to this version. Raises
-    SeveralSets where sets of several sources fit, and OSError where a mount fails.
-    """
-    found: dict[str, ShardSet] = {}
-    for path in finished_sets(root):
-        if path.suffix not in forms:
-            continue
-        try:
-            candidate = _read_or_upgrade(path, settings, wanted)
-        except UserError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (errno.ELOOP, errno.ENOENT):
-                raise  # such as a mount that fails
-            log(f"passed over: {error}")
-            continue
-        if candidate is None:
-            continue
-        manifest = candidate.manifest
-        if settings.fits(manifest.settings) and wanted.accepts(manifest.source):
-            found.setdefault(manifest.fingerprint, candidate)
-    if len(found) > 1:
-        raise SeveralSets(root, [each.path for each in found.values()])
-    return next(iter(found.values()), None)
-
-
-def _read_or_upgrade(
-    path: Path, settings: ConversionSettings, wanted: SourceFilter
-) -> ShardSet | None:
-    try:
-        return ShardSet(path, read_manifest(path))
-    except OldSet:
-        return upgraded_if_it_fits(path, settings, wanted)
-
-
-def _finished(directory: Path, plan: Plan) -> ShardSet | None:
-    """The set if it is there; a set of version 1 in its place is brought to this one."""
-    try:
-        return finished_set(directory, plan.fingerprint, plan.codecs)
-    except OldSet:
-        upgrade(directory)
-        return finished_set(directory, plan.fingerprint, plan.codecs)
-
-
-def _say_other_names(found: ShardSet, source: Source) -> None:
-    """Names of labels decide no stored byte: a finished set keeps those that it has."""
-    given = source.dataset.label_names
-    if given and given != found.dataset.label_names:
-        log(f"{found.path} keeps the label names that it has: to change them, delete it first")
-
-
-def _right_or_taken_back(directory: Path, plan: Plan) -> ShardSet | None:
-    """The set if every byte of it is right; None where it has to be made.
-
-    A damaged one is made an unfinished one again, with receipts of the shards that are right.
-    """
-    if not os.path.lexists(directory / MANIFEST):
-        return None
-    try:
-        found = read_or_upgrade(directory)
-    except DamagedSet as error:
-        log(str(error))
-        _keep_shards_of_version_1(directory)
-        _take_back(directory)
-        return None
-
-    wrong = {name: problem for name, problem in verify(found) if problem}
-    for name, problem in wrong.items():
-        log(f"{directory / name} {problem}")
-    failed = shards_with_failed_rows(found)
-    if wrong or failed:
-        to_be_made = [name for k in failed for name in found.manifest.shards[k].files]
-        write_receipts(directory, found.manifest, {*wrong, *to_be_made}, rows_read_of(found))
-        _take_back(directory)
-        return None
-    check_files(found)
-    take_as_finished(found, plan.fingerprint, plan.codecs)
-    return found
-
-
-def _take_back(directory: Path) -> None:
-    """Without its manifest a set is an unfinished one."""
-    (directory / MANIFEST).unlink()
-    log(f"{directory} is made again where it is wrong")
-
-
-def _keep_shards_of_version_1(directory: Path) -> None:
-    """Receipts of its shards, which are checked again: only something else may be damaged."""
-    with suppress(DamagedSet):
-        old = read_version_1(directory)
-        for k, shard in enumerate(old.shards):
-            write_receipt(directory, k, Receipt(entry=shard, codecs=old.codecs))

@@ -1,7 +1,8 @@
 """What a conversion will do, as plain data: nothing here opens, reads or writes anything.
 
 Plan        which rows, shards and fields: the bytes of shard k follow from (plan, k)
-plan_tasks     Plan + how the rows lie in the source + the shards that are done  ->  list[Task]
+Part        which of its shards one of several commands makes
+plan_tasks  Plan + how the rows lie in the source + the shards that are wanted  ->  list[Task]
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from shards.containers import ShardForm
 from shards.manifest import bounds_of
 from shards.spec import Box, Codecs, ConversionSettings, Field, SourceIdentity, fingerprint
-from shards.writing import set_name
+from shards.writing import ShardsOfSet, set_name
 
 ROWS_PER_TASK = 8  # or one group of rows that are decoded together, where it is larger
 
@@ -53,6 +54,11 @@ class Plan:
         return ShardForm(codecs=self.codecs, n_slots=self.settings.rows_per_shard)
 
     @property
+    def form_of_shards(self) -> ShardsOfSet:
+        """What a receipt of one of them has to name."""
+        return ShardsOfSet(bounds=self.bounds, fields=self.fields, codecs=self.codecs)
+
+    @property
     def row_bytes(self) -> int:
         """Of one stored row of all fields."""
         return sum(each.row_bytes(self.settings.size) for each in self.fields)
@@ -65,6 +71,18 @@ class Plan:
     def n_rows_of(self, shard: int) -> int:
         first = shard * self.settings.rows_per_shard
         return min(self.settings.rows_per_shard, self.n_rows - first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of `of` commands that make a set together; `number` counts from 1."""
+
+    number: int
+    of: int
+
+    def shards(self, n_shards: int) -> range:
+        """Those it makes, of so many: neighbours, which may share what has to be decoded."""
+        return range((self.number - 1) * n_shards // self.of, self.number * n_shards // self.of)
 
 
 @dataclass(frozen=True, order=True)
@@ -82,12 +100,13 @@ class Task:
     shards: tuple[int, ...] = dataclasses.field(compare=False)
 
 
-def plan_tasks(plan: Plan, group_rows: Sequence[int], done: Collection[int]) -> list[Task]:
-    """All that is needed for the shards that are not `done`, in order.
+def plan_tasks(plan: Plan, group_rows: Sequence[int], wanted: Collection[int]) -> list[Task]:
+    """All that is needed for these shards, in order.
 
     group_rows: of each reader, how many rows of the source are decoded together.
     """
     tasks = []
+    todo_shards = set(wanted)
     for reader, rows_per_group in enumerate(group_rows):
         groups_per_task = max(1, ROWS_PER_TASK // rows_per_group)
         n_groups = -(-plan.n_rows // rows_per_group)
@@ -96,7 +115,7 @@ def plan_tasks(plan: Plan, group_rows: Sequence[int], done: Collection[int]) -> 
             first_row = groups.start * rows_per_group
             last_row = min(groups.stop * rows_per_group, plan.n_rows) - 1
             shards = _shards_between(plan, first_row, last_row)
-            todo = tuple(k for k in shards if k not in done)
+            todo = tuple(k for k in shards if k in todo_shards)
             if todo:
                 tasks.append(Task(shards.start, reader, first_row, groups=groups, shards=todo))
     return sorted(tasks)

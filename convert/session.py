@@ -27,7 +27,7 @@ from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, open_set
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
-from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS, remove_receipts
+from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS, remove_older_receipts
 from shards.spec import Codecs, ConversionSettings
 from stores.local import exists
 from stores.mounted import MountedStore, check_mounted, patiently
@@ -217,7 +217,7 @@ def _converted_onto_drive(
         packed = where / plan.directory_name
         plain = request.root / packed.stem
         # As the conversion does with its own: they may be of the file as it was before.
-        remove_receipts(packed, older_than_ns=opened.stamp()[-1])
+        remove_older_receipts(packed, opened.stamp()[-1])
         is_begun_here = request.codecs is None and any(plain.glob(RECEIPTS))
         is_taken_up = not is_begun_here and take_up(plan, drive, packed) > 0
         if not is_taken_up:
@@ -231,7 +231,7 @@ def _converted_onto_drive(
                 max_failed=request.max_failed,
                 on_shard=follower,
             )
-            made = convert_to_set(opened, where, settings, execution)
+            made = _converted_here(opened, where, settings, execution)
     if where != request.root:
         made = copy_set(made, request.root, None)
     return made, follower.read_back
@@ -250,11 +250,20 @@ def _converted(request: SetRequest, existing: ExistingSets, source: Origin) -> S
     execution = Execution(
         workers=request.workers, codecs=codecs, repair=True, max_failed=request.max_failed
     )
-    made = convert_to_set(source, where, request.settings, execution)
+    made = _converted_here(source, where, request.settings, execution)
     if where != request.root:
         made = copy_set(made, request.root, None)
     if existing.local and existing.local.path != made.path:  # damaged, and of another source
         (existing.local.path / MANIFEST).unlink()
+    return made
+
+
+def _converted_here(
+    source: Origin, where: Path, settings: ConversionSettings, execution: Execution
+) -> ShardSet:
+    """The whole set, on this disk."""
+    made = convert_to_set(source, where, settings, execution)
+    assert isinstance(made, ShardSet)
     return made
 
 

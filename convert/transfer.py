@@ -6,11 +6,12 @@ The manifest goes last. Also `fetch`: the .mat from its home, or from any web se
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from convert.failed import rows_read_of
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.upgrade import is_old, read_version_1
-from shards.dataset import ShardSet
+from shards.dataset import SetInStore, ShardSet, StoredSet
 from shards.errors import (
     DamagedSet,
     IncompleteCopy,
@@ -19,7 +20,7 @@ from shards.errors import (
     UserError,
     WrongPlace,
 )
-from shards.files import FileEntry, Folder, log
+from shards.files import FileEntry, Folder, LocalFolder, log
 from shards.lock import only_one
 from shards.manifest import (
     FAILED,
@@ -51,22 +52,30 @@ def set_on_mount(path: Path) -> ShardSet:
 
 
 def missing_files(folder: Folder, files: Files) -> list[str]:
-    """The files that are not there or have another size: no byte of them is read."""
-    return [name for name, entry in files.items() if folder.size(name) != entry.n_bytes]
+    """The files that are not there or have another size: no byte of them is read.
+
+    Of a mount each is asked for, as a listing leaves out what cannot be looked at.
+    """
+    is_asked = isinstance(folder, LocalFolder | MountedStore)
+    sizes = None if is_asked else folder.sizes()
+    if sizes is None:
+        sizes = {name: folder.size(name) for name in files}
+    return [name for name, entry in files.items() if sizes.get(name) != entry.n_bytes]
 
 
-def push(found: ShardSet, drive: Path, read_back: Collection[str] = ()) -> ShardSet:
-    """Copy a finished set to the folder `drive`: only what is missing or wrong there; the copy.
+def push(found: ShardSet, place: Path | Store, read_back: Collection[str] = ()) -> StoredSet:
+    """Copy a finished set to a folder on a mount, or into a store: only what is missing or wrong
+    there; the copy.
 
     Every file is read back, but for those in `read_back`, which were a moment ago: of these only
     the size is looked at. A set that is there stays whole until the first of its files has to
     change: over one of version 1 of the same rows, to the end. Raises StoreFailed (IncompleteCopy
     where a file of the set itself is damaged) and WrongPlace where the copy would not fit.
     """
-    check_mounted(drive)
-    MountedStore(drive).create()
+    root = _mounted(place) if isinstance(place, Path) else place
+    root.create()
     source = LocalStore(found.path)
-    target = MountedStore(drive / found.path.name)
+    target = root.child(found.path.name)
     target.create()
 
     def copy(name: str, entry: FileEntry | None) -> None:
@@ -87,20 +96,36 @@ def push(found: ShardSet, drive: Path, read_back: Collection[str] = ()) -> Shard
     for name in (PROVENANCE, FAILED, MANIFEST):
         if source.size(name) >= 0:
             copy(name, None)
-    for k in range(found.n_shards):  # of a session that was cut, or that copied shard by shard
-        target.delete(receipt_name(k))
+    # Of a session that was cut, or that copied shard by shard.
+    target.delete(*map(receipt_name, range(found.n_shards)))
+    if not isinstance(target, MountedStore):
+        return SetInStore(target, found.manifest)
     flush = "run drive.flush_and_unmount() in a cell before you close"
     log(f"read back from the mount. It reaches Google later: {flush}")
     return ShardSet(target.path, found.manifest)
 
 
-def pull(found: ShardSet, root: Path) -> ShardSet:
-    """Copy a finished set from Drive under `root`: only what is missing or wrong here; the copy.
+def _mounted(drive: Path) -> MountedStore:
+    """Raises StoreFailed where nothing is mounted there."""
+    check_mounted(drive)
+    return MountedStore(drive)
 
-    Raises IncompleteCopy where a file on Drive is missing, short or has other content, StoreFailed,
+
+def store_of(found: StoredSet) -> Store:
+    """Where a set that is copied from lies: a mount, as far as it has a path."""
+    if isinstance(found, ShardSet):
+        return MountedStore(found.path)
+    return cast(Store, found.folder)
+
+
+def pull(found: StoredSet, root: Path) -> ShardSet:
+    """Copy a finished set from a mount or a store under `root`: only what is missing or wrong here;
+    the copy.
+
+    Raises IncompleteCopy where a file there is missing, short or has other content, StoreFailed,
     WrongPlace where the copy would not fit, and Busy.
     """
-    source = MountedStore(found.path)
+    source = store_of(found)
     files = found.manifest.files
     missing = missing_files(source, files)
     if missing:
@@ -117,11 +142,11 @@ def pull(found: ShardSet, root: Path) -> ShardSet:
 
         _prepare(source, target, files)
         _copy_files(files, "reading", copy)
-        (target.path / FAILED).unlink(missing_ok=True)
+        target.delete(FAILED)
         for name in (PROVENANCE, FAILED):
             if source.size(name) >= 0:
                 copy(name, None)
-        write_manifest(target.path, found.manifest)  # as it was checked, not as it comes once more
+        write_manifest(target, found.manifest)  # as it was checked, not as it comes once more
     return ShardSet(target.path, found.manifest)
 
 
@@ -148,11 +173,11 @@ def pull_right_files(found: ShardSet, root: Path) -> Path:
 
         _prepare(source, target, there)
         _copy_files(there, "reading", copy)
-        write_receipts(target.path, found.manifest, wrong, rows_read_of(found))
+        write_receipts(target, found.manifest, wrong, rows_read_of(found))
     return target.path
 
 
-def _prepare(source: Folder, target: Store, files: Files) -> None:
+def _prepare(source: Folder, target: LocalStore, files: Files) -> None:
     """Before files are copied: room for what is missing, and no manifest of other content."""
     if target.size(MANIFEST) >= 0 and not _have_same_manifest(source, target):
         refuse_newer(target)
@@ -160,7 +185,7 @@ def _prepare(source: Folder, target: Store, files: Files) -> None:
     _make_room(target, files)
 
 
-def _files_to_change(source: Folder, target: MountedStore, files: Files) -> dict[str, FileEntry]:
+def _files_to_change(source: Folder, target: Store, files: Files) -> dict[str, FileEntry]:
     """Those of `files` of which the manifest there says something else.
 
     A damaged manifest is withdrawn at once. Raises NewerSet.
@@ -169,12 +194,19 @@ def _files_to_change(source: Folder, target: MountedStore, files: Files) -> dict
         return {}
     refuse_newer(target)
     try:
-        looking = f"reading {target.path / MANIFEST}"
-        there = patiently(partial(_files_of, target.path), looking, target.path)
+        there = _files_in(target)
     except DamagedSet:
         target.delete(MANIFEST)
         return {}
     return {name: entry for name, entry in files.items() if there.get(name, entry) != entry}
+
+
+def _files_in(target: Store) -> Files:
+    """What the manifest there names. Raises DamagedSet."""
+    if not isinstance(target, MountedStore):
+        return read_manifest(target).files
+    looking = f"reading {target.path / MANIFEST}"
+    return patiently(partial(_files_of, target.path), looking, target.path)
 
 
 def _files_of(directory: Path) -> Files:
@@ -184,16 +216,14 @@ def _files_of(directory: Path) -> Files:
     return read_manifest(directory).files
 
 
-def _make_room(target: Store, files: Files) -> None:
+def _make_room(target: Store | LocalStore, files: Files) -> None:
     """Remove what copies that were killed left behind. Raises WrongPlace without room."""
-    for folder in sorted({str(Path(name).parent) for name in files}):
-        target.remove_unfinished(folder)
-
+    target.remove_unfinished()
     need = sum(files[name].n_bytes for name in missing_files(target, files))
     free = target.free_bytes()
-    if need > free:
+    if free is not None and need > free:
         problem = f"needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-        raise WrongPlace(Path(str(target)), problem, "Free some and run it again")
+        raise WrongPlace(str(target), problem, "Free some and run it again")
 
 
 def refuse_newer(folder: Folder) -> None:

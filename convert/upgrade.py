@@ -241,7 +241,7 @@ def _with_columns(directory: Path, old: Version1) -> Manifest:
         _kept_file(name, old): old.column_files[_kept_file(name, old)] for name in KEPT_COLUMNS
     }
     if not manifest.is_zarr:
-        written = write_npy_columns(directory, added, arrays)
+        written = write_npy_columns(LocalFolder(directory), added, arrays)
         _read_back(directory, written)
         return _checked(replace(manifest, column_files={**kept_files, **written}))
 

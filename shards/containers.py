@@ -26,14 +26,15 @@ import numpy as np
 from shards.errors import DamagedSet, WrongSetting
 from shards.files import (
     FileEntry,
+    Folder,
+    LocalFolder,
     OpenFile,
+    WritableFolder,
     check_bytes,
     check_size,
-    fsync_dir,
     open_handle,
-    write_bytes,
 )
-from shards.manifest import Column, Manifest, column_file, shard_file
+from shards.manifest import Column, Manifest, ShardEntry, column_file, shard_file
 from shards.spec import Codecs, Field
 from shards.texts import Texts
 
@@ -84,7 +85,7 @@ class ShardForm:
 
 
 def write_field(
-    directory: Path, field: Field, shard: int, rows: np.ndarray, form: ShardForm
+    folder: WritableFolder, field: Field, shard: int, rows: np.ndarray, form: ShardForm
 ) -> dict[str, FileEntry]:
     """Write rows [n, ...], at most `form.n_slots` of them, as that shard: the entry of its file."""
     codecs = form.codecs
@@ -97,11 +98,11 @@ def write_field(
         files: dict[str, Any] = {}
         _create_field(files, field, rows.shape, form.n_slots, codecs[field.name])[:] = rows
         parts = (files[shard_file(field, 0, True)].to_bytes(),)
-    return {name: write_bytes(directory / name, *parts)}
+    return {name: folder.put(name, *parts)}
 
 
 def write_columns(
-    directory: Path, manifest: Manifest, values: Mapping[str, np.ndarray]
+    folder: WritableFolder, manifest: Manifest, values: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, FileEntry], dict[str, FileEntry]]:
     """Write the columns, and the metadata of a Zarr set: the entries of both.
 
@@ -109,23 +110,22 @@ def write_columns(
     """
     arrays = {array: column for column in manifest.columns.values() for array in column.arrays}
     if not manifest.is_zarr:
-        return write_npy_columns(directory, arrays, values), {}
+        return write_npy_columns(folder, arrays, values), {}
     files = zarr_columns(arrays, values) | _zarr_group(manifest)
-    written = {name: write_bytes(directory / name, data) for name, data in files.items()}
+    written = {name: folder.put(name, data) for name, data in files.items()}
     metadata = {name: written.pop(name) for name in files if name.endswith("zarr.json")}
-    for path in {parent for name in manifest.files for parent in Path(name).parents}:
-        fsync_dir(directory / path)
+    folder.settle(manifest.files)
     return written, metadata
 
 
 def write_npy_columns(
-    directory: Path, arrays: Mapping[str, Column], values: Mapping[str, np.ndarray]
+    folder: WritableFolder, arrays: Mapping[str, Column], values: Mapping[str, np.ndarray]
 ) -> dict[str, FileEntry]:
     """Write these arrays, one file each: their entries."""
     written = {}
     for array, column in arrays.items():
         name = column_file(array, column, False)
-        written[name] = write_bytes(directory / name, *npy_parts(values[array]))
+        written[name] = folder.put(name, *npy_parts(values[array]))
     return written
 
 
@@ -220,19 +220,30 @@ class MappedForm:
     def check(self, path: str | Path, file: OpenFile) -> None:
         """Size, header and index of an opened file; no row is read. Raises DamagedSet."""
         if self.index:
-            self._check_index(path, file)
+            start = max(0, file.n_bytes - len(self.index))
+            self._check_index(path, start, os.pread(file.handle, len(self.index), start))
         else:
             check_size(path, file, self.n_bytes)
             check_bytes(path, file, 0, self.header)
 
-    def _check_index(self, path: str | Path, file: OpenFile) -> None:
-        """Raise DamagedSet where it does not say that the rows lie back to back from byte 0."""
-        start = max(0, file.n_bytes - len(self.index))
-        found = os.pread(file.handle, len(self.index), start)
+    def rows_in(self, address: str, data: bytes) -> np.ndarray:
+        """The rows [n, ...] of a file that was read whole; not copied. Raises DamagedSet."""
+        if self.index:
+            start = max(0, len(data) - len(self.index))
+            self._check_index(address, start, data[start:])
+        elif len(data) != self.n_bytes or not data.startswith(self.header):
+            raise DamagedSet(address, "is damaged (its size or header is not the manifest's)")
+        values = np.frombuffer(data, self.dtype, math.prod(self.shape), len(self.header))
+        return values.reshape(self.shape)
+
+    def _check_index(self, path: str | Path, start: int, found: bytes) -> None:
+        """Raise DamagedSet where what lies there does not say that the rows lie back to back from
+        byte 0.
+        """
         if (start, found) != (self.n_bytes_of_rows, self.index):
             is_whole = crc32c(found[:-4]) == found[-4:]
             problem = "does not hold its rows back to back: it cannot be mapped"
-            raise DamagedSet(Path(path), problem if is_whole else "has a damaged shard index")
+            raise DamagedSet(path, problem if is_whole else "has a damaged shard index")
 
 
 def mapped_form(manifest: Manifest, field: Field, n_rows: int) -> MappedForm:
@@ -285,26 +296,45 @@ class ShardSequence(Sequence[np.ndarray]):
         """The shard of a number that exists."""
 
 
-def decode_zarr(path: Path, start: int, stop: int) -> np.ndarray:
-    """Rows start .. stop of a compressed field's array, decoded into memory by zarr-python."""
+def open_field(folder: Folder, manifest: Manifest, field: Field, shard: int) -> np.ndarray:
+    """One shard [n, ...] of a field.
+
+    Of a folder of this machine it is a read-only memory map; from elsewhere, and where it is
+    compressed, it is in memory. Raises DamagedSet where its file is not as the manifest says.
+    """
+    entry = manifest.shards[shard]
+    name = shard_file(field, shard, manifest.is_zarr)
+    if is_mapped(manifest.codecs, field.name):
+        form = mapped_form(manifest, field, entry.n_rows)
+        if isinstance(folder, LocalFolder):
+            return map_file(folder.path / name, form)
+        return form.rows_in(f"{folder}/{name}", folder.read(name))
+    if isinstance(folder, LocalFolder):
+        return _decoded(folder.path / field.name, folder.path / field.name, entry)
+    metadata = f"{field.name}/zarr.json"
+    files = {each: folder.read(each) for each in (metadata, name)}
+    return _decoded(_in_memory(files, field.name), f"{folder}/{field.name}", entry)
+
+
+def _decoded(store: Any, address: Path | str, entry: ShardEntry) -> np.ndarray:
+    """The rows of a shard of a compressed field's array, decoded into memory by zarr-python."""
     from zarr import open_array
 
     try:
-        return np.asarray(open_array(path, mode="r")[start:stop])
+        return np.asarray(open_array(store, mode="r")[entry.start : entry.stop])
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise DamagedSet(path, f"is damaged ({error})") from None
+        raise DamagedSet(address, f"is damaged ({error})") from None
 
 
-def open_field(path: Path, manifest: Manifest, field: Field, shard: int) -> np.ndarray:
-    """One shard [n, ...] of a field: a read-only memory map, or decoded where it is compressed.
+def _in_memory(files: Mapping[str, bytes], array: str) -> Any:
+    """A store of zarr-python's that holds these files of one array."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore, StorePath
 
-    Raises DamagedSet where its file is not as the manifest says.
-    """
-    entry = manifest.shards[shard]
-    if is_mapped(manifest.codecs, field.name):
-        file = path / shard_file(field, shard, manifest.is_zarr)
-        return map_file(file, mapped_form(manifest, field, entry.n_rows))
-    return decode_zarr(path / field.name, entry.start, entry.stop)
+    buffer = default_buffer_prototype().buffer
+    return StorePath(
+        MemoryStore({name: buffer.from_bytes(data) for name, data in files.items()}), array
+    )
 
 
 # -------------------------------------------------------------------------------- zarr-python's par

@@ -18,20 +18,21 @@ from shards.containers import (
     is_mapped,
     write_field,
 )
-from shards.dataset import ShardSet, open_set
+from shards.dataset import ShardSet, StoredSet, open_set
 from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting
-from shards.files import FileEntry, log, what_is_wrong, write_bytes
+from shards.files import FileEntry, LocalFolder, log
 from shards.flags import Parser, as_flag, as_path
 from shards.lock import only_one
 from shards.manifest import (
     FAILED,
     PROVENANCE,
+    Manifest,
     Receipt,
     write_receipt,
 )
 from shards.progress import Progress, megabytes
 from shards.spec import Codecs
-from shards.writing import check_space, commit, finished_set, resume, set_name
+from shards.writing import ShardsOfSet, check_space, commit, finished_set, resume, set_name
 
 
 def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
@@ -56,7 +57,7 @@ def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
     return {name: given.get(name, "none") for name in names}
 
 
-def copy_set(found: ShardSet, root: Path, codecs: Codecs) -> ShardSet:
+def copy_set(found: StoredSet, root: Path, codecs: Codecs) -> ShardSet:
     """Copy a finished set under `root`, into the container and codecs given; returns the copy.
 
     A second process waits for the first and takes what it made. Raises DamagedSet where a file is
@@ -67,13 +68,17 @@ def copy_set(found: ShardSet, root: Path, codecs: Codecs) -> ShardSet:
     directory = root / name
     with only_one(root, directory.name, wait=True):
         existing = finished_set(directory, manifest.fingerprint, codecs)
-        return existing or _copy(found, directory, codecs)
+        return existing or ShardSet(directory, _copy(found, directory, codecs))
 
 
-def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
+def _copy(found: StoredSet, directory: Path, codecs: Codecs) -> Manifest:
     _check_every_file(found)
     fields = found.manifest.fields
-    done = resume(directory, found.manifest.bounds, fields.values(), codecs)
+    folder = LocalFolder(directory)
+    folder.remove_unfinished()
+    bounds = found.manifest.bounds
+    shards = ShardsOfSet(bounds=bounds, fields=list(fields.values()), codecs=codecs)
+    done = resume(folder, shards)
     todo = [k for k in range(found.n_shards) if k not in done]
     check_space(directory, _bytes_to_write(found, len(todo), codecs))
 
@@ -85,42 +90,42 @@ def _copy(found: ShardSet, directory: Path, codecs: Codecs) -> ShardSet:
             files: dict[str, FileEntry] = {}
             for name, field in fields.items():
                 rows = found.shard(name, k)
-                files |= write_field(directory, field, k, rows, form)
+                files |= write_field(folder, field, k, rows, form)
                 progress.add(rows.nbytes)
             entry = replace(found.manifest.shards[k], files=files)
             done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
-            write_receipt(directory, k, done[k])
+            write_receipt(folder, k, done[k])
 
     for name in (PROVENANCE, FAILED):
-        if (found.path / name).is_file():
-            write_bytes(directory / name, (found.path / name).read_bytes())
+        if found.folder.size(name) >= 0:
+            folder.put(name, found.folder.read(name))
     manifest = replace(
         found.manifest.without_files(),
         codecs=codecs,
         shards=[done[k].entry for k in range(found.n_shards)],
     )
     columns = {name: found.values(name) for name in manifest.columns}
-    return commit(directory, manifest, columns)
+    return commit(folder, manifest, columns)
 
 
-def _check_every_file(found: ShardSet) -> None:
+def _check_every_file(found: StoredSet) -> None:
     """Raise DamagedSet for the first that is not as the manifest says."""
     files = found.manifest.files
     with Progress("checking", sum(entry.n_bytes for entry in files.values())) as progress:
         for name, entry in files.items():
-            if problem := what_is_wrong(found.path / name, entry):
-                raise DamagedSet(found.path / name, problem)
+            if problem := found.folder.what_is_wrong(name, entry):
+                raise DamagedSet(f"{found.address}/{name}", problem)
             progress.add(entry.n_bytes)
 
 
-def _n_bytes_of_rows(found: ShardSet, shards: Iterable[int]) -> int:
+def _n_bytes_of_rows(found: StoredSet, shards: Iterable[int]) -> int:
     """Of all fields of these shards, as arrays."""
     n_rows = sum(found.manifest.shards[k].stop - found.manifest.shards[k].start for k in shards)
     fields = found.manifest.fields.values()
     return n_rows * sum(field.row_bytes(found.settings.size) for field in fields)
 
 
-def _bytes_to_write(found: ShardSet, n_shards: int, codecs: Codecs) -> int:
+def _bytes_to_write(found: StoredSet, n_shards: int, codecs: Codecs) -> int:
     """Of what is not compressed."""
     fields = [field for name, field in found.manifest.fields.items() if is_mapped(codecs, name)]
     n_rows = n_shards * min(found.settings.rows_per_shard, found.n_rows)

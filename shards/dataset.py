@@ -22,7 +22,7 @@ from shards.containers import (
     open_field,
 )
 from shards.errors import DamagedSet, MissingField, MissingSet, SeveralSets
-from shards.files import LocalFolder, check_size, open_handle, open_plain, what_is_wrong
+from shards.files import FileEntry, Folder, LocalFolder, check_size, open_handle
 from shards.manifest import (
     FAILED,
     MANIFEST,
@@ -30,6 +30,7 @@ from shards.manifest import (
     Column,
     ColumnValues,
     Manifest,
+    address,
     column_file,
     read_manifest,
     shard_file,
@@ -62,12 +63,20 @@ LITTER = (
 MAX_TEXT_BYTES = 1 << 16  # of one row's text
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    """A finished set: where it is and what its manifest says. Arrays are mapped on request."""
+class StoredSet:
+    """A finished set, wherever it lies: what its manifest says, and its files read on request."""
 
-    path: Path
     manifest: Manifest
+
+    @property
+    def folder(self) -> Folder:
+        """Its files."""
+        raise NotImplementedError
+
+    @property
+    def address(self) -> Path | str:
+        """Where it is, for messages and the next command."""
+        return address(self.folder)
 
     @property
     def settings(self) -> ConversionSettings:
@@ -92,51 +101,22 @@ class ShardSet:
     def field(self, name: str) -> Field:
         """Raises MissingField."""
         if name not in self.manifest.fields:
-            raise MissingField(self.path, name, list(self.manifest.fields))
+            raise MissingField(self.address, name, list(self.manifest.fields))
         return self.manifest.fields[name]
 
     def shards(self, field: str) -> Sequence[np.ndarray]:
-        """The field's shards in row order, each [n, ...]: mapped, or decoded, when asked for.
+        """The field's shards in row order, each [n, ...], had when it is asked for.
 
-        Mapped ones stay mapped while the sequence or one of its arrays is held. Raises MissingField
-        now, DamagedSet then.
+        Raises MissingField now, DamagedSet then.
         """
-        wanted = self.field(field)
-        if is_mapped(self.codecs, field):
-            return self.maps([field])[field]
-        return DecodedShards(self.path, self.manifest, wanted)
-
-    def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
-        """The shards of several fields to be read together: as `shards`, in one address range.
-
-        Compressed ones are decoded into memory now, all of them. Raises MissingField, DamagedSet,
-        and UserError where they are more than the machine lets a process map.
-        """
-        found: dict[str, Sequence[np.ndarray]] = {}
-        mapped = []
-        for name in fields:
-            field = self.field(name)
-            if is_mapped(self.codecs, name):
-                mapped.append(field)
-            else:
-                found[name] = list(DecodedShards(self.path, self.manifest, field))
-        if mapped:
-            found |= self._mapped(mapped)
-        return found
-
-    def _mapped(self, fields: Sequence[Field]) -> Mapping[str, Sequence[np.ndarray]]:
-        try:
-            return mapped_shards(self.path, self.manifest, fields)
-        except CannotReserve:  # then a map and a descriptor of numpy's for each shard, all at once
-            shards = range(self.n_shards)
-            return {field.name: [self.shard(field.name, k) for k in shards] for field in fields}
+        return FetchedShards(self.folder, self.manifest, self.field(field))
 
     def shard(self, field: str, k: int) -> np.ndarray:
         """Shard k [n, ...]: a read-only memory map, or, where compressed, decoded into memory.
 
         Raises MissingField, or DamagedSet where its file is not as the manifest says.
         """
-        return open_field(self.path, self.manifest, self.field(field), k)
+        return open_field(self.folder, self.manifest, self.field(field), k)
 
     def column(self, name: str) -> np.ndarray:
         """One value a row [N, ...]: numbers as stored, texts as str. Hashed, and in range.
@@ -149,7 +129,7 @@ class ShardSet:
             return np.array(list(self.texts(name)), dtype=str)
         values = self._array(f"rows-{name}", column)
         if len(values) != self.n_rows or not self._is_in_range(name, values):
-            raise DamagedSet(self._column_path(f"rows-{name}", column), "is damaged")
+            raise DamagedSet(self._column_address(f"rows-{name}", column), "is damaged")
         return values
 
     def values(self, name: str) -> ColumnValues:
@@ -174,20 +154,19 @@ class ShardSet:
         except ValueError:
             is_right = False
         if not is_right:
-            raise DamagedSet(self._column_path(offsets_name, column), "is damaged")
+            raise DamagedSet(self._column_address(offsets_name, column), "is damaged")
         if not found.are_utf8():
-            raise DamagedSet(self._column_path(bytes_name, column), "is damaged")
+            raise DamagedSet(self._column_address(bytes_name, column), "is damaged")
         return found
 
-    def _column_path(self, array: str, column: Column) -> Path:
-        return self.path / column_file(array, column, self.manifest.is_zarr)
+    def _column_address(self, array: str, column: Column) -> str:
+        return f"{self.folder}/{column_file(array, column, self.manifest.is_zarr)}"
 
     def _array(self, array: str, column: Column) -> np.ndarray:
         """The array [n, ...] of a column, its every byte as the manifest says."""
-        path = self._column_path(array, column)
-        entry = self.manifest.column_files[column_file(array, column, self.manifest.is_zarr)]
-        with open_plain(path) as file:
-            data = file.read()
+        name = column_file(array, column, self.manifest.is_zarr)
+        entry = self.manifest.column_files[name]
+        data = self.folder.read(name)
         dtype = np.dtype(column.arrays[array])
         start = 0 if self.manifest.is_zarr else NPY_HEADER
         n_items, rest = divmod(len(data) - start, dtype.itemsize * int(np.prod(column.shape)))
@@ -196,7 +175,7 @@ class ShardSet:
         if is_right and not self.manifest.is_zarr:
             is_right = data[:start] == npy_header(dtype.str, shape)
         if not is_right:
-            raise DamagedSet(path, "is damaged")
+            raise DamagedSet(self._column_address(array, column), "is damaged")
         return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
     def _is_in_range(self, name: str, values: np.ndarray) -> bool:
@@ -212,12 +191,71 @@ class ShardSet:
         return True
 
 
-class DecodedShards(ShardSequence):
-    """The shards of a compressed field, each decoded whenever it is asked for."""
+@dataclass(frozen=True)
+class ShardSet(StoredSet):
+    """A finished set on this machine's file systems. Its arrays are mapped on request."""
 
-    def __init__(self, path: Path, manifest: Manifest, field: Field) -> None:
-        """path: of the set."""
-        self._path = path
+    path: Path
+    manifest: Manifest
+
+    @property
+    def folder(self) -> Folder:
+        return LocalFolder(self.path)
+
+    def shards(self, field: str) -> Sequence[np.ndarray]:
+        """The field's shards in row order, each [n, ...]: mapped, or decoded, when asked for.
+
+        Mapped ones stay mapped while the sequence or one of its arrays is held. Raises MissingField
+        now, DamagedSet then.
+        """
+        if is_mapped(self.codecs, self.field(field).name):
+            return self.maps([field])[field]
+        return super().shards(field)
+
+    def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
+        """The shards of several fields to be read together: as `shards`, in one address range.
+
+        Compressed ones are decoded into memory now, all of them. Raises MissingField, DamagedSet,
+        and UserError where they are more than the machine lets a process map.
+        """
+        found: dict[str, Sequence[np.ndarray]] = {}
+        mapped = []
+        for name in fields:
+            field = self.field(name)
+            if is_mapped(self.codecs, name):
+                mapped.append(field)
+            else:
+                found[name] = list(FetchedShards(self.folder, self.manifest, field))
+        if mapped:
+            found |= self._mapped(mapped)
+        return found
+
+    def _mapped(self, fields: Sequence[Field]) -> Mapping[str, Sequence[np.ndarray]]:
+        try:
+            return mapped_shards(self.path, self.manifest, fields)
+        except CannotReserve:  # then a map and a descriptor of numpy's for each shard, all at once
+            shards = range(self.n_shards)
+            return {field.name: [self.shard(field.name, k) for k in shards] for field in fields}
+
+
+@dataclass(frozen=True)
+class SetInStore(StoredSet):
+    """A finished set in a store, such as a bucket: a shard is fetched when it is asked for."""
+
+    store: Folder
+    manifest: Manifest
+
+    @property
+    def folder(self) -> Folder:
+        return self.store
+
+
+class FetchedShards(ShardSequence):
+    """The shards of a field that are not mapped, each had anew whenever it is asked for."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, field: Field) -> None:
+        """folder: of the set."""
+        self._folder = folder
         self._manifest = manifest
         self._field = field
 
@@ -226,7 +264,7 @@ class DecodedShards(ShardSequence):
 
     def get(self, number: int) -> np.ndarray:
         """In memory. Raises DamagedSet."""
-        return open_field(self._path, self._manifest, self._field, number)
+        return open_field(self._folder, self._manifest, self._field, number)
 
 
 def open_set(path: str | Path) -> ShardSet:
@@ -239,6 +277,32 @@ def open_set(path: str | Path) -> ShardSet:
     found = ShardSet(path, read_manifest(LocalFolder(path)))
     check_files(found)
     return found
+
+
+def open_in(folder: Folder) -> StoredSet:
+    """Open a finished set in any folder: as `open_set` on this machine, elsewhere after comparing
+    the sizes of all files by one listing, where the place can be listed.
+
+    Raises as `open_set`, and what the folder raises.
+    """
+    if isinstance(folder, LocalFolder):
+        return open_set(folder.path)
+    found = SetInStore(folder, read_manifest(folder))
+    sizes = folder.sizes()
+    if sizes is not None:
+        for name, entry in found.manifest.files.items():
+            check_listed(folder, name, entry, sizes)
+    return found
+
+
+def check_listed(folder: Folder, name: str, entry: FileEntry, sizes: Mapping[str, int]) -> None:
+    """Raise DamagedSet where a listing does not have a file as the manifest says."""
+    n_bytes = sizes.get(name)
+    if n_bytes is None:
+        raise DamagedSet(f"{folder}/{name}", "is missing")
+    if n_bytes != entry.n_bytes:
+        said = f"has {n_bytes} bytes, the manifest says {entry.n_bytes}: the copy is incomplete"
+        raise DamagedSet(f"{folder}/{name}", said)
 
 
 def check_files(found: ShardSet) -> None:
@@ -316,15 +380,20 @@ def resolve_set(path: str | Path) -> Path:
     return unpacked[0]
 
 
-def verify(found: ShardSet) -> Iterator[tuple[str, str | None]]:
+def verify(found: StoredSet) -> Iterator[tuple[str, str | None]]:
     """Check every byte: yields (file, None) or (file, what is wrong).
 
     Foreign files are yielded too, but for the litter of file managers.
     """
     files = found.manifest.files
     for name, entry in sorted(files.items()):
-        yield name, what_is_wrong(found.path / name, entry)
-    yield from foreign_files(found.path, found.manifest)
+        yield name, found.folder.what_is_wrong(name, entry)
+    if isinstance(found, ShardSet):
+        yield from foreign_files(found.path, found.manifest)
+        return
+    for name in sorted((found.folder.sizes() or {}).keys() - files.keys()):
+        if not NOT_CONTENT.fullmatch(name):
+            yield name, "is not part of the set"
 
 
 def foreign_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,9 @@ def mebibytes(n_bytes: int | None) -> str:
 
 # ----------------------------------------------------------------------------------------- writing
 
+UNFINISHED = ".*.tmp"  # as a file is called until it is whole
+OURS = secrets.token_hex(4)  # machines that share a disk may have processes of one number
+
 
 class HashingFile(io.BufferedWriter):
     """A new file that hashes what passes through it."""
@@ -72,7 +77,7 @@ def write_atomically(
 
     keep_same: a file that holds these very bytes already stays as it is. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{OURS}-{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with HashingFile(temporary) as file:
@@ -98,9 +103,9 @@ def write_bytes(path: Path, *parts: Any) -> FileEntry:
     return write_atomically(path, write, keep_same=True)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> FileEntry:
-    """Write an object, its keys sorted."""
-    return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """An object as a file of JSON, its keys sorted."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def fsync(handle: int) -> None:
@@ -221,7 +226,10 @@ def _read_bytes(file: IO[bytes], n_bytes: int) -> bytes:
 
 
 class Folder(Protocol):
-    """Files by name, wherever they lie; a name may have slashes in it. str() is the address."""
+    """Files by name, wherever they lie; a name may have slashes in it. str() is the address.
+
+    A set is read from one: its manifest, and what that names.
+    """
 
     @property
     def name(self) -> str:
@@ -233,18 +241,54 @@ class Folder(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes start .. stop of a file. Raises DamagedSet where there is no plain file."""
 
-    def names(self) -> Iterator[str]:
-        """Every file."""
+    def sizes(self) -> dict[str, int] | None:
+        """The bytes of every file, by one listing; None where the place cannot be listed."""
+
+    def what_is_wrong(self, name: str, entry: FileEntry) -> str | None:
+        """None where the file's every byte is right."""
+
+
+class WritableFolder(Folder, Protocol):
+    """A folder that a set can be written into, file by file.
+
+    Every method may be called again after it failed: the result is that of one call.
+    """
+
+    def put(self, name: str, *parts: Any) -> FileEntry:
+        """Write one file whole or not at all: buffers of bytes, one behind the other.
+
+        Returns what was written, which is durable then.
+        """
+
+    def delete(self, *names: str) -> None:
+        """Remove files; where there is none, nothing happens."""
+
+    def remove_unfinished(self, older_than_s: float = 0.0) -> None:
+        """Remove what writers that were killed left behind, so many seconds ago or more."""
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Have the folders of these files, as far as they were made for them, outlive a loss of
+        power.
+        """
 
 
 class LocalFolder:
-    """A folder of this machine's file systems."""
+    """A folder of this machine's file systems, which need not be there yet. See WritableFolder.
+
+    What fails is an OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalFolder) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
 
     @property
     def name(self) -> str:
@@ -262,7 +306,28 @@ class LocalFolder:
             file.seek(start)
             return _read_bytes(file, end - start)
 
-    def names(self) -> Iterator[str]:
-        for path in self.path.rglob("*"):
-            if not path.is_dir():
-                yield str(path.relative_to(self.path))
+    def sizes(self) -> dict[str, int] | None:
+        return {
+            str(path.relative_to(self.path)): path.lstat().st_size
+            for path in self.path.rglob("*")
+            if not path.is_dir()
+        }
+
+    def what_is_wrong(self, name: str, entry: FileEntry) -> str | None:
+        return what_is_wrong(self.path / name, entry)
+
+    def put(self, name: str, *parts: Any) -> FileEntry:
+        return write_bytes(self.path / name, *parts)
+
+    def delete(self, *names: str) -> None:
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def remove_unfinished(self, older_than_s: float = 0.0) -> None:
+        for path in self.path.rglob(UNFINISHED):
+            if time.time() - path.lstat().st_mtime >= older_than_s:
+                path.unlink(missing_ok=True)
+
+    def settle(self, names: Iterable[str]) -> None:
+        for folder in {parent for name in names for parent in Path(name).parents}:
+            fsync_dir(self.path / folder)

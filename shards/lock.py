@@ -27,15 +27,18 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
-def hold(path: Path, place: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
+def hold(
+    path: Path, place: Path, doing: str, *, wait: bool = False, shared: bool = False
+) -> Iterator[None]:
     """Hold `place` by a lock on the file `path`; a second process waits, or gets Busy.
 
-    doing: what is done there, "converted". Raises WrongPlace where `path` cannot be made. On a file
-    system without locks everybody goes on.
+    doing: what is done there, "converted". shared: others who share it may hold it too. Raises
+    WrongPlace where `path` cannot be made. On a file system without locks everybody goes on.
     """
     handle = _open(path)
     try:
-        _take(handle, place, doing, wait)
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        _take(handle, place, doing, mode if wait else mode | fcntl.LOCK_NB)
         HELD.add(handle)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = f"pid {os.getpid()} on {socket.gethostname()} since {since}"
@@ -59,9 +62,8 @@ def _open(path: Path) -> int:
         raise WrongPlace(path.parent, what) from None
 
 
-def _take(handle: int, place: Path, doing: str, wait: bool) -> None:
+def _take(handle: int, place: Path, doing: str, how: int) -> None:
     """Lock the open file, or raise Busy with what its holder has written into it."""
-    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:
@@ -79,7 +81,10 @@ def _write(handle: int, who: bytes) -> None:
 
 
 @contextmanager
-def only_one(root: Path, name: str, wait: bool = False) -> Iterator[None]:
-    """Hold the set NAME under ROOT, by `ROOT/.NAME.lock`, while it is converted."""
-    with hold(root / f".{name}.lock", root / name, "converted", wait=wait):
+def only_one(root: Path, name: str, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
+    """Hold the set NAME under ROOT, by `ROOT/.NAME.lock`, while it is converted.
+
+    shared: together with the other parts of the same conversion.
+    """
+    with hold(root / f".{name}.lock", root / name, "converted", wait=wait, shared=shared):
         yield

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import DamagedSet, MissingSet, NewerSet, OldSet, UnfinishedSet, WrongSetting
-from shards.files import FileEntry, Folder, LocalFolder, write_bytes, write_json
+from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, json_bytes
 from shards.spec import (
     FORMAT_VERSION,
     NAME,
@@ -37,6 +38,7 @@ MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 FAILED = "failed.csv"
 RECEIPTS = "receipt-*.json"
+RECEIPT = re.compile(r"receipt-(\d{5,})\.json")
 RIGHT_ROW = 0  # in the column status
 FAILED_ROW = 1
 MAX_SIDE = 65535  # pixels of an original picture
@@ -315,9 +317,9 @@ def bounds_of(n_rows: int, rows_per_shard: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows_per_shard, n_rows)) for start in starts]
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_manifest(folder: WritableFolder, manifest: Manifest) -> None:
     """The commit."""
-    write_bytes(directory / MANIFEST, signed(manifest.to_json()).encode())
+    folder.put(MANIFEST, signed(manifest.to_json()).encode())
 
 
 def signed(value: dict[str, Any]) -> str:
@@ -408,7 +410,7 @@ def _check_is_there(folder: Folder) -> None:
         n_done = len(list(folder.path.glob(RECEIPTS)))
     else:
         is_there = folder.size(MANIFEST) >= 0
-        n_done = 0
+        n_done = 0 if is_there else len(receipts_in(folder.sizes() or ()))
     if not is_there and n_done:
         raise UnfinishedSet(address(folder), n_done)
     if not is_there:
@@ -495,22 +497,25 @@ def receipt_name(shard: int) -> str:
     return f"receipt-{shard:05d}.json"
 
 
-def write_receipt(directory: Path, shard: int, receipt: Receipt) -> None:
+def write_receipt(folder: WritableFolder, shard: int, receipt: Receipt) -> None:
     """The shard is done once it is there."""
-    write_json(directory / receipt_name(shard), receipt.to_json())
+    folder.put(receipt_name(shard), json_bytes(receipt.to_json()))
 
 
-def read_receipt(directory: Path, shard: int) -> Receipt | None:
-    """None where there is none that can be read: the shard is made again then."""
+def read_receipt(folder: Folder, shard: int) -> Receipt | None:
+    """None where there is none that is right: the shard is made again then.
+
+    Raises what the folder's own failure is, but for a file of a disk that cannot be read.
+    """
     try:
-        value = json.loads((directory / receipt_name(shard)).read_text())
+        value = json.loads(folder.read(receipt_name(shard)))
         return Receipt.from_json(JsonObject(value, "receipt"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, DamagedSet, ValueError, RecursionError):
         return None
 
 
 def write_receipts(
-    directory: Path, manifest: Manifest, wrong: Iterable[str], rows: Mapping[int, RowsRead]
+    folder: WritableFolder, manifest: Manifest, wrong: Iterable[str], rows: Mapping[int, RowsRead]
 ) -> None:
     """Receipts of the shards without a wrong file: a conversion makes the others only.
 
@@ -525,11 +530,23 @@ def write_receipts(
                 decoder=manifest.decoder,
                 rows=rows.get(k),
             )
-            write_receipt(directory, k, receipt)
+            write_receipt(folder, k, receipt)
 
 
-def remove_receipts(directory: Path, older_than_ns: float = float("inf")) -> None:
-    """All, or those from before the source's last change; on a read-only disk they stay."""
+def receipts_in(names: Iterable[str]) -> list[int]:
+    """The numbers of the shards whose receipts are among these files."""
+    found = (RECEIPT.fullmatch(name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def remove_receipts(folder: WritableFolder) -> None:
+    """All of them; on a read-only disk they stay."""
+    with suppress(OSError):
+        folder.delete(*map(receipt_name, receipts_in(folder.sizes() or ())))
+
+
+def remove_older_receipts(directory: Path, older_than_ns: float) -> None:
+    """Those from before a source's last change; on a read-only disk they stay."""
     with suppress(OSError):
         for path in directory.glob(RECEIPTS):
             if path.stat().st_mtime_ns < older_than_ns:

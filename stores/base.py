@@ -1,27 +1,38 @@
 """What a place must offer so that finished sets can be kept there."""
 
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
-from shards.files import FileEntry, Folder
+from shards.files import FileEntry, WritableFolder
 
 
-class Store(Folder, Protocol):
-    """A folder that can also put a file whole, and delete one; `names` lists what is there.
+class Root(WritableFolder, Protocol):
+    """A folder in which sets are made, each in a folder of its own."""
 
-    Every method may be called again after it failed: the result is that of one call.
-    """
+    def child(self, name: str) -> WritableFolder:
+        """The folder of this name in it, which need not be there yet."""
 
-    def put(self, name: str, data: Any) -> FileEntry:
-        """Write one file whole or not at all, in the place of any other of this name.
 
-        data: bytes, or a buffer of them. Returns what was written, which is durable then.
+class Store(WritableFolder, Protocol):
+    """A folder that sets are copied to and from."""
+
+    def child(self, name: str) -> "Store":
+        """The folder of this name in it, which need not be there yet."""
+
+    def create(self) -> None:
+        """Make the folder, in one that is there; where it is there already, nothing happens."""
+
+    def free_bytes(self) -> int | None:
+        """How much more the place holds; None where it does not tell, as a bucket."""
+
+    def upload(self, source: Path, name: str, entry: FileEntry | None = None) -> None:
+        """Copy a file of this machine there; nothing where it is right already.
+
+        entry: what the file must be; None: whatever it is, it is copied.
         """
 
-    def delete(self, name: str) -> None:
-        """Remove a file; where there is none, nothing happens."""
+    def download(self, name: str, target: Path, entry: FileEntry | None = None) -> None:
+        """Copy a file from there to this machine; nothing where it is right here already.
 
-    def free_bytes(self) -> int:
-        """How much more the place holds, as far as it tells."""
-
-    def remove_unfinished(self, folder: str) -> None:
-        """Remove what copies that were killed left in a folder of it ("" = the place itself)."""
+        entry: what the file must be; None: whatever it is, it is copied.
+        """

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -273,33 +273,48 @@ class MountedStore:
         action = partial(self._files.read, name, start, stop)
         return self._patiently(action, f"reading {name}")
 
-    def names(self) -> Iterator[str]:
-        yield from self._patiently(lambda: list(self._files.names()), f"listing {self.path}")
+    def sizes(self) -> dict[str, int] | None:
+        return self._patiently(self._files.sizes, f"listing {self.path}")
+
+    def what_is_wrong(self, name: str, entry: FileEntry) -> str | None:
+        """From where the file lies, and not from the page cache."""
+        if self.size(name) < 0:
+            return "is missing"
+        action = partial(is_right, self.path / name, entry)
+        is_same = self._patiently(action, f"reading {name}")
+        return None if is_same else "has other content than the manifest says (size, SHA-256)"
+
+    def child(self, name: str) -> "MountedStore":
+        return MountedStore(self.path / name)
 
     def create(self) -> None:
         """Make the folder, in one that is there."""
         self._patiently(partial(self.path.mkdir, exist_ok=True), f"making {self.path}")
 
-    def put(self, name: str, data: Any) -> FileEntry:
+    def put(self, name: str, *parts: Any) -> FileEntry:
         """Write a file whole, and read it back."""
 
         def write() -> FileEntry:
-            written = self._files.put(name, data)
+            written = self._files.put(name, *parts)
             self._read_back(name, written)
             return written
 
         return self._patiently(write, f"writing {name}")
 
-    def delete(self, name: str) -> None:
-        action = partial(self._files.delete, name)
-        self._patiently(action, f"removing {self.path / name}")
+    def delete(self, *names: str) -> None:
+        for name in names:
+            action = partial(self._files.delete, name)
+            self._patiently(action, f"removing {self.path / name}")
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Nothing is known of what a mount makes durable."""
 
     def free_bytes(self) -> int:
         return self._patiently(self._files.free_bytes, f"preparing {self.path}")
 
-    def remove_unfinished(self, folder: str) -> None:
-        action = partial(self._files.remove_unfinished, folder)
-        self._patiently(action, f"preparing {self.path / folder}")
+    def remove_unfinished(self, older_than_s: float = 0.0) -> None:
+        action = partial(self._files.remove_unfinished, older_than_s)
+        self._patiently(action, f"preparing {self.path}")
 
     def upload(self, source: Path, name: str, entry: FileEntry | None = None) -> None:
         """Copy a file of this machine there, and read it back; nothing where it is right already.

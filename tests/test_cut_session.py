@@ -17,9 +17,9 @@ from conftest import REPO
 from helpers.sets import content, convert, flip, is_whole
 
 from convert import follower, pipeline
-from convert.executors import FullShard
 from convert.plan import Plan
 from convert.session import SetRequest, prepare
+from convert.shard import FullShard
 from shards.dataset import finished_sets
 from shards.errors import WrongSource
 from shards.manifest import PROVENANCE, Receipt

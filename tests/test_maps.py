@@ -27,6 +27,7 @@ from shards import maps
 from shards.containers import ShardForm, write_field
 from shards.dataset import ShardSet, open_set
 from shards.errors import DamagedSet, UserError
+from shards.files import LocalFolder
 from shards.gather import JoinedShards, RowGather, take_rows
 from shards.manifest import COLUMNS, Manifest, ShardEntry, bounds_of
 from shards.maps import AddressRange, CannotReserve
@@ -69,10 +70,11 @@ def write_set(root: Path, codecs: Codecs = None, n_rows: int = N_ROWS) -> Path:
     directory = root / set_name(spec.name, SIZE, manifest.fingerprint, codecs)
     stored = pictures(n_rows)
     shards = []
+    folder = LocalFolder(directory)
     for k, (start, stop) in enumerate(bounds_of(n_rows, ROWS_PER_SHARD)):
         files = {}
         for name, field in fields.items():
-            files |= write_field(directory, field, k, stored[name][start:stop], form)
+            files |= write_field(folder, field, k, stored[name][start:stop], form)
         sums = {name: ((1, 1, 1),) * (0 if name == "label" else 1) for name in FIELDS}
         shards.append(ShardEntry(start=start, stop=stop, files=files, sums=sums))
     columns = {
@@ -82,7 +84,8 @@ def write_set(root: Path, codecs: Codecs = None, n_rows: int = N_ROWS) -> Path:
         for name, column in COLUMNS.items()
     }
     whole = Manifest(**{**vars(manifest), "shards": shards})
-    return commit(directory, whole, columns).path
+    commit(folder, whole, columns)
+    return directory
 
 
 @pytest.fixture(scope="module")

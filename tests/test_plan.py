@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.executors import MIN_SLOTS, FullShard
-from convert.pipeline import write_shard
-from convert.plan import ROWS_PER_TASK, Plan, Task, plan_tasks
+from convert.executors import MIN_SLOTS
+from convert.plan import ROWS_PER_TASK, Part, Plan, Task, plan_tasks
+from convert.shard import FullShard, write_shard
+from shards.files import LocalFolder
 from shards.spec import Codecs, ConversionSettings, SourceIdentity, field_of_kind
 
 FIELDS = [
@@ -56,13 +57,17 @@ def shards_of(rows: range, plan: Plan) -> set[int]:
     return {row // plan.settings.rows_per_shard for row in rows}
 
 
+def still_to_do(plan: Plan, done: Collection[int]) -> set[int]:
+    return set(range(len(plan.bounds))) - set(done)
+
+
 @given(plans())
 @settings(deadline=None)
 def test_every_row_of_every_reader_is_in_exactly_one_tasks_groups(
     planned: tuple[Plan, list[int], set[int]],
 ) -> None:
     plan, group_rows, _ = planned
-    tasks = plan_tasks(plan, group_rows, done=())
+    tasks = plan_tasks(plan, group_rows, range(len(plan.bounds)))
     counts = Counter(
         (task.reader, row) for task in tasks for row in rows_of(task, plan, group_rows)
     )
@@ -76,7 +81,7 @@ def test_tasks_cover_once_what_is_not_done_and_touch_no_shard_that_is(
 ) -> None:
     plan, group_rows, done = planned
     counts: Counter[tuple[int, int]] = Counter()
-    for task in plan_tasks(plan, group_rows, done):
+    for task in plan_tasks(plan, group_rows, still_to_do(plan, done)):
         rows = rows_of(task, plan, group_rows)
         assert task.shards
         assert set(task.shards) == shards_of(rows, plan) - done
@@ -94,7 +99,7 @@ def test_the_order_is_by_shard_then_reader_then_row(
     planned: tuple[Plan, list[int], set[int]],
 ) -> None:
     plan, group_rows, done = planned
-    tasks = plan_tasks(plan, group_rows, done)
+    tasks = plan_tasks(plan, group_rows, still_to_do(plan, done))
     step = plan.settings.rows_per_shard
     places = []
     for task in tasks:
@@ -110,7 +115,7 @@ def test_a_task_is_one_large_group_or_a_few_small_ones(
     planned: tuple[Plan, list[int], set[int]],
 ) -> None:
     plan, group_rows, done = planned
-    for task in plan_tasks(plan, group_rows, done):
+    for task in plan_tasks(plan, group_rows, still_to_do(plan, done)):
         assert len(rows_of(task, plan, group_rows)) <= max(ROWS_PER_TASK, group_rows[task.reader])
 
 
@@ -120,7 +125,7 @@ def test_where_everything_is_done_there_is_no_task(
     planned: tuple[Plan, list[int], set[int]],
 ) -> None:
     plan, group_rows, _ = planned
-    assert plan_tasks(plan, group_rows, range(len(plan.bounds))) == []
+    assert plan_tasks(plan, group_rows, ()) == []
 
 
 def most_open_at_once(tasks: Collection[Task], plan: Plan, group_rows: list[int]) -> int:
@@ -146,7 +151,7 @@ def test_no_more_shards_are_open_at_once_than_an_executor_holds(
     planned: tuple[Plan, list[int], set[int]],
 ) -> None:
     plan, group_rows, done = planned
-    tasks = plan_tasks(plan, group_rows, done)
+    tasks = plan_tasks(plan, group_rows, still_to_do(plan, done))
     n_slots = max(MIN_SLOTS, *(len(task.shards) for task in tasks), 0)  # as LocalExecutor takes
     assert most_open_at_once(tasks, plan, group_rows) <= n_slots
 
@@ -157,8 +162,9 @@ def test_the_same_plan_gives_the_same_tasks(
     planned: tuple[Plan, list[int], set[int]],
 ) -> None:
     plan, group_rows, done = planned
-    first = plan_tasks(plan, group_rows, done)
-    again = plan_tasks(plan, tuple(group_rows), sorted(done, reverse=True))
+    first = plan_tasks(plan, group_rows, still_to_do(plan, done))
+    wanted = sorted(still_to_do(plan, done), reverse=True)
+    again = plan_tasks(plan, tuple(group_rows), wanted)
     assert [vars(task) for task in first] == [vars(task) for task in again]
 
 
@@ -199,7 +205,9 @@ def test_a_shard_written_twice_is_the_same_bytes(codecs: Codecs, tmp_path: Path)
             shard = FullShard(
                 number=k, arrays=arrays, sizes=np.zeros((n_rows, 2), "<u2"), failed={}
             )
-            receipts.append(write_shard(plan, shard, is_train, tmp_path / where))
+            of_shard = is_train[slice(*plan.bounds[k])]
+            folder = LocalFolder(tmp_path / where)
+            receipts.append(write_shard(plan, shard, of_shard, folder))
         assert receipts[0] == receipts[1]
         assert (receipts[0].entry.start, receipts[0].entry.stop) == plan.bounds[k]
         thermal = arrays["thermal"][is_train[slice(*plan.bounds[k])]].astype(int)
@@ -208,4 +216,13 @@ def test_a_shard_written_twice_is_the_same_bytes(codecs: Codecs, tmp_path: Path)
 
     once = files_in(tmp_path / "once")
     assert once == files_in(tmp_path / "twice")
-    assert len(once) == 3 * (len(NAMES) + 1)  # a file a field, and the receipt
+    assert len(once) == 3 * len(NAMES)
+
+
+@given(n_shards=st.integers(1, 300), of=st.integers(1, 40))
+def test_each_shard_is_in_one_part_and_parts_differ_by_one_shard_at_most(
+    n_shards: int, of: int
+) -> None:
+    parts = [Part(number=number, of=of).shards(n_shards) for number in range(1, of + 1)]
+    assert [k for part in parts for k in part] == list(range(n_shards))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -36,13 +36,13 @@ def test_what_is_put_is_there_by_name_in_ranges_and_until_it_is_deleted(
     assert store.read("rgb/c/0") == b"0123456789"
     assert store.read("rgb/c/0", 3, 5) == b"34"
     assert store.read("rgb/c/0", 8, 20) == b"89"
-    assert sorted(store.names()) == ["a.npy", "rgb/c/0"]
+    assert sorted(store.sizes()) == ["a.npy", "rgb/c/0"]
     assert store.free_bytes() > 0
     (tmp_path / "rgb" / "c" / ".1.99.tmp").write_text("left by a killed copy")
-    store.remove_unfinished("rgb/c")
+    store.remove_unfinished()
     store.delete("a.npy")
     store.delete("a.npy")
-    assert list(store.names()) == ["rgb/c/0"]
+    assert list(store.sizes()) == ["rgb/c/0"]
 
 
 def test_what_a_mount_forgot_is_written_again(

@@ -22,6 +22,7 @@ from helpers.disks import make_read_only, small_disk
 from helpers.sets import manifest_json, repack, verify
 
 from shards.errors import UserError
+from shards.files import LocalFolder
 from shards.manifest import read_manifest, write_manifest
 from train.data import ShardDataset
 from train.unpack import cache_folder
@@ -127,7 +128,7 @@ def other_set(small_set: Path, at: Path) -> None:
     data = bytearray((at / "rgb-00000.npy").read_bytes())
     data[128:] = bytes(len(data) - 128)
     (at / "rgb-00000.npy").write_bytes(bytes(data))
-    write_manifest(at, other)
+    write_manifest(LocalFolder(at), other)
 
 
 def test_another_set_of_the_same_name_in_the_cache_is_not_confused(

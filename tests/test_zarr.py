@@ -33,7 +33,7 @@ from convert.sources.nyu_mat import KEYS
 from shards.containers import CODECS, crc32c, map_file, write_field, zarr_form
 from shards.dataset import open_set, resolve_set
 from shards.errors import UserError
-from shards.files import FileEntry
+from shards.files import FileEntry, LocalFolder
 from shards.manifest import COLUMNS
 from shards.spec import Field
 
@@ -295,10 +295,10 @@ def test_a_repack_that_was_stopped_goes_on_with_the_rest(
     source, end = (npy_set, stores[codec]) if codec else (stores["zstd"], npy_set)
     again = partial(repack, source, tmp_path, "zarr" if codec else "npy", codec or "none")
 
-    def interrupt(directory: Path, field: Field, k: int, *rest: Any) -> dict[str, FileEntry]:
+    def interrupt(folder: LocalFolder, field: Field, k: int, *rest: Any) -> dict[str, FileEntry]:
         if k == 2 and field.name == "label":
             raise KeyboardInterrupt
-        return write_field(directory, field, k, *rest)
+        return write_field(folder, field, k, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr("shards.copy.write_field", interrupt)
