@@ -95,7 +95,7 @@ $(AT).installed-colab: pyproject.toml
 	@$(SAY_ACTIVATE)
 
 .venv/dev: $(READY)
-	$(PIP) -c $(PINS) $$($(PY) .ci/requirements.py $(if $(COLAB_RELEASE_TAG),missing,all) $(USED) dev)
+	$(PIP) -c $(PINS) $$($(PY) .ci/requirements.py $(if $(COLAB_RELEASE_TAG),missing,all) $(USED) s3 cluster dev)
 	mkdir -p .venv && touch $@
 
 demo: $(READY)  ## made-up rooms: build, convert, train, pictures (under 2 minutes after the install)
