@@ -9,6 +9,7 @@ name or by default could not be made.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -17,12 +18,16 @@ import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 LISTS = REPO / "tests" / "stacks"
 VENVS = REPO / ".stacks"
+PREPARED = VENVS / "prepared.json"
+NOT_MADE = "not made"
 USUAL = ("lowest", "colab")
 EXTRAS = ("fast", "show", "remote", "frames")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "setuptools")  # all that tests without torch need
@@ -205,28 +210,56 @@ def to_run(tests: Sequence[str], with_all: bool) -> list[str]:
     return list(tests) or [f"--ignore={name}" for name in left_out]
 
 
-def run_stack(name: str, available: dict[Version, str], races: int, arguments: list[str]) -> Result:
-    """One stack from an empty venv to its counts; its tests of races are repeated."""
+def prepare(name: str, available: dict[Version, str]) -> Result:
+    """The stack's venv, made anew; the remark says where another one was made, or none."""
     with_torch = name.endswith("+torch")
     pins = LISTS / f"{name.removesuffix('+torch')}.txt"
     first_line = pins.read_text().splitlines()[0]
     wanted = parse(first_line.removeprefix("# Python "))
     version, remark = choose_python(wanted, available)
     result = Result(name, dotted(version), remark=remark)
-    began = time.monotonic()
-    print(f"\n{name}, Python {result.python}: {remark or pins.relative_to(REPO)}", flush=True)
     try:
-        python = make_venv(name, pins, available[version], with_torch)
+        make_venv(name, pins, available[version], with_torch)
     except CannotBeMade as error:
-        result.remark = f"not made: {error}"
-        print(f"{name}: {result.remark}", flush=True)
-        return result
+        result.remark = f"{NOT_MADE}: {error}"
+    return result
+
+
+def run_stack(result: Result, races: int, arguments: list[str]) -> None:
+    """The counts of a stack that was prepared; its tests of races are repeated."""
+    name = result.stack
+    began = time.monotonic()
+    print(f"\n{name}, Python {result.python} {result.remark}".rstrip(), flush=True)
+    if result.remark.startswith(NOT_MADE):
+        return
+    python = VENVS / name / "bin" / "python"
     report = VENVS / f"{name}.xml"
     for more in [arguments, *([[*arguments, "-m", "races and not stress"]] * races)]:
         report.unlink(missing_ok=True)
         count(result, report, run_tests(python, report, more))
     result.seconds = time.monotonic() - began
-    return result
+
+
+def prepare_all(names: Sequence[str]) -> list[Result]:
+    """Two at a time, as pip uses one core."""
+    available = pythons()
+    print(
+        "Pythons:",
+        *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())),
+        flush=True,
+    )
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(prepare, names, repeat(available)))
+    VENVS.mkdir(exist_ok=True)
+    PREPARED.write_text(json.dumps([asdict(result) for result in results]))
+    return results
+
+
+def prepared(names: Sequence[str]) -> list[Result]:
+    """Those that an earlier run with --prepare made."""
+    results = [Result(**each) for each in json.loads(PREPARED.read_text())]
+    assert [result.stack for result in results] == list(names)
+    return results
 
 
 HEADS = ("stack", "Python", "passed", "failed", "skipped", "seconds", "")
@@ -260,6 +293,9 @@ def main() -> int:
     parser.add_argument(
         "--races", type=int, default=5, help="how often the tests of races are repeated (5)"
     )
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--prepare", action="store_true", help="make the venvs, and nothing else")
+    steps.add_argument("--prepared", action="store_true", help="run in those that are made")
     parser.add_argument(
         "--tests",
         nargs="*",
@@ -271,14 +307,12 @@ def main() -> int:
     names = args.names or (
         [n + t for t in ("", "+torch") for n in every] if args.all else list(USUAL)
     )
-    available = pythons()
-    print(
-        "Pythons:",
-        *(f"{dotted(version)} ({path})" for version, path in sorted(available.items())),
-        flush=True,
-    )
+    results = prepared(names) if args.prepared else prepare_all(names)
+    if args.prepare:
+        return 0
     arguments = to_run(args.tests, args.all)
-    results = [run_stack(name, available, args.races, arguments) for name in names]
+    for result in results:
+        run_stack(result, args.races, arguments)
     show(results)
     required = [r for r in results if not args.all]
     return int(any(r.failed for r in results) or any(not r.passed for r in required))
