@@ -1,7 +1,7 @@
 """Reading a set that memory does not hold, against what the disk gives.
 
     python -m bench.larger DIR [--rows 8192] [--rounds 3] [--step-ms 30]
-    python -m bench.larger DIR --rows 40960 --limit-mb 1000 --curve FILE.csv
+    python -m bench.larger DIR --rows 40960 --limit-mb 1000 --curve FILE.csv [--train]
 
 A set of random bytes is made in DIR (2.1 GB; it is kept). Each line is a fresh process in a memory
 cgroup of a quarter of the set, with nothing of the set in memory before: every file is dropped, and
@@ -274,6 +274,8 @@ def ways_of_reading() -> Iterator[Way]:
         for n_workers in (2, 8):
             name = f"{n_workers} workers (fork)"
             yield Way(name=name, order=order, n_workers=n_workers, method="fork")
+    for method in ("forkserver", "spawn"):
+        yield Way(name=f"2 workers ({method})", n_workers=2, method=method)
 
 
 def ways_before() -> Iterator[Way]:
@@ -288,7 +290,7 @@ def ways_before() -> Iterator[Way]:
 def ways_of_a_step(step_ms: int) -> Iterator[Way]:
     """Beside a training step."""
     for way in ways_of_reading():
-        if way.name != DISK and way.prefetch:
+        if way.name != DISK and way.prefetch and way.method in (None, "fork"):
             yield replace(way, step_ms=step_ms)
 
 
@@ -346,7 +348,7 @@ def report(args: argparse.Namespace) -> None:
     what = f"{found.n_rows} rows, {n_bytes / 1e9:.2f} GB, within {limit_bytes / 1e9:.2f} GB"
     print(f"{found.path}: {what}, batches of {BATCH}, {args.rounds} rounds")
     if args.curve:
-        draw_curve(found, limit_bytes, args.curve)
+        draw_curve(found, limit_bytes, args.curve, is_training=args.train)
         return
 
     print(head("larger than memory"))
@@ -365,11 +367,18 @@ def report(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the curve
 
 
-def draw_curve(found: ShardSet, limit_bytes: int, path: Path) -> None:
-    """One epoch within the limit: what the tree holds, every LOOK_S, as a table in a file."""
+def draw_curve(found: ShardSet, limit_bytes: int, path: Path, *, is_training: bool) -> None:
+    """One epoch within the limit: what the tree holds, every LOOK_S, as a table in a file.
+
+    Batches are read and dropped, or a small network is trained on them by `python -m train`.
+    """
     forget(found)
-    one = json.dumps(asdict(Way(name="curve")))
-    command = [sys.executable, "-m", "bench.larger", str(found.path), "--one", one]
+    if is_training:
+        words = ["train", "--data", str(found.path), "--out", str(path.with_suffix(""))]
+        words += ["--epochs", "1", "--width", "8", "--size", "64", "--reset"]
+    else:
+        words = ["bench.larger", str(found.path), "--one", json.dumps(asdict(Way(name="curve")))]
+    command = [sys.executable, "-m", *words]
     with memory_group(limit_bytes) as group:
         process = subprocess.Popen(group.command(command), stdout=subprocess.PIPE, text=True)
         lines = []
@@ -384,9 +393,10 @@ def draw_curve(found: ShardSet, limit_bytes: int, path: Path) -> None:
         table.writerows(lines)
     if n_killed or process.returncode:
         raise UserError(f"the epoch did not get to its end (killed for memory: {n_killed})")
-    way = Measured(**json.loads(out))
+    if not is_training:
+        way = Measured(**json.loads(out))
+        print(f"{way.rows_per_s:,.0f} rows/s, {way.read_over_needed:.2f} times the bytes needed")
     own = [line[1] for line in lines]
-    print(f"{way.rows_per_s:,.0f} rows/s, {way.read_over_needed:.2f} times the bytes needed")
     print(
         f"own memory {min(own[len(own) // 4 :]):.0f} to {max(own):.0f} MiB after the first quarter"
     )
@@ -420,6 +430,8 @@ def make_flags() -> Parser:
     add_number(parser, "--step-ms", 30, "milliseconds of the training step")
     curve_help = "memory over one epoch, as a table in this file, and nothing else"
     parser.add_argument("--curve", type=as_path, metavar="FILE.csv", help=curve_help)
+    train_help = "the curve is of training a small network for an epoch, and not of reading alone"
+    parser.add_argument("--train", action="store_true", help=train_help)
     before_help = "leave out the lines without reading ahead, which take minutes"
     parser.add_argument("--no-before", action="store_true", help=before_help)
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -18,16 +18,20 @@ from shards.files import LocalFolder
 from shards.manifest import Manifest, ShardEntry, bounds_of
 from shards.spec import (
     KNOWN_FIELDS,
+    SPLITS,
     ConversionSettings,
     DatasetSpec,
     Field,
     SourceIdentity,
+    Statistics,
 )
 from shards.writing import check_space, commit, set_name
 
 NAME = "random"
 SCENE_TYPES = ("kitchen", "office", "garage", "attic")
 HIGHEST_MM = 10_000  # of depth
+TRAIN = SPLITS.index("train")
+VAL = SPLITS.index("val")
 FIELDS = ("rgb", "depth")
 ROWS_PER_SHARD = 128
 
@@ -44,7 +48,7 @@ def random_set(root: Path, n_rows: int, size: int) -> ShardSet:
         n_bytes=n_rows,
         sha256=hashlib.sha256(f"{NAME} {n_rows}".encode()).hexdigest(),
     )
-    fields = {name: KNOWN_FIELDS[name] for name in FIELDS}
+    fields = {name: _with_statistics(KNOWN_FIELDS[name]) for name in FIELDS}
     manifest = Manifest(
         dataset=DatasetSpec(name=NAME, width=640, height=480, scene_types=SCENE_TYPES),
         source=identity,
@@ -67,9 +71,25 @@ def random_set(root: Path, n_rows: int, size: int) -> ShardSet:
         for k in range(len(bounds_of(n_rows, ROWS_PER_SHARD)))
     ]
     types = np.arange(n_rows) % len(SCENE_TYPES)
-    columns = filled_columns({"scene_type": types}, n_rows, manifest.dataset, settings.crop)
+    split = np.where(np.arange(n_rows) < n_rows - ROWS_PER_SHARD, TRAIN, VAL)
+    given = {"scene_type": types, "split": split.astype(np.uint8)}
+    columns = filled_columns(given, n_rows, manifest.dataset, settings.crop)
     whole = commit(LocalFolder(directory), replace(manifest, shards=shards), columns)
     return ShardSet(directory, whole)
+
+
+def _with_statistics(field: Field) -> Field:
+    """About those of the random rows: who trains divides by them."""
+    n_channels = 3 if field.kind == "colour" else 1
+    highest = HIGHEST_MM if field.kind == "depth" else 256
+    return replace(
+        field,
+        statistics=Statistics(
+            count=(1,) * n_channels,
+            mean=(highest / 2,) * n_channels,
+            std=(highest / 12**0.5,) * n_channels,
+        ),
+    )
 
 
 def _written_shard(directory: Path, manifest: Manifest, shard: int) -> ShardEntry:
