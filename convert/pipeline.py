@@ -44,6 +44,7 @@ from convert.sources.base import (
 from convert.sources.nyu_mat import Elsewhere
 from convert.sources.opening import open_source
 from convert.statistics import statistics
+from shards.addresses import without_secrets
 from shards.containers import check_codecs
 from shards.dataset import SetInStore, ShardSet, StoredSet, check_files
 from shards.errors import WrongSetting, WrongSource
@@ -130,7 +131,7 @@ def convert_to_set(
     None where only a part is made, and other parts are not done yet.
     """
     _check_arguments(settings, execution)
-    root = root_at(_place("out", out))
+    root = root_at(_place("out", out), replaces=execution.repair)
     if isinstance(source, Source):
         return _convert_source(source, root, settings, execution)
 
@@ -391,7 +392,7 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
     n_shards = len(plan.bounds)
     mine = execution.part.shards(n_shards) if execution.part else range(n_shards)
     done = _done_before(folder, plan, mine)
-    try_failed_again(done, plan.n_rows, execution.max_failed)
+    try_failed_again(folder, done, plan.n_rows, execution.max_failed)
     for k, receipt in done.items():
         _tell(execution, folder, k, receipt)
     todo = [k for k in mine if k not in done]
@@ -509,8 +510,8 @@ def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict
         except PackageNotFoundError:
             packages[name] = "absent"
     return {
-        "command": shlex.join(sys.argv),
-        "source_path": str(source),
+        "command": without_secrets(shlex.join(sys.argv)),
+        "source_path": without_secrets(str(source)),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory,

@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from shards.errors import DamagedSet, MissingSet, NewerSet, OldSet, UnfinishedSet, WrongSetting
+from shards.errors import (
+    DamagedSet,
+    MissingSet,
+    NewerSet,
+    OldSet,
+    StoreFailed,
+    UnfinishedSet,
+    WrongSetting,
+)
 from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, json_bytes
 from shards.spec import (
     FORMAT_VERSION,
@@ -540,8 +548,8 @@ def receipts_in(names: Iterable[str]) -> list[int]:
 
 
 def remove_receipts(folder: WritableFolder) -> None:
-    """All of them; on a read-only disk they stay."""
-    with suppress(OSError):
+    """All of them; on a read-only disk, and where a store lets nobody delete, they stay."""
+    with suppress(OSError, StoreFailed):
         folder.delete(*map(receipt_name, receipts_in(folder.sizes() or ())))
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shards.addresses import without_secrets
 from shards.errors import UserError, WrongPlace, WrongSource, how_to_install
 from shards.files import FileEntry, fsync, sha256_file
 
@@ -73,7 +74,8 @@ def check_url(url: str) -> None:
     except (ValueError, UnicodeError):
         is_right = False
     if not is_right:
-        raise WrongSource(repr(url), "is no address of a file: it is like https://host/file.mat")
+        what = "is no address of a file: it is like https://host/file.mat"
+        raise WrongSource(repr(without_secrets(url)), what)
 
 
 def probe(url: str) -> tuple[int, str]:
