@@ -10,6 +10,7 @@ what it was making.
 Only here Dask is imported, and only once it is needed.
 """
 
+import logging
 import os
 import secrets
 import time
@@ -51,6 +52,8 @@ TASKS_A_THREAD = 4  # in flight: a worker never waits for the next one
 RETRIES = 2  # of a task that raises
 GIVE_UP_AFTER = 100  # failed shards: what fails so often will not end by itself
 ANSWER_WITHIN_S = 30  # a scheduler, at first
+# A terminal sends it to every process; ours ends the others.
+IGNORE_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 POLL_S = 0.005
 LOOK_EVERY_S = 2.0  # at which workers are there
 SAY_EVERY_S = 10.0  # that none is
@@ -144,8 +147,9 @@ def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
         LocalCluster(
             n_workers=n_workers,
             threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=50,  # what ends badly is said by us, in one line
+            dashboard_address=":0",  # any free port
+            silence_logs=logging.CRITICAL,  # what ends badly is said by us, in one line
+            preload=[IGNORE_CTRL_C],
         )
     )
 
@@ -153,8 +157,7 @@ def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
 def _check_scheduler_file(path: str) -> None:
     """Dask would wait for it without a word."""
     if not Path(path).is_file():
-        right = "a scheduler writes it: dask scheduler --scheduler-file FILE"
-        raise WrongSetting("scheduler", path, f"there is no such file; {right}")
+        raise WrongSetting("scheduler", path, "there is no such file; a scheduler writes it")
 
 
 def _close(client: Any) -> None:
@@ -221,9 +224,9 @@ class ClusterExecutor:
             return
         tasks = self._tasks(todo, facts.result())
         n_rows = sum(self._plan.n_rows_of(k) for k in todo)
-        self._progress = Progress("converting", n_rows, unit="row", amount=n_rows_text)
         with self._cluster.connected() as client, _token_there(self._job.token):
             _check_workers(client, self._job)
+            self._progress = Progress("converting", n_rows, unit="row", amount=n_rows_text)
             with _reported(client, self._cluster.report):
                 window = _Window(client, self._job, str(self._cluster))
                 with closing(self._taken(window, tasks)) as receipts:
@@ -394,7 +397,7 @@ def _check_bokeh(client: Any) -> None:
         version("bokeh")
         client.run_on_scheduler(version, "bokeh")
     except Exception as error:
-        right = "it is drawn with bokeh, here and by the scheduler: pip install bokeh"
+        right = "the package bokeh draws it, here and where the scheduler runs"
         raise WrongSetting("report", one_line(error), right) from None
 
 
