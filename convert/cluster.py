@@ -111,6 +111,7 @@ class Cluster:
             yield self.client
             return
         with ExitStack() as stack:
+            stack.enter_context(_quiet_dask())
             if self.scheduler == OWN:
                 where = {"address": stack.enter_context(_own_cluster(self.workers or n_cores()))}
             elif "://" in self.scheduler:
@@ -137,6 +138,24 @@ def _distributed() -> Any:
         what = "converting on a cluster needs Dask"
         raise UserError(what, how_to_install("cluster", REQUIREMENT)) from None
     return distributed
+
+
+@contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Of what its own client logs, tracebacks mostly, a user is told one line by us."""
+    loggers = [logging.getLogger(name) for name in ("distributed", *_loggers_of_dask())]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _loggers_of_dask() -> list[str]:
+    return [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
 
 
 def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
@@ -200,7 +219,7 @@ class ClusterExecutor:
             key=f"{plan.fingerprint}-{self._run}",
             opener=source.opener,
             plan=plan,
-            folder=_from_anywhere(folder),
+            folder=_folder_for_workers(folder),
             environment=environment_of(plan),
             token=_token(folder, self._run),
         )
@@ -261,7 +280,7 @@ class ClusterExecutor:
         failures.check()
 
 
-def _from_anywhere(folder: WritableFolder) -> str:
+def _folder_for_workers(folder: WritableFolder) -> str:
     """The address of a folder for a process that has another current one."""
     return str(folder.path.absolute()) if isinstance(folder, LocalFolder) else str(folder)
 
