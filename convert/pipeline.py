@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.executors import LocalExecutor
+from convert.cluster import Cluster, ClusterExecutor
+from convert.executors import LocalExecutor, Made
 from convert.existing import find_set, finished, right_or_taken_back, say_other_names
 from convert.failed import (
     MANY_FAILED,
@@ -32,7 +33,7 @@ from convert.failed import (
 )
 from convert.machine import n_cores
 from convert.plan import Part, Plan, plan_tasks
-from convert.shard import FullShard, write_shard
+from convert.shard import FullShard, is_train_of, write_shard
 from convert.sources.base import (
     RowFacts,
     Source,
@@ -47,7 +48,7 @@ from convert.statistics import statistics
 from shards.addresses import without_secrets
 from shards.containers import check_codecs
 from shards.dataset import SetInStore, ShardSet, StoredSet, check_files
-from shards.errors import WrongSetting, WrongSource
+from shards.errors import Busy, WrongSetting, WrongSource
 from shards.files import LocalFolder, WritableFolder, json_bytes, log, mebibytes
 from shards.lock import hold, only_one
 from shards.manifest import (
@@ -62,7 +63,6 @@ from shards.manifest import (
 )
 from shards.progress import megabytes
 from shards.spec import (
-    SPLITS,
     Codecs,
     ConversionSettings,
     DatasetSpec,
@@ -75,7 +75,6 @@ from stores.base import Root
 from stores.places import root_at
 
 MAX_WORKERS = 256
-TRAIN = SPLITS.index("train")
 
 
 def convert(
@@ -87,6 +86,7 @@ def convert(
     codecs: Codecs = None,
     repair: bool = False,
     max_failed: float = 0.0,
+    client: Any = None,
 ) -> str:
     """Convert `source` into a folder under `out`: its path. A finished one stays as it is.
 
@@ -96,11 +96,18 @@ def convert(
     workers: threads and processes; None: one a core. codecs: one for each field of a Zarr set;
     None: .npy. repair: check a finished set byte for byte, and make the shards that are wrong, or
     have rows that failed, again. max_failed: the share of rows that may fail in a set that is
-    published; they are in it, empty, with a status that training leaves out.
+    published; they are in it, empty, with a status that training leaves out. client: a
+    dask.distributed.Client whose workers make the shards; it is not closed.
 
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
-    execution = Execution(workers=workers, codecs=codecs, repair=repair, max_failed=max_failed)
+    execution = Execution(
+        workers=workers,
+        codecs=codecs,
+        repair=repair,
+        max_failed=max_failed,
+        cluster=None if client is None else Cluster(client=client),
+    )
     made = convert_to_set(source, out, settings, execution)
     assert made is not None  # as it is not one part of it
     return str(made.address)
@@ -115,6 +122,7 @@ class Execution:
     repair: bool = False
     max_failed: float = 0.0
     part: Part | None = None
+    cluster: Cluster | None = None  # None: this machine's threads and helper processes
     # Told of each shard that is durable, (directory, number, receipt), those of an earlier run
     # first; it may not wait. Of sets on this machine's file systems alone.
     on_shard: Callable[[Path, int, Receipt], object] | None = None
@@ -176,6 +184,8 @@ def _check_arguments(settings: Any, execution: Execution) -> None:
         raise WrongSetting("repair", repr(execution.repair), "True or False")
     if not is_number(execution.max_failed) or not 0 <= execution.max_failed <= 1:
         raise WrongSetting("max_failed", repr(execution.max_failed), "choose a share, 0 to 1")
+    if execution.cluster is not None:
+        execution.cluster.check()
     # Which fields need one is known once the source is open.
     codecs = execution.codecs
     check_codecs(codecs, list(codecs) if isinstance(codecs, dict) else settings.fields)
@@ -184,7 +194,6 @@ def _check_arguments(settings: Any, execution: Execution) -> None:
 def _convert_source(
     source: Source, root: Root, settings: ConversionSettings, execution: Execution
 ) -> StoredSet | None:
-    started = time.perf_counter()
     before = source.stamp()
     plan = make_plan(source, settings, execution.codecs)
     folder = root.child(plan.directory_name)
@@ -199,18 +208,40 @@ def _convert_source(
             there = right_or_taken_back(folder, plan)
         else:
             there = finished(folder, plan)  # by another run, meanwhile
-        if there is not None:
-            return there
-        _make_ready(folder, before[-1], execution.part)
+        if there is None:
+            there = _made(plan, source, folder, execution, before)
+    if there is not None and execution.part is not None:
+        _sweep(folder)
+    return there
 
-        made = run_plan(plan, source, folder, execution)
-        if (source.stamp(), source.identity()) != (before, plan.source):
-            folder.delete(*map(receipt_name, made.done))
-            raise WrongSource(source, "changed while it was read", "Wait until it is whole")
-        seconds = time.perf_counter() - started
-        if execution.part is not None and len(made.done) < len(plan.bounds):
-            return _finish_part(plan, source, folder, made, seconds)
-        return _finish(plan, source, folder, made, seconds)
+
+def _made(
+    plan: Plan,
+    source: Source,
+    folder: WritableFolder,
+    execution: Execution,
+    before: tuple[int, ...],
+) -> StoredSet | None:
+    """The set; None where only a part of it is there. before: the source's stamp."""
+    started = time.perf_counter()
+    _make_ready(folder, before[-1], execution.part)
+    made = run_plan(plan, source, folder, execution)
+    if (source.stamp(), source.identity()) != (before, plan.source):
+        folder.delete(*map(receipt_name, made.done))
+        raise WrongSource(source, "changed while it was read", "Wait until it is whole")
+    seconds = time.perf_counter() - started
+    if execution.part is not None:
+        return _finish_part(plan, source, folder, made, seconds)
+    if execution.cluster is not None and isinstance(folder, LocalFolder):
+        folder.remove_unfinished()  # of workers that were killed
+    return _finish(plan, source, folder, made, seconds)
+
+
+def _sweep(folder: WritableFolder) -> None:
+    """The last part to leave a finished set removes what parts that were killed left in it."""
+    if isinstance(folder, LocalFolder):
+        with suppress(Busy), only_one(folder.path.parent, folder.name):
+            folder.remove_unfinished()
 
 
 @contextmanager
@@ -262,18 +293,44 @@ def _finish(
 def _finish_part(
     plan: Plan, source: Source, folder: WritableFolder, made: "RunResult", seconds: float
 ) -> StoredSet | None:
-    """The part that finds all of them done is the one that commits; None: another one will."""
+    """The part that finds all of them done is the one that commits; None: another one will.
+
+    Every part looks after its last receipt is written, so one of them finds all. Raises FailedRows,
+    and OtherDecoder where all are done and the parts have not the same decoder.
+    """
     with _held_to_commit(folder):
         there = finished(folder, plan)
         if there is not None:
             return there
         others = set(range(len(plan.bounds))) - made.done.keys()
         done = {**made.done, **_done_before(folder, plan, others, are_hashed=False)}
-        if len(done) < len(plan.bounds):
-            so_far = f"{len(done)} of {len(plan.bounds)} shards are done"
-            log(f"{so_far}: the part that makes the last one finishes the set")
-            return None
-        return _finish(plan, source, folder, replace(made, done=done), seconds)
+        if len(done) == len(plan.bounds):
+            return _finish(plan, source, folder, replace(made, done=done), seconds)
+        # Without locks, or in a store, another part may have finished it and removed receipts.
+        there = finished(folder, plan)
+        if there is not None:
+            return there
+        _check_decoders(folder, plan, others - done.keys())
+        so_far = f"{len(done)} of {len(plan.bounds)} shards are done"
+        log(f"{so_far}: the part that makes the last one finishes the set")
+        return None
+
+
+class OtherDecoder(WrongSource):
+    """Shards that another decoder made: those of one set are made by one."""
+
+
+def _check_decoders(folder: WritableFolder, plan: Plan, missing: Collection[int]) -> None:
+    """Raise OtherDecoder where nothing else is missing than shards of another decoder: each part
+    would wait for another one.
+    """
+    found = resume(folder, plan.form_of_shards, missing, are_hashed=False)
+    decoders = {receipt.decoder for receipt in found.values()} - {plan.decoder}
+    if len(found) < len(missing) or not decoders:
+        return
+    what = f"{len(missing)} of its shards were decoded by {decoders.pop()}, here is {plan.decoder}"
+    right = "Give every machine the same, and make these parts again"
+    raise OtherDecoder(folder, f": {what}", right)
 
 
 @contextmanager
@@ -392,39 +449,43 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
     n_shards = len(plan.bounds)
     mine = execution.part.shards(n_shards) if execution.part else range(n_shards)
     done = _done_before(folder, plan, mine)
-    try_failed_again(folder, done, plan.n_rows, execution.max_failed)
+    if failed_of(done.values()):  # whether they are too many, the rows of other parts tell too
+        elsewhere = set(range(n_shards)) - set(mine)
+        others = _done_before(folder, plan, elsewhere, are_hashed=False)
+        n_allowed = most_failed(plan.n_rows, execution.max_failed) - len(failed_of(others.values()))
+        try_failed_again(folder, done, n_allowed)
     for k, receipt in done.items():
         _tell(execution, folder, k, receipt)
     todo = [k for k in mine if k not in done]
     readers = source.readers([field.name for field in plan.fields])
-    tasks = plan_tasks(plan, [reader.group_rows for reader in readers], todo)
-    scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
+    executor: LocalExecutor | ClusterExecutor
+    if execution.cluster is not None:
+        executor = ClusterExecutor(plan, source, readers, folder, execution.cluster)
+        scratch_bytes = 0
+    else:
+        tasks = plan_tasks(plan, [reader.group_rows for reader in readers], todo)
+        scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
+        workers = execution.workers or n_cores()
+        executor = LocalExecutor(plan, source, readers, tasks, workers)
     _say_what_comes(plan, folder, todo, scratch_bytes)
-
     with (
         _thread_beside(source) as beside,  # text is read while pictures are decoded
-        LocalExecutor(plan, source, readers, tasks, execution.workers or n_cores()) as executor,
+        executor,
     ):
         facts: Future[RowFacts] = beside.submit(source.row_facts)
-
-        def write(shard: FullShard) -> Receipt:
-            is_train = is_train_of(facts.result(), plan, shard.number)
-            receipt = write_shard(plan, shard, is_train, folder)
-            write_receipt(folder, shard.number, receipt)
-            return receipt
-
         too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
-        for k, receipt in executor.run(_scratch(folder), write, facts):
-            done[k] = receipt
-            _tell(execution, folder, k, receipt)
-            failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
-            if len(failed) > too_many:
-                columns = filled_columns(
-                    facts.result().columns, plan.n_rows, source.dataset, "none"
-                )
-                write_failed(folder, failed, columns)
-                listed = f"{folder}/{FAILED}"
-                raise FailedRows(source, failed, plan.n_rows, listed, is_early=True)
+        with closing(_put_down(executor, plan, folder, todo, facts)) as receipts:
+            for k, receipt in receipts:
+                done[k] = receipt
+                _tell(execution, folder, k, receipt)
+                failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
+                if len(failed) > too_many:
+                    columns = filled_columns(
+                        facts.result().columns, plan.n_rows, source.dataset, "none"
+                    )
+                    write_failed(folder, failed, columns)
+                    listed = f"{folder}/{FAILED}"
+                    raise FailedRows(source, failed, plan.n_rows, listed, is_early=True)
     return RunResult(
         facts=facts.result(),
         done=done,
@@ -433,14 +494,29 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
     )
 
 
-def is_train_of(facts: RowFacts, plan: Plan, shard: int) -> np.ndarray:
-    """[n] of a shard's rows: whether they are train rows, of which statistics are made."""
-    start, stop = plan.bounds_of(shard)
-    if "split" not in facts.columns:
-        return np.ones(stop - start, bool)
-    split = np.asarray(facts.columns["split"])
-    is_train: np.ndarray = split[start:stop] == TRAIN
-    return is_train
+def _put_down(
+    executor: LocalExecutor | ClusterExecutor,
+    plan: Plan,
+    folder: WritableFolder,
+    todo: Sequence[int],
+    facts: "Future[RowFacts]",
+) -> Made:
+    """Each of these shards as it is durable, once its receipt is written."""
+    if isinstance(executor, ClusterExecutor):
+        with closing(executor.run(todo, facts)) as receipts:
+            for k, receipt in receipts:
+                write_receipt(folder, k, receipt)
+                yield k, receipt
+        return
+
+    def write(shard: FullShard) -> Receipt:
+        is_train = is_train_of(facts.result(), plan, shard.number)
+        receipt = write_shard(plan, shard, is_train, folder)
+        write_receipt(folder, shard.number, receipt)
+        return receipt
+
+    with closing(executor.run(_scratch(folder), write, facts)) as receipts:
+        yield from receipts
 
 
 def _tell(execution: Execution, folder: WritableFolder, shard: int, receipt: Receipt) -> None:

@@ -10,9 +10,11 @@ import os
 import secrets
 import stat
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -42,9 +44,23 @@ class FileEntry:
         return cls(value.whole("bytes"), value.text("sha256"))
 
 
+_IS_QUIET = ContextVar("is_quiet", default=False)
+
+
 def log(message: str) -> None:
     """A line for whoever watches; standard output is for results."""
-    print(message, file=sys.stderr, flush=True)
+    if not _IS_QUIET.get():
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What is logged in here has been said already, by another process."""
+    before = _IS_QUIET.set(True)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(before)
 
 
 def mebibytes(n_bytes: int | None) -> str:
@@ -77,7 +93,8 @@ def write_atomically(
 
     keep_same: a file that holds these very bytes already stays as it is. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{OURS}-{os.getpid()}.tmp")
+    writer = f"{OURS}-{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with HashingFile(temporary) as file:
@@ -317,11 +334,12 @@ class LocalFolder:
             return _read_bytes(file, end - start)
 
     def sizes(self) -> dict[str, int] | None:
-        return {
-            str(path.relative_to(self.path)): path.lstat().st_size
-            for path in self.path.rglob("*")
-            if not path.is_dir()
-        }
+        found = {}
+        for path in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # others write here too: it was a temporary file
+                if not path.is_dir():
+                    found[str(path.relative_to(self.path))] = path.lstat().st_size
+        return found
 
     def what_is_wrong(self, name: str, entry: FileEntry) -> str | None:
         return what_is_wrong(self.path / name, entry)
@@ -335,8 +353,9 @@ class LocalFolder:
 
     def remove_unfinished(self, older_than_s: float = 0.0) -> None:
         for path in self.path.rglob(UNFINISHED):
-            if time.time() - path.lstat().st_mtime >= older_than_s:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.lstat().st_mtime >= older_than_s:
+                    path.unlink()
 
     def settle(self, names: Iterable[str]) -> None:
         for folder in {parent for name in names for parent in Path(name).parents}:
