@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest.register_assert_rewrite("helpers")  # before any of them is imported
@@ -25,6 +26,9 @@ for name in re.findall(r"^([A-Z]+) \?=", (REPO / "Makefile").read_text(), re.M):
     os.environ.pop(name, None)
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"):
     os.environ.pop(name, None)
+# How long an example takes is the machine's affair, which may have other work.
+hypothesis.settings.register_profile("usual", deadline=None)
+hypothesis.settings.load_profile("usual")
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 
 

@@ -161,7 +161,7 @@ BAD = {
     "v5": (lambda p, m: p.write_bytes(b"MATLAB 5.0 MAT-file, Platform".ljust(600)), "MATLAB v5"),
     "web page": (lambda p, m: p.write_bytes(b"\n<!DOCTYPE html><html>404</html>"), "web page"),
     "empty": (lambda p, m: p.write_bytes(b""), "is empty"),
-    "noise": (lambda p, m: p.write_bytes(os.urandom(5000)), "not a MATLAB v7.3"),
+    "noise": (lambda p, m: p.write_bytes(b"\0" + os.urandom(5000)), "not a MATLAB v7.3"),
     "directory": (lambda p, m: p.mkdir(), "is a directory"),
     "absent": (lambda p, m: None, "no such file"),
 }
