@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shards.addresses import without_secrets
+from shards.addresses import hidden, without_secrets
 from shards.errors import UserError, WrongPlace, how_to_install, one_line
 
 OF_BUCKETS = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "abfss:", "az:", "oss:")
@@ -91,7 +91,7 @@ def described(error: BaseException) -> str:
     status, code = status_of(error)
     answer = " ".join(str(part) for part in (status, code) if part and str(status) != part)
     text = one_line(error)
-    return without_secrets(f"{answer or type(error).__name__}: {text}")
+    return f"{answer or type(error).__name__}: {text}"
 
 
 # ---------------------------------------------------------------------------------------- requests
@@ -205,7 +205,8 @@ class S3Backend(Backend):
     def _checked(self, data: bytes, sha256: str) -> dict[str, Any]:
         if len(data) >= ONE_PUT_BYTES:  # in parts: S3 has no SHA-256 of the whole then
             return {}
-        return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(sha256)).decode()}
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum}
 
     def delete(self, paths: Sequence[str]) -> None:
         for first in range(0, len(paths), DELETED_AT_ONCE):
@@ -258,7 +259,7 @@ def open_backend(address: str) -> tuple[Backend, str]:
     except ImportError as error:
         raise UserError(f"{shown}: {one_line(error)}", _how_to_install(address)) from None
     except ValueError as error:
-        what = without_secrets(one_line(error))
+        what = hidden(one_line(error), address)
         raise WrongPlace(shown, f"cannot be opened ({what})", "Check how it begins") from None
     if not path.strip("/") and not address.startswith("memory:"):
         raise WrongPlace(shown, "names no bucket", "Give one, as in s3://bucket/sets")

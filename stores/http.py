@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.addresses import without_secrets
+from shards.addresses import hidden, name_of, without_secrets
 from shards.errors import UserError, WrongPlace, WrongSource, how_to_install
 from shards.files import FileEntry, fsync, sha256_file
 
@@ -83,13 +83,14 @@ def probe(url: str) -> tuple[int, str]:
 
     Raises WrongSource where that is no file to be read in ranges.
     """
+    shown = without_secrets(url)
     with ask(url, 0, 1) as answer:
         if answer.headers.get_content_type() == "text/html":
-            raise WrongSource(url, "is a web page, not a .mat", "Open it in a browser")
+            raise WrongSource(shown, "is a web page, not a .mat", "Open it in a browser")
         size = (answer.headers["Content-Range"] or "").rpartition("/")[2]
         if answer.status != 206 or not size.isdecimal():
-            how = f"Fetch it whole, as with curl -O {url}"
-            raise WrongSource(url, ": its server gives no ranges", how)
+            how = f"Fetch it whole, as with curl -O {shown}"
+            raise WrongSource(shown, ": its server gives no ranges", how)
         version = answer.headers["ETag"] or answer.headers["Last-Modified"] or size
         return int(size), version
 
@@ -108,16 +109,17 @@ class RemoteFile:
         check_url(url)
         self.system = _http_file_system()
         self.url = url
-        self.name = url.rpartition("/")[2]
+        self.name = name_of(url.partition("?")[0])
         self.n_bytes_read = 0
         self.n_requests = 0
         try:
             self.n_bytes, self.version = patiently(partial(probe, url))
         except (OSError, http.client.HTTPException) as error:
-            raise WrongSource(url, f"cannot be read ({error})") from None
+            what = hidden(f"cannot be read ({error})", url)
+            raise WrongSource(without_secrets(url), what) from None
 
     def __str__(self) -> str:
-        return self.url
+        return without_secrets(self.url)
 
     def exists(self) -> bool:
         return True
@@ -164,10 +166,10 @@ class RemoteFile:
                 data = get(self.url, start, end)
             except Exception as error:  # aiohttp's own types
                 what = f"{type(error).__name__}: {error}"
-                raise ConnectionError(f"{self.url}: {what}") from None
+                raise ConnectionError(f"{self}: {hidden(what, self.url)}") from None
             if len(data) != end - start:
                 what = f"{len(data)} bytes came, {end - start} were asked for"
-                raise ConnectionError(f"{self.url}: {what}")
+                raise ConnectionError(f"{self}: {what}")
             return data
 
         data = patiently(read)

@@ -132,6 +132,8 @@ def test_what_is_put_is_there_by_name_in_ranges_and_until_it_is_deleted(
     again = pickle.loads(pickle.dumps(store.child("rgb")))
     assert again.read("c/0") == b"0123456789"
     assert len(pickle.dumps(store)) < 200
+    assert isinstance(store, ObjectStore)
+    assert 10 < store.n_requests < 25
 
 
 def test_a_large_object_is_one_request_there_and_ranges_back(
@@ -229,7 +231,7 @@ def answer(status: int, code: str) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "passes"),
+    ("status", "code", "is_tried_again"),
     [
         *((500, "InternalError", True), (503, "SlowDown", True), (429, "", True)),
         *((400, "RequestTimeout", True), (409, "ConditionalRequestConflict", True)),
@@ -237,21 +239,28 @@ def answer(status: int, code: str) -> Exception:
         (301, "PermanentRedirect", False),
     ],
 )
-def test_what_passes_is_tried_again_and_what_does_not_is_not(
-    status: int, code: str, passes: bool, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+def test_what_passes_is_known_by_its_status_and_code(
+    status: int, code: str, is_tried_again: bool
+) -> None:
+    assert backends.passes(answer(status, code)) is is_tried_again
+
+
+@pytest.mark.parametrize(("code", "n_tries"), [("SlowDown", 4), ("AccessDenied", 1)])
+def test_what_fails_each_time_is_one_line_and_what_cannot_pass_is_tried_once(
+    code: str, n_tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
     def fails(self: Any, *args: Any) -> None:
         asked.append(args)
-        raise answer(status, code)
+        raise answer(503 if n_tries > 1 else 403, code)
 
     monkeypatch.setattr(backends.S3Backend, "find", fails)
     with pytest.raises(StoreFailed) as caught:
-        ObjectStore(bucket.address()).sizes()
-    assert len(asked) == (len(object_store.PAUSES) + 1 if passes else 1)
-    assert bucket.address() in str(caught.value)
-    assert f"{status} {code}".strip() in str(caught.value)
+        ObjectStore("s3://bucket/sets").sizes()
+    assert len(asked) == n_tries
+    assert str(caught.value).startswith("s3://bucket/sets: listing it failed")
+    assert code in str(caught.value)
 
 
 def test_a_bucket_that_is_not_there_is_one_line(
@@ -267,11 +276,8 @@ def test_a_bucket_that_is_not_there_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "codecs",
-    [None, {"rgb": "none", "depth": "zstd"}],
-    ids=["npy", "zarr"],
+    ("kind", "codecs"), [("mat", None), ("frames", {"rgb": "none", "depth": "zstd"})]
 )
-@pytest.mark.parametrize("kind", ["mat", "frames"])
 def test_a_set_in_a_bucket_is_byte_for_byte_the_one_on_a_disk(
     bucket: Bucket, mat: Path, frames: Path, tmp_path: Path, kind: str, codecs: Codecs
 ) -> None:
@@ -428,9 +434,10 @@ def test_verify_inspect_pull_and_run_take_addresses(
     expected = committed(few_set)
     found = bucket.content(there)
     assert {name: found[name] for name in expected} == expected
-    n_puts = bucket.requests.count("PUT", "/sets/")
+    bucket.requests.asked.clear()
     assert tried("push", few_set, bucket.address()) == 0
-    assert bucket.requests.count("PUT", "/sets/") == n_puts + 1  # how it was made
+    assert bucket.requests.count("PUT", "/sets/") == 1  # how it was made
+    assert bucket.requests.count("GET", "/sets/rgb") == 0  # their SHA-256 is asked for
 
     assert tried("verify", bucket.address(), "--against", mat, "--rows", 3) == 0
     out = capsys.readouterr().out
@@ -505,12 +512,13 @@ def test_credentials_are_in_no_message_and_no_object(
     assert tried(*line, f"s3://{KEY_ID}:{SECRET}@{bucket.name}/sets") == 2
     assert tried(*line, bucket.address()) == 0
     assert tried("verify", f"https://someone:{SECRET}@127.0.0.1:1/sets/a-8-01234567") == 2
+    assert tried("run", f"https://someone:{SECRET[7:]}@127.0.0.1:1/a.mat", "--out", mat.parent) == 2
     assert tried("verify", f"sftp://someone:{SECRET}@host/sets") == 2
     assert tried("pull", bucket.address(), f"s3://{KEY_ID}:{SECRET}@other/sets") == 2
     said = "".join(capsys.readouterr())
     for name in bucket.names():
         said += bucket.get(name).decode(errors="replace")
-    for secret in (KEY_ID, SECRET, SECRET[:6], "someone"):
+    for secret in (KEY_ID, SECRET, SECRET[:6], SECRET[7:], "someone"):
         assert secret not in said
 
 
