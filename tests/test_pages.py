@@ -99,7 +99,9 @@ def tree() -> dict[str, str]:
         del folders[len(indent) // 2 :]
         if name.endswith("/"):
             folders.append(name)
-        phrases["".join(folders) + ("" if name.endswith("/") else name)] = phrase
+        path = "".join(folders) + ("" if name.endswith("/") else name)
+        assert path not in phrases, f"{path} is named twice"
+        phrases[path] = phrase
     return phrases
 
 
