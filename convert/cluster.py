@@ -159,7 +159,9 @@ def _quiet_dask() -> Iterator[None]:
 
 
 def _loggers_of_dask() -> list[str]:
-    return [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
+    """Of what it is made of too; each has a level of its own."""
+    known = logging.root.manager.loggerDict
+    return [name for name in known if name.startswith(("distributed.", "tornado."))]
 
 
 def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
