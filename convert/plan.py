@@ -113,7 +113,9 @@ def plan_tasks(plan: Plan, group_rows: Sequence[int], wanted: Collection[int]) -
     for reader, rows_per_group in enumerate(group_rows):
         groups_per_task = max(1, ROWS_PER_TASK // rows_per_group)
         n_groups = -(-plan.n_rows // rows_per_group)
-        for first_group in range(0, n_groups, groups_per_task):
+        rows_per_task = groups_per_task * rows_per_group
+        for number in _touching(plan, todo_shards, rows_per_task):
+            first_group = number * groups_per_task
             groups = range(first_group, min(first_group + groups_per_task, n_groups))
             first_row = groups.start * rows_per_group
             last_row = min(groups.stop * rows_per_group, plan.n_rows) - 1
@@ -122,6 +124,18 @@ def plan_tasks(plan: Plan, group_rows: Sequence[int], wanted: Collection[int]) -
             if todo:
                 tasks.append(Task(shards.start, reader, first_row, groups=groups, shards=todo))
     return sorted(tasks)
+
+
+def _touching(plan: Plan, shards: Collection[int], n_rows: int) -> list[int]:
+    """The runs of so many rows, by their numbers, that rows of these shards fall in.
+
+    Of the wanted shards alone: a task of a cluster makes one of thousands.
+    """
+    found: set[int] = set()
+    for shard in shards:
+        start, stop = plan.bounds_of(shard)
+        found.update(range(start // n_rows, (stop - 1) // n_rows + 1))
+    return sorted(found)
 
 
 def _shards_between(plan: Plan, first_row: int, last_row: int) -> range:
