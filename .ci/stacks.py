@@ -30,6 +30,9 @@ PREPARED = VENVS / "prepared.json"
 NOT_MADE = "not made"
 USUAL = ("lowest", "colab")
 EXTRAS = ("fast", "show", "remote", "frames")
+# Whose tests take long: of the stacks that run every test. Not s3: s3fs wants the fsspec of its own day, which is later
+# than the lowest.
+WITH_TORCH = ("cluster",)
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "setuptools")  # all that tests without torch need
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 LOWEST_PYTHON = (3, 11)
@@ -133,7 +136,8 @@ def requirements(with_torch: bool) -> list[str]:
     """What pyproject.toml asks for."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + [line for name in EXTRAS for line in extras[name]]
+    chosen = (*EXTRAS, *WITH_TORCH) if with_torch else EXTRAS
+    wanted = project["dependencies"] + [line for name in chosen for line in extras[name]]
     tools = (
         extras["dev"] if with_torch else [line for line in extras["dev"] if name_of(line) in TOOLS]
     )
