@@ -24,7 +24,7 @@ from shards.dataset import (
     open_set,
     resolve_set,
 )
-from shards.errors import NeedsSetting, OldSet, UserError, WrongSource
+from shards.errors import NeedsSetting, OldSet, UserError, WrongSource, printable
 from shards.files import log
 from shards.flags import as_typed
 from shards.manifest import MANIFEST, read_manifest
@@ -218,7 +218,7 @@ def inspect(args: argparse.Namespace) -> None:
     from convert.inspect import describe, picture
 
     found = open_set(resolve_set(args.directory))
-    print(describe(found))
+    print(printable(describe(found)))
     if args.picture:
         picture(found, args.picture, args.rows)
         print(f"picture: {args.picture}")
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (KeyboardInterrupt, MemoryError, UserError, OSError) as error:
         if sys.stderr:  # else it would go to standard output, where the set's path is read
-            print(explained(error, args).replace("\n", " "), file=sys.stderr)
+            print(printable(explained(error, args).replace("\n", " ")), file=sys.stderr)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2
 
 

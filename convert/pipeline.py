@@ -71,6 +71,7 @@ from shards.spec import (
 )
 from shards.writing import check_space, commit, resume
 from stores.base import Root
+from stores.http import without_secrets
 from stores.places import root_at
 
 MAX_WORKERS = 256
@@ -509,7 +510,7 @@ def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict
         except PackageNotFoundError:
             packages[name] = "absent"
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(map(without_secrets, sys.argv)),
         "source_path": str(source),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 2),

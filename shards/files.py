@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from shards.errors import DamagedSet, UserError
+from shards.errors import DamagedSet, UserError, printable
 from shards.strict_json import JsonObject
 
 try:
@@ -44,7 +44,7 @@ class FileEntry:
 
 def log(message: str) -> None:
     """A line for whoever watches; standard output is for results."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def mebibytes(n_bytes: int | None) -> str:

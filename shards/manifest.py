@@ -419,6 +419,15 @@ def _check_is_there(folder: Folder) -> None:
         )
 
 
+def read_provenance(directory: Path) -> JsonObject | None:
+    """How a set was made, by whoever made it; None where that is not told. Nothing rests on it."""
+    try:
+        data = LocalFolder(directory).read(PROVENANCE)
+        return JsonObject(json.loads(data), PROVENANCE)
+    except (OSError, DamagedSet, ValueError, RecursionError):
+        return None
+
+
 # ---------------------------------------------------------------------------------------- receipts
 
 

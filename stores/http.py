@@ -6,6 +6,7 @@ It is fetched whole (resumed, retried, checked), or read in place through range 
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -30,6 +31,15 @@ RANGE_BYTES = 8 << 20  # of a download
 BLOCK_BYTES = 64 << 10  # of what is read in place through `RemoteFile.open`
 BLOCKS_KEPT = 512
 FINAL = (400, 401, 403, 404, 405, 410, 416)  # HTTP answers that another try does not change
+# Scheme, user and password, host and path, query: of addresses in a text.
+IN_A_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s@]*@)?([^?\s]*)(\?[^\s'\"]*)?")
+
+
+def without_secrets(text: str) -> str:
+    """A text as it may be shown and stored: its addresses without user, password and query, in
+    which signed addresses have what gives access.
+    """
+    return IN_A_TEXT.sub(lambda match: f"{match[1]}{match[3]}{'?...' if match[4] else ''}", text)
 
 
 # ---------------------------------------------------------------------------------------- requests
@@ -61,7 +71,7 @@ def ask(url: str, start: int, stop: int) -> Any:
 
 def _ask_bytes(url: str, start: int, stop: int) -> bytes:
     with ask(url, start, stop) as answer:
-        return answer.read()
+        return answer.read(stop - start + 1)  # one byte too many tells a server that sends all
 
 
 def check_url(url: str) -> None:
@@ -73,7 +83,8 @@ def check_url(url: str) -> None:
     except (ValueError, UnicodeError):
         is_right = False
     if not is_right:
-        raise WrongSource(repr(url), "is no address of a file: it is like https://host/file.mat")
+        what = "is no address of a file: it is like https://host/file.mat"
+        raise WrongSource(repr(without_secrets(url)), what)
 
 
 def probe(url: str) -> tuple[int, str]:
@@ -81,13 +92,14 @@ def probe(url: str) -> tuple[int, str]:
 
     Raises WrongSource where that is no file to be read in ranges.
     """
+    shown = without_secrets(url)
     with ask(url, 0, 1) as answer:
         if answer.headers.get_content_type() == "text/html":
-            raise WrongSource(url, "is a web page, not a .mat", "Open it in a browser")
+            raise WrongSource(shown, "is a web page, not a .mat", "Open it in a browser")
         size = (answer.headers["Content-Range"] or "").rpartition("/")[2]
         if answer.status != 206 or not size.isdecimal():
-            how = f"Fetch it whole, as with curl -O {url}"
-            raise WrongSource(url, ": its server gives no ranges", how)
+            how = f"Fetch it whole, as with curl -O {shown}"
+            raise WrongSource(shown, ": its server gives no ranges", how)
         version = answer.headers["ETag"] or answer.headers["Last-Modified"] or size
         return int(size), version
 
@@ -106,16 +118,17 @@ class RemoteFile:
         check_url(url)
         self.system = _http_file_system()
         self.url = url
-        self.name = url.rpartition("/")[2]
+        self.name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
         self.n_bytes_read = 0
         self.n_requests = 0
         try:
             self.n_bytes, self.version = patiently(partial(probe, url))
         except (OSError, http.client.HTTPException) as error:
-            raise WrongSource(url, f"cannot be read ({error})") from None
+            problem = f"cannot be read ({without_secrets(str(error))})"
+            raise WrongSource(str(self), problem) from None
 
     def __str__(self) -> str:
-        return self.url
+        return without_secrets(self.url)
 
     def exists(self) -> bool:
         return True
@@ -161,11 +174,11 @@ class RemoteFile:
             try:
                 data = get(self.url, start, end)
             except Exception as error:  # aiohttp's own types
-                what = f"{type(error).__name__}: {error}"
-                raise ConnectionError(f"{self.url}: {what}") from None
+                what = f"{type(error).__name__}: {without_secrets(str(error))}"
+                raise ConnectionError(f"{self}: {what}") from None
             if len(data) != end - start:
                 what = f"{len(data)} bytes came, {end - start} were asked for"
-                raise ConnectionError(f"{self.url}: {what}")
+                raise ConnectionError(f"{self}: {what}")
             return data
 
         data = patiently(read)
