@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from convert.next_command import command_of, is_of_frames, with_next_command
-from convert.parser import kinds_of, parser, settings_of, source_options_of
+from convert.parser import LOCAL, OWN, kinds_of, parser, settings_of, source_options_of
 from shards.copy import codecs_of, copy_set
 from shards.dataset import (
     DIRECTORY_NAME,
@@ -24,12 +24,23 @@ from shards.dataset import (
     open_set,
     resolve_set,
 )
-from shards.errors import NeedsSetting, OldSet, UserError, WrongSource, printable
+from shards.errors import (
+    ConflictingSettings,
+    NeedsSetting,
+    OldSet,
+    UserError,
+    WrongSetting,
+    WrongSource,
+    printable,
+)
 from shards.files import log
 from shards.flags import as_typed
 from shards.manifest import MANIFEST, read_manifest
-from shards.spec import ConversionSettings
+from shards.spec import Codecs, ConversionSettings
 from stores.http import READERS, RemoteFile
+
+if TYPE_CHECKING:
+    from convert.pipeline import Execution
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 MOST_NAMES = 8  # in a command that is printed
@@ -38,12 +49,40 @@ MOST_NAMES = 8  # in a command that is printed
 def run(args: argparse.Namespace) -> None:
     """Convert a source, or copy a finished set into another format."""
     settings = settings_of(args)
+    _check_who_makes_it(args)
     if _is_set(args.source):
-        print(_copied(args, settings))
+        _refuse_for_a_set(args)
+        made: Path | None = _copied(args, settings)
     elif is_of_frames(args):
-        print(_converted_frames(args, settings))
+        made = _converted_frames(args, settings)
     else:
-        print(_converted(args, settings))
+        made = _converted(args, settings)
+    if made is not None:
+        print(made)
+
+
+def _check_who_makes_it(args: argparse.Namespace) -> None:
+    """Raise NeedsSetting for flags that do not go together."""
+    if args.report is not None and args.scheduler == LOCAL:
+        raise NeedsSetting("report", args.report, "scheduler", OWN)
+    if args.drive is not None and args.part is not None:
+        raise ConflictingSettings("part", args.part, "drive", args.drive)
+    if args.drive is not None and args.scheduler != LOCAL:
+        raise ConflictingSettings("scheduler", args.scheduler, "drive", args.drive)
+    if args.repair and args.part is not None:
+        raise ConflictingSettings("part", args.part, "repair", True)
+    if args.source is None and (args.part is not None or args.scheduler != LOCAL):
+        name = "part" if args.part is not None else "scheduler"
+        raise WrongSetting(name, getattr(args, name), "name the source, which is not fetched then")
+
+
+def _refuse_for_a_set(args: argparse.Namespace) -> None:
+    """A finished set is copied by this machine, as a whole."""
+    if args.part is not None:
+        raise WrongSetting("part", args.part, f"{args.source} is a finished set, copied as a whole")
+    if args.scheduler != LOCAL:
+        what = f"{args.source} is a finished set, copied on this machine"
+        raise WrongSetting("scheduler", args.scheduler, what)
 
 
 def _is_set(source: object) -> bool:
@@ -70,9 +109,9 @@ def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     return copy_set(found, args.out, codecs).path
 
 
-def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
-    """The set of a given source, or the cheapest way to one."""
-    from convert.pipeline import convert
+def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path | None:
+    """The set of a given source, or the cheapest way to one; None of a part of it."""
+    from convert.pipeline import convert_to_set
     from convert.session import SetRequest, prepare
     from convert.sources.opening import refuse_frames_options
 
@@ -81,10 +120,9 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     workers = args.workers or (READERS if is_remote else None)
     refuse_frames_options(source_options_of(args), settings)
     if args.source and not args.drive:
-        directory = convert(
-            args.source, args.out, settings, workers=workers, codecs=codecs, repair=args.repair
-        )
-        made = Path(directory)
+        execution = _execution_of(args, workers, codecs)
+        found = convert_to_set(args.source, args.out, settings, execution)
+        made = None if found is None else Path(found.address)
     else:
         request = SetRequest(
             root=args.out,
@@ -102,9 +140,27 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path:
     return made
 
 
-def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path:
-    """The set of a table, or of a directory of frames. Raises WrongSetting."""
-    from convert.pipeline import Execution, convert_to_set
+def _execution_of(args: argparse.Namespace, workers: int | None, codecs: Codecs) -> "Execution":
+    """Who makes the shards, and how."""
+    from convert.cluster import Cluster
+    from convert.pipeline import Execution
+
+    cluster = None
+    if args.scheduler != LOCAL:
+        cluster = Cluster(scheduler=args.scheduler, workers=args.workers, report=args.report)
+    return Execution(
+        workers=workers,
+        codecs=codecs,
+        repair=args.repair,
+        max_failed=args.max_failed,
+        part=args.part,
+        cluster=cluster,
+    )
+
+
+def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path | None:
+    """The set of a table, or of a directory of frames; None of a part."""
+    from convert.pipeline import convert_to_set
     from convert.session import SetRequest, prepare
     from convert.sources.opening import open_source
 
@@ -126,12 +182,9 @@ def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) ->
                 max_failed=args.max_failed,
             )
             return prepare(request)
-        execution = Execution(
-            workers=args.workers, codecs=codecs, repair=args.repair, max_failed=args.max_failed
-        )
+        execution = _execution_of(args, args.workers, codecs)
         made = convert_to_set(source, args.out, settings, execution)
-        assert made is not None
-        return Path(made.address)
+        return None if made is None else Path(made.address)
 
 
 def _found_by_name(args: argparse.Namespace, settings: ConversionSettings) -> Path:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from convert.machine import shared_memory
+from convert.plan import Plan
 from convert.resize import Resizer, ValueRangeError
-from convert.sources.base import RowReader
+from convert.sources.base import RowReader, Source
 from convert.sources.errors import BadRow, Damaged, Unreadable
 from shards.errors import DamagedSource, UserError, WrongSource, one_line
 from shards.spec import Field
@@ -158,6 +159,32 @@ class Decoder:
 
     def blaming(self, reader: RowReader, row: int | None = None) -> AbstractContextManager[None]:
         return blaming(self.source, reader.called(row), self.advice)
+
+
+def decoder_of(
+    plan: Plan, source: Source, readers: Sequence[RowReader], buffers: Buffers
+) -> Decoder:
+    """readers: of all fields of the plan, by whose places among them it is asked to decode."""
+    is_hw = {name: reader.is_hw for reader in readers for name in reader.fields}
+    resizers = {
+        field.name: Resizer(
+            field=field,
+            size=plan.settings.size,
+            box=plan.box,
+            depth_resize=plan.settings.depth_resize,
+            highest_id=source.highest_id(field.name),
+            is_hw=is_hw[field.name],
+        )
+        for field in plan.fields
+    }
+    return Decoder(
+        source=str(source),
+        advice=source.advice,
+        rows_per_shard=plan.settings.rows_per_shard,
+        readers=dict(enumerate(readers)),
+        resizers=resizers,
+        buffers=buffers,
+    )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ shards are held, or as many as one task touches: memory does not depend on the n
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,10 +15,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from convert.decode import SIZES, Buffers, Decoder, Helper
+from convert.decode import SIZES, Buffers, Helper, decoder_of
 from convert.machine import memory_of
 from convert.plan import Plan, Task
-from convert.resize import Resizer
 from convert.shard import FullShard
 from convert.sources.base import RowReader, Source
 from shards.files import log
@@ -29,6 +28,7 @@ HELPERS_FROM = 256 << 20  # bytes to unpack; a helper takes 0.2 s to start
 MIN_SLOTS = 2  # one shard is filled while another is written
 WriteShard = Callable[[FullShard], Receipt]
 Receipts = list[tuple[int, Receipt]]
+Made = Generator[tuple[int, Receipt], None, None]  # each shard with its receipt
 
 
 @dataclass
@@ -76,36 +76,13 @@ class LocalExecutor:
         self._free_slots = list(range(n_slots))
         n_rows = min(plan.settings.rows_per_shard, plan.n_rows)
         self._buffers = Buffers(plan.fields, plan.settings.size, n_slots, n_rows)
-        self._decoder = self._new_decoder()
+        self._decoder = decoder_of(plan, source, readers, self._buffers)
         self._pool = ThreadPoolExecutor(workers)
         self._writer = ThreadPoolExecutor(1)
         self._n_todo = sum(plan.n_rows_of(k) for k in {k for task in tasks for k in task.shards})
         # Rows of every reader: a row is done once all of them have decoded theirs.
         self._n_decoded = 0
         self._progress = Progress("converting", self._n_todo, unit="row", amount=n_rows_text)
-
-    def _new_decoder(self) -> Decoder:
-        settings = self._plan.settings
-        is_hw = {name: reader.is_hw for reader in self._readers for name in reader.fields}
-        resizers = {
-            field.name: Resizer(
-                field=field,
-                size=settings.size,
-                box=self._plan.box,
-                depth_resize=settings.depth_resize,
-                highest_id=self._source.highest_id(field.name),
-                is_hw=is_hw[field.name],
-            )
-            for field in self._plan.fields
-        }
-        return Decoder(
-            source=str(self._source),
-            advice=self._source.advice,
-            rows_per_shard=settings.rows_per_shard,
-            readers=dict(enumerate(self._readers)),
-            resizers=resizers,
-            buffers=self._buffers,
-        )
 
     def __enter__(self) -> "LocalExecutor":
         return self
@@ -122,9 +99,7 @@ class LocalExecutor:
             reader.close()
         self._buffers.close()
 
-    def run(
-        self, scratch: Path, write: WriteShard, facts: "Future[Any]"
-    ) -> Iterator[tuple[int, Receipt]]:
+    def run(self, scratch: Path, write: WriteShard, facts: "Future[Any]") -> Made:
         """Yields (shard, receipt) as soon as it is durable; raises what any of its threads raised.
 
         scratch: a directory for what has to be unpacked first. write: called in one thread, a full

@@ -1,9 +1,11 @@
 """The commands of `python -m convert`, their flags, and what a command line asks for with them."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from convert.plan import Part
 from convert.sources.opening import LAYOUTS, OF_DIRECTORIES, SourceOptions
 from shards.containers import CODECS
 from shards.errors import WrongSetting
@@ -18,6 +20,8 @@ the others check sets, show and copy them. The last line of standard output is
 what was made; messages go to standard error."""
 SET = "a finished set, or a folder that holds exactly one"
 AUTO = "auto"
+LOCAL = "local"  # this machine's threads and helper processes
+OWN = "dask"  # as convert.cluster has it
 
 Verbs = Mapping[str, Callable[[argparse.Namespace], None]]
 
@@ -98,6 +102,24 @@ def _source(text: str) -> object:
 def _whole_or_auto(low: int, high: int) -> Callable[[str], int]:
     parse = whole(low, high)
     return lambda text: 0 if text == AUTO else parse(text)
+
+
+def _part(text: str) -> Part:
+    """I/N"""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    part = Part(number=int(match[1]), of=int(match[2])) if match else None
+    if part is None or not 1 <= part.number <= part.of:
+        raise argparse.ArgumentTypeError(f"{text!r}: give I/N, from 1/N to N/N")
+    return part
+
+
+def _scheduler(text: str) -> str:
+    if text in (LOCAL, OWN) or re.fullmatch(r"[a-z]+://[^/]+:[0-9]+/?", text):
+        return text
+    if text.endswith(".json"):
+        return str(as_path(text))
+    choices = f"choose {LOCAL}, {OWN}, an address such as tcp://10.0.0.1:8786, or a FILE.json"
+    raise argparse.ArgumentTypeError(f"{text!r}: {choices}")
 
 
 def _share(text: str) -> float:
@@ -219,6 +241,20 @@ def _add_field_flag(p: Any) -> None:
 def _add_execution_flags(p: Any) -> None:
     workers_help = "processes that convert (1 to 256, default: one a core)"
     p.add_argument("--workers", type=whole(1, 256), metavar="N", help=workers_help)
+    scheduler_help = (
+        "who makes shards: local, dask (a cluster of this machine), tcp://HOST:PORT or a "
+        "scheduler's FILE.json (default: %(default)s)"
+    )
+    p.add_argument(
+        "--scheduler", type=_scheduler, default=LOCAL, metavar="WHERE", help=scheduler_help
+    )
+    report_help = "an .html of what a Dask cluster did (default: none)"
+    p.add_argument("--report", type=as_path, metavar="F.html", help=report_help)
+    part_help = (
+        "make the I-th of N parts alone, 1/N to N/N; whichever finds all done finishes the set "
+        "(default: all of it)"
+    )
+    p.add_argument("--part", type=_part, metavar="I/N", help=part_help)
     repair_help = "redo the shards of a finished set that are wrong, or have unreadable rows"
     p.add_argument("--repair", action="store_true", help=repair_help)
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.executors import LocalExecutor
+from convert.cluster import Cluster, ClusterExecutor
+from convert.executors import LocalExecutor, Made
 from convert.existing import find_set, finished, right_or_taken_back, say_other_names
 from convert.failed import (
     MANY_FAILED,
@@ -32,7 +33,7 @@ from convert.failed import (
 )
 from convert.machine import n_cores
 from convert.plan import Part, Plan, plan_tasks
-from convert.shard import FullShard, write_shard
+from convert.shard import FullShard, is_train_of, write_shard
 from convert.sources.base import (
     RowFacts,
     Source,
@@ -61,7 +62,6 @@ from shards.manifest import (
 )
 from shards.progress import megabytes
 from shards.spec import (
-    SPLITS,
     Codecs,
     ConversionSettings,
     DatasetSpec,
@@ -75,7 +75,6 @@ from stores.http import without_secrets
 from stores.places import root_at
 
 MAX_WORKERS = 256
-TRAIN = SPLITS.index("train")
 
 
 def convert(
@@ -87,6 +86,7 @@ def convert(
     codecs: Codecs = None,
     repair: bool = False,
     max_failed: float = 0.0,
+    client: Any = None,
 ) -> str:
     """Convert `source` into a folder under `out`: its path. A finished one stays as it is.
 
@@ -96,11 +96,18 @@ def convert(
     workers: threads and processes; None: one a core. codecs: one for each field of a Zarr set;
     None: .npy. repair: check a finished set byte for byte, and make the shards that are wrong, or
     have rows that failed, again. max_failed: the share of rows that may fail in a set that is
-    published; they are in it, empty, with a status that training leaves out.
+    published; they are in it, empty, with a status that training leaves out. client: a
+    dask.distributed.Client whose workers make the shards; it is not closed.
 
     Raises UserError for anything a user can mend. Peak memory is about two shards and a few rows.
     """
-    execution = Execution(workers=workers, codecs=codecs, repair=repair, max_failed=max_failed)
+    execution = Execution(
+        workers=workers,
+        codecs=codecs,
+        repair=repair,
+        max_failed=max_failed,
+        cluster=None if client is None else Cluster(client=client),
+    )
     made = convert_to_set(source, out, settings, execution)
     assert made is not None  # as it is not one part of it
     return str(made.address)
@@ -115,6 +122,7 @@ class Execution:
     repair: bool = False
     max_failed: float = 0.0
     part: Part | None = None
+    cluster: Cluster | None = None  # None: this machine's threads and helper processes
     # Told of each shard that is durable, (directory, number, receipt), those of an earlier run
     # first; it may not wait. Of sets on this machine's file systems alone.
     on_shard: Callable[[Path, int, Receipt], object] | None = None
@@ -176,6 +184,8 @@ def _check_arguments(settings: Any, execution: Execution) -> None:
         raise WrongSetting("repair", repr(execution.repair), "True or False")
     if not is_number(execution.max_failed) or not 0 <= execution.max_failed <= 1:
         raise WrongSetting("max_failed", repr(execution.max_failed), "choose a share, 0 to 1")
+    if execution.cluster is not None:
+        execution.cluster.check()
     # Which fields need one is known once the source is open.
     codecs = execution.codecs
     check_codecs(codecs, list(codecs) if isinstance(codecs, dict) else settings.fields)
@@ -208,7 +218,7 @@ def _convert_source(
             folder.delete(*map(receipt_name, made.done))
             raise WrongSource(source, "changed while it was read", "Wait until it is whole")
         seconds = time.perf_counter() - started
-        if execution.part is not None and len(made.done) < len(plan.bounds):
+        if execution.part is not None:
             return _finish_part(plan, source, folder, made, seconds)
         return _finish(plan, source, folder, made, seconds)
 
@@ -397,34 +407,34 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
         _tell(execution, folder, k, receipt)
     todo = [k for k in mine if k not in done]
     readers = source.readers([field.name for field in plan.fields])
-    tasks = plan_tasks(plan, [reader.group_rows for reader in readers], todo)
-    scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
+    executor: LocalExecutor | ClusterExecutor
+    if execution.cluster is not None:
+        executor = ClusterExecutor(plan, source, readers, folder, execution.cluster)
+        scratch_bytes = 0
+    else:
+        tasks = plan_tasks(plan, [reader.group_rows for reader in readers], todo)
+        scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
+        workers = execution.workers or n_cores()
+        executor = LocalExecutor(plan, source, readers, tasks, workers)
     _say_what_comes(plan, folder, todo, scratch_bytes)
-
     with (
         _thread_beside(source) as beside,  # text is read while pictures are decoded
-        LocalExecutor(plan, source, readers, tasks, execution.workers or n_cores()) as executor,
+        executor,
     ):
         facts: Future[RowFacts] = beside.submit(source.row_facts)
-
-        def write(shard: FullShard) -> Receipt:
-            is_train = is_train_of(facts.result(), plan, shard.number)
-            receipt = write_shard(plan, shard, is_train, folder)
-            write_receipt(folder, shard.number, receipt)
-            return receipt
-
         too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
-        for k, receipt in executor.run(_scratch(folder), write, facts):
-            done[k] = receipt
-            _tell(execution, folder, k, receipt)
-            failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
-            if len(failed) > too_many:
-                columns = filled_columns(
-                    facts.result().columns, plan.n_rows, source.dataset, "none"
-                )
-                write_failed(folder, failed, columns)
-                listed = f"{folder}/{FAILED}"
-                raise FailedRows(source, failed, plan.n_rows, listed, is_early=True)
+        with closing(_put_down(executor, plan, folder, todo, facts)) as receipts:
+            for k, receipt in receipts:
+                done[k] = receipt
+                _tell(execution, folder, k, receipt)
+                failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
+                if len(failed) > too_many:
+                    columns = filled_columns(
+                        facts.result().columns, plan.n_rows, source.dataset, "none"
+                    )
+                    write_failed(folder, failed, columns)
+                    listed = f"{folder}/{FAILED}"
+                    raise FailedRows(source, failed, plan.n_rows, listed, is_early=True)
     return RunResult(
         facts=facts.result(),
         done=done,
@@ -433,14 +443,29 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
     )
 
 
-def is_train_of(facts: RowFacts, plan: Plan, shard: int) -> np.ndarray:
-    """[n] of a shard's rows: whether they are train rows, of which statistics are made."""
-    start, stop = plan.bounds_of(shard)
-    if "split" not in facts.columns:
-        return np.ones(stop - start, bool)
-    split = np.asarray(facts.columns["split"])
-    is_train: np.ndarray = split[start:stop] == TRAIN
-    return is_train
+def _put_down(
+    executor: LocalExecutor | ClusterExecutor,
+    plan: Plan,
+    folder: WritableFolder,
+    todo: Sequence[int],
+    facts: "Future[RowFacts]",
+) -> Made:
+    """Each of these shards as it is durable, once its receipt is written."""
+    if isinstance(executor, ClusterExecutor):
+        with closing(executor.run(todo, facts)) as receipts:
+            for k, receipt in receipts:
+                write_receipt(folder, k, receipt)
+                yield k, receipt
+        return
+
+    def write(shard: FullShard) -> Receipt:
+        is_train = is_train_of(facts.result(), plan, shard.number)
+        receipt = write_shard(plan, shard, is_train, folder)
+        write_receipt(folder, shard.number, receipt)
+        return receipt
+
+    with closing(executor.run(_scratch(folder), write, facts)) as receipts:
+        yield from receipts
 
 
 def _tell(execution: Execution, folder: WritableFolder, shard: int, receipt: Receipt) -> None:

@@ -80,6 +80,9 @@ class Part:
     number: int
     of: int
 
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
     def shards(self, n_shards: int) -> range:
         """Those it makes, of so many: neighbours, which may share what has to be decoded."""
         return range((self.number - 1) * n_shards // self.of, self.number * n_shards // self.of)

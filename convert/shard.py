@@ -10,10 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.plan import Plan
+from convert.sources.base import RowFacts
 from convert.statistics import train_sums
 from shards.containers import write_field
 from shards.files import FileEntry, WritableFolder
 from shards.manifest import ChannelSums, Receipt, RowsRead, ShardEntry
+from shards.spec import SPLITS
+
+TRAIN = SPLITS.index("train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,16 @@ class FullShard:
     arrays: Mapping[str, np.ndarray]
     sizes: np.ndarray
     failed: Mapping[int, str]
+
+
+def is_train_of(facts: RowFacts, plan: Plan, shard: int) -> np.ndarray:
+    """[n] of a shard's rows: whether they are train rows, of which statistics are made."""
+    start, stop = plan.bounds_of(shard)
+    if "split" not in facts.columns:
+        return np.ones(stop - start, bool)
+    split = np.asarray(facts.columns["split"])
+    is_train: np.ndarray = split[start:stop] == TRAIN
+    return is_train
 
 
 def write_shard(

@@ -3,6 +3,7 @@
     UserError                 problem, right
       WrongSetting            name, given, choices      a value that no set or run can be made from
         NeedsSetting          other, needed             it goes with that value of another one alone
+        ConflictingSettings   other, other_given        not with that value of another one
       MissingSet              path                      there is no finished set
         UnfinishedSet         path, n_shards_done       a conversion has begun there
       SeveralSets             path, found               more than one: which is meant?
@@ -149,6 +150,21 @@ class NeedsSetting(WrongSetting):
         needed = naming(self.other, self.needed)
         advice = self.advice or f"Add that, or leave {naming(self.name)} out"
         return f"{naming(self.name, self.given)} is for {needed}", advice
+
+
+class ConflictingSettings(WrongSetting):
+    """Two settings of which each is right by itself, and that do not go together."""
+
+    def __init__(self, name: str, given: Any, other: str, other_given: Any) -> None:
+        self.other = other
+        self.other_given = other_given
+        super().__init__(name, given, f"not together with {as_argument(other, other_given)}")
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Both of them."""
+        other = naming(self.other, self.other_given)
+        what = f"{naming(self.name, self.given)} does not go with {other}"
+        return what, "Leave one of them out"
 
 
 class PathError(UserError):

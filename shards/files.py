@@ -11,8 +11,9 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -42,9 +43,23 @@ class FileEntry:
         return cls(value.whole("bytes"), value.text("sha256"))
 
 
+_IS_QUIET = ContextVar("is_quiet", default=False)
+
+
 def log(message: str) -> None:
     """A line for whoever watches; standard output is for results."""
-    print(printable(message), file=sys.stderr, flush=True)
+    if not _IS_QUIET.get():
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What is logged in here has been said already, by another process."""
+    before = _IS_QUIET.set(True)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(before)
 
 
 def mebibytes(n_bytes: int | None) -> str:

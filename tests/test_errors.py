@@ -10,12 +10,11 @@ import pytest
 from conftest import REPO
 
 from shards.copy import codecs_of
-from shards.errors import NeedsSetting, UserError, WrongSetting
+from shards.errors import ConflictingSettings, NeedsSetting, UserError, WrongSetting
 from shards.flags import as_flag
 from train.errors import (
     BatchTooSmall,
     CannotUnpack,
-    ConflictingSettings,
     Diverged,
     MissingDepth,
     NoKnownPixel,

@@ -1,7 +1,6 @@
 """What ends a training or a prediction, as a small tree below `shards.errors.UserError`.
 
     WrongSetting            name, given, choices    of shards.errors; a field of Settings, say
-      ConflictingSettings   other, other_given      two that do not go together
     WrongNetwork            model                   it cannot be made, or is no answer
     WrongWeights            weights                 they cannot be read, or do not fit
     NoCheckpoint            run                     there is no run to predict with
@@ -24,22 +23,7 @@ Settings are called as in Python; the command line has the same texts told with 
 from pathlib import Path
 from typing import Any
 
-from shards.errors import Naming, UserError, WrongPlace, WrongSetting, as_argument
-
-
-class ConflictingSettings(WrongSetting):
-    """Two settings of which each is right by itself, and that do not go together."""
-
-    def __init__(self, name: str, given: Any, other: str, other_given: Any) -> None:
-        self.other = other
-        self.other_given = other_given
-        super().__init__(name, given, f"not together with {as_argument(other, other_given)}")
-
-    def words(self, naming: Naming) -> tuple[str, str]:
-        """Both of them."""
-        other = naming(self.other, self.other_given)
-        what = f"{naming(self.name, self.given)} does not go with {other}"
-        return what, "Leave one of them out"
+from shards.errors import Naming, UserError, WrongPlace, as_argument
 
 
 class WrongNetwork(UserError):

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.dataset import ShardSet
-from shards.errors import NeedsSetting, WrongSetting
+from shards.errors import ConflictingSettings, NeedsSetting, WrongSetting
 from train.checkpoint import CLASS_TABLE
-from train.errors import ConflictingSettings
 from train.model import BUILT_IN
 from train.settings import Settings
 

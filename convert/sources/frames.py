@@ -6,6 +6,7 @@ FrameTable  lines as written  ->  splits, order  ->  FrameRows  rows as they wil
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class FramesSource:
     def __init__(self, path: Path, settings: ConversionSettings, options: SourceOptions) -> None:
         check_names(settings.depth_encoding, settings.depth_scale, settings.depth_trunc)
         self._path = path
+        # For other processes, which may have another current folder.
+        self.opener = partial(type(self), path.absolute(), settings, options.from_anywhere())
         self._wanted = Wanted(kinds=settings.kinds, known=settings.fields, roots=options.roots)
         self._is_laid_out = is_laid_out(path, options.layout)
         self._layout = layout_of(path, options.layout) if self._is_laid_out else ""

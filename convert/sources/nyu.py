@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class NyuSource:
 
     def __init__(self, path: Path | Elsewhere, settings: ConversionSettings) -> None:
         self.path = path
+        there = path.absolute() if isinstance(path, Path) else path
+        self.opener = partial(type(self), there, settings)  # for other processes
         self.dataset = nyu()
         self.fields: Mapping[str, Field] = NYU_FIELDS
         # Before its rows can be counted: a field that it lacks is refused.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,11 @@ class SourceOptions:
         if self.layout not in LAYOUTS:
             raise WrongSetting("layout", self.layout, f"choose one of {', '.join(LAYOUTS)}")
 
+    def from_anywhere(self) -> SourceOptions:
+        """The same for a process that has another current folder: no path is relative."""
+        label_names = self.label_names.absolute() if self.label_names else None
+        return replace(self, roots=tuple(map(_from_anywhere, self.roots)), label_names=label_names)
+
 
 def open_source(
     path: Path | Elsewhere, settings: ConversionSettings, options: SourceOptions | None = None
@@ -58,6 +63,15 @@ def open_source(
     from convert.sources.nyu import NyuSource
 
     return NyuSource(path, settings)
+
+
+def _from_anywhere(root: str) -> str:
+    """A place, or FIELD=place, that is no relative path."""
+    from convert.sources.roots import IS_URL, parted
+
+    field, place = parted(root)
+    there = place if IS_URL.match(place) else str(Path(place).expanduser().absolute())
+    return f"{field}={there}" if field else there
 
 
 def is_frames(path: Path | Elsewhere, layout: str) -> bool:
