@@ -44,7 +44,9 @@ ALL = (*OF_ANY, *OF_READING, *OF_WRITING, *OF_LISTING)
 NOT_GIVEN_ON = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "expect"}
 ENTRY = re.compile(rb"<Contents>.*?</Contents>", re.DOTALL)
 KEY_COUNT = re.compile(rb"<KeyCount>\d+</KeyCount>")
-ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>no</Message></Error>'
+ERROR = (
+    '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>no</Message></Error>'
+)
 
 
 @dataclass
