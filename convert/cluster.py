@@ -222,7 +222,7 @@ class ClusterExecutor:
         tasks = self._tasks(todo, facts.result())
         n_rows = sum(self._plan.n_rows_of(k) for k in todo)
         self._progress = Progress("converting", n_rows, unit="row", amount=n_rows_text)
-        with self._cluster.connected() as client, _token_there(self._folder, self._job.token):
+        with self._cluster.connected() as client, _token_there(self._job.token):
             _check_workers(client, self._job)
             with _reported(client, self._cluster.report):
                 window = _Window(client, self._job, str(self._cluster))
@@ -270,7 +270,7 @@ def _token(folder: WritableFolder, run: str) -> Token | None:
 
 
 @contextmanager
-def _token_there(folder: WritableFolder, token: Token | None) -> Iterator[None]:
+def _token_there(token: Token | None) -> Iterator[None]:
     if token is None:
         yield
         return
@@ -279,8 +279,6 @@ def _token_there(folder: WritableFolder, token: Token | None) -> Iterator[None]:
         yield
     finally:
         token.path.unlink(missing_ok=True)
-        # What workers that were killed left behind. Who still writes there does so again, in vain.
-        folder.remove_unfinished()
 
 
 def _what_is_not_there(folder: WritableFolder, receipt: Receipt) -> str | None:

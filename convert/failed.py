@@ -57,12 +57,12 @@ def most_failed(n_rows: int, share: float) -> int:
     return int(share * n_rows + 1e-9)
 
 
-def try_failed_again(done: dict[int, Receipt], n_rows: int, share: float) -> None:
-    """Leave out of `done` the shards with failed rows, where those are more than may fail: their
-    files may have been mended since.
+def try_failed_again(done: dict[int, Receipt], n_allowed: int) -> None:
+    """Leave out of `done` the shards with failed rows, where those are more than that: their files
+    may have been mended since.
     """
     with_failed = {k: receipt.rows.failed for k, receipt in done.items() if receipt.rows}
-    if sum(map(len, with_failed.values())) <= most_failed(n_rows, share):
+    if sum(map(len, with_failed.values())) <= n_allowed:
         return
     for k, failed in with_failed.items():
         if failed:

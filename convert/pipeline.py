@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +47,7 @@ from convert.sources.opening import open_source
 from convert.statistics import statistics
 from shards.containers import check_codecs
 from shards.dataset import SetInStore, ShardSet, StoredSet, check_files
-from shards.errors import WrongSetting, WrongSource
+from shards.errors import Busy, WrongSetting, WrongSource
 from shards.files import LocalFolder, WritableFolder, json_bytes, log, mebibytes
 from shards.lock import hold, only_one
 from shards.manifest import (
@@ -194,7 +194,6 @@ def _check_arguments(settings: Any, execution: Execution) -> None:
 def _convert_source(
     source: Source, root: Root, settings: ConversionSettings, execution: Execution
 ) -> StoredSet | None:
-    started = time.perf_counter()
     before = source.stamp()
     plan = make_plan(source, settings, execution.codecs)
     folder = root.child(plan.directory_name)
@@ -209,18 +208,40 @@ def _convert_source(
             there = right_or_taken_back(folder, plan)
         else:
             there = finished(folder, plan)  # by another run, meanwhile
-        if there is not None:
-            return there
-        _make_ready(folder, before[-1], execution.part)
+        if there is None:
+            there = _made(plan, source, folder, execution, before)
+    if there is not None and execution.part is not None:
+        _sweep(folder)
+    return there
 
-        made = run_plan(plan, source, folder, execution)
-        if (source.stamp(), source.identity()) != (before, plan.source):
-            folder.delete(*map(receipt_name, made.done))
-            raise WrongSource(source, "changed while it was read", "Wait until it is whole")
-        seconds = time.perf_counter() - started
-        if execution.part is not None:
-            return _finish_part(plan, source, folder, made, seconds)
-        return _finish(plan, source, folder, made, seconds)
+
+def _made(
+    plan: Plan,
+    source: Source,
+    folder: WritableFolder,
+    execution: Execution,
+    before: tuple[int, ...],
+) -> StoredSet | None:
+    """The set; None where only a part of it is there. before: the source's stamp."""
+    started = time.perf_counter()
+    _make_ready(folder, before[-1], execution.part)
+    made = run_plan(plan, source, folder, execution)
+    if (source.stamp(), source.identity()) != (before, plan.source):
+        folder.delete(*map(receipt_name, made.done))
+        raise WrongSource(source, "changed while it was read", "Wait until it is whole")
+    seconds = time.perf_counter() - started
+    if execution.part is not None:
+        return _finish_part(plan, source, folder, made, seconds)
+    if execution.cluster is not None and isinstance(folder, LocalFolder):
+        folder.remove_unfinished()  # of workers that were killed
+    return _finish(plan, source, folder, made, seconds)
+
+
+def _sweep(folder: WritableFolder) -> None:
+    """The last part to leave a finished set removes what parts that were killed left in it."""
+    if isinstance(folder, LocalFolder):
+        with suppress(Busy), only_one(folder.path.parent, folder.name):
+            folder.remove_unfinished()
 
 
 @contextmanager
@@ -272,18 +293,44 @@ def _finish(
 def _finish_part(
     plan: Plan, source: Source, folder: WritableFolder, made: "RunResult", seconds: float
 ) -> StoredSet | None:
-    """The part that finds all of them done is the one that commits; None: another one will."""
+    """The part that finds all of them done is the one that commits; None: another one will.
+
+    Every part looks after its last receipt is written, so one of them finds all. Raises FailedRows,
+    and OtherDecoder where all are done and the parts have not the same decoder.
+    """
     with _held_to_commit(folder):
         there = finished(folder, plan)
         if there is not None:
             return there
         others = set(range(len(plan.bounds))) - made.done.keys()
         done = {**made.done, **_done_before(folder, plan, others, are_hashed=False)}
-        if len(done) < len(plan.bounds):
-            so_far = f"{len(done)} of {len(plan.bounds)} shards are done"
-            log(f"{so_far}: the part that makes the last one finishes the set")
-            return None
-        return _finish(plan, source, folder, replace(made, done=done), seconds)
+        if len(done) == len(plan.bounds):
+            return _finish(plan, source, folder, replace(made, done=done), seconds)
+        # Without locks, or in a store, another part may have finished it and removed receipts.
+        there = finished(folder, plan)
+        if there is not None:
+            return there
+        _check_decoders(folder, plan, others - done.keys())
+        so_far = f"{len(done)} of {len(plan.bounds)} shards are done"
+        log(f"{so_far}: the part that makes the last one finishes the set")
+        return None
+
+
+class OtherDecoder(WrongSource):
+    """Shards that another decoder made: those of one set are made by one."""
+
+
+def _check_decoders(folder: WritableFolder, plan: Plan, missing: Collection[int]) -> None:
+    """Raise OtherDecoder where nothing else is missing than shards of another decoder: each part
+    would wait for another one.
+    """
+    found = resume(folder, plan.form_of_shards, missing, are_hashed=False)
+    decoders = {receipt.decoder for receipt in found.values()} - {plan.decoder}
+    if len(found) < len(missing) or not decoders:
+        return
+    what = f"{len(missing)} of its shards were decoded by {decoders.pop()}, here is {plan.decoder}"
+    right = "Give every machine the same, and make these parts again"
+    raise OtherDecoder(folder, f": {what}", right)
 
 
 @contextmanager
@@ -402,7 +449,11 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
     n_shards = len(plan.bounds)
     mine = execution.part.shards(n_shards) if execution.part else range(n_shards)
     done = _done_before(folder, plan, mine)
-    try_failed_again(done, plan.n_rows, execution.max_failed)
+    if failed_of(done.values()):  # whether they are too many, the rows of other parts tell too
+        elsewhere = set(range(n_shards)) - set(mine)
+        others = _done_before(folder, plan, elsewhere, are_hashed=False)
+        n_allowed = most_failed(plan.n_rows, execution.max_failed) - len(failed_of(others.values()))
+        try_failed_again(done, n_allowed)
     for k, receipt in done.items():
         _tell(execution, folder, k, receipt)
     todo = [k for k in mine if k not in done]

@@ -322,11 +322,12 @@ class LocalFolder:
             return _read_bytes(file, end - start)
 
     def sizes(self) -> dict[str, int] | None:
-        return {
-            str(path.relative_to(self.path)): path.lstat().st_size
-            for path in self.path.rglob("*")
-            if not path.is_dir()
-        }
+        found = {}
+        for path in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # others write here too: it was a temporary file
+                if not path.is_dir():
+                    found[str(path.relative_to(self.path))] = path.lstat().st_size
+        return found
 
     def what_is_wrong(self, name: str, entry: FileEntry) -> str | None:
         return what_is_wrong(self.path / name, entry)
@@ -340,8 +341,9 @@ class LocalFolder:
 
     def remove_unfinished(self, older_than_s: float = 0.0) -> None:
         for path in self.path.rglob(UNFINISHED):
-            if time.time() - path.lstat().st_mtime >= older_than_s:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.lstat().st_mtime >= older_than_s:
+                    path.unlink()
 
     def settle(self, names: Iterable[str]) -> None:
         for folder in {parent for name in names for parent in Path(name).parents}:
