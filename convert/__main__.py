@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, NoReturn
 
 from convert.next_command import command_of, is_of_frames, with_next_command
 from convert.parser import LOCAL, OWN, kinds_of, parser, settings_of, source_options_of
-from shards.copy import codecs_of, copy_set
+from shards.addresses import without_secrets
+from shards.copy import codecs_of, copy_into, copy_set, name_of_copy
 from shards.dataset import (
     DIRECTORY_NAME,
     LITTER,
+    SetInStore,
     ShardSet,
+    StoredSet,
     finished_sets,
     litter_in,
-    open_set,
+    open_in,
     resolve_set,
 )
 from shards.errors import (
@@ -33,11 +36,12 @@ from shards.errors import (
     WrongSource,
     printable,
 )
-from shards.files import log
+from shards.files import LocalFolder, log
 from shards.flags import as_typed
 from shards.manifest import MANIFEST, read_manifest
 from shards.spec import Codecs, ConversionSettings
 from stores.http import READERS, RemoteFile
+from stores.places import folder_at, resolve_in, root_at, store_at
 
 if TYPE_CHECKING:
     from convert.pipeline import Execution
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     _check_who_makes_it(args)
     if _is_set(args.source):
         _refuse_for_a_set(args)
-        made: Path | None = _copied(args, settings)
+        made: Path | str | None = _copied(args, settings)
     elif is_of_frames(args):
         made = _converted_frames(args, settings)
     else:
@@ -86,30 +90,44 @@ def _refuse_for_a_set(args: argparse.Namespace) -> None:
 
 
 def _is_set(source: object) -> bool:
-    """Whether it is a finished set, or a folder of some; a directory of frames is neither."""
+    """Whether it is a finished set, or a folder of some; a directory of frames is neither.
+
+    An address is that of a set: a .mat on a web server is a RemoteFile by now.
+    """
+    if isinstance(source, str):
+        return True
     if not isinstance(source, Path) or not source.is_dir():
         return False
     is_named_so = bool(DIRECTORY_NAME.fullmatch(source.name))
     return is_named_so or (source / MANIFEST).exists() or bool(finished_sets(source))
 
 
-def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path:
+def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path | str:
     """A copy of a finished set; one of version 1 with these settings is upgraded first."""
+    found = _set_to_copy(args.source, settings)
+    codecs = codecs_of(args.format, args.codec, found.manifest.fields)
+    if isinstance(args.out, Path):
+        return copy_set(found, args.out, codecs).path
+    root = root_at(args.out, replaces=args.repair)
+    return copy_into(found, root.child(name_of_copy(found, codecs)), codecs).address
+
+
+def _set_to_copy(source: Path | str, settings: ConversionSettings) -> StoredSet:
     from convert.upgrade import read_version_1, upgrade
 
-    path = resolve_set(args.source)
+    folder = resolve_in(folder_at(source))
     try:
-        found = open_set(path)
+        found = open_in(folder)
     except OldSet:
-        _check_settings(path, settings, read_version_1(path).settings)
-        found = upgrade(path)
-    else:
-        _check_settings(path, settings, found.settings)
-    codecs = codecs_of(args.format, args.codec, found.manifest.fields)
-    return copy_set(found, args.out, codecs).path
+        if not isinstance(folder, LocalFolder):
+            raise
+        _check_settings(folder.path, settings, read_version_1(folder.path).settings)
+        return upgrade(folder.path)
+    _check_settings(found.address, settings, found.settings)
+    return found
 
 
-def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path | None:
+def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path | str | None:
     """The set of a given source, or the cheapest way to one; None of a part of it."""
     from convert.pipeline import convert_to_set
     from convert.session import SetRequest, prepare
@@ -122,8 +140,9 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path |
     if args.source and not args.drive:
         execution = _execution_of(args, workers, codecs)
         found = convert_to_set(args.source, args.out, settings, execution)
-        made = None if found is None else Path(found.address)
+        made: Path | str | None = None if found is None else found.address
     else:
+        _check_on_this_machine(args)
         request = SetRequest(
             root=args.out,
             settings=settings,
@@ -133,8 +152,7 @@ def _converted(args: argparse.Namespace, settings: ConversionSettings) -> Path |
             workers=workers,
             codecs=codecs,
         )
-        made = prepare(request)
-        _say_which_to_train(made)
+        made = _to_train_on(prepare(request))
     if is_remote:
         print(args.source.report(), file=sys.stderr)
     return made
@@ -158,15 +176,25 @@ def _execution_of(args: argparse.Namespace, workers: int | None, codecs: Codecs)
     )
 
 
-def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path | None:
-    """The set of a table, or of a directory of frames; None of a part."""
+def _check_on_this_machine(args: argparse.Namespace) -> None:
+    """Raise WrongSetting where a set is to be found or kept by a session, which needs a disk."""
+    if isinstance(args.out, str):
+        choices = "an address takes a source that is named, and no folder of Drive"
+        raise WrongSetting("out", without_secrets(args.out), choices)
+
+
+def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) -> Path | str | None:
+    """The set of a table, or of a directory of frames; None of a part. Raises WrongSetting."""
     from convert.pipeline import convert_to_set
     from convert.session import SetRequest, prepare
     from convert.sources.opening import open_source
 
     if args.url is not None:
         raise NeedsSetting("url", args.url, "layout", "nyu")
-    if not args.source.exists():  # the set may be all that is left of it
+    if args.drive:
+        _check_on_this_machine(args)
+    # The set may be all that is left of it.
+    if not args.source.exists() and isinstance(args.out, Path):
         return _found_by_name(args, settings)
     with closing(open_source(args.source, settings, source_options_of(args))) as source:
         resolved = source.resolved(settings)
@@ -184,7 +212,7 @@ def _converted_frames(args: argparse.Namespace, settings: ConversionSettings) ->
             return prepare(request)
         execution = _execution_of(args, args.workers, codecs)
         made = convert_to_set(source, args.out, settings, execution)
-        return None if made is None else Path(made.address)
+        return None if made is None else made.address
 
 
 def _found_by_name(args: argparse.Namespace, settings: ConversionSettings) -> Path:
@@ -200,20 +228,23 @@ def _found_by_name(args: argparse.Namespace, settings: ConversionSettings) -> Pa
     return prepare(request)
 
 
-def _say_which_to_train(made: Path) -> None:
-    """`make train` finds a set by itself where it is the only one."""
+def _to_train_on(made: Path) -> Path:
+    """Say which it is where there are others: `make train` finds one that is alone by itself."""
     if len(finished_sets(made.parent)) > 1:
         log(
             f"{made.parent} has other sets too, which are kept. "
             f"Train on this one with: make train DATA={made}"
         )
+    return made
 
 
-def _check_settings(path: Path, asked: ConversionSettings, stored: ConversionSettings) -> None:
+def _check_settings(
+    place: Path | str, asked: ConversionSettings, stored: ConversionSettings
+) -> None:
     """Raise WrongSource where a finished set is not what is asked for; the defaults ask for any."""
     if not asked.fits(stored) and asked != ConversionSettings():
         what = f"has other settings ({stored})"
-        raise WrongSource(path, what, "Convert its source by itself")
+        raise WrongSource(place, what, "Convert its source by itself")
 
 
 def table(args: argparse.Namespace) -> None:
@@ -234,8 +265,9 @@ def verify(args: argparse.Namespace) -> None:
     from convert.verify import against, verify_all
 
     found = read_set(args.directory)
-    _warn_of_litter(found)
-    print(f"{found.path}: {verify_all(found)} files, every byte as the manifest says")
+    if isinstance(found, ShardSet):
+        _warn_of_litter(found)
+    print(f"{found.address}: {verify_all(found)} files, every byte as the manifest says")
     if args.against:
         n_rows = against(found, args.against, source_options_of(args), args.rows)
         print(f"every column and {n_rows} random rows are what {args.against} gives")
@@ -260,17 +292,20 @@ def _rm_litter(directory: Path, names: Sequence[str]) -> str:
     return as_typed(["find", str(directory), "-type", "f", "(", *patterns, ")", "-delete"])
 
 
-def read_set(path: Path) -> ShardSet:
+def read_set(place: Path | str) -> StoredSet:
     """A finished set of which only the manifest is looked at, as its files are checked later."""
-    directory = resolve_set(path)
-    return ShardSet(directory, read_manifest(directory))
+    folder = resolve_in(folder_at(place))
+    manifest = read_manifest(folder)
+    if isinstance(folder, LocalFolder):
+        return ShardSet(folder.path, manifest)
+    return SetInStore(folder, manifest)
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what is in a set, and draw a contact sheet."""
     from convert.inspect import describe, picture
 
-    found = open_set(resolve_set(args.directory))
+    found = open_in(resolve_in(folder_at(args.directory)))
     print(printable(describe(found)))
     if args.picture:
         picture(found, args.picture, args.rows)
@@ -283,17 +318,23 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    """Copy a set to Drive."""
+    """Copy a set to Drive, or into a store."""
     from convert.transfer import push
 
-    print(push(read_set(args.directory), args.drive).address)
+    directory = resolve_set(args.directory)
+    place = args.drive if isinstance(args.drive, Path) else store_at(args.drive)
+    print(push(ShardSet(directory, read_manifest(directory)), place).address)
 
 
 def pull(args: argparse.Namespace) -> None:
-    """Copy a set from Drive."""
+    """Copy a set from Drive, or out of a store."""
     from convert.transfer import pull, set_on_mount
 
-    print(pull(set_on_mount(resolve_set(args.drive)), args.root).path)
+    if isinstance(args.drive, Path):
+        found: StoredSet = set_on_mount(resolve_set(args.drive))
+    else:
+        found = read_set(args.drive)
+    print(pull(found, args.root).path)
 
 
 def sample(args: argparse.Namespace) -> None:

@@ -12,8 +12,16 @@ import numpy as np
 
 from shards.dataset import StoredSet
 from shards.errors import DamagedSet, Naming, UserError, WrongSource, as_argument
-from shards.files import WritableFolder, log
-from shards.manifest import FAILED, FAILED_ROW, RIGHT_ROW, ColumnValues, Receipt, RowsRead
+from shards.files import LocalFolder, WritableFolder, log
+from shards.manifest import (
+    FAILED,
+    FAILED_ROW,
+    RIGHT_ROW,
+    ColumnValues,
+    Receipt,
+    RowsRead,
+    receipt_name,
+)
 
 SHOWN = 3  # failed rows in a message
 # More than are allowed, after which a conversion gives up: a wrong root fails every row.
@@ -57,16 +65,19 @@ def most_failed(n_rows: int, share: float) -> int:
     return int(share * n_rows + 1e-9)
 
 
-def try_failed_again(done: dict[int, Receipt], n_allowed: int) -> None:
+def try_failed_again(folder: WritableFolder, done: dict[int, Receipt], n_allowed: int) -> None:
     """Leave out of `done` the shards with failed rows, where those are more than that: their files
     may have been mended since.
+
+    A store keeps what is there, so they are removed from it.
     """
     with_failed = {k: receipt.rows.failed for k, receipt in done.items() if receipt.rows}
     if sum(map(len, with_failed.values())) <= n_allowed:
         return
-    for k, failed in with_failed.items():
-        if failed:
-            del done[k]
+    again = {k: done.pop(k) for k, failed in with_failed.items() if failed}
+    if not isinstance(folder, LocalFolder):  # a receipt last: what it names is there until then
+        folder.delete(*(name for receipt in again.values() for name in receipt.entry.files))
+        folder.delete(*map(receipt_name, again))
 
 
 def write_failed(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.dataset import ShardSet
+from shards.dataset import StoredSet
 from shards.errors import UserError, WrongPlace, how_to_install
 from shards.files import mebibytes, write_atomically
 from shards.manifest import FAILED, PROVENANCE, RIGHT_ROW, read_provenance
@@ -19,12 +19,12 @@ INK = "#1c1f24"
 PICTURE_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg", ".pdf": "pdf"}
 
 
-def describe(found: ShardSet) -> str:
+def describe(found: StoredSet) -> str:
     """Rows, splits, class counts, depth range, void share, provenance, as text."""
     manifest = found.manifest
     n_bytes = sum(entry.n_bytes for entry in manifest.files.values())
     lines = [
-        str(found.path),
+        str(found.address),
         f"  rows      {found.n_rows}: {_splits_text(found)}",
         *_failed_lines(found),
         f"  settings  {json.dumps(found.settings.to_json())}",
@@ -32,19 +32,19 @@ def describe(found: ShardSet) -> str:
         f"  files     {len(manifest.files)}, {n_bytes / 1e6:.0f} MB",
         *(_field_line(found, field) for field in manifest.fields.values()),
         *_scene_type_lines(found),
-        _provenance_line(found.path),
+        _provenance_line(found),
     ]
     return "\n".join([*lines, *(f"  note      {warning}" for warning in found.dataset.warnings)])
 
 
-def _splits_there(found: ShardSet) -> list[str]:
+def _splits_there(found: StoredSet) -> list[str]:
     """train and test, and val where it has rows."""
     split = found.column("split")
     has_val = bool(np.any(split == SPLITS.index("val")))
     return ["train", "val", "test"] if has_val else ["train", "test"]
 
 
-def _splits_text(found: ShardSet) -> str:
+def _splits_text(found: StoredSet) -> str:
     split = found.column("split")
     scene = found.column("scene")
     counts = [f"{np.sum(split == SPLITS.index(name))} {name}" for name in _splits_there(found)]
@@ -56,7 +56,7 @@ def _splits_text(found: ShardSet) -> str:
     return f"{', '.join(counts)}, {n_scenes} scenes ({n_shared} in {several})"
 
 
-def _failed_lines(found: ShardSet) -> list[str]:
+def _failed_lines(found: StoredSet) -> list[str]:
     """How many rows could not be read, where any could not."""
     n_failed = int(np.sum(found.column("status") != RIGHT_ROW))
     if not n_failed:
@@ -64,7 +64,7 @@ def _failed_lines(found: ShardSet) -> list[str]:
     return [f"  failed    {n_failed} rows are empty and left out of training: see {FAILED}"]
 
 
-def _scene_type_lines(found: ShardSet) -> list[str]:
+def _scene_type_lines(found: StoredSet) -> list[str]:
     """How many rows of each type are in each split."""
     split = found.column("split")
     types = found.column("scene_type")
@@ -78,7 +78,7 @@ def _scene_type_lines(found: ShardSet) -> list[str]:
     return lines
 
 
-def _field_line(found: ShardSet, field: Field) -> str:
+def _field_line(found: StoredSet, field: Field) -> str:
     shape = field.row_shape(found.settings.size)
     text = f"  {field.name:<9} {field.dtype} {shape}, {field.unit}"
     if field.dtype != "<u2" or field.kind == "grey16":
@@ -94,8 +94,8 @@ def _field_line(found: ShardSet, field: Field) -> str:
     return f"{text}: {low} .. {high}, {share_of_none:.1%} without a measurement"
 
 
-def _provenance_line(directory: Path) -> str:
-    made = read_provenance(directory)
+def _provenance_line(found: StoredSet) -> str:
+    made = read_provenance(found.folder)
     unknown = f"  made: unknown (no {PROVENANCE})"
     if made is None:
         return unknown
@@ -107,7 +107,7 @@ def _provenance_line(directory: Path) -> str:
         return unknown
 
 
-def picture(found: ShardSet, out: Path, n_rows: int) -> None:
+def picture(found: StoredSet, out: Path, n_rows: int) -> None:
     """Write a contact sheet of rows spread over the set, as what the suffix of `out` says.
 
     Folders are made. Raises WrongPlace, also for a suffix that no picture has.
@@ -137,7 +137,7 @@ def _type_name(dataset: DatasetSpec, number: int) -> str:
 
 
 def _stored(
-    found: ShardSet, field: str, rows: np.ndarray, planes: tuple[int, ...] = ()
+    found: StoredSet, field: str, rows: np.ndarray, planes: tuple[int, ...] = ()
 ) -> np.ndarray:
     """These rows of a field; of one that the set does not have, nothing but zeros."""
     size = found.settings.size
@@ -146,16 +146,15 @@ def _stored(
     return np.stack([stored_row(found, field, int(row)) for row in rows])
 
 
-def spread_rows(found: ShardSet, n_rows: int) -> list[int]:
+def spread_rows(found: StoredSet, n_rows: int) -> list[int]:
     """So many rows, or all there are, spread over the set."""
     n_shown = min(n_rows, found.n_rows)
     return [int(row) for row in np.linspace(0, found.n_rows - 1, n_shown)]
 
 
-def stored_row(found: ShardSet, field: str, row: int) -> np.ndarray:
+def stored_row(found: StoredSet, field: str, row: int) -> np.ndarray:
     """One row of a field, as it is stored."""
-    shard, place = divmod(row, found.settings.rows_per_shard)
-    return found.shard(field, shard)[place]
+    return found.row(field, row)
 
 
 @dataclass(frozen=True, kw_only=True)

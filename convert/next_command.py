@@ -8,7 +8,8 @@ from typing import Any
 
 from convert.failed import FailedRows
 from convert.sources.opening import is_frames
-from shards.dataset import ShardSet
+from shards.addresses import is_address, parent_of
+from shards.dataset import ShardSet, StoredSet
 from shards.errors import (
     Busy,
     DamagedSet,
@@ -21,6 +22,7 @@ from shards.errors import (
     OtherSet,
     SeveralSets,
     StoreFailed,
+    UnfinishedSet,
     UserError,
     WrongPlace,
     WrongSource,
@@ -49,7 +51,7 @@ def command_of(args: argparse.Namespace | None) -> str:
     if args is None:
         return "make convert"
     verb = args.function.__name__
-    if verb == "table" or (verb == "run" and is_of_frames(args)):
+    if verb == "table" or (verb == "run" and is_of_frames(args)) or _has_address(args):
         return THE_SAME
     if verb != "run":
         return f"make {verb}"
@@ -62,6 +64,12 @@ def is_of_frames(args: argparse.Namespace) -> bool:
     return source is not None and is_frames(source, args.layout)
 
 
+def _has_address(args: argparse.Namespace) -> bool:
+    """Whether a place of a command lies in a store, of which make knows nothing."""
+    places = ("source", "out", "directory", "drive")
+    return any(is_address(getattr(args, name, None)) for name in places)
+
+
 def with_next_command(error: UserError, command: str) -> str:
     """The error in one line, with settings as flags, and what to type next.
 
@@ -71,7 +79,9 @@ def with_next_command(error: UserError, command: str) -> str:
 
     text = error.told(as_flag)
     if isinstance(error, WrongFiles):
-        return f"{text}. Run: {repair_commands(error)}"
+        return f"{text}. {_mending(error)}"
+    if is_address(getattr(error, "path", None)):
+        return f"{text}{_next_in_a_store(error)}"
     if isinstance(error, OldSet):
         return f"{text}. Run: {upgrade_commands(error)}"
     if isinstance(error, MissingField):
@@ -80,6 +90,9 @@ def with_next_command(error: UserError, command: str) -> str:
     if isinstance(error, SeveralSets):
         return f"{text} (with make: DATA={error.found[0]})"
     if isinstance(error, IncompleteCopy):
+        if command == THE_SAME:
+            there = "Run again there what wrote it, then" if error.missing else "Run"
+            return f"{text}. {there}: {command}"
         then = "make push there" if error.missing else f"make verify, {command}"
         return f"{text}. Run: {then}"
     if isinstance(error, IncompleteDownload):
@@ -104,6 +117,30 @@ def with_next_command(error: UserError, command: str) -> str:
 OF_THE_SOURCE = ("kinds", "orientation", "order_version")  # settings that have no flag
 
 
+def _next_in_a_store(error: UserError) -> str:
+    """Behind the text of an error about a set in a store; "" where that says it all."""
+    if isinstance(error, OldSet):
+        return ". Copy it to a disk with the tools of that store: there it is brought to this one"
+    if isinstance(error, UnfinishedSet):
+        return f". Run: {THE_SAME} that began it"
+    if isinstance(error, DamagedSet):
+        return ". Run what wrote it again, with --repair where that was a conversion"
+    return ""
+
+
+def _mending(error: Any) -> str:
+    """What to type where files of a set are wrong, or are no part of it."""
+    found: StoredSet = error.found
+    if isinstance(found, ShardSet):
+        return f"Run: {repair_commands(error)}"
+    steps = []
+    if error.foreign:
+        steps.append("Remove what is no part of it with the tools of that store")
+    if len(error.foreign) < len(error.wrong):
+        steps.append(f"Run: {as_typed(repair_command(found))}")
+    return ", then: ".join(steps)
+
+
 def repair_commands(error: Any) -> str:
     """What makes the wrong shards of a set again, after what is no part of it is removed."""
     found: ShardSet = error.found
@@ -114,18 +151,18 @@ def repair_commands(error: Any) -> str:
     return " && ".join(map(as_typed, commands))
 
 
-def repair_command(found: ShardSet) -> list[str]:
+def repair_command(found: StoredSet) -> list[str]:
     """The command that makes the wrong shards of a set again."""
     source = found.manifest.source.name
     words: list[str] = []
-    made = read_provenance(found.path)
+    made = read_provenance(found.folder)
     with suppress(ValueError):  # whoever made it may have written anything
         if made is not None:
             words = shlex.split(made.text("command"))
             source = made.text("source_path")
     if found.manifest.source.kind == "table" and "run" in words:  # roots and names are there alone
         return ["python", "-m", "convert", *words[words.index("run") :], "--repair"]
-    out = str(found.path.parent)
+    out = str(parent_of(found.address))
     command = ["python", "-m", "convert", "run", source, "--out", out, "--repair"]
     if found.codecs:
         codecs = ",".join(f"{field}={codec}" for field, codec in found.codecs.items())

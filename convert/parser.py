@@ -7,9 +7,11 @@ from typing import Any
 
 from convert.plan import Part
 from convert.sources.opening import LAYOUTS, OF_DIRECTORIES, SourceOptions
+from shards.addresses import name_of
 from shards.containers import CODECS
+from shards.dataset import DIRECTORY_NAME
 from shards.errors import WrongSetting
-from shards.flags import Parser, as_path, whole
+from shards.flags import Parser, as_path, as_place, whole
 from shards.spec import KINDS, KNOWN_FIELDS, ConversionSettings
 from stores.http import RemoteFile
 
@@ -18,7 +20,7 @@ RGB-D pictures as memory-mapped shards: converted once, trained on ever after.
 `run` converts a source or fetches a finished set; `table` lists a directory;
 the others check sets, show and copy them. The last line of standard output is
 what was made; messages go to standard error."""
-SET = "a finished set, or a folder that holds exactly one"
+SET = "a finished set, or a folder that holds exactly one; a path or an address"
 AUTO = "auto"
 LOCAL = "local"  # this machine's threads and helper processes
 OWN = "dask"  # as convert.cluster has it
@@ -53,6 +55,7 @@ def parser(verbs: Verbs) -> argparse.ArgumentParser:
             "rows.csv --root pictures.zip --out data --depth-encoding tum",
             "my_room --out data --split-by row",
             "data --out packed --format zarr --codec blosc-zstd",
+            "rows.csv --out s3://bucket/sets",
         )
     )
     _add_table_flags(
@@ -81,11 +84,12 @@ def parser(verbs: Verbs) -> argparse.ArgumentParser:
         )
     )
     to_drive = "data /content/drive/MyDrive/nyuv2"
-    _add_push_flags(command("push", "Copy a set to Drive, or into any other folder", to_drive))
+    to_bucket = "data s3://bucket/sets"
+    elsewhere = "Drive, a bucket, or any other folder"
+    _add_push_flags(command("push", f"Copy a set to {elsewhere}", to_drive, to_bucket))
     from_drive = "/content/drive/MyDrive/nyuv2 data"
-    _add_pull_flags(
-        command("pull", "Copy a set from Drive, or out of any other folder", from_drive)
-    )
+    from_web = "https://host/sets/nyuv2-224-feb52342 data"
+    _add_pull_flags(command("pull", f"Copy a set from {elsewhere}", from_drive, from_web))
     rooms = "rooms.mat --rows 192"
     frames = "my_rooms --layout frames"
     _add_sample_flags(command("sample", "Write made-up rooms as a small source", rooms, frames))
@@ -96,7 +100,11 @@ def parser(verbs: Verbs) -> argparse.ArgumentParser:
 
 
 def _source(text: str) -> object:
-    return RemoteFile(text) if text.startswith(("http://", "https://")) else as_path(text)
+    """A .mat on a web server by its file; a set there by the name that sets have."""
+    is_of_set = bool(DIRECTORY_NAME.fullmatch(name_of(text.partition("?")[0])))
+    if text.startswith(("http://", "https://")) and not is_of_set:
+        return RemoteFile(text)
+    return as_place(text)
 
 
 def _whole_or_auto(low: int, high: int) -> Callable[[str], int]:
@@ -144,11 +152,14 @@ def _add_run_flags(p: argparse.ArgumentParser) -> None:
     """What is read, where it goes, and what is stored of it."""
     source_help = (
         ".mat, table (.csv .tsv .jsonl .parquet, or a list .txt), directory of frames, "
-        "URL of a .mat, or finished set (default: the .mat, found, else fetched)"
+        "URL of a .mat, or finished set, or its address (default: the .mat, found, else fetched)"
     )
     p.add_argument("source", type=_source, nargs="?", metavar="SOURCE", help=source_help)
-    out_help = "the folder in which the set's own is made (no default: it must be given)"
-    p.add_argument("--out", type=as_path, required=True, metavar="ROOT", help=out_help)
+    out_help = (
+        "the folder in which the set's own is made, or an address as s3://bucket/sets "
+        "(no default: it must be given)"
+    )
+    p.add_argument("--out", type=as_place, required=True, metavar="ROOT", help=out_help)
     drive_help = "take a finished set from there, or leave one there (default: no Drive)"
     p.add_argument("--drive", type=as_path, metavar="DIR", help=drive_help)
     url_help = "where to fetch the .mat (default: its home at NYU)"
@@ -272,7 +283,7 @@ def _add_table_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _add_verify_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("directory", type=as_path, metavar="SET", help=SET)
+    p.add_argument("directory", type=as_place, metavar="SET", help=SET)
     against_help = "also compare columns and random rows with this source (default: bytes alone)"
     p.add_argument("--against", type=as_path, metavar="SOURCE", help=against_help)
     rows_help = "how many rows are compared (1 to 1000000, default: %(default)s)"
@@ -281,7 +292,7 @@ def _add_verify_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("directory", type=as_path, metavar="SET", help=SET)
+    p.add_argument("directory", type=as_place, metavar="SET", help=SET)
     picture_help = "also draw rows into this .png, .jpg, .svg or .pdf (default: text alone)"
     p.add_argument("--picture", type=as_path, metavar="FILE", help=picture_help)
     rerun_help = "also write rows as a recording of rerun.io, .rrd (default: none)"
@@ -291,12 +302,14 @@ def _add_inspect_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _add_push_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("directory", type=as_path, metavar="SET", help=SET)
-    p.add_argument("drive", type=as_path, metavar="DRIVE", help="the folder to copy it into")
+    set_help = "a finished set of this machine, or a folder that holds exactly one"
+    p.add_argument("directory", type=as_path, metavar="SET", help=set_help)
+    drive_help = "the folder to copy it into, or an address as s3://bucket/sets"
+    p.add_argument("drive", type=as_place, metavar="DRIVE", help=drive_help)
 
 
 def _add_pull_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("drive", type=as_path, metavar="DRIVE", help=SET)
+    p.add_argument("drive", type=as_place, metavar="DRIVE", help=SET)
     p.add_argument("root", type=as_path, metavar="ROOT", help="the folder to copy it into")
 
 

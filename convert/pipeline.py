@@ -45,6 +45,7 @@ from convert.sources.base import (
 from convert.sources.nyu_mat import Elsewhere
 from convert.sources.opening import open_source
 from convert.statistics import statistics
+from shards.addresses import without_secrets
 from shards.containers import check_codecs
 from shards.dataset import SetInStore, ShardSet, StoredSet, check_files
 from shards.errors import Busy, WrongSetting, WrongSource
@@ -71,7 +72,6 @@ from shards.spec import (
 )
 from shards.writing import check_space, commit, resume
 from stores.base import Root
-from stores.http import without_secrets
 from stores.places import root_at
 
 MAX_WORKERS = 256
@@ -139,7 +139,7 @@ def convert_to_set(
     None where only a part is made, and other parts are not done yet.
     """
     _check_arguments(settings, execution)
-    root = root_at(_place("out", out))
+    root = root_at(_place("out", out), replaces=execution.repair)
     if isinstance(source, Source):
         return _convert_source(source, root, settings, execution)
 
@@ -453,7 +453,7 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
         elsewhere = set(range(n_shards)) - set(mine)
         others = _done_before(folder, plan, elsewhere, are_hashed=False)
         n_allowed = most_failed(plan.n_rows, execution.max_failed) - len(failed_of(others.values()))
-        try_failed_again(done, n_allowed)
+        try_failed_again(folder, done, n_allowed)
     for k, receipt in done.items():
         _tell(execution, folder, k, receipt)
     todo = [k for k in mine if k not in done]
@@ -586,8 +586,8 @@ def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict
         except PackageNotFoundError:
             packages[name] = "absent"
     return {
-        "command": shlex.join(map(without_secrets, sys.argv)),
-        "source_path": str(source),
+        "command": without_secrets(shlex.join(sys.argv)),
+        "source_path": without_secrets(str(source)),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak_memory,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from convert.inspect import spread_rows, stored_row
-from shards.dataset import ShardSet
+from shards.dataset import StoredSet
 from shards.errors import UserError, WrongPlace, how_to_install
 from shards.files import fsync, fsync_dir, log
 from shards.spec import class_colours
@@ -26,7 +26,7 @@ SUFFIX = ".rrd"
 MM_A_METRE = 1000.0
 
 
-def record(found: ShardSet, out: Path, n_rows: int) -> None:
+def record(found: StoredSet, out: Path, n_rows: int) -> None:
     """Write `n_rows` rows, spread over the set, as a recording; folders are made.
 
     Raises WrongPlace, also for another suffix than .rrd, and UserError without rerun-sdk.
@@ -65,16 +65,16 @@ def _rerun(out: Path) -> Any:
     return rerun
 
 
-def _cameras(found: ShardSet) -> np.ndarray:
+def _cameras(found: StoredSet) -> np.ndarray:
     """[N, 4]: fx, fy, cx, cy as shares of the stored picture; 0: not known."""
     if "camera" not in found.manifest.columns:
         return np.zeros((found.n_rows, 4), np.float32)
     return found.column("camera")
 
 
-def _write(rerun: Any, found: ShardSet, path: Path, rows: list[int], cameras: np.ndarray) -> None:
+def _write(rerun: Any, found: StoredSet, path: Path, rows: list[int], cameras: np.ndarray) -> None:
     path.touch()  # the place can be written to: rerun only says so in its log
-    recording = rerun.RecordingStream(found.path.name, recording_id=found.manifest.fingerprint)
+    recording = rerun.RecordingStream(found.folder.name, recording_id=found.manifest.fingerprint)
     recording.save(path)
     recording.log("/", rerun.AnnotationContext(_classes(found)), static=True)
     scenes = found.column("scene")
@@ -93,7 +93,7 @@ def _write(rerun: Any, found: ShardSet, path: Path, rows: list[int], cameras: np
     recording.disconnect()
 
 
-def _classes(found: ShardSet) -> list[tuple[int, str, tuple[int, ...]]]:
+def _classes(found: StoredSet) -> list[tuple[int, str, tuple[int, ...]]]:
     """(number, name, colour) of every class; 0 is no class."""
     names = ["unlabelled", *found.dataset.label_names]
     colours = np.rint(255 * class_colours(len(names) - 1)).astype(int)
@@ -110,7 +110,7 @@ def _pinhole(rerun: Any, shares: np.ndarray, size: int) -> Any:
     return rerun.Pinhole(focal_length=[fx, fy], principal_point=[cx, cy], width=size, height=size)
 
 
-def _pictures(rerun: Any, found: ShardSet, row: int) -> Iterator[tuple[str, Any]]:
+def _pictures(rerun: Any, found: StoredSet, row: int) -> Iterator[tuple[str, Any]]:
     """(name, what is shown) of those fields that the set has."""
     fields = found.manifest.fields
     if "rgb" in fields:

@@ -300,7 +300,7 @@ def _begin(request: SetRequest, existing: ExistingSets) -> tuple[Path, Codecs]:
 
 def _cost(found: ShardSet) -> str:
     """What it took to make the set, in words."""
-    made = read_provenance(found.path)
+    made = read_provenance(found.folder)
     seconds = "some"
     with suppress(ValueError):
         seconds = f"{made.number('seconds')}" if made else seconds

@@ -17,6 +17,7 @@ from shards.errors import (
     IncompleteCopy,
     IncompleteDownload,
     NewerSet,
+    OtherBytes,
     UserError,
     WrongPlace,
 )
@@ -36,6 +37,7 @@ from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
 from stores.local import LocalStore
 from stores.mounted import MountedStore, check_mounted, patiently
+from stores.object_store import ObjectStore
 
 Files = Mapping[str, FileEntry]
 
@@ -84,6 +86,7 @@ def push(found: ShardSet, place: Path | Store, read_back: Collection[str] = ()) 
             target.upload(found.path / name, name, entry)
 
     files = found.manifest.files
+    _check_may_change(source, target)
     changed = _files_to_change(source, target, files)
     _make_room(target, files)
     kept = {name: entry for name, entry in files.items() if name not in changed}
@@ -105,6 +108,14 @@ def push(found: ShardSet, place: Path | Store, read_back: Collection[str] = ()) 
     return ShardSet(target.path, found.manifest)
 
 
+def _check_may_change(source: Folder, target: Store) -> None:
+    """Raise OtherBytes where another set lies in a store, of which nothing is overwritten."""
+    if not isinstance(target, ObjectStore) or target.replaces or target.size(MANIFEST) < 0:
+        return
+    if not _have_same_manifest(source, target):
+        raise OtherBytes(f"{target}/{MANIFEST}")
+
+
 def _mounted(drive: Path) -> MountedStore:
     """Raises StoreFailed where nothing is mounted there."""
     check_mounted(drive)
@@ -115,6 +126,7 @@ def store_of(found: StoredSet) -> Store:
     """Where a set that is copied from lies: a mount, as far as it has a path."""
     if isinstance(found, ShardSet):
         return MountedStore(found.path)
+    # As of stores.places.folder_at: each of these can also copy.
     return cast(Store, found.folder)
 
 

@@ -1,9 +1,10 @@
 """Is every byte of a set right, and is it what the source gives."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from convert.resize import Resizer
 from convert.sources.base import RowReader, Source, camera_shares_of, filled_columns
 from convert.sources.errors import BadRow
 from convert.sources.opening import SourceOptions, open_source
-from shards.dataset import ShardSet, verify
+from shards.dataset import ShardSet, StoredSet, verify
 from shards.errors import DamagedSet, OtherSet, WrongSource
 from shards.files import log
 from shards.manifest import RIGHT_ROW, Column, ColumnValues, shard_file
@@ -33,12 +34,13 @@ class WrongFiles(DamagedSet):
     wrong: file -> what is wrong. foreign: those of them that are not part of the set.
     """
 
-    def __init__(self, found: ShardSet, wrong: Mapping[str, str]) -> None:
-        said = [f"{found.path / name} {problem}" for name, problem in wrong.items()]
+    def __init__(self, found: StoredSet, wrong: Mapping[str, str]) -> None:
+        said = [f"{found.address}/{name} {problem}" for name, problem in wrong.items()]
         more = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
         first_name, first_problem = next(iter(wrong.items()))
         problems = "; ".join([first_problem, *said[1:SHOWN]])
-        super().__init__(found.path, f"{problems}{more}", subject=str(found.path / first_name))
+        subject = f"{found.address}/{first_name}"
+        super().__init__(found.address, f"{problems}{more}", subject=subject)
         self.found = found
         self.wrong = dict(wrong)
         self.foreign = [name for name in wrong if name not in found.manifest.files]
@@ -50,7 +52,7 @@ class OtherRows(OtherSet):
     """
 
 
-def verify_all(found: ShardSet) -> int:
+def verify_all(found: StoredSet) -> int:
     """Check every file; how many are right. Raises WrongFiles."""
     wrong = {name: problem for name, problem in checked(found) if problem}
     if wrong:
@@ -58,28 +60,28 @@ def verify_all(found: ShardSet) -> int:
     return len(found.manifest.files)
 
 
-def checked(found: ShardSet) -> Iterator[tuple[str, str | None]]:
+def checked(found: StoredSet) -> Iterator[tuple[str, str | None]]:
     """What `shards.dataset.verify` yields, and how far it is is said meanwhile."""
     files = found.manifest.files
     n_bytes = sum(entry.n_bytes for entry in files.values())
     if n_bytes >= LONG_BYTES:
-        log(f"checking {len(files)} files of {found.path}, {megabytes(n_bytes)}")
+        log(f"checking {len(files)} files of {found.address}, {megabytes(n_bytes)}")
     with Progress("checking", n_bytes) as progress:
         for name, problem in verify(found):
             progress.add(files[name].n_bytes if name in files else 0)
             yield name, problem
 
 
-def against(found: ShardSet, path: Path, options: SourceOptions, n_rows: int) -> int:
+def against(found: StoredSet, path: Path, options: SourceOptions, n_rows: int) -> int:
     """`against_source` for the source at `path`. Raises WrongSource where it is not the set's."""
     with closing(open_source(path, found.settings, options)) as source:
         if source.identity().content() != found.manifest.source.content():
-            what = f"is not what {found.path} was made from"
+            what = f"is not what {found.address} was made from"
             raise WrongSource(path, what, "Convert it by itself")
         return against_source(found, source, n_rows)
 
 
-def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
+def against_source(found: StoredSet, source: Source, n_rows: int) -> int:
     """Compare what is stored with the source: label names, every column, and the fields of
     `n_rows` random rows, which are read again and have to be the same byte for byte.
 
@@ -87,7 +89,8 @@ def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
     where its pictures are decoded by something else now.
     """
     if source.decoder != found.manifest.decoder:
-        what = f"is decoded by {source.decoder} here, {found.path} was by {found.manifest.decoder}"
+        theirs = f"{found.address} was by {found.manifest.decoder}"
+        what = f"is decoded by {source.decoder} here, {theirs}"
         raise WrongSource(source, what, "Install that version to compare them byte for byte")
     _compare_columns(found, source)
     n_compared = min(n_rows, found.n_rows)
@@ -101,7 +104,7 @@ def against_source(found: ShardSet, source: Source, n_rows: int) -> int:
 # ----------------------------------------------------------------------------------------- columns
 
 
-def _compare_columns(found: ShardSet, source: Source) -> None:
+def _compare_columns(found: StoredSet, source: Source) -> None:
     """Raise OtherRows for the first label name, or value of a column, that is another one."""
     if found.n_rows != source.n_rows:
         raise _other(found, f"has {found.n_rows} rows, {source} has {source.n_rows}")
@@ -132,7 +135,7 @@ def _compare_columns(found: ShardSet, source: Source) -> None:
             raise _other(found, problem, f"column {name}, row {row},")
 
 
-def _compare_label_names(found: ShardSet, dataset: DatasetSpec, source: Source) -> None:
+def _compare_label_names(found: StoredSet, dataset: DatasetSpec, source: Source) -> None:
     stored = found.dataset.label_names
     given = dataset.label_names
     if source.rows_differ and len(given) < len(stored):  # the others are called by their numbers
@@ -186,19 +189,21 @@ def _shown(value: Any) -> str:
     return repr(str(value)[:SHOWN_LETTERS]) + more
 
 
-def _other(found: ShardSet, problem: str, where: str = "") -> OtherRows:
+def _other(found: StoredSet, problem: str, where: str = "") -> OtherRows:
     """The error, to be raised. `where`: what in the set the sentence is about."""
-    subject = f"{found.path}: {where}" if where else str(found.path)
-    return OtherRows(found.path, problem, f"Delete {found.path}", subject=subject)
+    address = found.address
+    subject = f"{address}: {where}" if where else str(address)
+    return OtherRows(address, problem, f"Delete {address}", subject=subject)
 
 
 # ------------------------------------------------------------------------------------------ fields
 
 
-def _compare(found: ShardSet, reader: RowReader, source: Source, rows: list[int]) -> None:
+def _compare(found: StoredSet, reader: RowReader, source: Source, rows: list[int]) -> None:
     """Raise OtherRows for the first of these rows that the reader gives otherwise."""
     resizers = {name: _resizer(found, name, source, reader) for name in reader.fields}
-    shards = {name: found.shards(name) for name in reader.fields}
+    rows_of = {name: _rows_of(found, name) for name in reader.fields}
+    status = found.column("status")
     with closing(reader):
         with blaming(str(source), reader.called(), source.advice):
             reader.read_index()
@@ -207,13 +212,22 @@ def _compare(found: ShardSet, reader: RowReader, source: Source, rows: list[int]
         for row in rows:
             with blaming(str(source), reader.called(row), source.advice):
                 small = _read_again(reader, row, resizers)
-            shard, place = divmod(row, found.settings.rows_per_shard)
             for name in reader.fields:
-                stored = shards[name][shard][place]
+                stored = rows_of[name](row)
                 given = small.get(name, np.zeros_like(stored))
                 if not np.array_equal(given, stored):
-                    raise _other_row(found, name, shard, row, source)
-            _compare_status(found, row, is_read=bool(small), source=source)
+                    raise _other_row(found, name, row, source)
+            was_read = bool(status[row] == RIGHT_ROW)
+            _compare_status(found, row, was_read, is_read=bool(small), source=source)
+
+
+def _rows_of(found: StoredSet, field: str) -> Callable[[int], np.ndarray]:
+    """Row -> what is stored of it, as often as it is asked for: mapped once where it can be."""
+    if not isinstance(found, ShardSet):
+        return partial(found.row, field)
+    shards = found.shards(field)
+    n_rows = found.settings.rows_per_shard
+    return lambda row: shards[row // n_rows][row % n_rows]
 
 
 def _read_again(
@@ -228,23 +242,24 @@ def _read_again(
         return {}
 
 
-def _compare_status(found: ShardSet, row: int, *, is_read: bool, source: Source) -> None:
-    if not source.rows_differ:
-        return
-    was_read = bool(found.column("status")[row] == RIGHT_ROW)
-    if was_read != is_read:
+def _compare_status(
+    found: StoredSet, row: int, was_read: bool, *, is_read: bool, source: Source
+) -> None:
+    if source.rows_differ and was_read != is_read:
         said = {True: "can be read", False: "cannot be read"}
         problem = f"says it {said[was_read]}, of {source} it {said[is_read]}"
         raise _other(found, problem, f"column status, row {row},")
 
 
-def _other_row(found: ShardSet, field: str, shard: int, row: int, source: Source) -> OtherRows:
+def _other_row(found: StoredSet, field: str, row: int, source: Source) -> OtherRows:
+    shard = row // found.settings.rows_per_shard
     file = shard_file(found.field(field), shard, found.manifest.is_zarr)
     what = f"row {row} is not what {source} gives"
-    return OtherRows(found.path, what, f"Delete {found.path}", subject=f"{found.path / file}:")
+    address = found.address
+    return OtherRows(address, what, f"Delete {address}", subject=f"{address}/{file}:")
 
 
-def _resizer(found: ShardSet, field: str, source: Source, reader: RowReader) -> Resizer:
+def _resizer(found: StoredSet, field: str, source: Source, reader: RowReader) -> Resizer:
     crop = found.settings.crop
     return Resizer(
         field=replace(found.field(field), statistics=None),

@@ -319,6 +319,25 @@ def open_field(folder: Folder, manifest: Manifest, field: Field, shard: int) -> 
     return _decoded(array, address, entry)
 
 
+def fetch_row(
+    folder: Folder, manifest: Manifest, field: Field, shard: int, place: int
+) -> np.ndarray:
+    """One row of a shard of an uncompressed field, of which nothing else is read.
+
+    Raises DamagedSet.
+    """
+    entry = manifest.shards[shard]
+    form = mapped_form(manifest, field, entry.n_rows)
+    shape = form.shape[1:]
+    n_bytes = math.prod(shape) * np.dtype(form.dtype).itemsize
+    start = len(form.header) + place * n_bytes
+    name = shard_file(field, shard, manifest.is_zarr)
+    data = folder.read(name, start, start + n_bytes)
+    if len(data) != n_bytes:
+        raise DamagedSet(f"{folder}/{name}", "is damaged (its size is not the manifest's)")
+    return np.frombuffer(data, form.dtype).reshape(shape)
+
+
 UNREADABLE = (ValueError, TypeError, KeyError, RuntimeError, OSError)  # what zarr-python raises
 
 

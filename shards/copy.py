@@ -7,8 +7,9 @@ own: zarr is never loaded there.
 """
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from shards.containers import (
     is_mapped,
     write_field,
 )
-from shards.dataset import ShardSet, StoredSet, open_set
+from shards.dataset import SetInStore, ShardSet, StoredSet, open_set
 from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting, printable
-from shards.files import FileEntry, LocalFolder, log
+from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, log
 from shards.flags import Parser, as_flag, as_path
 from shards.lock import only_one
 from shards.manifest import (
@@ -32,7 +33,7 @@ from shards.manifest import (
 )
 from shards.progress import Progress, megabytes
 from shards.spec import Codecs
-from shards.writing import ShardsOfSet, check_space, commit, finished_set, resume, set_name
+from shards.writing import ShardsOfSet, check_space, commit, finished_in, resume, set_name
 
 
 def codecs_of(container: str, codec: str, fields: Iterable[str]) -> Codecs:
@@ -63,24 +64,78 @@ def copy_set(found: StoredSet, root: Path, codecs: Codecs) -> ShardSet:
     A second process waits for the first and takes what it made. Raises DamagedSet where a file is
     not as the manifest says, OtherSet where another set lies in the place of the copy, WrongPlace.
     """
-    manifest = found.manifest
-    name = set_name(manifest.dataset.name, manifest.settings.size, manifest.fingerprint, codecs)
-    directory = root / name
+    directory = root / name_of_copy(found, codecs)
     with only_one(root, directory.name, wait=True):
-        existing = finished_set(directory, manifest.fingerprint, codecs)
-        return existing or ShardSet(directory, _copy(found, directory, codecs))
+        made = copy_into(found, LocalFolder(directory), codecs)
+    return ShardSet(directory, made.manifest)
 
 
-def _copy(found: StoredSet, directory: Path, codecs: Codecs) -> Manifest:
-    _check_every_file(found)
+def name_of_copy(found: StoredSet, codecs: Codecs) -> str:
+    """What the folder of a copy in these codecs is called."""
+    manifest = found.manifest
+    return set_name(manifest.dataset.name, manifest.settings.size, manifest.fingerprint, codecs)
+
+
+def copy_into(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> StoredSet:
+    """Copy a finished set into a folder of its own, which may be one of a store; the copy.
+
+    Raises as `copy_set`, and what the folder raises.
+    """
+    existing = finished_in(folder, found.manifest.fingerprint, codecs)
+    if existing is not None:
+        return existing
+    manifest = _copy(found, folder, codecs)
+    if isinstance(folder, LocalFolder):
+        return ShardSet(folder.path, manifest)
+    return SetInStore(folder, manifest)
+
+
+class HashedFolder:
+    """A folder of a set in a store, each file of which is hashed as it is read whole: fetched once,
+    where a check before would fetch it twice.
+    """
+
+    def __init__(self, folder: Folder, files: Mapping[str, FileEntry]) -> None:
+        self._folder = folder
+        self._files = files
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    @property
+    def name(self) -> str:
+        return self._folder.name
+
+    def size(self, name: str) -> int:
+        return self._folder.size(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        data = self._folder.read(name)
+        entry = self._files.get(name)
+        if entry is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise DamagedSet(f"{self}/{name}", "has other content than the manifest says (SHA-256)")
+        return data[start:stop]
+
+    def sizes(self) -> dict[str, int] | None:
+        return self._folder.sizes()
+
+    def what_is_wrong(self, name: str, entry: FileEntry) -> str | None:
+        return self._folder.what_is_wrong(name, entry)
+
+
+def _copy(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> Manifest:
+    if isinstance(found, ShardSet):
+        _check_every_file(found)
+    else:
+        found = SetInStore(HashedFolder(found.folder, found.manifest.files), found.manifest)
     fields = found.manifest.fields
-    folder = LocalFolder(directory)
     folder.remove_unfinished()
     bounds = found.manifest.bounds
     shards = ShardsOfSet(bounds=bounds, fields=list(fields.values()), codecs=codecs)
     done = resume(folder, shards)
     todo = [k for k in range(found.n_shards) if k not in done]
-    check_space(directory, _bytes_to_write(found, len(todo), codecs))
+    if isinstance(folder, LocalFolder):
+        check_space(folder.path, _bytes_to_write(found, len(todo), codecs))
 
     form = ShardForm(codecs=codecs, n_slots=found.settings.rows_per_shard)
     n_bytes = _n_bytes_of_rows(found, todo)

@@ -16,6 +16,7 @@ from shards.containers import (
     NPY_HEADER,
     MappedForm,
     ShardSequence,
+    fetch_row,
     is_mapped,
     mapped_form,
     npy_header,
@@ -117,6 +118,11 @@ class StoredSet:
         Raises MissingField, or DamagedSet where its file is not as the manifest says.
         """
         return open_field(self.folder, self.manifest, self.field(field), k)
+
+    def row(self, field: str, row: int) -> np.ndarray:
+        """One row of a field. Raises as `shard` does."""
+        shard, place = divmod(row, self.settings.rows_per_shard)
+        return self.shard(field, shard)[place]
 
     def column(self, name: str) -> np.ndarray:
         """One value a row [N, ...]: numbers as stored, texts as str. Hashed, and in range.
@@ -248,6 +254,13 @@ class SetInStore(StoredSet):
     @property
     def folder(self) -> Folder:
         return self.store
+
+    def row(self, field: str, row: int) -> np.ndarray:
+        """One row of a field: no more of an uncompressed one is fetched. Raises as `shard`."""
+        if not is_mapped(self.codecs, field):
+            return super().row(field, row)
+        shard, place = divmod(row, self.settings.rows_per_shard)
+        return fetch_row(self.store, self.manifest, self.field(field), shard, place)
 
 
 class FetchedShards(ShardSequence):

@@ -11,6 +11,7 @@
       NewerSet                path, version             made by a later version
       DamagedSet              path                      bytes that are not what the manifest says
       OtherSet                path                      in its place lies another set
+        OtherBytes            path                      an object of a store that is another one
       DifferentSets           path, other, what, ours, theirs    they cannot be read as one
       MissingField            path, field, fields
       WrongSource             source                    not what it should be, or not readable
@@ -30,6 +31,8 @@ command line's to add: whoever calls from Python has none to run. Settings are c
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from shards.addresses import name_of
 
 
 def one_line(error: BaseException) -> str:
@@ -192,8 +195,8 @@ class UnfinishedSet(MissingSet):
 class SeveralSets(PathError):
     """More than one set lies there."""
 
-    def __init__(self, path: Any, found: Sequence[Path]) -> None:
-        names = ", ".join(each.name for each in found)
+    def __init__(self, path: Any, found: Sequence[Path | str]) -> None:
+        names = ", ".join(map(name_of, found))
         UserError.__init__(self, f"{len(found)} sets under {path}: {names}", f"Use {found[0]}")
         self.path = path
         self.found = list(found)
@@ -237,6 +240,19 @@ class DamagedSet(PathError):
 
 class OtherSet(PathError):
     """In its place lies another set."""
+
+
+class OtherBytes(OtherSet):
+    """An object of a store that holds other bytes than those that were to be written."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+        UserError.__init__(self, *self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """That it stays, and what replaces it."""
+        again = f"Convert it again with {naming('repair', True)}, or use another folder"
+        return f"{self.path} holds other bytes already, which are kept", again
 
 
 class DifferentSets(PathError):

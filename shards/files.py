@@ -206,6 +206,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
+def hash_of(blocks: Iterable[bytes]) -> FileEntry:
+    """What a file is that holds these, one behind the other."""
+    sha256 = hashlib.sha256()
+    n_bytes = 0
+    for block in blocks:
+        sha256.update(block)
+        n_bytes += len(block)
+    return FileEntry(n_bytes, sha256.hexdigest())
+
+
 def what_is_wrong(path: Path, entry: FileEntry) -> str | None:
     """None where the file's every byte is right."""
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shards.addresses import is_address, path_of, without_secrets
 from shards.errors import OldSet
 
 # Those that are called otherwise in Python.
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and end with status 2."""
-        one_line = " ".join(message.split())
+        one_line = without_secrets(" ".join(message.split()))
         self.exit(2, f"{self.prog}: {one_line}. Run: {self.prog} --help\n")
 
 
@@ -81,6 +82,9 @@ def as_path(text: str) -> Path:
     """
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
+    if is_address(text):
+        shown = without_secrets(text)
+        raise argparse.ArgumentTypeError(f"{shown} is an address: give a path of this machine")
     try:
         os.fsencode(text)
         return Path(text).expanduser()
@@ -88,6 +92,12 @@ def as_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} can be the name of no file") from None
     except RuntimeError:  # a user that this machine does not have: then it is a name like any other
         return Path(text)
+
+
+def as_place(text: str) -> Path | str:
+    """A path of the command line, or the address of a store, such as s3://bucket/sets."""
+    place = path_of(text)
+    return as_path(text) if place == Path(text) else place
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from shards.errors import DamagedSet, MissingSet, NewerSet, OldSet, UnfinishedSet, WrongSetting
+from shards.errors import (
+    DamagedSet,
+    MissingSet,
+    NewerSet,
+    OldSet,
+    StoreFailed,
+    UnfinishedSet,
+    UserError,
+    WrongSetting,
+)
 from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, json_bytes
 from shards.spec import (
     FORMAT_VERSION,
@@ -419,12 +428,11 @@ def _check_is_there(folder: Folder) -> None:
         )
 
 
-def read_provenance(directory: Path) -> JsonObject | None:
+def read_provenance(folder: Folder) -> JsonObject | None:
     """How a set was made, by whoever made it; None where that is not told. Nothing rests on it."""
     try:
-        data = LocalFolder(directory).read(PROVENANCE)
-        return JsonObject(json.loads(data), PROVENANCE)
-    except (OSError, DamagedSet, ValueError, RecursionError):
+        return JsonObject(json.loads(folder.read(PROVENANCE)), PROVENANCE)
+    except (OSError, UserError, ValueError, RecursionError):
         return None
 
 
@@ -549,8 +557,8 @@ def receipts_in(names: Iterable[str]) -> list[int]:
 
 
 def remove_receipts(folder: WritableFolder) -> None:
-    """All of them; on a read-only disk they stay."""
-    with suppress(OSError):
+    """All of them; on a read-only disk, and where a store lets nobody delete, they stay."""
+    with suppress(OSError, StoreFailed):
         folder.delete(*map(receipt_name, receipts_in(folder.sizes() or ())))
 
 

@@ -6,7 +6,6 @@ It is fetched whole (resumed, retried, checked), or read in place through range 
 import hashlib
 import http.client
 import os
-import re
 import shutil
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shards.addresses import without_secrets
 from shards.errors import UserError, WrongPlace, WrongSource, how_to_install
 from shards.files import FileEntry, fsync, sha256_file
 
@@ -31,15 +31,6 @@ RANGE_BYTES = 8 << 20  # of a download
 BLOCK_BYTES = 64 << 10  # of what is read in place through `RemoteFile.open`
 BLOCKS_KEPT = 512
 FINAL = (400, 401, 403, 404, 405, 410, 416)  # HTTP answers that another try does not change
-# Scheme, user and password, host and path, query: of addresses in a text.
-IN_A_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s@]*@)?([^?\s]*)(\?[^\s'\"]*)?")
-
-
-def without_secrets(text: str) -> str:
-    """A text as it may be shown and stored: its addresses without user, password and query, in
-    which signed addresses have what gives access.
-    """
-    return IN_A_TEXT.sub(lambda match: f"{match[1]}{match[3]}{'?...' if match[4] else ''}", text)
 
 
 # ---------------------------------------------------------------------------------------- requests

@@ -11,11 +11,11 @@ from helpers.commands import Run
 from helpers.servers import serving
 from helpers.sets import content, entry_of, manifest_json, repack, write_manifest_json
 
+from shards.addresses import without_secrets
 from shards.dataset import open_set
 from shards.errors import UserError, printable
 from shards.files import log
 from shards.manifest import PROVENANCE
-from stores.http import without_secrets
 
 # ------------------------------------------------------------------------------------ what is shown
 
@@ -48,10 +48,10 @@ def test_names_in_a_table_are_shown_as_escapes(tmp_path: Path, command: Run) -> 
     [
         ("https://host/a.mat", "https://host/a.mat"),
         ("https://me:word@host:8/a.mat", "https://host:8/a.mat"),
-        ("https://host/a.mat?X-Amz-Signature=1#x", "https://host/a.mat?..."),
+        ("https://host/a.mat?v=2&X-Amz-Signature=1", "https://host/a.mat?v=2&X-Amz-Signature=..."),
         (
-            "at 'https://me@host/a?k=v' and s3://bucket/b",
-            "at 'https://host/a?...' and s3://bucket/b",
+            "at 'https://me@host/a?token=v' and s3://bucket/b",
+            "at 'https://host/a?token=...' and s3://bucket/b",
         ),
         ("rgb=https://me:word@host/x", "rgb=https://host/x"),
         ("a/b@c?d", "a/b@c?d"),
@@ -73,7 +73,7 @@ def test_a_signed_address_is_neither_printed_nor_stored(
         assert done.returncode == 0, done.stderr
         lost = command("convert", "run", server.url("b.mat?token=WORD"), "--out", out, "--size", 16)
         assert lost.returncode == 2
-        assert "/b.mat?... cannot be read" in lost.stderr
+        assert "/b.mat?token=... cannot be read" in lost.stderr
     assert "WORD" not in done.stderr + done.stdout + lost.stderr
     directory = Path(done.stdout.strip())
     assert not [name for name, data in content(directory).items() if b"WORD" in data]

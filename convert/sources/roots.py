@@ -22,8 +22,9 @@ from typing import Protocol
 
 from convert.sources.archives import Archive, TarArchive, ZipArchive
 from convert.sources.errors import BadRow
+from shards.addresses import without_secrets
 from shards.errors import StoreFailed, WrongSetting, WrongSource, one_line
-from stores.http import ask, check_url, without_secrets
+from stores.http import ask, check_url
 from stores.http import patiently as patiently_asked
 from stores.mounted import patiently
 
