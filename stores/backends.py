@@ -205,7 +205,8 @@ class S3Backend(Backend):
     def _checked(self, data: bytes, sha256: str) -> dict[str, Any]:
         if len(data) >= ONE_PUT_BYTES:  # in parts: S3 has no SHA-256 of the whole then
             return {}
-        return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(sha256)).decode()}
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum}
 
     def delete(self, paths: Sequence[str]) -> None:
         for first in range(0, len(paths), DELETED_AT_ONCE):

@@ -57,6 +57,27 @@ class CutShort(ConnectionError):
     """Fewer bytes came than were asked for, of an object that has them."""
 
 
+class Connection:
+    """What fsspec opens for an address, in each process anew: it does not outlive a fork."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._opened: tuple[Backend, str] | None = None
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+
+    def opened(self) -> tuple[Backend, str]:
+        """With the path of the address. Raises as `open_backend`."""
+        if self._owner != os.getpid():
+            self._owner = os.getpid()
+            self._opened = None
+            self._lock = threading.Lock()
+        with self._lock:
+            if self._opened is None:
+                self._opened = open_backend(self._address)
+            return self._opened
+
+
 class ObjectStore:
     """See stores.base.Store. Pickles as its address; a forked child opens its own connections.
 
@@ -69,11 +90,10 @@ class ObjectStore:
         """
         self._address = address.rstrip("/") if not address.endswith("://") else address
         self.replaces = replaces
-        self.n_requests = 0  # that were made through this object
+        self.n_requests = 0  # about: of several threads one may not be counted
         self._listed: dict[str, int] = {}  # bytes by name, of the last listing
-        self._opened: tuple[Backend, str] | None = None
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
+        self._connection = Connection(self._address)
+        self._below = ""  # of the connection's folder: "/name", of a child of it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectStore, (self._address, self.replaces)
@@ -86,21 +106,13 @@ class ObjectStore:
         return name_of(self._address)
 
     def child(self, name: str) -> "ObjectStore":
-        return ObjectStore(f"{self._address.rstrip('/')}/{name}", self.replaces)
+        """By the same connections."""
+        child = ObjectStore(f"{self._address.rstrip('/')}/{name}", self.replaces)
+        child._connection = self._connection
+        child._below = f"{self._below}/{name}"
+        return child
 
     # -------------------------------------------------------------------------------------- asking
-
-    def _backend(self) -> tuple[Backend, str]:
-        """Of this process: what fsspec opens does not outlive a fork."""
-        if self._owner != os.getpid():
-            self._owner = os.getpid()
-            self._opened = None
-            self._lock = threading.Lock()
-        with self._lock:
-            if self._opened is None:
-                self._opened = open_backend(self._address)
-            self.n_requests += 1
-            return self._opened
 
     def _ask(self, doing: str, request: Callable[[Backend, str], T]) -> T:
         """What `request` gives, asked again after a pause where the store fails for a while.
@@ -110,7 +122,9 @@ class ObjectStore:
         """
         for pause in (*PAUSES, None):
             try:
-                return request(*self._backend())
+                backend, path = self._connection.opened()
+                self.n_requests += 1
+                return request(backend, f"{path}{self._below}")
             except (UserError, OtherLength):
                 raise
             except Exception as error:  # of packages that are not imported here
@@ -162,12 +176,16 @@ class ObjectStore:
         try:
             if stop is None:
                 return self._whole(name)[start:]
-            return self._get(name, start, stop)
+            return self._up_to(name, start, stop)
         except FileNotFoundError:
             raise DamagedSet(f"{self}/{name}", "is missing") from None
-        except OtherLength as error:
-            what = f"has {error.n_bytes} bytes, {stop} were to be read"
-            raise DamagedSet(f"{self}/{name}", what) from None
+
+    def _up_to(self, name: str, start: int, stop: int) -> bytes:
+        try:
+            return self._get(name, start, stop)
+        except OtherLength as error:  # it ends before
+            end = error.n_bytes
+            return self._get(name, start, end) if start < end else b""
 
     def _whole(self, name: str) -> bytes:
         """By one request where it was listed and is not large, else by one more."""
