@@ -10,6 +10,7 @@ what it was making.
 Only here Dask is imported, and only once it is needed.
 """
 
+import logging
 import os
 import secrets
 import time
@@ -51,6 +52,8 @@ TASKS_A_THREAD = 4  # in flight: a worker never waits for the next one
 RETRIES = 2  # of a task that raises
 GIVE_UP_AFTER = 100  # failed shards: what fails so often will not end by itself
 ANSWER_WITHIN_S = 30  # a scheduler, at first
+# A terminal sends it to every process; ours ends the others.
+IGNORE_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 POLL_S = 0.005
 LOOK_EVERY_S = 2.0  # at which workers are there
 SAY_EVERY_S = 10.0  # that none is
@@ -108,6 +111,7 @@ class Cluster:
             yield self.client
             return
         with ExitStack() as stack:
+            stack.enter_context(_quiet_dask())
             if self.scheduler == OWN:
                 where = {"address": stack.enter_context(_own_cluster(self.workers or n_cores()))}
             elif "://" in self.scheduler:
@@ -136,6 +140,24 @@ def _distributed() -> Any:
     return distributed
 
 
+@contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Of what its own client logs, tracebacks mostly, a user is told one line by us."""
+    loggers = [logging.getLogger(name) for name in ("distributed", *_loggers_of_dask())]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _loggers_of_dask() -> list[str]:
+    return [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
+
+
 def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
     """Processes of one thread each on this machine, without a dashboard."""
     from distributed import LocalCluster
@@ -144,8 +166,9 @@ def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
         LocalCluster(
             n_workers=n_workers,
             threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=50,  # what ends badly is said by us, in one line
+            dashboard_address=":0",  # any free port
+            silence_logs=logging.CRITICAL,  # what ends badly is said by us, in one line
+            preload=[IGNORE_CTRL_C],
         )
     )
 
@@ -153,8 +176,7 @@ def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
 def _check_scheduler_file(path: str) -> None:
     """Dask would wait for it without a word."""
     if not Path(path).is_file():
-        right = "a scheduler writes it: dask scheduler --scheduler-file FILE"
-        raise WrongSetting("scheduler", path, f"there is no such file; {right}")
+        raise WrongSetting("scheduler", path, "there is no such file; a scheduler writes it")
 
 
 def _close(client: Any) -> None:
@@ -197,7 +219,7 @@ class ClusterExecutor:
             key=f"{plan.fingerprint}-{self._run}",
             opener=source.opener,
             plan=plan,
-            folder=_from_anywhere(folder),
+            folder=_folder_for_workers(folder),
             environment=environment_of(plan),
             token=_token(folder, self._run),
         )
@@ -221,9 +243,9 @@ class ClusterExecutor:
             return
         tasks = self._tasks(todo, facts.result())
         n_rows = sum(self._plan.n_rows_of(k) for k in todo)
-        self._progress = Progress("converting", n_rows, unit="row", amount=n_rows_text)
         with self._cluster.connected() as client, _token_there(self._job.token):
             _check_workers(client, self._job)
+            self._progress = Progress("converting", n_rows, unit="row", amount=n_rows_text)
             with _reported(client, self._cluster.report):
                 window = _Window(client, self._job, str(self._cluster))
                 with closing(self._taken(window, tasks)) as receipts:
@@ -258,7 +280,7 @@ class ClusterExecutor:
         failures.check()
 
 
-def _from_anywhere(folder: WritableFolder) -> str:
+def _folder_for_workers(folder: WritableFolder) -> str:
     """The address of a folder for a process that has another current one."""
     return str(folder.path.absolute()) if isinstance(folder, LocalFolder) else str(folder)
 
@@ -394,7 +416,7 @@ def _check_bokeh(client: Any) -> None:
         version("bokeh")
         client.run_on_scheduler(version, "bokeh")
     except Exception as error:
-        right = "it is drawn with bokeh, here and by the scheduler: pip install bokeh"
+        right = "the package bokeh draws it, here and where the scheduler runs"
         raise WrongSetting("report", one_line(error), right) from None
 
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from convert.cluster import NotThere, ShardsFailed
 from convert.failed import FailedRows
 from convert.sources.opening import is_frames
 from shards.addresses import is_address, parent_of
@@ -97,6 +98,8 @@ def with_next_command(error: UserError, command: str) -> str:
         return f"{text}. Run: {then}"
     if isinstance(error, IncompleteDownload):
         return f"{text}. Run: make convert (it resumes), or {WITH_THE_FILE}"
+    if isinstance(error, ShardsFailed | NotThere):
+        return f"{text}. Run the same command again to go on"
     if isinstance(error, StoreFailed):
         return f"{text}, then: {command}"
     if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:

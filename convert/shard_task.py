@@ -20,7 +20,7 @@ from convert.environment import check_environment, environment_of
 from convert.plan import Plan, Task, plan_tasks
 from convert.shard import FullShard, write_shard
 from convert.sources.base import Source
-from shards.errors import UserError, WrongSource
+from shards.errors import UserError
 from shards.files import quietly
 from shards.manifest import Receipt
 from stores.places import root_at
@@ -163,7 +163,7 @@ class _OpenedJob:
         if found.content() != self._plan.source.content():
             what = f"is another one where the worker {where} reads it"
             digests = f"SHA-256 {found.sha256[:12]} there, {self._plan.source.sha256[:12]} here"
-            raise WrongSource(self._source, f"{what} ({digests})", "Give every machine the same")
+            raise CannotMake(f"{self._source} {what} ({digests})", "Give every machine the same")
 
     def make(self, task: ShardTask) -> Iterator[tuple[int, Receipt]]:
         """Group after group, shard after shard: as few are held as share a group."""

@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -92,7 +93,8 @@ def write_atomically(
 
     keep_same: a file that holds these very bytes already stays as it is. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{OURS}-{os.getpid()}.tmp")
+    writer = f"{OURS}-{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with HashingFile(temporary) as file:

@@ -1,138 +1,152 @@
-"""A Dask cluster of real processes: a scheduler and workers that can be killed."""
+"""A source that the processes of a cluster open by themselves, and what happens while they read it.
+
+Workers import this file, so what they are to do while they read is a function of it.
+"""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from helpers.commands import REPO
+from helpers.made_up import GROUP_ROWS, LabSource, MemoryReader
+from shards.spec import ConversionSettings
 
-START_S = 60
+Hook = Callable[[str, int], object]  # told of the field and the first row of what is read
 
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+# 30 rows in 8 shards, each of which is decoded by itself.
+SETTINGS = ConversionSettings(fields=("rgb", "label"), size=8, rows_per_shard=4)
 
 
-def children_of(pid: int) -> list[int]:
-    """Of every thread of a process."""
-    found: list[int] = []
-    with suppress(OSError):
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += map(int, path.read_text().split())
-    return found
+class HookedReader(MemoryReader):
+    def __init__(self, field: str, rows: np.ndarray, hook: Hook) -> None:
+        super().__init__(rows, GROUP_ROWS[field])
+        self._field = field
+        self._hook = hook
+
+    def read_group(self, group: int) -> np.ndarray:
+        self._hook(self._field, group * self.group_rows)
+        return super().read_group(group)
 
 
-class DaskProcesses:
-    """`dask scheduler` and `dask worker` as one types them; their words go to files in `folder`."""
+class SharedLab(LabSource):
+    """The laboratory, for several processes. hook: None: they just read it."""
 
-    def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
-        self.folder = folder
-        self.env = {**os.environ, **env}
-        self.port = free_port()
-        self.scheduler: subprocess.Popen[bytes] | None = None
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self.n_started = 0
+    def __init__(self, hook: Hook | None = None) -> None:
+        super().__init__()
+        self._hook = hook
+        self.opener = partial(SharedLab, hook)
 
-    @property
-    def address(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
-
-    def start_scheduler(self) -> None:
-        words = ["scheduler", "--host", "127.0.0.1", "--port", self.port, "--no-dashboard"]
-        self.scheduler = self._start("scheduler", words, {})
-        end = time.monotonic() + START_S
-        while time.monotonic() < end:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            time.sleep(0.05)
-        raise TimeoutError("no scheduler came up")
-
-    def start_worker(
-        self, *more: object, checkout: Path = REPO, is_watched: bool = True
-    ) -> subprocess.Popen[bytes]:
-        """is_watched: by a nanny, which starts it again where it was killed."""
-        words = ["worker", self.address, "--nthreads", 1, "--no-dashboard", *more]
-        words += ["--local-directory", self.folder / "local"]
-        words += [] if is_watched else ["--no-nanny"]
-        worker = self._start("worker", words, {"PYTHONPATH": str(checkout)})
-        self.workers.append(worker)
-        return worker
-
-    def _start(
-        self, what: str, words: list[object], env: dict[str, str]
-    ) -> "subprocess.Popen[bytes]":
-        self.n_started += 1
-        with open(self.folder / f"{what}-{self.n_started}.log", "wb") as said:
-            return subprocess.Popen(
-                [sys.executable, "-m", "dask", *map(str, words)],
-                cwd=self.folder,
-                env={**self.env, "PYTHONPATH": str(REPO), **env},
-                stdout=said,
-                stderr=said,
-            )
-
-    def working(self) -> list[int]:
-        """The processes that do tasks: those that nannies watch, or that are watched by none."""
-        pids = []
-        for worker in self.workers:
-            if worker.poll() is None:
-                watched = [pid for pid in children_of(worker.pid) if _does_tasks(pid)]
-                pids += watched or [worker.pid]
-        return pids
-
-    def kill_one_that_works(self, number: int) -> None:
-        pids = self.working()
-        if pids:
-            _kill(pids[number % len(pids)])
-
-    def kill_scheduler(self) -> None:
-        assert self.scheduler is not None
-        self.scheduler.kill()
-        self.scheduler.wait()
-
-    def kill_workers(self) -> None:
-        for pid in self.working():
-            _kill(pid)
-        for worker in self.workers:
-            worker.kill()
-            worker.wait()
-        self.workers.clear()
-
-    def kill_all(self) -> None:
-        self.kill_workers()
-        self.kill_scheduler()
+    def rows_of(self, field: str) -> MemoryReader:
+        if self._hook is None:
+            return super().rows_of(field)
+        return HookedReader(field, self.arrays[field], self._hook)
 
 
-def _does_tasks(pid: int) -> bool:
-    with suppress(OSError):
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+def first_time(path: Path) -> bool:
+    """Whether nobody has asked for it yet, in whatever process."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        return True
+    except FileExistsError:
+        return False
 
 
-def _kill(pid: int) -> None:
-    with suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
+def die_once(folder: Path, field: str, row: int) -> None:
+    """As by kill -9, in the middle of shard 2."""
+    if (field, row) == ("label", 8) and first_time(folder / "died"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_always(field: str, row: int) -> None:
+    if (field, row) == ("label", 8):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_while_there(path: Path, field: str, row: int) -> None:
+    """Shard 2 cannot be read as long as there is such a file."""
+    if (field, row) == ("label", 8) and path.exists():
+        raise RuntimeError("the weather is bad")
+
+
+def unreadable(path: Path, field: str, row: int) -> None:
+    if (field, row) == ("label", 8) and path.exists():
+        raise OSError(5, "Input/output error")
+
+
+def wait_while_there(path: Path, field: str, row: int) -> None:
+    """From shard 2 on nothing is read as long as there is such a file."""
+    while row >= 8 and path.exists():
+        time.sleep(0.01)
+
+
+def write_count(folder: Path, field: str, row: int) -> None:
+    """How often each group was read."""
+    with open(folder / f"{field}-{row}", "a") as file:
+        file.write("x")
+
+
+# ------------------------------------------------------------------------------ real processes
 
 
 @contextmanager
-def dask_processes(
-    folder: Path, env: Mapping[str, str], n_workers: int = 2
-) -> Iterator[DaskProcesses]:
-    found = DaskProcesses(folder, env)
-    try:
-        found.start_scheduler()
+def real_cluster(folder: Path, n_workers: int) -> Iterator[Path]:
+    """`dask scheduler` and `dask worker` processes: the scheduler's file."""
+    file = folder / "scheduler.json"
+    with processes(folder) as start:
+        start("scheduler", "--port", "0", "--no-dashboard", "--no-show", "--scheduler-file", file)
         for _ in range(n_workers):
-            found.start_worker()
-        yield found
+            start("worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard")
+        until(file.exists)
+        yield file
+
+
+@contextmanager
+def processes(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts Dask's commands in that folder; they end with the block."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "dask", *map(str, words)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")]),
+        }
+        log = open(folder / f"dask-{len(started)}.log", "w")
+        with log:
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log, text=True
+            )
+        started.append(process)
+        return process
+
+    try:
+        yield start
     finally:
-        with suppress(AssertionError):
-            found.kill_all()
+        for process in started:
+            process.terminate()
+        for process in started:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def until(is_so: Callable[[], object], within_s: float = 60) -> None:
+    end = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def words_of(settings: ConversionSettings) -> Sequence[str]:
+    """The flags of a conversion with this size and these shards."""
+    return ("--size", str(settings.size), "--rows-per-shard", str(settings.rows_per_shard))
