@@ -33,10 +33,13 @@ def without_secrets(text: str) -> str:
     return SIGNED.sub(r"\1=...", USER.sub("", text))
 
 
-def secret_of(address: str) -> str:
-    """What stands before its host, and may stand by itself in an error; "" where nothing does."""
+def hidden(text: str, address: str) -> str:
+    """The text of an error about an address, without what that has of secrets, also by itself."""
     found = USER.search(address)
-    return found[0] if found else ""
+    user = found[0].rstrip("@") if found else ""
+    for secret in (user, user.partition(":")[2]):
+        text = text.replace(secret, "...") if secret else text
+    return without_secrets(text)
 
 
 def parent_of(place: Path | str) -> Path | str:

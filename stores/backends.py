@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shards.addresses import without_secrets
+from shards.addresses import hidden, without_secrets
 from shards.errors import UserError, WrongPlace, how_to_install, one_line
 
 OF_BUCKETS = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "abfss:", "az:", "oss:")
@@ -91,7 +91,7 @@ def described(error: BaseException) -> str:
     status, code = status_of(error)
     answer = " ".join(str(part) for part in (status, code) if part and str(status) != part)
     text = one_line(error)
-    return without_secrets(f"{answer or type(error).__name__}: {text}")
+    return f"{answer or type(error).__name__}: {text}"
 
 
 # ---------------------------------------------------------------------------------------- requests
@@ -259,7 +259,7 @@ def open_backend(address: str) -> tuple[Backend, str]:
     except ImportError as error:
         raise UserError(f"{shown}: {one_line(error)}", _how_to_install(address)) from None
     except ValueError as error:
-        what = without_secrets(one_line(error))
+        what = hidden(one_line(error), address)
         raise WrongPlace(shown, f"cannot be opened ({what})", "Check how it begins") from None
     if not path.strip("/") and not address.startswith("memory:"):
         raise WrongPlace(shown, "names no bucket", "Give one, as in s3://bucket/sets")

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.addresses import without_secrets
+from shards.addresses import hidden, name_of, without_secrets
 from shards.errors import UserError, WrongPlace, WrongSource, how_to_install
 from shards.files import FileEntry, fsync, sha256_file
 
@@ -109,14 +109,14 @@ class RemoteFile:
         check_url(url)
         self.system = _http_file_system()
         self.url = url
-        self.name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+        self.name = name_of(url.partition("?")[0])
         self.n_bytes_read = 0
         self.n_requests = 0
         try:
             self.n_bytes, self.version = patiently(partial(probe, url))
         except (OSError, http.client.HTTPException) as error:
-            problem = f"cannot be read ({without_secrets(str(error))})"
-            raise WrongSource(str(self), problem) from None
+            what = hidden(f"cannot be read ({error})", url)
+            raise WrongSource(without_secrets(url), what) from None
 
     def __str__(self) -> str:
         return without_secrets(self.url)
@@ -165,8 +165,8 @@ class RemoteFile:
             try:
                 data = get(self.url, start, end)
             except Exception as error:  # aiohttp's own types
-                what = f"{type(error).__name__}: {without_secrets(str(error))}"
-                raise ConnectionError(f"{self}: {what}") from None
+                what = f"{type(error).__name__}: {error}"
+                raise ConnectionError(f"{self}: {hidden(what, self.url)}") from None
             if len(data) != end - start:
                 what = f"{len(data)} bytes came, {end - start} were asked for"
                 raise ConnectionError(f"{self}: {what}")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.addresses import name_of, secret_of, without_secrets
+from shards.addresses import hidden, name_of, without_secrets
 from shards.errors import (
     DamagedSet,
     IncompleteCopy,
@@ -139,10 +139,7 @@ class ObjectStore:
         raise AssertionError
 
     def _failed(self, doing: str, error: Exception, *, was_tried: bool) -> StoreFailed:
-        answer = described(error)
-        secret = secret_of(self._address)
-        for each in (secret, secret.rstrip("@")):
-            answer = answer.replace(each, "") if each else answer
+        answer = hidden(described(error), self._address)
         tries = f" {len(PAUSES) + 1} times" if was_tried else ""
         problem = f"{self}: {doing} failed{tries} ({answer})"
         status, code = status_of(error)

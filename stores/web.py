@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from shards.addresses import name_of, without_secrets
+from shards.addresses import hidden, name_of, without_secrets
 from shards.errors import DamagedSet, IncompleteCopy, StoreFailed, WrongPlace, one_line
 from shards.files import FileEntry, HashingFile, hash_of, what_is_wrong, write_atomically
 from stores.http import IN_FLIGHT, RANGE_BYTES, TIMEOUT_S, check_url, patiently
@@ -110,7 +110,7 @@ class WebFolder:
                 raise FileNotFoundError(doing) from None
             answer = f"{error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
-            answer = without_secrets(one_line(error))
+            answer = hidden(one_line(error), f"https://{self._user}@")
         raise StoreFailed(f"{self}: {doing} failed ({answer})", "Wait until it answers")
 
     def _request(self, name: str, **headers: str) -> urllib.request.Request:

@@ -27,8 +27,8 @@ for package in ("distributed", "s3fs", "moto", "boto3"):
     pytest.importorskip(package, reason="needs the extras s3 and cluster, and moto")
 
 import boto3
-from helpers.dask_processes import DaskProcesses, dask_processes
 from helpers.commands import conversion
+from helpers.dask_processes import DaskProcesses, dask_processes
 from helpers.fault_proxy import ALL, OF_ANY, OF_LISTING, FaultProxy, Plan
 from helpers.frames import write_frames_of, write_table
 from helpers.sets import committed

@@ -132,6 +132,8 @@ def test_what_is_put_is_there_by_name_in_ranges_and_until_it_is_deleted(
     again = pickle.loads(pickle.dumps(store.child("rgb")))
     assert again.read("c/0") == b"0123456789"
     assert len(pickle.dumps(store)) < 200
+    assert isinstance(store, ObjectStore)
+    assert 10 < store.n_requests < 25
 
 
 def test_a_large_object_is_one_request_there_and_ranges_back(
@@ -510,12 +512,13 @@ def test_credentials_are_in_no_message_and_no_object(
     assert tried(*line, f"s3://{KEY_ID}:{SECRET}@{bucket.name}/sets") == 2
     assert tried(*line, bucket.address()) == 0
     assert tried("verify", f"https://someone:{SECRET}@127.0.0.1:1/sets/a-8-01234567") == 2
+    assert tried("run", f"https://someone:{SECRET[7:]}@127.0.0.1:1/a.mat", "--out", mat.parent) == 2
     assert tried("verify", f"sftp://someone:{SECRET}@host/sets") == 2
     assert tried("pull", bucket.address(), f"s3://{KEY_ID}:{SECRET}@other/sets") == 2
     said = "".join(capsys.readouterr())
     for name in bucket.names():
         said += bucket.get(name).decode(errors="replace")
-    for secret in (KEY_ID, SECRET, SECRET[:6], "someone"):
+    for secret in (KEY_ID, SECRET, SECRET[:6], SECRET[7:], "someone"):
         assert secret not in said
 
 
