@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-many bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -152,6 +152,9 @@ bench-frames: $(READY)  ## converting pictures against decoding them: make bench
 
 bench-many: $(READY)  ## opening sets of a million rows, sparse ones: make bench-many [MANY=DIR]
 	$(PY) -m bench.many $(if $(MANY),"$(MANY)") $(ARGS)
+
+bench-cluster: .venv/dev  ## a cluster against helper processes, and what it costs a shard: make bench-cluster [FRAMES=DIR]
+	$(PY) -m bench.cluster $(if $(FRAMES),"$(FRAMES)") $(ARGS)
 
 bench: $(READY)  ## loader speed on these shards; with MAT=x.mat the arrays-in-RAM script too
 	$(PY) -m bench.loader "$(DATA)" $(if $(wildcard $(MAT)),--mat "$(MAT)") $(ARGS)

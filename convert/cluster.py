@@ -12,13 +12,14 @@ Only here Dask is imported, and only once it is needed.
 
 import logging
 import os
+import pickle
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,108 @@ def _close(client: Any) -> None:
         client.close(timeout=2)
 
 
+# ----------------------------------------------------------------------------------- the workers
+
+
+def _check_workers(client: Any, job: Job) -> None:
+    """Raise for the first of those that are there already; later ones look by themselves."""
+    answers = client.run(_look, job, on_error="return")
+    for address, answer in answers.items():
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, BaseException):
+            raise _not_ours(address, answer)
+
+
+def _not_ours(where: str, error: BaseException) -> OtherVersions:
+    """A worker that does not even know what it is asked."""
+    there = f"that fails with {type(error).__name__} ({one_line(error)})"
+    return OtherVersions(where, "an installation", there, "works")
+
+
+def _look(job: Job, dask_worker: Any) -> UserError | None:
+    """On a worker: what keeps it from making shards of this job."""
+    try:
+        check_here(job, dask_worker.address)
+    except UserError as error:
+        return error
+    return None
+
+
+Make = Callable[[Job, ShardTask, str], Receipts]
+
+
+def _on_worker(make: Make, job: bytes, task: bytes) -> bytes:
+    """`make` of a job and a task, pickled: its receipts, or an error that no other try would
+    change. Dask tries again what is raised.
+
+    Bytes: Dask would take objects and arrays apart, and its scheduler make them again.
+    """
+    from distributed import get_worker
+
+    try:
+        return pickle.dumps(make(_job_of(job), pickle.loads(task), get_worker().address))
+    except (CannotMake, OtherVersions) as error:
+        return pickle.dumps(error)
+
+
+@lru_cache(1)
+def _job_of(pickled: bytes) -> Job:
+    job: Job = pickle.loads(pickled)
+    return job
+
+
+def _let_go_of_sources(client: Any) -> None:
+    with suppress(Exception):
+        client.run(close_sources, on_error="ignore")
+
+
+@contextmanager
+def _reported(client: Any, path: Path | None) -> Iterator[None]:
+    """Raises WrongSetting where a report cannot be made. One that fails at the end is told."""
+    if path is None:
+        yield
+        return
+    from distributed import performance_report
+
+    _check_bokeh(client)
+    with ExitStack() as stack:
+        stack.enter_context(client.as_current())
+        stack.push(_telling(performance_report(filename=str(path))))
+        yield
+
+
+def _check_bokeh(client: Any) -> None:
+    from importlib.metadata import version
+
+    try:
+        version("bokeh")
+        client.run_on_scheduler(version, "bokeh")
+    except Exception as error:
+        right = "the package bokeh draws it, here and where the scheduler runs"
+        raise WrongSetting("report", one_line(error), right) from None
+
+
+def _telling(report: Any) -> Callable[..., None]:
+    """Begin a report; what is called at its end."""
+    report.__enter__()
+
+    def end(*error: Any) -> None:
+        try:
+            report.__exit__(*error)
+        except Exception as problem:
+            log(f"the report could not be made ({one_line(problem)})")
+
+    return end
+
+
 # ------------------------------------------------------------------------------- one conversion
 
 
 class ClusterExecutor:
     """Does the tasks of one plan, once, in a `with` block."""
+
+    make: Make = staticmethod(make_shards)  # what a worker is asked to do
 
     def __init__(
         self,
@@ -247,7 +345,7 @@ class ClusterExecutor:
             _check_workers(client, self._job)
             self._progress = Progress("converting", n_rows, unit="row", amount=n_rows_text)
             with _reported(client, self._cluster.report):
-                window = _Window(client, self._job, str(self._cluster))
+                window = _Window(client, self._job, str(self._cluster), self.make)
                 with closing(self._taken(window, tasks)) as receipts:
                     yield from receipts
             _let_go_of_sources(client)
@@ -351,88 +449,6 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-# ----------------------------------------------------------------------------------- the workers
-
-
-def _check_workers(client: Any, job: Job) -> None:
-    """Raise for the first of those that are there already; later ones look by themselves."""
-    answers = client.run(_look, job, on_error="return")
-    for address, answer in answers.items():
-        if isinstance(answer, UserError):
-            raise answer
-        if isinstance(answer, BaseException):
-            raise _not_ours(address, answer)
-
-
-def _not_ours(where: str, error: BaseException) -> OtherVersions:
-    """A worker that does not even know what it is asked."""
-    there = f"that fails with {type(error).__name__} ({one_line(error)})"
-    return OtherVersions(where, "an installation", there, "works")
-
-
-def _look(job: Job, dask_worker: Any) -> UserError | None:
-    """On a worker: what keeps it from making shards of this job."""
-    try:
-        check_here(job, dask_worker.address)
-    except UserError as error:
-        return error
-    return None
-
-
-def _make(job: Job, task: ShardTask) -> Receipts | UserError:
-    """On a worker. What no other try would change is returned: Dask tries again what is raised."""
-    from distributed import get_worker
-
-    try:
-        return make_shards(job, task, get_worker().address)
-    except (CannotMake, OtherVersions) as error:
-        return error
-
-
-def _let_go_of_sources(client: Any) -> None:
-    with suppress(Exception):
-        client.run(close_sources, on_error="ignore")
-
-
-@contextmanager
-def _reported(client: Any, path: Path | None) -> Iterator[None]:
-    """Raises WrongSetting where a report cannot be made. One that fails at the end is told."""
-    if path is None:
-        yield
-        return
-    from distributed import performance_report
-
-    _check_bokeh(client)
-    with ExitStack() as stack:
-        stack.enter_context(client.as_current())
-        stack.push(_telling(performance_report(filename=str(path))))
-        yield
-
-
-def _check_bokeh(client: Any) -> None:
-    from importlib.metadata import version
-
-    try:
-        version("bokeh")
-        client.run_on_scheduler(version, "bokeh")
-    except Exception as error:
-        right = "the package bokeh draws it, here and where the scheduler runs"
-        raise WrongSetting("report", one_line(error), right) from None
-
-
-def _telling(report: Any) -> Callable[..., None]:
-    """Begin a report; what is called at its end."""
-    report.__enter__()
-
-    def end(*error: Any) -> None:
-        try:
-            report.__exit__(*error)
-        except Exception as problem:
-            log(f"the report could not be made ({one_line(problem)})")
-
-    return end
-
-
 # ------------------------------------------------------------------------------------ the window
 
 Outcome = tuple[tuple[int, ...], Receipts | BaseException]
@@ -441,13 +457,15 @@ Outcome = tuple[tuple[int, ...], Receipts | BaseException]
 class _Window:
     """Tasks in flight: as many as keep the workers busy, however many there are to do."""
 
-    def __init__(self, client: Any, job: Job, called: str) -> None:
-        """called: the scheduler, in messages."""
+    def __init__(self, client: Any, job: Job, called: str, make: Make) -> None:
+        """called: the scheduler, in messages. make: what is done on a worker."""
         from distributed import as_completed
 
         self._client = client
         self._job = job
         self._called = called
+        self._make = make
+        self._pickled_job = pickle.dumps(job)
         self._running = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self._in_flight: dict[str, tuple[Any, tuple[int, ...]]] = {}
         self._size = TASKS_A_THREAD
@@ -473,7 +491,7 @@ class _Window:
                 return
             key = f"shard-{self._job.key}-{task.shards[0]}"
             submit = partial(self._client.submit, key=key, pure=False, retries=RETRIES)
-            future = submit(_make, self._job, task)
+            future = submit(_on_worker, self._make, self._pickled_job, pickle.dumps(task))
             self._in_flight[future.key] = (future, task.shards)
             self._running.add(future)
 
@@ -515,9 +533,10 @@ class _Window:
             if isinstance(error, ModuleNotFoundError):
                 raise _not_ours("of a task", error)
             return shards, error
-        if isinstance(result, UserError):
-            raise result
-        return shards, result
+        answer = pickle.loads(result)
+        if isinstance(answer, UserError):
+            raise answer
+        return shards, answer
 
     def _lost(self) -> NotThere:
         what = f"the Dask scheduler at {self._called} does not answer any more, or was restarted"

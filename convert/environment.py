@@ -69,6 +69,7 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
+@cache
 def _version_of(distribution: str) -> str:
     try:
         return version(distribution)

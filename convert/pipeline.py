@@ -473,13 +473,15 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
         executor,
     ):
         facts: Future[RowFacts] = beside.submit(source.row_facts)
+        n_failed = len(failed_of(done.values()))
         too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
         with closing(_put_down(executor, plan, folder, todo, facts)) as receipts:
             for k, receipt in receipts:
                 done[k] = receipt
                 _tell(execution, folder, k, receipt)
-                failed = failed_of(done.values()) if receipt.rows and receipt.rows.failed else {}
-                if len(failed) > too_many:
+                n_failed += len(receipt.rows.failed) if receipt.rows else 0
+                if n_failed > too_many:
+                    failed = failed_of(done.values())
                     columns = filled_columns(
                         facts.result().columns, plan.n_rows, source.dataset, "none"
                     )

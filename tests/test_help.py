@@ -75,6 +75,7 @@ def test_every_option_says_what_it_is_its_default_and_its_range(
 @pytest.mark.parametrize(
     "name",
     [
+        "cluster",
         "convert",
         "pack",
         *(
