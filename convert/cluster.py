@@ -143,20 +143,25 @@ def _distributed() -> Any:
 
 @contextmanager
 def _quiet_dask() -> Iterator[None]:
-    """Of what its own client logs, tracebacks mostly, a user is told one line by us."""
-    loggers = [logging.getLogger(name) for name in ("distributed", *_loggers_of_dask())]
+    """Of what its own client logs, tracebacks mostly, a user is told one line by us.
+
+    It goes on where the block ends badly: asyncio tells of futures that nobody asked as they are
+    freed, which may be later.
+    """
+    names = ("asyncio", "tornado", "distributed", *_loggers_of_dask())
+    loggers = [logging.getLogger(name) for name in names]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+    yield
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
 
 
 def _loggers_of_dask() -> list[str]:
-    return [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
+    """Of what it is made of too; each has a level of its own."""
+    known = logging.root.manager.loggerDict
+    return [name for name in known if name.startswith(("distributed.", "tornado."))]
 
 
 def _own_cluster(n_workers: int) -> AbstractContextManager[Any]:
