@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,12 +237,14 @@ def until_right(
 
 
 def once_there_are(place: Place, n_files: int, act: Callable[[Any], object], what: str) -> Disturb:
-    """Do something to the command, or to anything, once there are so many files and one of them is
-    its own: not while Python itself still starts.
+    """Do something to the command, or to anything, once there are so many files and one more than
+    at first: not while Python itself still starts.
     """
 
     def disturb(process: "subprocess.Popen[str]") -> None:
         wanted = max(n_files, len(place.names()) + 1)
+        while process.poll() is None and not _has_begun(process.pid):
+            time.sleep(0.01)
         while process.poll() is None and len(place.names()) < wanted:
             time.sleep(0.005)
         if process.poll() is None:
@@ -250,6 +252,14 @@ def once_there_are(place: Place, n_files: int, act: Callable[[Any], object], wha
             TOLD[what] += 1
 
     return disturb
+
+
+def _has_begun(pid: int) -> bool:
+    """Whether a command has read its words: it catches SIGTERM then."""
+    with suppress(OSError):
+        caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
+    return False
 
 
 def signalled(place: Place, n_files: int, number: signal.Signals) -> Disturb:
