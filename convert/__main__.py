@@ -34,6 +34,7 @@ from shards.errors import (
     UserError,
     WrongSetting,
     WrongSource,
+    printable,
 )
 from shards.files import LocalFolder, log
 from shards.flags import as_typed
@@ -305,7 +306,7 @@ def inspect(args: argparse.Namespace) -> None:
     from convert.inspect import describe, picture
 
     found = open_in(resolve_in(folder_at(args.directory)))
-    print(describe(found))
+    print(printable(describe(found)))
     if args.picture:
         picture(found, args.picture, args.rows)
         print(f"picture: {args.picture}")
@@ -370,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (KeyboardInterrupt, MemoryError, UserError, OSError) as error:
         if sys.stderr:  # else it would go to standard output, where the set's path is read
-            print(explained(error, args).replace("\n", " "), file=sys.stderr)
+            print(printable(explained(error, args).replace("\n", " ")), file=sys.stderr)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2
 
 

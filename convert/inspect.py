@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from shards.dataset import StoredSet
-from shards.errors import DamagedSet, UserError, WrongPlace, how_to_install
+from shards.errors import UserError, WrongPlace, how_to_install
 from shards.files import mebibytes, write_atomically
-from shards.manifest import FAILED, PROVENANCE, RIGHT_ROW
+from shards.manifest import FAILED, PROVENANCE, RIGHT_ROW, read_provenance
 from shards.spec import NO_SCENE_TYPE, SPLITS, DatasetSpec, Field, class_colours
 
 INK = "#1c1f24"
@@ -95,12 +95,16 @@ def _field_line(found: StoredSet, field: Field) -> str:
 
 
 def _provenance_line(found: StoredSet) -> str:
+    made = read_provenance(found.folder)
+    unknown = f"  made: unknown (no {PROVENANCE})"
+    if made is None:
+        return unknown
     try:
-        made = json.loads(found.folder.read(PROVENANCE))
-        cost = f"{made['seconds']} s, peak memory {mebibytes(made['peak_memory_bytes'])}"
-        return f"  made {made['when']} in {cost}: {made['command']}"
-    except (OSError, DamagedSet, ValueError, KeyError, TypeError):
-        return "  made: unknown (no provenance.json)"
+        memory = mebibytes(made.whole_or_none("peak_memory_bytes"))
+        cost = f"{made.number('seconds')} s, peak memory {memory}"
+        return f"  made {made.text('when')} in {cost}: {made.text('command')}"
+    except ValueError:
+        return unknown
 
 
 def picture(found: StoredSet, out: Path, n_rows: int) -> None:

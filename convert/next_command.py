@@ -1,8 +1,8 @@
 """What to type next, said behind what went wrong: the command line's part of an error."""
 
 import argparse
-import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from shards.errors import (
     WrongSource,
 )
 from shards.flags import as_flag, as_typed, flag_of, upgrade_commands
-from shards.manifest import PROVENANCE
+from shards.manifest import read_provenance
 from shards.spec import ConversionSettings
 
 SOURCES = (".mat", ".h5", ".hdf5")
@@ -156,13 +156,13 @@ def repair_commands(error: Any) -> str:
 
 def repair_command(found: StoredSet) -> list[str]:
     """The command that makes the wrong shards of a set again."""
-    try:
-        provenance = json.loads(found.folder.read(PROVENANCE))
-        source = provenance["source_path"]
-        words = shlex.split(provenance["command"])
-    except (OSError, UserError, ValueError, KeyError, TypeError):
-        source = found.manifest.source.name
-        words = []
+    source = found.manifest.source.name
+    words: list[str] = []
+    made = read_provenance(found.folder)
+    with suppress(ValueError):  # whoever made it may have written anything
+        if made is not None:
+            words = shlex.split(made.text("command"))
+            source = made.text("source_path")
     if found.manifest.source.kind == "table" and "run" in words:  # roots and names are there alone
         return ["python", "-m", "convert", *words[words.index("run") :], "--repair"]
     out = str(parent_of(found.address))

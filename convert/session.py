@@ -6,11 +6,10 @@ the .mat: given, on Drive, or fetched     -> what is not right on this disk, els
                                              converted; then pushed
 """
 
-import json
 import shutil
 import time
 from collections.abc import Collection
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, open_set
 from shards.errors import IncompleteCopy, UserError
 from shards.files import LocalFolder, log
-from shards.manifest import MANIFEST, PROVENANCE, RECEIPTS, remove_older_receipts
+from shards.manifest import MANIFEST, RECEIPTS, read_provenance, remove_older_receipts
 from shards.spec import Codecs, ConversionSettings
 from stores.local import exists
 from stores.mounted import MountedStore, check_mounted, patiently
@@ -301,10 +300,10 @@ def _begin(request: SetRequest, existing: ExistingSets) -> tuple[Path, Codecs]:
 
 def _cost(found: ShardSet) -> str:
     """What it took to make the set, in words."""
-    try:
-        seconds = json.loads((found.path / PROVENANCE).read_text())["seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
-        seconds = "some"
+    made = read_provenance(found.folder)
+    seconds = "some"
+    with suppress(ValueError):
+        seconds = f"{made.number('seconds')}" if made else seconds
     source = found.manifest.source
     what = f"the .mat ({source.n_bytes / 1e6:.0f} MB)" if source.kind == "mat" else source.name
     return f"{what} and {seconds} s of converting it"

@@ -23,7 +23,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from shards.errors import DamagedSet, WrongSetting
+from shards.errors import DamagedSet, WrongSetting, one_line
 from shards.files import (
     FileEntry,
     Folder,
@@ -310,10 +310,13 @@ def open_field(folder: Folder, manifest: Manifest, field: Field, shard: int) -> 
             return map_file(folder.path / name, form)
         return form.rows_in(f"{folder}/{name}", folder.read(name))
     if isinstance(folder, LocalFolder):
-        return _decoded(folder.path / field.name, folder.path / field.name, entry)
+        path = folder.path / field.name
+        return _decoded(_array_of(path, path, manifest, field), path, entry)
+    address = f"{folder}/{field.name}"
     metadata = f"{field.name}/zarr.json"
     files = {each: folder.read(each) for each in (metadata, name)}
-    return _decoded(_in_memory(files, field.name), f"{folder}/{field.name}", entry)
+    array = _array_of(_in_memory(files, field.name), address, manifest, field)
+    return _decoded(array, address, entry)
 
 
 def fetch_row(
@@ -335,14 +338,35 @@ def fetch_row(
     return np.frombuffer(data, form.dtype).reshape(shape)
 
 
-def _decoded(store: Any, address: Path | str, entry: ShardEntry) -> np.ndarray:
-    """The rows of a shard of a compressed field's array, decoded into memory by zarr-python."""
+UNREADABLE = (ValueError, TypeError, KeyError, RuntimeError, OSError)  # what zarr-python raises
+
+
+def _array_of(store: Any, address: Path | str, manifest: Manifest, field: Field) -> Any:
+    """zarr-python's array of a compressed field; none of its data is read.
+
+    Raises DamagedSet where its metadata say another shape, type or rows a chunk than the manifest:
+    as much memory is taken as they say.
+    """
     from zarr import open_array
 
     try:
-        return np.asarray(open_array(store, mode="r")[entry.start : entry.stop])
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise DamagedSet(address, f"is damaged ({error})") from None
+        array = open_array(store, mode="r")
+        said = (array.shape, array.dtype.str, array.shards, array.chunks)
+    except UNREADABLE as error:
+        raise DamagedSet(address, f"is damaged ({one_line(error)})") from None
+    row = field.row_shape(manifest.settings.size)
+    shards = (manifest.settings.rows_per_shard, *row)
+    if said != ((manifest.n_rows, *row), field.dtype, shards, (1, *row)):
+        raise DamagedSet(address, f"is damaged (an array {said[0]} of {said[1]}, no such field)")
+    return array
+
+
+def _decoded(array: Any, address: Path | str, entry: ShardEntry) -> np.ndarray:
+    """The rows of a shard of a compressed field's array, in memory."""
+    try:
+        return np.asarray(array[entry.start : entry.stop])
+    except UNREADABLE as error:
+        raise DamagedSet(address, f"is damaged ({one_line(error)})") from None
 
 
 def _in_memory(files: Mapping[str, bytes], array: str) -> Any:

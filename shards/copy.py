@@ -20,7 +20,7 @@ from shards.containers import (
     write_field,
 )
 from shards.dataset import SetInStore, ShardSet, StoredSet, open_set
-from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting
+from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting, printable
 from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, log
 from shards.flags import Parser, as_flag, as_path
 from shards.lock import only_one
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as error:
         text = error.told(as_flag) if isinstance(error, UserError) else str(error)
-        print(" ".join(text.split()), file=sys.stderr)
+        print(printable(" ".join(text.split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what is copied is kept, and the same command goes on", file=sys.stderr)

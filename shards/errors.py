@@ -45,6 +45,23 @@ def shown(value: Any) -> str:
     return " ".join(str(value).split())[:80]
 
 
+# What tells a terminal to do something, or turns the direction of a line: a name that a stranger
+# gave may have it in.
+STEERING = (
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
+AS_ESCAPES = {code: ascii(chr(code))[1:-1] for code in STEERING}
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may be given it: what would steer that is written as an escape."""
+    return text.translate(AS_ESCAPES)
+
+
 class Naming(Protocol):
     """How a text calls a setting: by its name alone, or with a value."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from shards.errors import DamagedSet, UserError
+from shards.errors import DamagedSet, UserError, printable
 from shards.strict_json import JsonObject
 
 try:
@@ -50,7 +50,7 @@ _IS_QUIET = ContextVar("is_quiet", default=False)
 def log(message: str) -> None:
     """A line for whoever watches; standard output is for results."""
     if not _IS_QUIET.get():
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextmanager

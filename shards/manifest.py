@@ -25,6 +25,7 @@ from shards.errors import (
     OldSet,
     StoreFailed,
     UnfinishedSet,
+    UserError,
     WrongSetting,
 )
 from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, json_bytes
@@ -425,6 +426,14 @@ def _check_is_there(folder: Folder) -> None:
         raise MissingSet(
             address(folder), "it is not a finished set", subject=f"no {MANIFEST} in {folder}:"
         )
+
+
+def read_provenance(folder: Folder) -> JsonObject | None:
+    """How a set was made, by whoever made it; None where that is not told. Nothing rests on it."""
+    try:
+        return JsonObject(json.loads(folder.read(PROVENANCE)), PROVENANCE)
+    except (OSError, UserError, ValueError, RecursionError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------- receipts

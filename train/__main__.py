@@ -26,6 +26,7 @@ from shards.errors import (
     UserError,
     WrongPlace,
     one_line,
+    printable,
 )
 from shards.files import log
 from shards.flags import as_flag, flag_of, upgrade_commands
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if explained is None:
                 raise
             status, text = explained
-            print(f"{_who()}: {' '.join(text.split())}", file=sys.stderr)
+            print(printable(f"{_who()}: {' '.join(text.split())}"), file=sys.stderr)
             return status
     return 0
 

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from convert.sources.archives import Archive, TarArchive, ZipArchive
 from convert.sources.errors import BadRow
+from shards.addresses import without_secrets
 from shards.errors import StoreFailed, WrongSetting, WrongSource, one_line
 from stores.http import ask, check_url
 from stores.http import patiently as patiently_asked
@@ -326,27 +327,31 @@ class WebRoot:
         self.base = base
 
     def __str__(self) -> str:
-        return self.base
+        return without_secrets(self.base)
 
     def read(self, path: str) -> bytes:
         """See Roots.read."""
         url = self._url(path)
+        shown = without_secrets(url)
+        path = without_secrets(path)
         try:
             data = patiently_asked(partial(_fetched, url))
         except (OSError, http.client.HTTPException) as error:
             code = error.code if isinstance(error, urllib.error.HTTPError) else 0
             if code in (404, 410):
-                raise BadRow(f"{path} is missing: {url} answers {code}") from None
+                raise BadRow(f"{path} is missing: {shown} answers {code}") from None
             if code == 416:
                 raise BadRow(f"{path} is empty") from None
-            raise StoreFailed(f"{url} cannot be read ({one_line(error)})") from None
+            raise StoreFailed(f"{shown} cannot be read ({one_line(error)})") from None
         if not data:
             raise BadRow(f"{path} is empty")
         return data
 
     def file(self, path: str) -> Path:
         """No file of this machine."""
-        raise BadRow(f"{path} is on a web server, and can only be read as a file: fetch it first")
+        shown = without_secrets(path)
+        what = "is on a web server, and can only be read as a file: fetch it first"
+        raise BadRow(f"{shown} {what}")
 
     def close(self) -> None:
         """No connection stays open."""
@@ -368,8 +373,8 @@ def _fetched(url: str) -> bytes:
     with ask(url, 0, MAX_FILE_BYTES + 1) as answer:
         n_bytes = answer.length  # None: it does not say
         if n_bytes is not None and n_bytes > MAX_FILE_BYTES:
-            raise BadRow(f"{url} is larger than {MAX_FILE_BYTES >> 20} MB")
+            raise BadRow(f"{without_secrets(url)} is larger than {MAX_FILE_BYTES >> 20} MB")
         data = answer.read() if n_bytes is not None else answer.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
-            raise BadRow(f"{url} is larger than {MAX_FILE_BYTES >> 20} MB")
+            raise BadRow(f"{without_secrets(url)} is larger than {MAX_FILE_BYTES >> 20} MB")
         return data
