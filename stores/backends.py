@@ -26,12 +26,16 @@ PASSING_CODES = {
     *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"),
     *("ConditionalRequestConflict", "OperationAborted", "RequestLimitExceeded", "Throttling"),
 }
+# Of a body that ended too early, or was reset: aiohttp gives some of them a status, 400.
+CUT_BODIES = {
+    *("ContentLengthError", "TransferEncodingError", "ClientPayloadError", "IncompleteReadError"),
+}
 PASSING_STATUS = {408, 409, 425, 429}
 NOT_PASSING = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError)
 # Of packages that are not imported here: botocore's, aiohttp's, fsspec's and gcsfs's.
 PASSING_KINDS = {
-    *("HTTPClientError", "ResponseParserError", "IncompleteReadError", "ClientConnectionError"),
-    *("ClientPayloadError", "ServerDisconnectedError", "FSTimeoutError", "HttpError"),
+    *("HTTPClientError", "ConnectionError", "ResponseParserError", "ClientConnectionError"),
+    *("ServerDisconnectedError", "FSTimeoutError", "HttpError"),
 }
 
 
@@ -63,6 +67,8 @@ def status_of(error: BaseException) -> tuple[int | None, str]:
 
 def passes(error: BaseException) -> bool:
     """Whether another try may be answered otherwise."""
+    if _kinds(error) & CUT_BODIES or _kinds(error.__cause__) & CUT_BODIES:
+        return True
     status, code = status_of(error)
     if code in PASSING_CODES:
         return True
@@ -70,8 +76,13 @@ def passes(error: BaseException) -> bool:
         return status >= 500 or status in PASSING_STATUS
     if isinstance(error, NOT_PASSING):
         return False
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, OSError | EOFError | TimeoutError) or bool(kinds & PASSING_KINDS)
+    is_passing = bool(_kinds(error) & PASSING_KINDS)
+    return is_passing or isinstance(error, OSError | EOFError | TimeoutError)
+
+
+def _kinds(error: BaseException | None) -> set[str]:
+    """The names of its classes, as they are of packages that are not imported here."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def is_beyond_the_end(error: BaseException) -> bool:

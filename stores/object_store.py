@@ -43,6 +43,8 @@ PAUSES = (0.5, 2.0, 8.0)  # seconds before another try; botocore has tried a few
 RANGE_BYTES = 8 << 20  # of one request
 IN_FLIGHT = 4  # ranges of an object that travel at once
 DOWNLOADS = 2  # of a file whose bytes come wrong
+WRITES = 3  # of an object that is said to be there, and then is not
+MISSING = "is missing"
 
 
 class OtherLength(Exception):
@@ -257,7 +259,7 @@ class ObjectStore:
             for block in self._blocks(name, entry.n_bytes):
                 sha256.update(block)
         except FileNotFoundError:
-            return "is missing"
+            return MISSING
         except OtherLength as error:
             counted = f"{error.n_bytes} bytes, the manifest says {entry.n_bytes}"
             return f"has {counted}: the copy is incomplete"
@@ -320,13 +322,17 @@ class ObjectStore:
                 raise WrongPlace(str(self), what, "Use a bucket, or a folder of this machine")
             backend.put(f"{at}/{name}", data, entry.sha256, is_new=is_new)
 
-        try:
-            self._ask(f"writing {name}", request)
-        except FileExistsError:  # of another writer, or of ours, whose answer did not come
-            if not self._holds(name, entry):
-                raise StoreFailed(f"{self}/{name} is there, and is not", "Write it again") from None
-        except FileNotFoundError as error:
-            raise self._failed(f"writing {name}", error, was_tried=False) from None
+        for _ in range(WRITES):
+            try:
+                self._ask(f"writing {name}", request)
+                break
+            except FileExistsError:  # of another writer, or of ours, whose answer did not come
+                if self._holds(name, entry):
+                    break
+            except FileNotFoundError as error:
+                raise self._failed(f"writing {name}", error, was_tried=False) from None
+        else:
+            raise StoreFailed(f"{self}/{name} is there, and is not", "Write it again")
         self._listed[name] = len(data)
 
     def _holds(self, name: str, entry: FileEntry) -> bool:
@@ -340,7 +346,10 @@ class ObjectStore:
         elif found.sha256 is not None:
             is_same = found.sha256 == entry.sha256
         else:
-            is_same = self.what_is_wrong(name, entry) is None
+            problem = self.what_is_wrong(name, entry)
+            if problem == MISSING:  # gone since it was looked for
+                return False
+            is_same = problem is None
         if not is_same:
             raise OtherBytes(f"{self}/{name}")
         return True

@@ -245,6 +245,16 @@ def test_what_passes_is_known_by_its_status_and_code(
     assert backends.passes(answer(status, code)) is is_tried_again
 
 
+def test_a_body_that_is_cut_passes_whatever_its_status_says() -> None:
+    """aiohttp gives such an error one that its server never sent."""
+    from aiohttp.http_exceptions import ContentLengthError
+
+    error = OSError("as s3fs translates it")
+    error.__cause__ = ContentLengthError("not enough data")
+    assert backends.passes(error)
+    assert backends.passes(ContentLengthError("not enough data"))
+
+
 @pytest.mark.parametrize(("code", "n_tries"), [("SlowDown", 4), ("AccessDenied", 1)])
 def test_what_fails_each_time_is_one_line_and_what_cannot_pass_is_tried_once(
     code: str, n_tries: int, monkeypatch: pytest.MonkeyPatch
