@@ -86,6 +86,12 @@ class HashingFile(io.BufferedWriter):
         return super().write(data)
 
 
+def unfinished(path: Path) -> Path:
+    """What a file is called until it is whole: each writer has a name of its own for it."""
+    writer = f"{OURS}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{writer}.tmp")
+
+
 def write_atomically(
     path: Path, write: Callable[[HashingFile], object], *, keep_same: bool = False
 ) -> FileEntry:
@@ -93,8 +99,7 @@ def write_atomically(
 
     keep_same: a file that holds these very bytes already stays as it is. Raises OSError.
     """
-    writer = f"{OURS}-{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    temporary = unfinished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with HashingFile(temporary) as file:

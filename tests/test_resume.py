@@ -16,6 +16,7 @@ from conftest import REPO
 from helpers.training import assert_same, environment, run_and_kill, settings
 
 import train.loop as loop
+from shards import files
 from shards.errors import UserError
 from train.__main__ import command, train_and_report
 from train.checkpoint import CHECKPOINT, PREVIOUS
@@ -204,8 +205,13 @@ def test_a_mirror_that_hangs_does_not_hold_the_run(
     monkeypatch.setattr(loop, "MIRROR_WAIT_S", 0.2)
     mirror = tmp_path / "drive"
     mirror.mkdir()
-    # Opening it waits for a reader, for ever.
-    os.mkfifo(pipe := mirror / f".metrics.csv.{os.getpid()}.tmp")
+    # Opening it waits for a reader, for ever. Its name has the writing thread's number otherwise.
+    pipe = mirror / ".metrics.csv.tmp"
+    os.mkfifo(pipe)
+    name_of = files.unfinished
+    monkeypatch.setattr(
+        files, "unfinished", lambda path: pipe if path.parent == mirror else name_of(path)
+    )
     train(settings(small_set, tmp_path / "run", mirror=str(mirror)))
     assert "not done after" in capsys.readouterr().err
     assert_same(whole, tmp_path / "run")
