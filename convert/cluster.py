@@ -464,13 +464,15 @@ class _Window:
 
     def __init__(self, client: Any, job: Job, called: str, make: Make) -> None:
         """called: the scheduler, in messages. make: what is done on a worker."""
+        import cloudpickle
         from distributed import as_completed
 
         self._client = client
         self._job = job
         self._called = called
         self._make = make
-        self._pickled_job = pickle.dumps(job)
+        # As Dask itself does it: what a script or a notebook defines, such as a source, travels.
+        self._pickled_job = cloudpickle.dumps(job)
         self._running = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self._in_flight: dict[str, tuple[Any, tuple[int, ...]]] = {}
         self._size = TASKS_A_THREAD

@@ -38,7 +38,7 @@ ALLOWED = {
     "stores.http": Row(lazily="fsspec"),
     "stores.places": Row(ours="shards.dataset"),
     "convert": Row(ours="convert stores shards", others="numpy", by_m="convert"),
-    "convert.cluster": Row(lazily="distributed"),
+    "convert.cluster": Row(lazily="cloudpickle distributed"),
     "convert.inspect": Row(lazily="matplotlib"),
     "convert.recording": Row(lazily="rerun"),
     "convert.sample": Row(others="h5py"),
