@@ -274,8 +274,6 @@ def ways_of_reading() -> Iterator[Way]:
         for n_workers in (2, 8):
             name = f"{n_workers} workers (fork)"
             yield Way(name=name, order=order, n_workers=n_workers, method="fork")
-    for method in ("forkserver", "spawn"):
-        yield Way(name=f"2 workers ({method})", n_workers=2, method=method)
 
 
 def ways_before() -> Iterator[Way]:
@@ -290,7 +288,7 @@ def ways_before() -> Iterator[Way]:
 def ways_of_a_step(step_ms: int) -> Iterator[Way]:
     """Beside a training step."""
     for way in ways_of_reading():
-        if way.name != DISK and way.prefetch and way.method in (None, "fork"):
+        if way.name != DISK and way.prefetch:
             yield replace(way, step_ms=step_ms)
 
 
