@@ -309,29 +309,55 @@ def report_ways(found: ShardSet, ways: Sequence[Way], limit_bytes: int, n_rounds
         rounds.append([run_limited(found, way, limit_bytes) for way in ways])
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    disk = [each[0] for each in rounds]
     for k, way in enumerate(ways):
-        shares = [each[k].rows_per_s / each[0].rows_per_s for each in rounds]
-        print(as_text(way, [each[k] for each in rounds], shares), flush=True)
+        measured = [each[k] for each in rounds]
+        pairs = zip(measured, disk, strict=True)
+        shares = [ours.rows_per_s / of_disk.rows_per_s for ours, of_disk in pairs]
+        print(as_text(way, measured, shares), flush=True)
+
+
+HEADS = ("order", "rows/s", "of the disk", "(95 %)", "bytes", "wait ms", "95 %", "own MiB")
+WIDTHS = (-9, 8, 11, 11, 6, 8, 7, 8)  # negative: from the left
+NAME_WIDTH = -34
+
+
+def table_line(name: str, cells: Sequence[str]) -> str:
+    """A line of a table, each cell in its column."""
+    padded = [_padded(name, NAME_WIDTH)]
+    for cell, width in zip(cells, WIDTHS, strict=True):
+        padded.append(_padded(cell, width))
+    return " ".join(padded)
+
+
+def _padded(text: str, width: int) -> str:
+    return text.ljust(-width) if width < 0 else text.rjust(width)
 
 
 def head(title: str) -> str:
     """The first line of a table."""
-    names = f"{'rows/s':>8} {'of the disk':>11} {'(95 %)':>11} {'bytes':>6}"
-    return f"\n{title:34} {'order':9} {names} {'wait ms':>8} {'95 %':>7} {'own MiB':>8}"
+    return "\n" + table_line(title, HEADS)
 
 
 def as_text(way: Way, measured: Sequence[Measured], shares: Sequence[float]) -> str:
     """A line of the table."""
     share = median_interval(shares)
-    bounds = f"{share.low:.2f}-{share.high:.2f}"
 
     def median(name: str) -> float:
         return float(np.median([getattr(each, name) for each in measured]))
 
-    cells = f"{median('rows_per_s'):8,.0f} {share.median:11.2f} {bounds:>11}"
-    reading = f"{median('read_over_needed'):6.2f} {median('wait_ms'):8.2f}"
-    memory = f"{median('wait_95_ms'):7.2f} {median('own_bytes') / 2**20:8.0f}"
-    return f"{way.name:34} {way.order:9} {cells} {reading} {memory}"
+    own_mib = median("own_bytes") / 2**20
+    cells = (
+        way.order,
+        f"{median('rows_per_s'):,.0f}",
+        f"{share.median:.2f}",
+        f"{share.low:.2f}-{share.high:.2f}",
+        f"{median('read_over_needed'):.2f}",
+        f"{median('wait_ms'):.2f}",
+        f"{median('wait_95_ms'):.2f}",
+        f"{own_mib:.0f}",
+    )
+    return table_line(way.name, cells)
 
 
 def report(args: argparse.Namespace) -> None:
