@@ -288,6 +288,7 @@ class BatchStream:
             self.producer = loader.new_producer(position.epoch)
         assert self.producer is not None
         self.position = None
+        _tell(loader.batches, position)
         self.producer.seek(plan_from(loader.batches, position))
         self.position = position
 
@@ -308,7 +309,16 @@ class BatchStream:
                 raise RuntimeError(text) from error
             raise error
         self.position = delivery.position_after
+        if delivery.position_after is not None:
+            _tell(loader.batches, delivery.position_after)
         return delivery.result.value
+
+
+def _tell(order: BatchOrder, position: Position) -> None:
+    """Where the loader is, to an order that wants to know."""
+    is_at = getattr(order, "is_at", None)
+    if is_at is not None:
+        is_at(position.epoch, position.step)
 
 
 class OneUser:

@@ -31,8 +31,8 @@ from shards.errors import (
 from shards.files import log
 from shards.flags import as_flag, flag_of, upgrade_commands
 from train import ranks
-from train.data import open_for_training
 from train.errors import CannotUnpack, CannotWrite, NeedsSet, NoCheckpoint, WrongCheckpoint
+from train.job import open_set_of
 from train.looking import augmentations_png
 from train.loop import MIRROR_WAIT_S, training
 from train.predict import needed_set, predict, predict_flags
@@ -167,7 +167,7 @@ def _do(words: Sequence[str]) -> None:
 
     settings, recipe, start = parse(words)
     settings.check_out()
-    found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    found = open_set_of(settings)
     stages = plan(settings, found, recipe, start)
     ranks.join()
     for k, stage in enumerate(stages):
@@ -186,7 +186,7 @@ def look(words: Sequence[str]) -> None:
     settings = Settings(**values)
     if not picture.endswith(".png"):
         raise UserError(f"{picture!r} is no name for the page", "Use one that ends in .png")
-    found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    found = open_set_of(settings)
     try:
         page = augmentations_png(settings, found)
     except ModuleNotFoundError as error:

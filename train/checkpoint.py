@@ -26,6 +26,8 @@ CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"
 METRICS = "metrics.csv"
 CLASS_TABLE = "classes.csv"  # of a reported run
+# Of settings that runs of earlier versions do not have.
+BEFORE = {"shuffle": "full"}
 LOCK = ".lock"  # in a run's directory, held while something writes there
 
 
@@ -227,9 +229,16 @@ def newest(settings: Settings) -> Checkpoint | None:
     return max(there, key=lambda each: each.place, default=None)
 
 
+def shuffle_of_run(settings: Settings) -> str | None:
+    """How the rows of the run that is there are shuffled; None where there is no run."""
+    found = newest(settings)
+    return None if found is None else str((BEFORE | found.settings)["shuffle"])
+
+
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
     """What must not change when a run is continued, by setting: see OtherRun."""
-    kept = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    all_settings = BEFORE | settings
+    kept = {name: value for name, value in all_settings.items() if name not in MAY_CHANGE}
     return {"data": fingerprint[:8], "batch_size": batch, **kept}
 
 

@@ -45,7 +45,7 @@ from train.job import (
     seed_of,
 )
 from train.model import compiled, start_from
-from train.order import Batches, common_batches
+from train.order import common_batches
 from train.progress import VOICE, Progress
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
@@ -228,7 +228,7 @@ def _train_epoch(
     Raises NoKnownPixel where no pixel was known, Diverged where the loss is no number.
     """
     loaders.train.set_epoch(run.epoch, run.step)
-    places = loaders.train_places(run.epoch)[run.step :]
+    places = loaders.train_places(run.epoch, run.step)
     run.model.train()
 
     with _progress_bar(run, setup) as bar:
@@ -332,7 +332,7 @@ def evaluate(
         _share_statistics(run.model)
 
     sums = torch.zeros_like(run.sums)
-    positions = _eval_positions(loaders)
+    positions = loaders.eval_positions()
     collector = Collector(setup, loaders.eval_set, positions) if test_time_augmentation else None
     n_common = common_batches(len(loaders.eval_set), setup.settings.batch_size, ranks.WORLD)
     with _scoring_bar(loaders, len(positions)) as bar:
@@ -358,13 +358,6 @@ def evaluate(
     run.counts = sums[2:]
     answers = None if collector is None else collector.answers()
     return Evaluation(scores=_scores(setup, loaders.split, sums), answers=answers)
-
-
-def _eval_positions(loaders: Loaders) -> np.ndarray:
-    """Where the rows that this rank scores stand in the split, in the order of the loader."""
-    batches = loaders.eval.batches
-    assert isinstance(batches, Batches)
-    return np.concatenate([np.empty(0, np.int64), *batches(0)])
 
 
 def _scoring_bar(loaders: Loaders, n_rows: int) -> Progress:
