@@ -27,7 +27,7 @@ import numpy as np
 
 from shards.containers import is_mapped
 from shards.dataset import StoredSet
-from shards.errors import Busy, UserError, WrongPlace
+from shards.errors import CacheInUse, UserError, WrongPlace
 from shards.files import FileEntry, LocalFolder, json_bytes, what_is_wrong, write_bytes
 from shards.lock import hold, is_held, let_go, take
 from shards.manifest import MANIFEST, Manifest, address, shard_file, signed
@@ -40,14 +40,15 @@ FETCHING = ".fetching"
 READER = ".reader-"
 OVER_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "beegfs")
 
-SERVED, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(5)  # of CacheState.numbers
+SERVED, PASSES, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(6)  # of CacheState.numbers
 N_NUMBERS = 8
 
 
 class CacheState:
     """Which shards are there, as all processes of this machine see it at once.
 
-    numbers: int64; whose order is served (SERVED), and counts since the folder was made. changes:
+    numbers: int64; whose order is served (SERVED), how often it was looked how far the readers are
+    (PASSES), and counts since the folder was made. changes:
     [S] uint32, counted on whenever a shard comes or goes; odd: it is there. is_coming: [S] whether
     it is there or will come by itself, whatever the readers do.
     """
@@ -225,13 +226,14 @@ class Reader:
         return self.job == other.job or not (self.removes or other.removes)
 
 
+NOT_BEGUN = b"\xff"  # -1 as a position
 POSITION_BYTES = 64  # at the start of a reader's file: eight numbers
 
 
 def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
     """Be a reader of a cache's folder from now on.
 
-    Raises Busy where another training uses the folder in another way.
+    Raises CacheInUse where another training uses the folder in another way.
     """
     with hold(path / ADMISSION, path, "opened", wait=True):
         for file in path.glob(f"{READER}*"):
@@ -239,19 +241,21 @@ def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
                 file.unlink(missing_ok=True)
         for _, other in readers(path):
             if not reader.goes_with(other):
-                right = "Wait for it, or choose another folder"
-                problem = "is used as a cache by another training,"
-                raise Busy(path, problem, f"process {other.pid}", right)
+                raise CacheInUse(path, other.pid)
         return ReaderFile(path / f"{READER}{reader.pid}-{secrets.token_hex(4)}", reader)
 
 
 class ReaderFile:
-    """What says that this process reads, and how far it is. positions: int64, for all to see."""
+    """What says that this process reads, and how far it is.
+
+    positions: int64, for all to see: of each order the batch that is delivered next, counted from
+    the first epoch on; -1 before it is begun.
+    """
 
     def __init__(self, path: Path, reader: Reader) -> None:
         """Under the lock of admission."""
         text = json.dumps(asdict(reader))
-        path.write_bytes(bytes(POSITION_BYTES) + text.encode())
+        path.write_bytes(NOT_BEGUN * POSITION_BYTES + text.encode())
         handle = take(path)
         assert handle is not None  # its name is new
         self.positions = np.memmap(path, np.int64, "r+", shape=(POSITION_BYTES // 8,))

@@ -30,7 +30,7 @@ from shards.files import Folder, LocalFolder
 from shards.gather import JoinedShards, RowGather
 from shards.manifest import address, read_manifest
 from shards.maps import AddressRange, FieldFiles, MappedShards, mapped_shards
-from stores.cache import SERVED, STATE, CacheState
+from stores.cache import PASSES, SERVED, STATE, CacheState
 
 ROWS_AT_ONCE = 8  # that are asked for at the same time
 FAILED = ".failed-"  # and whose order could not be served any further
@@ -121,10 +121,13 @@ class Waiting:
         """
         if self.state.is_here(shards).all():
             return
+        if not self._feed:
+            raise NotAtHand
+        n_passes = int(self.state.numbers[PASSES])
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
         looked_at = time.monotonic()
-        while not self._have_come(shards):
+        while not self._have_come(shards, n_passes):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if _is_to_end() or os.getppid() != parent:
@@ -133,13 +136,15 @@ class Waiting:
                 looked_at = time.monotonic()
                 self._look_for_failure()
 
-    def _have_come(self, shards: np.ndarray) -> bool:
-        """Raises NotAtHand."""
+    def _have_come(self, shards: np.ndarray, n_passes: int) -> bool:
+        """n_passes: of who fetches, when it was begun to wait: one that was under way then may not
+        have seen what is wanted. Raises NotAtHand.
+        """
         is_served = self._feed == int(self.state.numbers[SERVED])
+        was_seen = is_served and int(self.state.numbers[PASSES]) >= n_passes + 2
         is_coming = self.state.is_coming[shards].copy()
         is_here = self.state.is_here(shards)  # after it: what has come need not be coming any more
-        is_in_vain = not self._feed or is_served
-        if is_in_vain and not (is_here | is_coming).all():
+        if was_seen and not (is_here | is_coming).all():
             raise NotAtHand
         return bool(is_here.all())
 

@@ -8,7 +8,6 @@ starts another: it goes on from the positions.
 import hashlib
 import os
 import pickle
-import secrets
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from weakref import finalize
 import numpy as np
 
 from shards.errors import UserError
-from shards.files import log
+from shards.files import OURS, log
 from shards.lock import let_go, take
 from shards.progress import megabytes
 from stores.cache import FETCHING, N_BYTES, SERVED, CacheState, Reader, ReaderFile, begin_reading
@@ -41,7 +40,7 @@ SPEAK_S = 10.0  # while batches are waited for
 class Feeder:
     """Of one process. job: what is to be fetched; its `feed` is given here. states: of its parts.
 
-    Raises Busy where another training uses the cache in another way.
+    Raises CacheInUse where another training uses the cache in another way.
     """
 
     def __init__(self, job: FetchJob, states: Sequence[CacheState], world: int) -> None:
@@ -85,7 +84,7 @@ def _end(owner: int, keeper: "Keeper", thread: threading.Thread, files: list[Rea
 def job_name(world: int) -> str:
     """The same in all processes of one training on this machine, which one parent starts."""
     if world == 1:
-        return f"{os.getpid()}-{secrets.token_hex(4)}"
+        return f"{os.getpid()}-{OURS}"
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     return f"{os.getppid()}-{world}-{run}-{restart}"
