@@ -151,12 +151,14 @@ def make_cache(root: Path, source: StoredSet) -> Path:
     refuse_network(root)
     path = root / (manifest.fingerprint + (".zarr" if manifest.is_zarr else ""))
     try:
+        path.mkdir(parents=True, exist_ok=True)
         with hold(path / ADMISSION, path, "made", wait=True):
             _mark(path, source)
             _copy_facts(path, source)
             _make_state(path / STATE, len(manifest.shards))
     except OSError as error:
-        raise WrongPlace(path, f"cannot be made ({error.strerror})") from None
+        what = f"cannot be made or written to ({error.strerror})"
+        raise WrongPlace(path, what, "Choose another folder for the cache") from None
     return path
 
 
