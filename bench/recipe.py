@@ -27,7 +27,7 @@ from shards.flags import Parser, whole
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
-from train.job import Loaders, TaskSetup, make_setup, new_run
+from train.job import Loaders, TaskSetup, make_setup, new_run, to_learn
 from train.loop import evaluate, train_step
 from train.model import start_from
 from train.order import Batches
@@ -81,7 +81,7 @@ def learn(
     start_from(run.model, weights)
     for epoch in range(n_epochs):
         loaders.train.set_epoch(epoch)
-        run.model.train()
+        to_learn(run.model, setup.settings, epoch)
         for batch in loaders.train:
             train_step(run, setup, batch, slice(None))
         run.history.append({})  # a run counts its epochs by these

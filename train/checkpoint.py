@@ -20,7 +20,7 @@ from shards.lock import hold
 from stores.mirror import copy_file
 from train import ranks
 from train.errors import CannotWrite, OtherNetwork, OtherRun
-from train.settings import MAY_CHANGE, Settings
+from train.settings import MAY_CHANGE, Settings, with_defaults
 
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"
@@ -235,7 +235,8 @@ def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[st
 
 def _check_identity(checkpoint: Checkpoint, settings: Settings, fingerprint: str) -> None:
     """Raise OtherRun, with both values, where the checkpoint is of a run with other settings."""
-    stored = _identity(checkpoint.settings, checkpoint.batch, checkpoint.fingerprint)
+    settings_then = with_defaults(checkpoint.settings)
+    stored = _identity(settings_then, checkpoint.batch, checkpoint.fingerprint)
     given = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
     for name in given | stored:
         before = stored.get(name)

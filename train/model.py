@@ -16,12 +16,16 @@ from torch.nn.parameter import is_lazy
 
 from shards.errors import UserError, one_line
 from shards.files import sha256_file
+from train.augment import IMAGENET_SCALING, Scaling
 from train.checkpoint import newest
 from train.errors import WrongNetwork, WrongWeights
+from train.networks import lite, timm_trunk
+from train.networks.lite import LiteTrunk
 from train.networks.streams import StreamNetwork, TwoStreamResNet
-from train.settings import Settings
+from train.networks.timm_trunk import TimmTrunk, Use
+from train.networks.trunk import Trunk
+from train.settings import BUILT_IN, TIMM, Settings
 
-BUILT_IN = "resnet18"
 IMAGENET = "imagenet"
 
 # oneDNN's gradient of a strided 1x1 convolution gathers its input in a workspace of as many
@@ -82,11 +86,14 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     try:
         if weights == IMAGENET and not Path(weights).is_dir():
             for trunk in model.trunks():
-                trunk.load_standard(trunk.imagenet())
+                trunk.load_imagenet()
         else:
             load_trunks(model, read_weights(weights))
+    except UserError as error:  # a package that is not there
+        name = model.trunks()[0].name
+        raise WrongWeights(weights, error.problem, name, error.right) from error
     except Exception as error:  # a missing file, no network, a pickle of anything else
-        raise WrongWeights(weights, one_line(error)) from error
+        raise WrongWeights(weights, one_line(error), model.trunks()[0].name) from error
 
 
 def load_trunks(model: StreamNetwork, state_dict: Mapping[str, Tensor]) -> None:
@@ -133,21 +140,56 @@ def read_weights(spec: str) -> Mapping[str, Tensor]:
             raise ValueError(
                 f"its name says SHA-256 {named_hash[1]}..., its content has {digest}..."
             )
+    if spec.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(spec)
     return torch.load(spec, map_location="cpu", weights_only=True)
 
 
 # ---------------------------------------------------------------- a network of a user's own
 
 
-def build(spec: str, n_out: int, **shape: object) -> nn.Module:
+def build(
+    spec: str,
+    n_out: int,
+    *,
+    width: int = 64,
+    planes: Mapping[str, int] | None = None,
+    dense: bool = False,
+    size: int = 224,
+) -> nn.Module:
     """The network that `spec` names, for `n_out` outputs.
 
-    spec: "resnet18", the built-in one of this `shape` (keywords of TwoStreamResNet), or
-    `package.module:callable`, which is called with n_out. Raises WrongNetwork.
+    spec: a built-in one, or "timm:NAME", for these planes of each field, with an answer a picture
+    or (dense) a pixel; or `package.module:callable`, which is called with n_out. width: of
+    ResNet-18 alone. size: of the pictures, which some networks of timm are made for. Raises
+    WrongNetwork.
     """
-    if spec == BUILT_IN:
-        return TwoStreamResNet(n_out, **shape)  # type: ignore[arg-type]
-    model = _made_by_user(spec, n_out)
+    planes = planes or {"rgb": 3, "depth": 1}
+    if spec == "resnet18":
+        return TwoStreamResNet(n_out, width=width, planes=planes, dense=dense)
+    if spec == "lite0":
+        trunks: dict[str, Trunk] = {field: LiteTrunk(n) for field, n in planes.items()}
+        return StreamNetwork(trunks, n_out, dense=dense)
+    if spec.startswith(TIMM):
+        uses = {field: Use(n_in=n, dense=dense, size=size) for field, n in planes.items()}
+        trunks = {field: TimmTrunk(spec, use) for field, use in uses.items()}
+        return StreamNetwork(trunks, n_out, dense=dense)
+    return _checked(spec, _made_by_user(spec, n_out))
+
+
+def scaling_of(spec: str) -> Scaling:
+    """How the network that `spec` names wants its colours. Raises WrongNetwork where timm has none
+    of that name, or is not there.
+    """
+    if spec.startswith(TIMM):
+        return timm_trunk.scaling_of(spec)
+    return lite.SCALING if spec == "lite0" else IMAGENET_SCALING
+
+
+def _checked(spec: str, model: nn.Module) -> nn.Module:
+    """A user's network that can learn. Raises WrongNetwork."""
 
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
@@ -167,7 +209,7 @@ def _made_by_user(spec: str, n_out: int) -> nn.Module:
         factory = pkgutil.resolve_name(spec)
     except (Exception, SystemExit) as error:  # of the user's module while it is imported
         hint = (
-            "expected resnet18 or package.module:callable. "
+            f"expected {', '.join(BUILT_IN)}, {TIMM}NAME or package.module:callable. "
             "Run from the folder that holds the package, or install it"
         )
         raise WrongNetwork(spec, f": {said(error)}; {hint}") from error

@@ -39,6 +39,7 @@ class ResNetTrunk(Trunk):
     first layer; 64 is the standard size, 11.18 M parameters.
     """
 
+    name = "resnet18"
     stem = "conv1.weight"
     classifier = "fc."
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Trunk(nn.Module):
@@ -19,6 +20,7 @@ class Trunk(nn.Module):
     over the coarsest one; the decoder of dense tasks sees all of them.
     """
 
+    name: str  # of the network, as the setting `model` says it
     # The first layer's weights, and what the names of the classifier's begin with: as they are
     # called in a standard checkpoint.
     stem: str
@@ -32,11 +34,21 @@ class Trunk(nn.Module):
         """Fresh random weights of its convolutions."""
         init_convolutions(self)
 
+    def freeze_norms(self) -> None:
+        """BatchNorm uses the statistics that it has, and learns none; until the next `train()`."""
+        for layer in self.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.eval()
+
     def imagenet(self) -> Mapping[str, Tensor]:
         """The standard checkpoint. What reading or fetching raises; UserError where the package
         that holds it is not installed.
         """
         raise NotImplementedError
+
+    def load_imagenet(self) -> None:
+        """Start from `imagenet`. Raises what that raises."""
+        self.load_standard(self.imagenet())
 
     def load_own(self, state_dict: Mapping[str, Tensor]) -> None:
         """From a trunk like it. Raises RuntimeError naming missing, unknown or wrong keys."""
