@@ -42,7 +42,8 @@ NUMPY_HAS = {
 }  # fmt: skip
 DRAWS = ProcessLock()  # whoever draws from the seeds of a batch: they are the whole process's
 
-# epoch -> the row numbers of each of its batches
+# epoch -> the row numbers of each of its batches. It may have `is_at(epoch, step) -> None` too: it
+# is told which batch is delivered next, before the first is made and after each.
 BatchOrder = Callable[[int], Sequence[np.ndarray]]
 Transform = Callable[[tuple[Tensor, ...]], Any]
 

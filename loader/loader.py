@@ -288,6 +288,7 @@ class BatchStream:
             self.producer = loader.new_producer(position.epoch)
         assert self.producer is not None
         self.position = None
+        _tell(loader.batches, position)
         self.producer.seek(plan_from(loader.batches, position))
         self.position = position
 
@@ -308,7 +309,16 @@ class BatchStream:
                 raise RuntimeError(text) from error
             raise error
         self.position = delivery.position_after
+        if delivery.position_after is not None:
+            _tell(loader.batches, delivery.position_after)
         return delivery.result.value
+
+
+def _tell(order: BatchOrder, position: Position) -> None:
+    """Where the loader is, to an order that wants to know."""
+    is_at = getattr(order, "is_at", None)
+    if is_at is not None:
+        is_at(position.epoch, position.step)
 
 
 class OneUser:
@@ -366,7 +376,7 @@ def worker_count(
     n_tried = min(batch_size, n_rows, N_TRIED)
     ms_per_row = maker.seconds(n_tried) * 1e3 / n_tried
     ms = ms_per_row * min(batch_size, n_rows)
-    count = min(n_cores, N_BUFFERS - 1) if ms > HIDDEN_MS and n_cores > 1 else 0
+    count = workers_unmeasured(is_work=ms > HIDDEN_MS)
     print(
         f"loader: {name}: num_workers=auto is {count} "
         f"(a batch takes {ms:.1f} ms to make, {n_cores} cores)",
@@ -374,6 +384,14 @@ def worker_count(
         flush=True,
     )
     return count
+
+
+def workers_unmeasured(*, is_work: bool) -> int:
+    """How many processes should make the batches, where it is known whether that is work for them:
+    then one a core, as far as there are buffers.
+    """
+    n_cores = _n_cores()
+    return min(n_cores, N_BUFFERS - 1) if is_work and n_cores > 1 else 0
 
 
 def _n_cores() -> int:

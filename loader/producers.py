@@ -105,7 +105,7 @@ class ThreadProducer(Producer):
             turns=self._turns,
             ready=self._ready,
         )
-        thread = threading.Thread(target=run.work, name="loader", daemon=True)
+        thread = LoaderThread(target=run.work, name="loader", daemon=True)
 
         use_one_thread_in_a_fork()
         thread.start()
@@ -163,9 +163,16 @@ class ThreadRun:
         self.ready.put(end_of_plan(end))
 
 
-def _end_thread(turns: SimpleQueue[bool], thread: threading.Thread) -> None:
+class LoaderThread(threading.Thread):
+    """is_to_end: whoever waits in it for something from far away gives up."""
+
+    is_to_end = False
+
+
+def _end_thread(turns: SimpleQueue[bool], thread: LoaderThread) -> None:
     """At exit too: a thread that comes back from torch to an interpreter that is gone takes the
     process down."""
+    thread.is_to_end = True
     turns.put(False)
     if thread is not threading.current_thread():
         thread.join()

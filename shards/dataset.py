@@ -24,6 +24,7 @@ from shards.containers import (
 )
 from shards.errors import DamagedSet, MissingField, MissingSet, SeveralSets
 from shards.files import FileEntry, Folder, LocalFolder, check_size, open_handle
+from shards.gather import RowGather
 from shards.manifest import (
     FAILED,
     MANIFEST,
@@ -235,6 +236,14 @@ class ShardSet(StoredSet):
         if mapped:
             found |= self._mapped(mapped)
         return found
+
+    def gather(self, fields: Sequence[str]) -> RowGather:
+        """What takes many rows of several fields at once. Raises as `maps`."""
+        return RowGather(self.maps(fields), self.settings.size)
+
+    def are_here(self, rows: np.ndarray) -> np.ndarray:
+        """[B] whether these rows [B] are on this machine."""
+        return np.ones(len(rows), bool)
 
     def _mapped(self, fields: Sequence[Field]) -> Mapping[str, Sequence[np.ndarray]]:
         try:

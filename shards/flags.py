@@ -17,6 +17,8 @@ from shards.errors import OldSet
 
 # Those that are called otherwise in Python.
 FLAGS = {
+    "cache_dir": "--cache",
+    "cache_limit_gb": "--cache-limit",
     "codecs": "--codec",
     "container": "--format",
     "dataset_path": "--data",

@@ -104,7 +104,7 @@ class JoinedShards(ShardSequence):
         """parts: the shards of each set; rows are of one size. first_rows: [parts + 1], where the
         rows of each begin.
         """
-        self._shards = parts
+        self.parts = parts
         self._parts = [placed(part) for part in parts]
         self._first_rows = first_rows
         self.row_bytes = self._parts[0].row_bytes
@@ -113,11 +113,11 @@ class JoinedShards(ShardSequence):
         self.high = max(part.high for part in self._parts)
 
     def __len__(self) -> int:
-        return sum(map(len, self._shards))
+        return sum(map(len, self.parts))
 
     def get(self, number: int) -> np.ndarray:
         """They are counted on from set to set."""
-        for part in self._shards:
+        for part in self.parts:
             if number < len(part):
                 return part[number]
             number -= len(part)
@@ -213,12 +213,20 @@ class RowGather:
         """Whether that was said of none of the shards of these rows [B]."""
         return all(self._fields[field].expects_order(rows) for field in fields)
 
+    def at_hand(self, rows: np.ndarray) -> np.ndarray:
+        """Those of these rows that are not waited for: all of them, of a set of this machine."""
+        return rows
+
+    def widest_first(self, fields: Sequence[str]) -> list[str]:
+        """In the order in which they lie in a batch: so all of them are aligned."""
+        return sorted(fields, key=lambda field: -self._fields[field].itemsize)
+
     def _piece_numbers(self, fields: Sequence[str], rows: np.ndarray) -> np.ndarray:
         """Where the pieces of these rows begin, from the lowest address [B * pieces of a row]."""
         n_pieces = {field: self._fields[field].row_bytes // self._piece_bytes for field in fields}
         index = np.empty(len(rows) * sum(n_pieces.values()), np.int64)
         at = 0
-        for field in sorted(fields, key=lambda name: -self._fields[name].itemsize):
+        for field in self.widest_first(fields):
             self._fields[field].count_reads(rows)
             row_starts = self._fields[field].addresses(rows) - self._low
             end = at + len(rows) * n_pieces[field]

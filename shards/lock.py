@@ -53,6 +53,45 @@ def hold(
         os.close(handle)
 
 
+def take(path: Path) -> int | None:
+    """Lock a file, which is made if need be, until `let_go` or the end of this process.
+
+    Returns its descriptor; None where another process holds it. Nothing is written into it. Raises
+    WrongPlace.
+    """
+    handle = _open(path)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    HELD.add(handle)
+    return handle
+
+
+def let_go(handle: int) -> None:
+    """Of what `take` gave; another process may have been given the lock meanwhile, and keeps it."""
+    HELD.discard(handle)
+    os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock on the file."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

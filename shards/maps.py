@@ -13,7 +13,8 @@ no descriptor is kept, whatever the number of shards (numpy's memory map keeps o
 of which some shards are read maps those alone. Mapped they stay, until nobody holds the range.
 
 Invariant: an address is only ever handed out for a shard that is mapped, and what is mapped is
-never unmapped while anybody holds the range. To read it anywhere else ends the process.
+never unmapped while anybody may read it: not at all of a set that is whole (see stores.cached_set
+for one that is not). To read it anywhere else ends the process.
 
 To map a shard again, over itself, is always safe: the new map replaces the old one in one step of
 the kernel's, with the same bytes. So two threads that want a shard at once may both map it, and
@@ -30,12 +31,12 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import finalize
 
 import numpy as np
@@ -112,6 +113,14 @@ class AddressRange:
         """Have an open file's first bytes at an address of the range. Raises OSError."""
         flags = mmap.MAP_SHARED | MAP_FIXED
         found = _kernel_calls().mmap(address, n_bytes, mmap.PROT_READ, flags, handle, 0)
+        if found != address:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def unmap(self, address: int, n_bytes: int) -> None:
+        """Have nothing there again, as at first; the file's space on the disk can be free then."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+        found = _kernel_calls().mmap(address, n_bytes, PROT_NONE, flags, -1, 0)
         if found != address:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -224,6 +233,15 @@ class MappedShards(ShardSequence):
         """Whether that was said of none of the shards of these rows [B]."""
         return not self._is_random[rows // self._rows_per_shard].any()
 
+    def unmap(self, shards: np.ndarray) -> None:
+        """Have these shards, [n] numbers, no longer mapped. Nobody may be reading them."""
+        for shard in shards.tolist():
+            self._is_mapped[shard] = False
+            self._is_random[shard] = False
+            self._n_tables_in_all -= int(self._n_tables[shard])
+            self._n_tables[shard] = 0
+            self._range.unmap(int(self._places[shard]), self._files.form_of(shard).n_bytes)
+
     def _map(self, shard: int) -> None:
         """Map a shard, or map it anew."""
         form = self._files.form_of(shard)
@@ -281,12 +299,19 @@ class MappedShards(ShardSequence):
         return self._range.array(int(self._starts[number]), form.dtype, form.shape)
 
 
+Shards = TypeVar("Shards", bound=MappedShards)
+
+
 def mapped_shards(
-    path: Path, manifest: Manifest, fields: Sequence[Field]
-) -> dict[str, MappedShards]:
+    path: Path,
+    manifest: Manifest,
+    fields: Sequence[Field],
+    made: Callable[[FieldFiles, AddressRange, int], Shards] = MappedShards,  # type: ignore[assignment]
+) -> dict[str, Shards]:
     """The shards of these fields, none of which is compressed, in one range; none is mapped yet.
 
-    Raises CannotReserve, or UserError where they are more than the machine lets a process map.
+    made: what holds those of one field. Raises CannotReserve, or UserError where they are more than
+    the machine lets a process map.
     """
     files = {field.name: _files_of(path, manifest, field) for field in fields}
     _check_count(path, sum(len(each.names) for each in files.values()))
@@ -297,7 +322,7 @@ def mapped_shards(
     found = {}
     first = addresses.first
     for name, each in files.items():
-        found[name] = MappedShards(each, addresses, first)
+        found[name] = made(each, addresses, first)
         first += n_bytes[name]
     return found
 

@@ -41,6 +41,9 @@ class Rows(Protocol):
     def expects_order(self, fields: Sequence[str], rows: np.ndarray) -> bool:
         """Whether that was said of none of the shards of these rows."""
 
+    def at_hand(self, rows: np.ndarray) -> np.ndarray:
+        """Those of these rows that are not waited for."""
+
 
 class RowsAhead:
     """Asks for rows of some fields of a set."""
@@ -56,6 +59,9 @@ class RowsAhead:
         that follow one another are left to the kernel, which is faster then: it reads ahead by
         itself, and in larger pages.
         """
+        rows = self._rows.at_hand(rows)
+        if not len(rows):
+            return
         if follow_one_another(rows) and self._rows.expects_order(self._fields, rows):
             return
         if len(rows) > 1:  # one alone says nothing of an order, and its shard may be read in order

@@ -16,6 +16,7 @@ from loader.memory import NoRoom
 from shards.dataset import ShardSet
 from shards.errors import (
     Busy,
+    CacheInUse,
     DamagedSet,
     MissingField,
     MissingSet,
@@ -31,13 +32,14 @@ from shards.errors import (
 from shards.files import log
 from shards.flags import as_flag, flag_of, upgrade_commands
 from train import ranks
-from train.data import open_for_training
 from train.errors import CannotUnpack, CannotWrite, NeedsSet, NoCheckpoint, WrongCheckpoint
+from train.job import open_set_of
 from train.looking import augmentations_png
 from train.loop import MIRROR_WAIT_S, training
 from train.predict import needed_set, predict, predict_flags
 from train.recipe import AUTO, RECIPES, defaults, plan
 from train.report import report, write
+from train.room import AUTO as AUTO_SHUFFLE
 from train.settings import Settings, add_flags
 from train.signals import REQUESTS, Stopped
 
@@ -171,7 +173,7 @@ def _do(words: Sequence[str]) -> None:
 
     settings, recipe, start = parse(words)
     settings.check_out()
-    found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    found = open_set_of(settings)
     stages = plan(settings, found, recipe, start)
     ranks.join()
     for k, stage in enumerate(stages):
@@ -190,7 +192,7 @@ def look(words: Sequence[str]) -> None:
     settings = Settings(**values)
     if not picture.endswith(".png"):
         raise UserError(f"{picture!r} is no name for the page", "Use one that ends in .png")
-    found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+    found = open_set_of(settings)
     try:
         page = augmentations_png(settings, found)
     except ModuleNotFoundError as error:
@@ -224,7 +226,8 @@ def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
 
 def command(settings: Settings, **changes: Any) -> str:
     """The command line of these settings, defaults left out."""
-    values = {**asdict(settings), "reset": False, **changes}
+    # A run that is continued is shuffled as it was begun.
+    values = {**asdict(settings), "reset": False, "shuffle": AUTO_SHUFFLE, **changes}
     words = ["python", "-m", "train"]
     for each in fields(settings):
         value = values[each.name]
@@ -324,6 +327,7 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (OldSet, lambda error: f"Run: {upgrade_commands(error)}"),
     (DamagedSet, lambda error: "Run: make convert ARGS=--repair, or make pull"),
     (MissingField, _after_missing_field),
+    (CacheInUse, lambda error: "With this command: another --cache"),
     (Busy, lambda error: "Wait for it, or use another --out"),
     (RemoteSet, _after_remote),
     (CannotUnpack, _after_unpacking),

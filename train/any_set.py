@@ -15,7 +15,6 @@ from torch import Tensor
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import log
-from shards.gather import RowGather
 from shards.manifest import RIGHT_ROW
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, DatasetSpec
 from train.data import CAMERA
@@ -60,7 +59,7 @@ class AnySet:
         self._class_of_id = _class_of_id(setup, found)
         further = setup.settings.further_fields
         fields = {"rgb", self._depth, self._target, *further} - {None}
-        self._gather = RowGather(found.maps(str(name) for name in fields), self._size)
+        self._gather = found.gather([str(name) for name in fields])
         # A column is read and hashed whenever it is asked for: once.
         self._scene_types = found.column("scene_type")
         self._splits = found.column("split")

@@ -135,6 +135,16 @@ def check_cache(cache: Any, device: Any) -> None:
         raise refuse("device", device, "for cache='device' alone, which keeps the train rows there")
 
 
+def check_limit(name: str, value: Any) -> float | None:
+    """A number of gigabytes above 0, or None."""
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1e9:
+        raise refuse(name, value, "a number of gigabytes above 0, or None")
+    return float(value)
+
+
 def check_device(device: Any) -> "torch.device | None":
     """A device that can hold tensors here."""
     if device is None:

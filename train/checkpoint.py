@@ -20,12 +20,14 @@ from shards.lock import hold
 from stores.mirror import copy_file
 from train import ranks
 from train.errors import CannotWrite, OtherNetwork, OtherRun
-from train.settings import MAY_CHANGE, Settings, with_defaults
+from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"
 METRICS = "metrics.csv"
 CLASS_TABLE = "classes.csv"  # of a reported run
+# Of settings that runs of earlier versions do not have: what trainings did then.
+BEFORE = {"shuffle": "full", "trunk_lr": 1.0, "freeze_norms": "never"}
 LOCK = ".lock"  # in a run's directory, held while something writes there
 
 
@@ -227,16 +229,22 @@ def newest(settings: Settings) -> Checkpoint | None:
     return max(there, key=lambda each: each.place, default=None)
 
 
+def shuffle_of_run(settings: Settings) -> str | None:
+    """How the rows of the run that is there are shuffled; None where there is no run."""
+    found = newest(settings)
+    return None if found is None else str((BEFORE | found.settings)["shuffle"])
+
+
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
     """What must not change when a run is continued, by setting: see OtherRun."""
-    kept = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    all_settings = BEFORE | settings
+    kept = {name: value for name, value in all_settings.items() if name not in MAY_CHANGE}
     return {"data": fingerprint[:8], "batch_size": batch, **kept}
 
 
 def _check_identity(checkpoint: Checkpoint, settings: Settings, fingerprint: str) -> None:
     """Raise OtherRun, with both values, where the checkpoint is of a run with other settings."""
-    settings_then = with_defaults(checkpoint.settings)
-    stored = _identity(settings_then, checkpoint.batch, checkpoint.fingerprint)
+    stored = _identity(checkpoint.settings, checkpoint.batch, checkpoint.fingerprint)
     given = _identity(asdict(settings), settings.batch_size * ranks.WORLD, fingerprint)
     for name in given | stored:
         before = stored.get(name)

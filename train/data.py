@@ -7,9 +7,7 @@ device.
 
 import inspect
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,16 +18,23 @@ from torch.utils.data import Dataset
 
 from loader.buffers import arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
-from loader.loader import BatchMaker, Loader, Transform, worker_count
+from loader.loader import (
+    BatchMaker,
+    BatchOrder,
+    Loader,
+    Transform,
+    worker_count,
+    workers_unmeasured,
+)
 from loader.messages import Layout
-from shards.dataset import ShardSet, check_files, open_set, resolve_set
+from shards.dataset import ShardSet, open_set
 from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
-from shards.manifest import RIGHT_ROW, read_manifest
+from shards.manifest import RIGHT_ROW
 from shards.readahead import RowsAhead
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
-from stores.mounted import refuse_remote
+from stores.cached_set import CachedAddress, CachedSet
 from train.arguments import (
     check_cache,
     check_choice,
@@ -37,8 +42,8 @@ from train.arguments import (
     check_fields,
     check_flags,
     check_function,
+    check_limit,
     check_num_classes,
-    check_path,
     check_start_method,
     check_target,
     check_target_size,
@@ -48,10 +53,12 @@ from train.arguments import (
     whole_numbers,
 )
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels, normalize_rgb
-from train.joined import JoinedSet, join, label_classes, parts_of, parts_of_rows
-from train.order import Batches
+from train.caching import Reading, cached_parts, orders_of, with_feed
+from train.feeding import FedBatches
+from train.joined import join, label_classes, parts_of, parts_of_rows
+from train.opening import DatasetPath, open_for_training
+from train.room import shuffle_named
 from train.torch_words import TorchWords, check_torch_words
-from train.unpack import is_unpacked, unpacked
 
 MM_A_METRE = 1000
 # How a stored field is handed over, by its kind. Depth is at most 32767 mm: as int16 it has the
@@ -69,41 +76,6 @@ CAMERA = Field(
     resampling="none",
 )
 OPENED = {"_set", "_split_rows", "_gather", "_ahead", "_parts"}  # what a pickle leaves behind
-
-
-DatasetPath = str | Path | ShardSet | Sequence[str | Path | ShardSet]  # of a set, or of several
-
-
-def open_for_training(path: DatasetPath, *, allow_remote: bool = False) -> ShardSet:
-    """Find, check and open a set, or several as one; of a compressed one the unpacked copy, which
-    is made first if need be.
-
-    Raises UserError where there is none, where it is damaged, where it lies on a mounted Drive,
-    cloud folder or bucket and that is not allowed, or where several do not go together.
-    """
-    if isinstance(path, list | tuple):
-        if not path:
-            raise WrongSetting("dataset_path", path, "name a finished set")
-        parts = [open_for_training(each, allow_remote=allow_remote) for each in path]
-        if len(parts) == 1:
-            return parts[0]
-        joined = join(parts)
-        joined.say_what_is_left_out()
-        return joined
-    if isinstance(path, JoinedSet):
-        return path
-    # Maps are opened later, perhaps from another working directory: the path is absolute.
-    if isinstance(path, ShardSet):
-        return unpacked(replace(path, path=path.path.absolute()))
-    check_path(path)
-    directory = resolve_set(os.path.expanduser(str(path)))
-    if not allow_remote:
-        refuse_remote(directory)
-    directory = directory.absolute()
-    found = ShardSet(directory, read_manifest(directory))
-    if is_unpacked(found):
-        check_files(found)
-    return unpacked(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +153,11 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.target = target
         self.normalize = normalize
         self._set = open_for_training(path, allow_remote=allow_remote)
-        self.path = self._set.path
-        self._paths = tuple(part.path for part in parts_of(self._set))
+        if device is not None and cached_parts(self._set):
+            what = "for a set that lies on this machine: copy it here first"
+            raise WrongSetting("device", device, what)
+        self.path = self._set.address
+        self._places = tuple(_place_of(part) for part in parts_of(self._set))
         self.size = self._set.settings.size
         self.crop = self._set.settings.crop
         self.fingerprint = self._set.manifest.fingerprint
@@ -219,7 +194,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        opened = [open_set(path) for path in self._paths]
+        opened = [_opened_again(place) for place in self._places]
         self._set = opened[0] if len(opened) == 1 else join(opened)
         if self._set.manifest.fingerprint != self.fingerprint:
             what = "was replaced by another set since this dataset was made"
@@ -305,6 +280,15 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         if n_left_out:
             what = f"{n_left_out} of {n_left_out + len(self)} {self.split} rows have no class"
             log(f"{self.path}: {what}: left out")
+
+    def wait_for_shards_of(self, feed: int) -> None:
+        """Of a cached set: what is read from now on waits for shards that whoever has this number
+        has fetched (see train.feeding).
+        """
+        self._set = with_feed(self._set, feed)
+        self._places = tuple(_place_of(part) for part in parts_of(self._set))
+        self._gather = None
+        self._ahead = None
 
     # ---------------------------------------------------------------------------- facts of rows
 
@@ -436,10 +420,10 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         rows = self.rows_of(indices)
         ahead = self._ahead
         if ahead is None:  # as in `_opened_gather`: several threads may each make one
-            self._ahead = ahead = RowsAhead(self._opened_gather(), self._mapped_fields())
+            self._ahead = ahead = RowsAhead(self._opened_gather(), self.mapped_fields())
         ahead.ask_for(rows)
 
-    def _mapped_fields(self) -> list[str]:
+    def mapped_fields(self) -> list[str]:
         """Each once: what a batch is read from."""
         target = target_of(self.target).field
         return list(dict.fromkeys([*self._stored_fields(), *([target] if target else [])]))
@@ -529,8 +513,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         """
         gather = self._gather
         if gather is None:
-            maps = self._set.maps(self._mapped_fields())
-            self._gather = gather = RowGather(maps, self.size)
+            self._gather = gather = self._set.gather(self.mapped_fields())
         return gather
 
     def _gathered(self, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -544,6 +527,15 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             gathered = self._gathered(self._split_rows.rows)
             self._parts = parts = tuple(part.to(self.device) for part in gathered)
         return parts
+
+
+def _place_of(part: ShardSet) -> Path | CachedAddress:
+    """How a pickle tells where a set lies."""
+    return part.reopened if isinstance(part, CachedSet) else part.path
+
+
+def _opened_again(place: Path | CachedAddress) -> ShardSet:
+    return place.opened() if isinstance(place, CachedAddress) else open_set(place)
 
 
 def depth_statistics(found: ShardSet) -> tuple[float, float]:
@@ -562,7 +554,7 @@ def check_split(found: ShardSet, split: str) -> None:
     has = [name for k, name in enumerate(SPLITS) if n_rows[k]]
     if split != "all" and split not in has:
         right = f"Choose {' or '.join(has)}, or convert a source that has some"
-        raise MissingSet(found.path, f"has no {split} rows", right)
+        raise MissingSet(found.address, f"has no {split} rows", right)
 
 
 def evaluation_split(found: ShardSet, eval_split: str) -> str:
@@ -579,7 +571,7 @@ def evaluation_split(found: ShardSet, eval_split: str) -> str:
         if np.any(is_right & (split == SPLITS.index(name))):
             return name
     raise MissingSet(
-        found.path, "has neither val nor test rows", "Its source has to say which rows are"
+        found.address, "has neither val nor test rows", "Its source has to say which rows are"
     )
 
 
@@ -604,6 +596,9 @@ def create_dataloaders(
     cache: str | None = None,
     device: str | torch.device | None = None,
     allow_remote: bool = False,
+    shuffle: str | bool | None = "auto",
+    cache_dir: str | Path | None = None,
+    cache_limit_gb: float | None = None,
     **torch_words: Unpack[TorchWords],
 ) -> tuple[Loader, Loader]:
     """(train_loader, val_loader) over the splits of a converted set.
@@ -616,6 +611,11 @@ def create_dataloaders(
     "auto": val where the set has val rows, else test.
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows
     stay on `device`. allow_remote: read a set on a mounted Drive all the same.
+    shuffle: of the train rows: "full", all together; "wheel" (or "wheel:N"), those of N shards at a
+    time; "auto", full where all that is read fits this machine. cache_dir: of a set that lies
+    elsewhere, or on a disk far away: where shards are kept that come as they are needed; by default
+    a folder of the user's. cache_limit_gb: of all that is kept there, in 10^9 bytes; None: 90 % of
+    what the disk has.
     torch_words: what torch's DataLoader is given besides; what it asks for is so here in any case
     (pin_memory=True), or is refused with the word for it (collate_fn: transform).
 
@@ -635,8 +635,10 @@ def create_dataloaders(
     check_function("val_transform", val_transform)
     check_start_method(start_method)
     check_cache(cache, device)
+    shuffle = shuffle_named(shuffle)
+    limit_gb = check_limit("cache_limit_gb", cache_limit_gb)
 
-    found = open_for_training(dataset_path, allow_remote=allow_remote)
+    found = open_for_training(dataset_path, allow_remote=allow_remote, cache_dir=cache_dir)
     _check_size(found, target_size)
     place = device
     if cache is not None and device is None:
@@ -654,13 +656,14 @@ def create_dataloaders(
         )
 
     def loader_of(
-        dataset: ShardDataset, order: int | None, change: Transform | None, ahead: bool
+        dataset: ShardDataset, batches: BatchOrder, change: Transform | None, ahead: bool
     ) -> Loader:
         n_workers = 0
-        if dataset.device is None:
+        if isinstance(batches, FedBatches) and workers == "auto":
+            n_workers = workers_unmeasured(is_work=normalize or change is not None)
+        elif dataset.device is None:
             maker = BatchMaker(dataset=dataset, transform=change, seed=0)
             n_workers = worker_count(workers, maker, batch_size, len(dataset), dataset.split)
-        batches = Batches(len(dataset), batch_size, order, rank, world)
         return Loader(
             dataset, batches, n_workers, start_method, prefetch=ahead, transform=change, seed=seed
         )
@@ -668,13 +671,22 @@ def create_dataloaders(
     train_set = dataset_of("train", place)
     if len(train_set) < world:
         what = f"has {len(train_set)} train rows for world {world}"
-        raise WrongSetting("world", world, f"{found.path} {what}: choose a smaller one")
+        raise WrongSetting("world", world, f"{found.address} {what}: choose a smaller one")
     val_split = evaluation_split(found, eval_split)
     if eval_split == "auto":
         log(f"evaluation: on the {val_split} rows")
     val_set = dataset_of(val_split, None)
-    train_loader = loader_of(train_set, seed, transform, prefetch and place is None)
-    return train_loader, loader_of(val_set, None, val_transform, prefetch)
+    reading = Reading(
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world=world,
+        shuffle=shuffle,
+        limit_gb=limit_gb,
+    )
+    train_order, val_order = orders_of(train_set, val_set, reading)
+    train_loader = loader_of(train_set, train_order, transform, prefetch and place is None)
+    return train_loader, loader_of(val_set, val_order, val_transform, prefetch)
 
 
 def _own_arguments() -> list[str]:
@@ -685,5 +697,5 @@ def _own_arguments() -> list[str]:
 def _check_size(found: ShardSet, target_size: Any) -> None:
     have = found.settings.size
     if target_size is not None and not set(np.ravel(target_size).tolist()) <= {have}:
-        what = f"{found.path} is {have}x{have}"
+        what = f"{found.address} is {have}x{have}"
         raise WrongSetting("target_size", target_size, f"{what}: convert it with that size")

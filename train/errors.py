@@ -15,15 +15,19 @@
     MissingDepth            path                    of a set, for a network that needs it
     NeedsSet                images, run, size, fields    a folder of pictures is given, no set
     CannotWrite             path                    a full disk, or no permission
+    CacheTooSmall           needed_bytes, limit_bytes    for what has to be there at the same time
+    CacheHasNoRoom          root, needed_bytes, has_bytes    its disk is full
     CannotUnpack            path, root              a compressed set, for training
 
 Settings are called as in Python; the command line has the same texts told with its flags.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from shards.errors import Naming, UserError, WrongPlace, as_argument
+from shards.progress import megabytes
 
 
 class WrongNetwork(UserError):
@@ -138,7 +142,7 @@ class OtherNetwork(OtherRun):
 class NothingToLearn(UserError):
     """The set has nothing from which this task could be learnt."""
 
-    def __init__(self, problem: str, right: str = "", *, path: Path | None = None) -> None:
+    def __init__(self, problem: str, right: str = "", *, path: Path | str | None = None) -> None:
         super().__init__(problem, right)
         self.path = path
 
@@ -146,7 +150,7 @@ class NothingToLearn(UserError):
 class NoKnownPixel(NothingToLearn):
     """No pixel of the train rows is `known`: measured, or labelled."""
 
-    def __init__(self, path: Path, known: str) -> None:
+    def __init__(self, path: Path | str, known: str) -> None:
         self.path = path
         self.known = known
         super().__init__(*self.words(as_argument), path=path)
@@ -250,3 +254,40 @@ class CannotUnpack(WrongPlace):
         what = f"could not be unpacked into {root}"
         super().__init__(path, what, "What `shards.copy` said of it is on standard error")
         self.root = root
+
+
+class CacheTooSmall(UserError):
+    """The cache's limit is less than what has to be there at the same time.
+
+    what: which shards these are, and their sum.
+    """
+
+    def __init__(self, what: str, needed_bytes: int, limit_bytes: int) -> None:
+        self.what = what
+        self.needed_bytes = needed_bytes
+        self.limit_bytes = limit_bytes
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """The sum, and a limit that would do."""
+        limit_gb = self.limit_bytes / 10**9
+        needed_gb = math.ceil(self.needed_bytes / 10**6) / 1000
+        problem = f"{naming('cache_limit_gb', float(f'{limit_gb:.3g}'))} is too small: {self.what}"
+        return problem, f"Choose {naming('cache_limit_gb', needed_gb)} or more"
+
+
+class CacheHasNoRoom(UserError):
+    """The disk of the cache does not hold what will be kept there."""
+
+    def __init__(self, root: Path, needed_bytes: int, has_bytes: int) -> None:
+        self.root = root
+        self.needed_bytes = needed_bytes
+        self.has_bytes = has_bytes
+        super().__init__(*self.words(as_argument))
+
+    def words(self, naming: Naming) -> tuple[str, str]:
+        """Both sizes."""
+        has = megabytes(self.has_bytes)
+        problem = f"{self.root} is to hold {megabytes(self.needed_bytes)}, and has room for {has}"
+        right = f"Free space there, or choose a smaller {naming('cache_limit_gb')}"
+        return problem, f"{right}, or another {naming('cache_dir')}"

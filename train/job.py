@@ -1,6 +1,6 @@
 """What a training is made of before its first step: data, task, device, network, optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from shards.errors import MissingSet
 from shards.files import log
 from train import ranks
 from train.augment import IMAGENET_SCALING, Scaling
-from train.checkpoint import Run
+from train.caching import Reading, decided
+from train.checkpoint import Run, shuffle_of_run
 from train.data import (
     CAMERA,
     ShardDataset,
@@ -23,10 +24,12 @@ from train.data import (
     open_for_training,
 )
 from train.errors import NothingToLearn, WrongNetwork
+from train.feeding import FedBatches
 from train.learnt import FurtherField, Learnt
 from train.model import ask, build, check_answer, layout_for, scaling_of, unused_parameters
 from train.networks.streams import StreamNetwork
-from train.order import Batches, steps_per_epoch
+from train.order import RowOrder, steps_per_epoch
+from train.room import AUTO, shuffle_of
 from train.settings import Settings
 from train.tasks import Task, make_task
 
@@ -112,6 +115,7 @@ class TaskSetup(NetworkSetup):
 
     train_set: ShardDataset
     eval_split: str  # the rows that are scored after each epoch: val or test
+    reading: Reading  # in which order, and through how much of a cache
 
     @property
     def n_steps(self) -> int:
@@ -134,11 +138,23 @@ class Loaders:
         assert isinstance(dataset, ShardDataset)
         return dataset
 
-    def train_places(self, epoch: int) -> list[np.ndarray]:
-        """Where the rows of each train batch stand in the batch of all ranks."""
-        batches = self.train.batches
-        assert isinstance(batches, Batches)
-        return batches.places(epoch)
+    def train_places(self, epoch: int, start: int) -> Iterator[np.ndarray]:
+        """Where the rows of each train batch, from `start` on, stand in the batch of all ranks."""
+        places = order_of(self.train).places(epoch)
+        return (places[step] for step in range(start, len(places)))
+
+    def eval_positions(self) -> np.ndarray:
+        """Where the rows that this rank scores stand in the split, in the order of the loader."""
+        return np.concatenate([np.empty(0, np.int64), *order_of(self.eval)(0)])
+
+
+def order_of(loader: Loader) -> RowOrder:
+    """The order of a loader of this package's."""
+    order = loader.batches
+    if isinstance(order, FedBatches):
+        return order.order
+    assert isinstance(order, RowOrder)
+    return order
 
 
 def seed_of(*parts: int) -> int:
@@ -155,7 +171,7 @@ def make_setup(
     found: the set, where it is open already. Raises UserError for one that cannot be trained from.
     """
     if found is None:
-        found = open_for_training(settings.data, allow_remote=settings.allow_remote)
+        found = open_set_of(settings)
     # Checkpoints hold the number; None where the dataset has no scene types.
     n_classes = len(found.dataset.protocol(settings.num_classes).names) or None
     settings = replace(settings, num_classes=n_classes)
@@ -164,20 +180,54 @@ def make_setup(
     for name in settings.input_fields:
         found.field(name)
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
+    eval_split = evaluation_split(found, settings.eval_split)
+    # One without rows to score shows before anything is removed.
+    reading = _reading(settings, train_set, rows_of_split(train_set, eval_split))
+    settings = replace(settings, shuffle=reading.shuffle)  # checkpoints hold what was decided
     learnt = Learnt.of(train_set, settings.further_fields)
     network = replace(network_setup(settings, learnt, device), batch_fields=fields)
     setup = TaskSetup(
         **vars(network),
         train_set=train_set,
-        eval_split=evaluation_split(found, settings.eval_split),
+        eval_split=eval_split,
+        reading=reading,
     )
-    # One without rows to score shows before anything is removed.
-    rows_of_split(setup, setup.eval_split)
-
     if setup.n_steps == 0:
         what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
         raise NothingToLearn(what, "Use fewer ranks", path=train_set.path)
     return setup
+
+
+def open_set_of(settings: Settings) -> ShardSet:
+    """What a run learns from. Raises as `open_for_training`."""
+    return open_for_training(
+        settings.data, allow_remote=settings.allow_remote, cache_dir=settings.cache_dir
+    )
+
+
+def _reading(settings: Settings, train_set: ShardDataset, scored: ShardDataset) -> Reading:
+    """How this rank reads: as the first one has worked it out for all.
+
+    The order is that of the run that is there, else the room decides. Raises CacheTooSmall,
+    CacheHasNoRoom.
+    """
+
+    def of_first() -> Reading:
+        shuffle = settings.shuffle
+        begun = None if settings.reset else shuffle_of_run(settings)
+        if begun is not None and shuffle in (AUTO, shuffle_of(begun)[0]):
+            shuffle = begun
+        reading = Reading(
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            world=ranks.WORLD,
+            shuffle=shuffle,
+            limit_gb=settings.cache_limit_gb,
+        )
+        return decided(train_set, scored, reading)
+
+    reading: Reading = ranks.broadcast_from_first(of_first)
+    return replace(reading, rank=ranks.RANK)
 
 
 def network_setup(settings: Settings, learnt: Learnt, device: torch.device) -> NetworkSetup:
@@ -221,15 +271,14 @@ def _depth_field(settings: Settings, found: ShardSet) -> str:
 def reported_split(setup: TaskSetup) -> str:
     """What a finished run is reported on: test where the set has such rows, else as scored."""
     try:
-        rows_of_split(setup, "test")
+        rows_of_split(setup.train_set, "test")
     except MissingSet:
         return setup.eval_split
     return "test"
 
 
-def rows_of_split(setup: TaskSetup, split: str) -> ShardDataset:
+def rows_of_split(train_set: ShardDataset, split: str) -> ShardDataset:
     """The rows of another split, to the same task. Raises MissingSet where it has none for it."""
-    train_set = setup.train_set
     return ShardDataset(
         train_set.shard_set,
         split=split,
@@ -257,6 +306,8 @@ def open_loaders(setup: TaskSetup, split: str) -> Loaders:
         rank=ranks.RANK,
         world=ranks.WORLD,
         normalize=False,
+        shuffle=setup.reading.shuffle,
+        cache_limit_gb=setup.reading.limit_gb,
     )
     return Loaders(train=train_loader, eval=eval_loader, split=split)
 

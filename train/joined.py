@@ -20,7 +20,7 @@ import numpy as np
 from shards.dataset import ShardSet
 from shards.errors import DifferentSets, WrongSetting
 from shards.files import log
-from shards.gather import JoinedShards
+from shards.gather import JoinedShards, RowGather
 from shards.manifest import FAILED_ROW, RIGHT_ROW, Column, Manifest
 from shards.spec import (
     NO_SCENE_TYPE,
@@ -32,6 +32,7 @@ from shards.spec import (
     Statistics,
 )
 from shards.texts import Texts
+from stores.cached_set import CachedGather, CachedSet
 
 SAME_ROW = "row_of_"  # and the name of a dataset: a column of rows of that one
 NO_ROW = 2**32 - 1
@@ -100,6 +101,26 @@ class JoinedSet(ShardSet):
         found: dict[str, Sequence[np.ndarray]] = {}
         for name in names:
             found[name] = JoinedShards([maps[name] for maps in of_parts], self.first_rows)
+        return found
+
+    def gather(self, fields: Sequence[str]) -> RowGather:
+        """What takes many rows of several fields at once; see ShardSet."""
+        if any(isinstance(part, CachedSet) for part in self.parts):
+            return CachedGather(self, fields)
+        return super().gather(fields)
+
+    def row(self, field: str, row: int) -> np.ndarray:
+        """One row of a field; see StoredSet."""
+        number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return self.parts[number].row(field, row - int(self.first_rows[number]))
+
+    def are_here(self, rows: np.ndarray) -> np.ndarray:
+        """[B] whether these rows [B] are on this machine; see ShardSet."""
+        found = np.empty(len(rows), bool)
+        of_parts = parts_of_rows(self, rows)
+        for number, part in enumerate(self.parts):
+            is_of_part = of_parts == number
+            found[is_of_part] = part.are_here(rows[is_of_part] - self.first_rows[number])
         return found
 
     def _places(self, part: ShardSet, places: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from loader.memory import Meter
 from shards.dataset import ShardSet
 from shards.errors import one_line
-from shards.files import log
+from shards.files import log, quietly
 from stores.mirror import Mirror
 from train import ranks
 from train.answers import Answers, Collector
@@ -46,7 +46,7 @@ from train.job import (
     to_learn,
 )
 from train.model import compiled, start_from
-from train.order import Batches, common_batches
+from train.order import common_batches
 from train.progress import VOICE, Progress
 from train.settings import Settings
 from train.signals import DUE, NOTHING, REQUESTS, SAVE, STOP, Stopped
@@ -229,7 +229,7 @@ def _train_epoch(
     Raises NoKnownPixel where no pixel was known, Diverged where the loss is no number.
     """
     loaders.train.set_epoch(run.epoch, run.step)
-    places = loaders.train_places(run.epoch)[run.step :]
+    places = loaders.train_places(run.epoch, run.step)
     to_learn(run.model, setup.settings, run.epoch)
 
     with _progress_bar(run, setup) as bar:
@@ -333,7 +333,7 @@ def evaluate(
         _share_statistics(run.model)
 
     sums = torch.zeros_like(run.sums)
-    positions = _eval_positions(loaders)
+    positions = loaders.eval_positions()
     collector = Collector(setup, loaders.eval_set, positions) if test_time_augmentation else None
     n_common = common_batches(len(loaders.eval_set), setup.settings.batch_size, ranks.WORLD)
     with _scoring_bar(loaders, len(positions)) as bar:
@@ -359,13 +359,6 @@ def evaluate(
     run.counts = sums[2:]
     answers = None if collector is None else collector.answers()
     return Evaluation(scores=_scores(setup, loaders.split, sums), answers=answers)
-
-
-def _eval_positions(loaders: Loaders) -> np.ndarray:
-    """Where the rows that this rank scores stand in the split, in the order of the loader."""
-    batches = loaders.eval.batches
-    assert isinstance(batches, Batches)
-    return np.concatenate([np.empty(0, np.int64), *batches(0)])
 
 
 def _scoring_bar(loaders: Loaders, n_rows: int) -> Progress:
@@ -430,7 +423,8 @@ def _train_to_the_end(setup: TaskSetup) -> TrainingResult:
     baseline = _baseline(setup, loaders)
     test: dict[str, float] = {}
     if setup.eval_split != "test" and reported_split(setup) == "test":
-        loaders = open_loaders(setup, "test")  # the others, and their workers, end here
+        with quietly():  # how they are read was said
+            loaders = open_loaders(setup, "test")  # the others, and their workers, end here
         evaluation = evaluate(run, setup, loaders)
         test = evaluation.scores
         answers = evaluation.answers

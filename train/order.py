@@ -1,9 +1,13 @@
 """(seed, epoch, position, rank, world) -> row numbers.
 
-Pure: workers and world size never enter the order.
+Pure: workers and world size never enter the order. Here rows are shuffled all together, or stay in
+order; see `train.wheel` for sets of which only some shards are at hand.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,13 +30,77 @@ def common_batches(n_rows: int, batch_size: int, world: int = 1) -> int:
     return -(-n_rows_of_every_rank // batch_size)  # rounded up
 
 
-@dataclass(frozen=True)
-class Batches:
-    """A rank's batches of an epoch: shuffled by (seed, epoch), or in order (seed None: evaluation).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visits:
+    """Which shards the batches of an epoch are made of, and when: arrays of one length, in the
+    order of `first`.
 
-    The ranks' batches together are the global ones, of which a remainder is left out. In a shuffled
-    batch positions ascend, so that reading walks each shard once. Evaluation counts every row once
-    over all ranks, never padded.
+    shards: numbers, some more than once. first, last: the batches of all ranks together between
+    which rows of that shard are read.
+    """
+
+    shards: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+class RowOrder(ABC):
+    """A rank's batches of an epoch, of positions 0 .. n_rows-1. A function of the epoch.
+
+    The ranks' batches together are the global ones. In a shuffled batch positions ascend, so that
+    reading walks each shard once.
+    """
+
+    batch_size: int
+
+    @abstractmethod
+    def __call__(self, epoch: int) -> Sequence[np.ndarray]:
+        """The positions of each batch, int64 arrays."""
+
+    @property
+    @abstractmethod
+    def drop_last(self) -> bool:
+        """Whether rows that fill no whole batch of all ranks are left out."""
+
+    @abstractmethod
+    def of_all_ranks(self) -> Self:
+        """The global batches: as one rank would have them."""
+
+    @abstractmethod
+    def visits(self, epoch: int, shard_rows: np.ndarray) -> Visits:
+        """When the shards are read. shard_rows: [S] how many of the positions lie in each."""
+
+    def places(self, epoch: int) -> Sequence[np.ndarray]:
+        """Where these rows stand in each batch of all ranks together."""
+        mine = self(epoch)
+        together = self.of_all_ranks()(epoch)
+        return Places(mine, together)
+
+
+class Places(Sequence[np.ndarray]):
+    """Found when they are asked for: of each batch once, in turn."""
+
+    def __init__(self, mine: Sequence[np.ndarray], together: Sequence[np.ndarray]) -> None:
+        self._mine = mine
+        self._together = together
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def __getitem__(self, step: Any) -> Any:
+        """Of one batch. Raises IndexError; no slices."""
+        return np.searchsorted(self._together[step], self._mine[step])
+
+
+@dataclass(frozen=True)
+class Batches(RowOrder):
+    """Batches shuffled by (seed, epoch), or in order (seed None: evaluation).
+
+    Of a shuffled order a remainder is left out. Evaluation counts every row once over all ranks,
+    never padded.
     """
 
     n_rows: int
@@ -67,10 +135,25 @@ class Batches:
         """Of a shuffled order rows that fill no whole batch of all ranks are left out."""
         return self.seed is not None
 
-    def places(self, epoch: int) -> list[np.ndarray]:
-        """Where these rows stand in each batch of all ranks together."""
-        mine = self(epoch)
-        together = replace(self, batch_size=len(mine[0]) * self.world, rank=0, world=1)
-        return [
-            np.searchsorted(batch, own) for batch, own in zip(together(epoch), mine, strict=False)
-        ]
+    def of_all_ranks(self) -> "Batches":
+        size = self.batch_size
+        if self.seed is not None:
+            size = min(size, self.n_rows // self.world)
+        return replace(self, batch_size=size * self.world, rank=0, world=1)
+
+    def visits(self, epoch: int, shard_rows: np.ndarray) -> Visits:
+        order = np.arange(self.n_rows)
+        together = self.of_all_ranks()
+        if self.seed is not None:
+            order = permutation(self.n_rows, self.seed, epoch)
+            order = order[: len(together(epoch)) * together.batch_size]
+        shard_of_position = np.repeat(np.arange(len(shard_rows)), shard_rows)
+        shards = shard_of_position[order]
+        batches = np.arange(len(order)) // together.batch_size
+
+        read, first_places = np.unique(shards, return_index=True)
+        _, places_from_the_end = np.unique(shards[::-1], return_index=True)
+        first = batches[first_places]
+        last = batches[::-1][places_from_the_end]
+        in_order = np.argsort(first, kind="stable")
+        return Visits(shards=read[in_order], first=first[in_order], last=last[in_order])

@@ -33,6 +33,7 @@ from train.job import (
     network_setup,
     new_run,
     open_loaders,
+    open_set_of,
     reported_split,
 )
 from train.learnt import Learnt
@@ -212,7 +213,7 @@ def _setup_of(
 def _own_set(settings: Settings, found: Checkpoint, *, is_asked_about: bool) -> ShardSet:
     """The set that the run learnt from, where it was. Raises UserError where it is not there."""
     try:
-        own = open_for_training(settings.data, allow_remote=settings.allow_remote)
+        own = open_set_of(settings)
     except MissingSet as error:
         if is_asked_about:
             raise

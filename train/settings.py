@@ -3,7 +3,6 @@
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 from shards.errors import NeedsSetting, WrongSetting
 from shards.flags import flag_of
 from shards.spec import NAME
+from train.room import shuffle_named
 
 # May change when a run is continued; batch_size is compared as the batch of all ranks together.
 MAY_CHANGE = {
-    "data", "out", "allow_remote", "epochs", "num_workers", "reset", "mirror", "save_minutes",
-    "compile", "batch_size", "eval_split",
+    "data", "out", "allow_remote", "cache_dir", "cache_limit_gb", "epochs", "num_workers", "reset",
+    "mirror", "save_minutes", "compile", "batch_size", "eval_split",
 }  # fmt: skip
-PATHS = {"data", "out", "mirror", "weights"}  # in which ~ is the user's home
+PATHS = {"data", "out", "mirror", "weights", "cache_dir"}  # in which ~ is the user's home
 TASK = re.compile(r"scene|depth|semantic([1-9]\d{0,4})?")
 RGBD = "rgbd"  # stands for its two fields
 BUILT_IN = ("resnet18", "lite0")  # networks that need no name of a callable
@@ -150,6 +150,26 @@ class Settings:
     allow_remote: bool = _flag(
         False, "read a set on a mounted Drive, cloud folder or bucket all the same"
     )
+    shuffle: str = _flag(
+        "auto",
+        "how train rows are shuffled: full, all together; wheel, those of some shards at a time, "
+        "or wheel:N (auto: full where all that is read fits this machine, else wheel)",
+        metavar="auto|full|wheel",
+    )
+    cache_dir: str | None = _flag(
+        None,
+        "folder of this machine for shards of a set that lies elsewhere: they come as they are "
+        "needed (without it, of a set in a bucket: a folder of the user's caches)",
+        metavar="DIR",
+    )
+    cache_limit_gb: float | None = _number(
+        None,
+        "most that the cache holds, in 10^9 bytes; default 90 %% of what its disk has",
+        0.001,
+        1e6,
+        type=float,
+        metavar="GB",
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -206,14 +226,6 @@ class Settings:
                 raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
-def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint, and those that its version did not know yet: a new one's default
-    is what trainings did before it.
-    """
-    known = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
-    return {**known, **stored}
-
-
 def _checked(each: "Field[Any]", value: Any) -> Any:
     """The value as Python's own int, float, bool or str, which a checkpoint can hold.
 
@@ -230,6 +242,9 @@ def _checked(each: "Field[Any]", value: Any) -> Any:
         if not paths:
             raise _wrong(each, value, "text")
         return paths[0] if len(paths) == 1 else paths
+
+    if each.name == "shuffle":
+        return shuffle_named(value)
 
     if each.name == "inputs":
         return _checked_inputs(each, value)
@@ -286,7 +301,7 @@ def _checked_number(each: "Field[Any]", value: Any) -> Any:
         if value.isascii() and value.isdecimal() and len(value) < 10:
             value = int(value)
 
-    is_float = isinstance(each.default, float)
+    is_float = isinstance(each.default, float) or isinstance(low, float)
     is_number = isinstance(value, Real if is_float else Integral) and not isinstance(value, bool)
     is_also = also is not None and value == also
     if not is_number or not (low <= value <= high or is_also):
@@ -320,7 +335,7 @@ def add_flags(parser: ArgumentParser, *, needs_out: bool = True) -> None:
             options = {"action": "store_true"}
         elif isinstance(each.default, int | float):
             options["type"] = type(each.default)
-        parser.add_argument(flag_of(each.name), **options, **shown)
+        parser.add_argument(flag_of(each.name), dest=each.name, **options, **shown)
 
 
 def _default_in_words(each: "Field[Any]") -> str:
@@ -330,5 +345,5 @@ def _default_in_words(each: "Field[Any]") -> str:
     if each.default is False:
         return "; default off"
     if each.default is None:
-        return "" if each.name == "num_classes" else "; default none"
+        return "" if "; default" in each.metadata["argparse"]["help"] else "; default none"
     return f"; default {each.default}"

@@ -20,7 +20,6 @@ class TorchWords(TypedDict, total=False):
     in_order: Any
     prefetch_factor: Any
     timeout: Any
-    shuffle: Any
     drop_last: Any
     collate_fn: Any
     worker_init_fn: Any
@@ -36,11 +35,6 @@ TAKEN: dict[str, tuple[tuple[Any, ...], str]] = {
     "pin_memory_device": (("", "cuda"), "buffers are pinned where there is a GPU. Use 'cuda'"),
     "persistent_workers": ((True, False), "workers stay between epochs. Use True or False"),
     "in_order": ((True,), "batches come in their order, always. Use True"),
-    "shuffle": (
-        (True,),
-        "the train rows are shuffled in every epoch, those of the second loader never. Use True; "
-        "for an order of your own loader.loader.Loader(dataset, batches)",
-    ),
     "drop_last": (
         (True,),
         "train rows that fill no whole batch are left out, of the second loader's none. Use True; "

@@ -1,0 +1,284 @@
+"""A folder of this machine that holds what there is room for of a set that lies elsewhere.
+
+    CACHE/<fingerprint>/
+        cache.json                   marks the folder as ours: nothing is removed from any other
+        manifest.json, rows-*.npy    as in the set
+        rgb-00007.npy ...            of some shards: whole, every byte as the manifest says
+        .state                       which these are; one map that all processes share
+        .reader-...                  one of each process that trains, with how far it is
+        .admission, .fetching        locks
+
+A file comes under another name, is hashed on its way, and gets its own by a rename. What an earlier
+run has left is taken. One process of a machine fetches and removes; all others read, and look into
+the shared map what is there.
+"""
+
+import json
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+from weakref import finalize
+
+import numpy as np
+
+from shards.containers import is_mapped
+from shards.dataset import StoredSet
+from shards.errors import CacheInUse, UserError, WrongPlace
+from shards.files import FileEntry, LocalFolder, json_bytes, what_is_wrong, write_bytes
+from shards.lock import hold, is_held, let_go, take
+from shards.manifest import MANIFEST, Manifest, address, shard_file, signed
+from stores.mounted import mount_of
+
+MARK = "cache.json"
+STATE = ".state"
+ADMISSION = ".admission"
+FETCHING = ".fetching"
+READER = ".reader-"
+OVER_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "beegfs")
+
+SERVED, PASSES, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(6)  # of CacheState.numbers
+N_NUMBERS = 8
+
+
+class CacheState:
+    """Which shards are there, as all processes of this machine see it at once.
+
+    numbers: int64; whose order is served (SERVED), how often it was looked how far the readers are
+    (PASSES), and counts since the folder was made. changes:
+    [S] uint32, counted on whenever a shard comes or goes; odd: it is there. is_coming: [S] whether
+    it is there or will come by itself, whatever the readers do.
+    """
+
+    def __init__(self, path: Path, n_shards: int, *, writes: bool = False) -> None:
+        mode: Literal["r+", "r"] = "r+" if writes else "r"
+        data = np.memmap(path, np.uint8, mode, shape=(CacheState.n_bytes(n_shards),))
+        numbers, rest = np.split(data, [8 * N_NUMBERS])
+        changes, is_coming = np.split(rest, [4 * n_shards])
+        self.numbers = numbers.view(np.int64)
+        self.changes = changes.view(np.uint32)
+        self.is_coming = is_coming.view(bool)
+
+    @staticmethod
+    def n_bytes(n_shards: int) -> int:
+        """Of the file."""
+        return 8 * N_NUMBERS + 5 * n_shards
+
+    def is_here(self, shards: np.ndarray) -> np.ndarray:
+        """[n] of these shards [n]."""
+        return self.changes[shards] % 2 == 1
+
+    def set_here(self, shard: int, is_here: bool) -> None:
+        """Said after a shard has come, and before it goes."""
+        if bool(self.changes[shard] % 2) != is_here:
+            self.changes[shard] += 1
+
+
+class Downloads(Protocol):
+    """Where files come from; see stores.base.Store."""
+
+    def download(self, name: str, target: Path, entry: FileEntry | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """The folder of one set. fields: whose files are wanted; a shard is there when all of these
+    are.
+    """
+
+    path: Path
+    manifest: Manifest
+    fields: tuple[str, ...]
+
+    def state(self, *, writes: bool = False) -> CacheState:
+        return CacheState(self.path / STATE, len(self.manifest.shards), writes=writes)
+
+    def files(self, shard: int) -> dict[str, FileEntry]:
+        """What is wanted of a shard, by name."""
+        entries = self.manifest.shards[shard].files
+        names = [
+            shard_file(self.manifest.fields[field], shard, self.manifest.is_zarr)
+            for field in self.fields
+        ]
+        return {name: entries[name] for name in names}
+
+    @cached_property
+    def shard_bytes(self) -> np.ndarray:
+        """[S] int64 of the files of each shard."""
+        shards = range(len(self.manifest.shards))
+        sizes = [sum(entry.n_bytes for entry in self.files(k).values()) for k in shards]
+        return np.array(sizes, np.int64)
+
+    def look(self) -> np.ndarray:
+        """[S] which shards are there, by names and sizes."""
+        sizes = LocalFolder(self.path).sizes() or {}
+        is_here = np.zeros(len(self.manifest.shards), bool)
+        for shard in range(len(is_here)):
+            files = self.files(shard)
+            is_here[shard] = all(sizes.get(name) == e.n_bytes for name, e in files.items())
+        return is_here
+
+    def fetch(self, shard: int, source: Downloads) -> None:
+        """Have a shard's files here. Raises what the store raises, and OSError of this disk."""
+        for name, entry in self.files(shard).items():
+            source.download(name, self.path / name, entry)
+
+    def remove(self, shard: int) -> None:
+        """Remove a shard's files. Who reads them keeps what is mapped."""
+        if (self.path / MARK).is_file():
+            for name in self.manifest.shards[shard].files:  # of all fields: an earlier run's too
+                (self.path / name).unlink(missing_ok=True)
+
+    def remove_unfinished(self) -> None:
+        """What a fetcher that was killed has left; only who holds the lock may."""
+        LocalFolder(self.path).remove_unfinished()
+
+
+# ----------------------------------------------------------------------------------------- made
+
+
+def make_cache(root: Path, source: StoredSet) -> Path:
+    """The folder under `root` for a set, with its manifest and columns; shards come later.
+
+    Raises WrongPlace where it is somebody else's, on a network, or cannot be made; UserError where
+    the set is compressed; and what the set's store raises.
+    """
+    manifest = source.manifest
+    refuse_compressed(source)
+    refuse_network(root)
+    path = root / (manifest.fingerprint + (".zarr" if manifest.is_zarr else ""))
+    try:
+        with hold(path / ADMISSION, path, "made", wait=True):
+            _mark(path, source)
+            _copy_facts(path, source)
+            _make_state(path / STATE, len(manifest.shards))
+    except OSError as error:
+        raise WrongPlace(path, f"cannot be made ({error.strerror})") from None
+    return path
+
+
+def refuse_compressed(source: StoredSet) -> None:
+    """Raise UserError for a set whose rows are not read as they lie."""
+    if not all(is_mapped(source.codecs, name) for name in source.manifest.fields):
+        what = f"{source.address} is compressed: it cannot be read in part"
+        raise UserError(what, "Copy it to this machine, or put it there uncompressed")
+
+
+def refuse_network(root: Path) -> None:
+    """Raise WrongPlace for a folder that is not on a disk of this machine."""
+    above = root
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    mount = mount_of(above)
+    if mount and (mount.remote or mount.kind in OVER_A_NETWORK):
+        what = f"is on {mount.point} ({mount.kind}), over a network"
+        raise WrongPlace(root, what, "Choose a folder on a disk of this machine")
+
+
+def _mark(path: Path, source: StoredSet) -> None:
+    """Raise WrongPlace where another's files lie there."""
+    is_ours = (path / MARK).is_file()
+    if not is_ours and any(each.name != ADMISSION for each in path.iterdir()):
+        raise WrongPlace(path, "holds files that are not of a cache", "Choose another folder")
+    if not is_ours:
+        what = {"cache of": str(address(source.folder)), "safe to remove": True}
+        write_bytes(path / MARK, json_bytes(what))
+
+
+def _copy_facts(path: Path, source: StoredSet) -> None:
+    """Manifest and columns, as far as they are not there already."""
+    write_bytes(path / MANIFEST, signed(source.manifest.to_json()).encode())
+    for name, entry in source.manifest.column_files.items():
+        if what_is_wrong(path / name, entry) is not None:
+            write_bytes(path / name, source.folder.read(name))
+
+
+def _make_state(path: Path, n_shards: int) -> None:
+    """Never a new file where there is one: others have it mapped."""
+    n_bytes = CacheState.n_bytes(n_shards)
+    with open(path, "ab") as file:
+        if file.tell() != n_bytes:
+            os.ftruncate(file.fileno(), n_bytes)
+
+
+# -------------------------------------------------------------------------------------- readers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A process that trains from a cache.
+
+    job: the same in all processes of one training on a machine. feed: the number of the orders in
+    which it reads; not 0. removes: whether it has shards removed that it is past. pid: of the
+    process.
+    """
+
+    job: str
+    feed: int
+    removes: bool
+    pid: int
+
+    def goes_with(self, other: "Reader") -> bool:
+        """Whether both may read from one folder at the same time."""
+        return self.job == other.job or not (self.removes or other.removes)
+
+
+NOT_BEGUN = b"\xff"  # -1 as a position
+POSITION_BYTES = 64  # at the start of a reader's file: eight numbers
+
+
+def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
+    """Be a reader of a cache's folder from now on.
+
+    Raises CacheInUse where another training uses the folder in another way.
+    """
+    with hold(path / ADMISSION, path, "opened", wait=True):
+        for file in path.glob(f"{READER}*"):
+            if not is_held(file):
+                file.unlink(missing_ok=True)
+        for _, other in readers(path):
+            if not reader.goes_with(other):
+                raise CacheInUse(path, other.pid)
+        return ReaderFile(path / f"{READER}{reader.pid}-{secrets.token_hex(4)}", reader)
+
+
+class ReaderFile:
+    """What says that this process reads, and how far it is.
+
+    positions: int64, for all to see: of each order the batch that is delivered next, counted from
+    the first epoch on; -1 before it is begun.
+    """
+
+    def __init__(self, path: Path, reader: Reader) -> None:
+        """Under the lock of admission."""
+        text = json.dumps(asdict(reader))
+        path.write_bytes(NOT_BEGUN * POSITION_BYTES + text.encode())
+        handle = take(path)
+        assert handle is not None  # its name is new
+        self.positions = np.memmap(path, np.int64, "r+", shape=(POSITION_BYTES // 8,))
+        self._end = finalize(self, _end_reading, os.getpid(), path, handle)
+
+    def close(self) -> None:
+        self._end()
+
+
+def _end_reading(owner: int, path: Path, handle: int) -> None:
+    if os.getpid() == owner:  # else this is a forked child
+        path.unlink(missing_ok=True)
+        let_go(handle)
+
+
+def readers(path: Path) -> list[tuple[np.ndarray, Reader]]:
+    """Those that live, with their positions; a process that is gone holds nothing."""
+    found: list[tuple[np.ndarray, Reader]] = []
+    for each in sorted(path.glob(f"{READER}*")):
+        if not is_held(each):
+            continue
+        with suppress(OSError, ValueError, TypeError):  # it comes, or goes, right now
+            reader = Reader(**json.loads(each.read_bytes()[POSITION_BYTES:]))
+            positions = np.memmap(each, np.int64, "r", shape=(POSITION_BYTES // 8,))
+            found.append((positions, reader))
+    return found
