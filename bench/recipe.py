@@ -79,6 +79,11 @@ def learn(
     """The run, and the scores of the fold left out, after n_epochs."""
     run = new_run(setup)
     start_from(run.model, weights)
+    return run, learn_from(run, setup, loaders, n_epochs)
+
+
+def learn_from(run: Run, setup: TaskSetup, loaders: Loaders, n_epochs: int) -> Scores:
+    """Train a new run for n_epochs; the scores of the fold left out."""
     for epoch in range(n_epochs):
         loaders.train.set_epoch(epoch)
         to_learn(run.model, setup.settings, epoch)
@@ -86,7 +91,7 @@ def learn(
             train_step(run, setup, batch, slice(None))
         run.history.append({})  # a run counts its epochs by these
         run.step = 0
-    return run, evaluate(run, setup, loaders).scores
+    return evaluate(run, setup, loaders).scores
 
 
 def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> None:
