@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from helpers.training import assert_same, rows, settings, weights
 
-from shards.errors import NeedsSetting
+from shards.errors import NeedsSetting, UserError
 from train.checkpoint import CHECKPOINT, Run
 from train.errors import WrongWeights
 from train.job import TaskSetup, make_setup, new_run, to_learn
@@ -220,6 +220,16 @@ def test_a_run_answers_and_another_task_starts_from_it(small_set: Path, tmp_path
     for key, value in weights(tmp_path / "parts").items():
         if not key.startswith("decoder."):
             assert torch.equal(own[key], value), key
+
+
+def test_runs_that_want_their_colours_otherwise_do_not_answer_together(
+    small_set: Path, tmp_path: Path
+) -> None:
+    names = ("lite0", "resnet18")
+    for name in names:
+        train(settings(small_set, tmp_path / name, model=name, width=16, epochs=1, num_workers=0))
+    with pytest.raises(UserError, match="from the same pictures"):
+        predict([str(tmp_path / name) for name in names])
 
 
 def test_a_run_of_a_version_without_these_settings_is_continued(

@@ -12,7 +12,7 @@ from helpers.training import settings, weights
 
 from train.errors import WrongNetwork, WrongWeights
 from train.loop import train
-from train.model import build, scaling_of, start_from
+from train.model import build, scaling_of, start_from, synchronized
 from train.networks.streams import StreamNetwork
 from train.predict import predict
 
@@ -124,6 +124,16 @@ def test_pictures_too_small_for_a_network_are_one_line() -> None:
 def test_colours_are_scaled_as_the_weights_were_trained() -> None:
     assert scaling_of("timm:resnet18").mean == (0.485, 0.456, 0.406)
     assert scaling_of("timm:vit_tiny_patch16_224").mean == (0.5, 0.5, 0.5)
+
+
+def test_norms_of_all_ranks_together_keep_their_activations() -> None:
+    model = network("efficientnet_lite0")
+    rgb, depth = pictures()
+    with torch.no_grad():
+        before = model(rgb, depth)
+        synced = synchronized("timm:efficientnet_lite0", model).eval()
+        assert any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in synced.modules())
+        assert torch.allclose(synced(rgb, depth), before, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["scene", "semantic40"])

@@ -26,7 +26,15 @@ from train.data import (
 from train.errors import NothingToLearn, WrongNetwork
 from train.feeding import FedBatches
 from train.learnt import FurtherField, Learnt
-from train.model import ask, build, check_answer, layout_for, scaling_of, unused_parameters
+from train.model import (
+    ask,
+    build,
+    check_answer,
+    layout_for,
+    scaling_of,
+    synchronized,
+    unused_parameters,
+)
 from train.networks.streams import StreamNetwork
 from train.order import RowOrder, steps_per_epoch
 from train.room import AUTO, shuffle_of
@@ -356,7 +364,7 @@ def _new_model(setup: NetworkSetup) -> tuple[nn.Module, torch.memory_format]:
     if setup.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         if ranks.WORLD > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = synchronized(settings.model, model)
     return model, layout
 
 

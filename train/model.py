@@ -188,6 +188,13 @@ def scaling_of(spec: str) -> Scaling:
     return lite.SCALING if spec == "lite0" else IMAGENET_SCALING
 
 
+def synchronized(spec: str, model: nn.Module) -> nn.Module:
+    """With norms whose statistics are those of all ranks together; for GPUs."""
+    if spec.startswith(TIMM):
+        return timm_trunk.synchronized(spec, model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def _checked(spec: str, model: nn.Module) -> nn.Module:
     """A user's network that can learn. Raises WrongNetwork."""
 

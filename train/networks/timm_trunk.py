@@ -54,6 +54,14 @@ def scaling_of(spec: str) -> Scaling:
     return Scaling(mean=tuple(config.mean), std=tuple(config.std))
 
 
+def synchronized(spec: str, model: nn.Module) -> nn.Module:
+    """BatchNorm as that of all ranks together. torch's own function would lose the activations that
+    timm's norms have inside them.
+    """
+    converted: nn.Module = imported(spec).layers.convert_sync_batchnorm(model)
+    return converted
+
+
 @dataclass(frozen=True, kw_only=True)
 class Use:
     """What a network is made for: n_in planes of size x size; dense: an answer a pixel."""
