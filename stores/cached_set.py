@@ -30,12 +30,13 @@ from shards.files import Folder, LocalFolder
 from shards.gather import JoinedShards, RowGather
 from shards.manifest import address, read_manifest
 from shards.maps import AddressRange, FieldFiles, MappedShards, mapped_shards
-from stores.cache import PASSES, SERVED, STATE, CacheState
+from stores.cache import COMES, NOT_COMING, PASSES, SERVED, STATE, CacheState
 
 ROWS_AT_ONCE = 8  # that are asked for at the same time
 FAILED = ".failed-"  # and whose order could not be served any further
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.05
+PATIENCE_S = 30.0  # for shards that come when others are some batches on
 LOOK_S = 0.5  # how often who waits looks whether it waits in vain
 
 
@@ -126,8 +127,8 @@ class Waiting:
         n_passes = int(self.state.numbers[PASSES])
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
-        looked_at = time.monotonic()
-        while not self._have_come(shards, n_passes):
+        began_at = looked_at = time.monotonic()
+        while not self._have_come(shards, n_passes, time.monotonic() - began_at > PATIENCE_S):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if _is_to_end() or os.getppid() != parent:
@@ -136,15 +137,16 @@ class Waiting:
                 looked_at = time.monotonic()
                 self._look_for_failure()
 
-    def _have_come(self, shards: np.ndarray, n_passes: int) -> bool:
+    def _have_come(self, shards: np.ndarray, n_passes: int, is_impatient: bool) -> bool:
         """n_passes: of who fetches, when it was begun to wait: one that was under way then may not
         have seen what is wanted. Raises NotAtHand.
         """
         is_served = self._feed == int(self.state.numbers[SERVED])
         was_seen = is_served and int(self.state.numbers[PASSES]) >= n_passes + 2
-        is_coming = self.state.is_coming[shards].copy()
+        coming = self.state.coming[shards].copy()
         is_here = self.state.is_here(shards)  # after it: what has come need not be coming any more
-        if was_seen and not (is_here | is_coming).all():
+        comes = coming == COMES if is_impatient else coming != NOT_COMING
+        if was_seen and not (is_here | comes).all():
             raise NotAtHand
         return bool(is_here.all())
 

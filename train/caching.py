@@ -132,8 +132,7 @@ class Plan:
         if reading.limit_gb is not None:
             self.limit_bytes = int(reading.limit_gb * GB)
         self.room = make_room(self.train, self.scored, reading.shuffle, self.limit_bytes)
-        kept_bytes = self.room.train_bytes + self.room.scored_bytes
-        check_disk(root, folders, min(kept_bytes, self.limit_bytes))
+        check_disk(root, folders, self.room.kept_bytes)
 
     def _read_shards(self, dataset: "ShardDataset") -> ReadShards:
         numbers, n_rows = shards_of_rows(self.found, dataset.rows)
@@ -142,6 +141,7 @@ class Plan:
             rows=n_rows,
             n_bytes=self._shard_bytes[numbers],
             n_rows_of_batch=self.reading.n_rows_of_batch,
+            are_dealt=all(part.settings.order_version == DEALT for part in parts_of(self.found)),
         )
 
     def job(self) -> FetchJob:
