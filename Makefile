@@ -48,12 +48,12 @@ endif
 
 # On Colab pip is asked for what is missing alone: what is there need not fit together in pip's eyes. A read-only folder
 # cannot be installed from, and need not be: make runs the packages where they lie.
-USED := fast show remote frames
+USED := fast show remote frames lite
 PIP := $(PY) -m pip install --quiet
 ifdef COLAB_RELEASE_TAG
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py missing $(USED)) $(if $(WRITABLE),&& $(PIP) --no-deps -e .)
 else ifeq ($(WRITABLE),yes)
-INSTALL := $(PIP) -c $(PINS) -e '.[fast,show,remote,frames]'
+INSTALL := $(PIP) -c $(PINS) -e '.[fast,show,remote,frames,lite]'
 else
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py all $(USED))
 endif
@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-remote bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-remote bench-step bench-peers test-stacks test-timm stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -177,6 +177,15 @@ bench-peers: $(READY)  ## other people's readers on the same rows: make bench-pe
 
 test-stacks: .venv/dev  ## the tests on the versions that users have: oldest, Colab's, every h5py since 3.10; ends with a table
 	$(PY) .ci/stacks.py --all $(ARGS)
+
+# torchvision wants the very torch that it was made for: an environment of its own, several GB.
+TIMM := $(AT).timm
+TIMM_PINS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+test-timm:  ## networks of timm, in an environment of its own (.timm; downloads several GB)
+	$(need-python)
+	[ -x $(TIMM)/bin/python ] || $(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install --quiet $(TIMM_PINS) -e '.[fast,show,timm]' 'pytest>=8' 'hypothesis>=6.100'
+	$(TIMM)/bin/python -m pytest tests/test_timm.py -rs $(ARGS)
 
 stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and damages
 	$(PY) -m pytest -m stress -o faulthandler_timeout=1500 $(ARGS)
