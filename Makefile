@@ -48,12 +48,12 @@ endif
 
 # On Colab pip is asked for what is missing alone: what is there need not fit together in pip's eyes. A read-only folder
 # cannot be installed from, and need not be: make runs the packages where they lie.
-USED := fast show remote frames lite
+USED := fast show remote frames
 PIP := $(PY) -m pip install --quiet
 ifdef COLAB_RELEASE_TAG
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py missing $(USED)) $(if $(WRITABLE),&& $(PIP) --no-deps -e .)
 else ifeq ($(WRITABLE),yes)
-INSTALL := $(PIP) -c $(PINS) -e '.[fast,show,remote,frames,lite]'
+INSTALL := $(PIP) -c $(PINS) -e '.[fast,show,remote,frames]'
 else
 INSTALL := $(PIP) -c $(PINS) $$($(PY) .ci/requirements.py all $(USED))
 endif
