@@ -44,6 +44,7 @@ WHOLE_FILES_NEED_TORCH = {
         "mistakes",
         "model",
         "notebook",
+        "orders",
         "other_systems",
         "payload",
         "predict",
