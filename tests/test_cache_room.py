@@ -3,6 +3,7 @@ of train/room.py tells.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def read_shards(draw: st.DrawFn, first: int, of_one_size: bool) -> ReadShards:
         rows=rows,
         n_bytes=n_bytes,
         n_rows_of_batch=draw(st.integers(1, 300)),
+        are_dealt=draw(st.booleans()),
     )
 
 
@@ -173,6 +175,9 @@ def test_a_tenth_of_a_large_set_gives_64_shards_and_a_quarter_of_the_room_is_ahe
     # 3 GB: a quarter is for scored rows, that leaves 70 shards, of which 17 are ahead.
     assert make_room(train, scored, "auto", 3 * 10**9).shuffle == "wheel:53"
     assert make_room(train, scored, "auto", 2 * 10**9).shuffle == "wheel:33"
+    # Of rows that are dealt half of them are ahead.
+    dealt = replace(train, are_dealt=True)
+    assert make_room(dealt, scored, "auto", 3 * 10**9).shuffle == "wheel:35"
 
 
 # ---------------------------------------------------------------- what a fetcher makes of it

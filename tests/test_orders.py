@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="needs torch")
@@ -22,6 +23,7 @@ from helpers.commands import REPO
 from helpers.numbered import numbered_set, write_down
 from helpers.training import environment, rows
 
+from bench.orders import orders as compared_orders
 from train.__main__ import command, main
 from train.job import make_setup
 from train.loop import train
@@ -157,6 +159,13 @@ def test_two_ranks_then_one_process_read_what_one_alone_reads_through_a_cache_th
     for name in how:
         assert_exact(alone[name])
         assert joined([begun[name], ended[name]]) == alone[name]
+
+
+def test_the_orders_that_are_compared_with_the_wheel_give_every_row_once() -> None:
+    for name, order in compared_orders(4096, 3).items():
+        for epoch in range(2):
+            found = np.concatenate(list(order(epoch)))
+            assert sorted(found) == list(range(4096)), name
 
 
 @pytest.mark.stress
