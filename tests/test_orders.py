@@ -31,9 +31,9 @@ from train.settings import Settings
 
 N_ROWS = 800
 N_TRAIN = 605
-ROWS_PER_SHARD = 10
+ROWS_PER_SHARD = 20
 BATCH_ROWS = 8  # of all ranks
-TRAINED_AT_ONCE = 20  # the same, where a network learns
+TRAINED_AT_ONCE = 50  # the same, where a network learns
 N_STEPS = N_TRAIN // BATCH_ROWS
 N_EPOCHS = 2
 SET_BYTES = N_ROWS * 16 * 16 * 5
@@ -260,16 +260,16 @@ def test_one_process_goes_on_with_the_wheel_that_two_ranks_began(
     done = subprocess.run(
         [sys.executable, *TORCHRUN, "2", *words],
         cwd=REPO,
-        env=environment(OMP_NUM_THREADS="1", ASK_TO_END_IN_STEP="25"),
+        env=environment(OMP_NUM_THREADS="1", ASK_TO_END_IN_STEP="10"),
         capture_output=True,
         text=True,
         timeout=120,
     )
     stored = checkpoint(out)
-    assert (stored["epoch"], stored["step"]) == (0, 25), done.stderr
+    assert (stored["epoch"], stored["step"]) == (0, 10), done.stderr
 
     train(settings(large, out, cache_limit_gb=0.0012))
-    assert "at epoch 1 of 2, step 26" in capsys.readouterr().err
+    assert "at epoch 1 of 2, step 11" in capsys.readouterr().err
     train(settings(large, tmp_path / "alone"))
     ours = checkpoint(out)
     theirs = checkpoint(tmp_path / "alone")
