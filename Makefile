@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-remote bench-step bench-peers test-stacks test-timm stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-orders bench-remote bench-step bench-peers test-stacks test-timm stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -170,6 +170,10 @@ bench-remote: .venv/dev  ## training from a bucket through a cache smaller than 
 
 bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)
+
+bench-orders: $(READY)  ## accuracy by order of rows: full, windows, wheels; on made-up rows, then on these shards
+	$(PY) -m bench.orders
+	$(if $(wildcard $(DATA)),$(PY) -m bench.orders_of_set --data "$(DATA)" $(ARGS))
 
 # Each reader in an environment of its own, which borrows this one's torch: what is downloaded is some 150 MB in all.
 bench-peers: $(READY)  ## other people's readers on the same rows: make bench-peers [DATA=SET]; installs them into .peers

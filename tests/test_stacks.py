@@ -45,6 +45,7 @@ WHOLE_FILES_NEED_TORCH = {
         "mistakes",
         "model",
         "notebook",
+        "orders",
         "other_systems",
         "payload",
         "predict",
