@@ -53,6 +53,7 @@ NOT_AGAIN = {
 WITH_ALL = {
     "tests/test_bench_frames.py": "tables of a benchmark",
     "tests/test_bench_peers.py": "tables of a benchmark",
+    "tests/test_cache_room.py": "sizes that are compared",
     "tests/test_command_lines.py": "how command lines are parsed",
     "tests/test_cut_session.py": "what is copied to a mount, and when",
     "tests/test_damage.py": "damaged sets, which our own code reads",
@@ -65,12 +66,14 @@ WITH_ALL = {
     "tests/test_layouts_tum.py": "names of files, and times in lists",
     "tests/test_litter.py": "names of files",
     "tests/test_mounts.py": "types of file systems",
+    "tests/test_parts.py": "processes that share the parts of a set",
     "tests/test_progress.py": "bars on terminals",
     "tests/test_roots.py": "paths in folders, archives and on servers",
     "tests/test_session.py": "which copy of a set is taken",
     "tests/test_sunrgbd_split.py": "lists of rows",
     "tests/test_transfer.py": "copies to and from a mount that fails",
     "tests/test_versions.py": "how sets of earlier versions are brought up",
+    "tests/test_wheel.py": "an order of numbers",
 }
 Version = tuple[int, int]
 

@@ -180,7 +180,12 @@ def test_dense_outputs_are_scored_as_stored_at_the_end_and_at_training_size_in_b
 
 
 @pytest.mark.parametrize(
-    ("task", "score"), [("semantic13", "miou"), ("semantic40", "miou"), ("depth", "rmse")]
+    ("task", "score"),
+    [
+        pytest.param("semantic13", "miou", marks=pytest.mark.stress),
+        ("semantic40", "miou"),
+        ("depth", "rmse"),
+    ],
 )
 def test_every_task_trains_and_names_its_classes(
     task: str, score: str, small_set: Path, tmp_path: Path
