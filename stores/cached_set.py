@@ -3,40 +3,45 @@
 A shard that a cache lets go is unmapped, so that its space on the disk is free, once nobody in this
 process reads. That is the one exception to what shards/maps.py says; `CachedGather` sees to it:
 
-    a read begins   the first of those under way: shards that have gone since are unmapped
+    a read begins   once all its shards are there; the first of those under way: shards that have
+                    gone since are unmapped
     a read ends     nothing
+    now and then    a thread does the same as a read that begins: who has nothing to read for long
+                    keeps no space either
 
 Rows of shards that are not there, and will not come by themselves, are read one by one from where
 the set lies.
 """
 
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
+from weakref import ref
 
 import numpy as np
 
 from shards.containers import fetch_row
 from shards.dataset import ShardSet
-from shards.errors import DamagedSet, StoreFailed
+from shards.errors import DamagedSet
 from shards.files import Folder, LocalFolder
 from shards.gather import JoinedShards, RowGather
 from shards.manifest import address, read_manifest
 from shards.maps import AddressRange, FieldFiles, MappedShards, mapped_shards
-from stores.cache import SERVED, STATE, CacheState
+from stores.cache import SERVED, STATE, CacheState, NobodyReads, failure
 
 ROWS_AT_ONCE = 8  # that are asked for at the same time
-FAILED = ".failed-"  # and whose order could not be served any further
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.05
 LOOK_S = 0.5  # how often who waits looks whether it waits in vain
+UNMAP_S = 0.25
+HEARD_S = 0.25  # in which the fetcher has seen how far a loader is
 
 
 class NotAtHand(Exception):
@@ -82,8 +87,7 @@ class CachedSet(ShardSet):
     def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
         """The shards of several fields; who reads them uses a CachedGather. Raises MissingField."""
         named = [self.field(name) for name in fields]
-        waiting = Waiting(self.path, self.state, self.feed)
-        made = partial(CachedShards, waiting=waiting)
+        made = partial(CachedShards, state=self.state)
         return dict(mapped_shards(self.path, self.manifest, named, made))
 
     def row(self, field: str, row: int) -> np.ndarray:
@@ -98,6 +102,11 @@ class CachedSet(ShardSet):
     def are_here(self, rows: np.ndarray) -> np.ndarray:
         """[B] whether these rows [B] are, without waiting for any."""
         return self.state.is_here(rows // self.settings.rows_per_shard)
+
+    def wait_for(self, rows: np.ndarray) -> None:
+        """Return once these rows [B] are there. Raises as Waiting does."""
+        shards = np.unique(rows // self.settings.rows_per_shard)
+        Waiting(self.path, self.state, self.feed).wait_for(shards)
 
 
 class Waiting:
@@ -117,35 +126,41 @@ class Waiting:
         """
         if self.state.is_here(shards).all():
             return
+        if not self._feed:
+            raise NotAtHand
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
-        looked_at = time.monotonic()
-        while not self._have_come(shards):
+        looked_at = expected_at = time.monotonic()
+        while not self.state.is_here(shards).all():
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if _is_to_end() or os.getppid() != parent:
                 raise RuntimeError("a batch was waited for that nobody wants any more")
-            if time.monotonic() - looked_at > LOOK_S:
-                looked_at = time.monotonic()
+            now = time.monotonic()
+            if self._are_expected(shards):
+                expected_at = now
+            elif now - expected_at > HEARD_S:
+                raise NotAtHand
+            if now - looked_at > LOOK_S:
+                looked_at = now
                 self._look_for_failure()
 
-    def _have_come(self, shards: np.ndarray) -> bool:
-        """Raises NotAtHand."""
-        is_served = self._feed == int(self.state.numbers[SERVED])
+    def _are_expected(self, shards: np.ndarray) -> bool:
+        """Whether they are there or will come, as far as is known."""
+        if self._feed != int(self.state.numbers[SERVED]):
+            return True  # others are served at the moment
         is_coming = self.state.is_coming[shards].copy()
         is_here = self.state.is_here(shards)  # after it: what has come need not be coming any more
-        is_in_vain = not self._feed or is_served
-        if is_in_vain and not (is_here | is_coming).all():
-            raise NotAtHand
-        return bool(is_here.all())
+        return bool((is_here | is_coming).all())
 
     def _look_for_failure(self) -> None:
+        """Raises it; NotAtHand where the loaders are gone that had shards fetched."""
         try:
-            text = (self._path / f"{FAILED}{self._feed}").read_text()
-        except OSError:
-            return
-        problem, right = json.loads(text)
-        raise StoreFailed(problem, right)
+            found = failure(self._path, self._feed)
+        except NobodyReads:
+            raise NotAtHand from None
+        if found is not None:
+            raise found
 
 
 def _is_to_end() -> bool:
@@ -158,30 +173,35 @@ class CachedShards(MappedShards):
     """The shards of one field that come and go."""
 
     def __init__(
-        self, files: FieldFiles, addresses: AddressRange, first: int, *, waiting: Waiting
+        self, files: FieldFiles, addresses: AddressRange, first: int, *, state: CacheState
     ) -> None:
         super().__init__(files, addresses, first)
-        self.waiting = waiting
+        self._state = state
         self._seen = np.zeros(len(files.names), np.uint32)  # state.changes when it was mapped
 
     def need(self, shards: np.ndarray) -> None:
-        """Have these shards mapped; those on their way are waited for. Raises as `wait_for`."""
-        if not self._is_mapped[shards].all():
-            self.waiting.wait_for(shards)
-            super().need(shards)
+        """Have these shards mapped. Raises NotAtHand where one is not there."""
+        wanted = shards[~self._is_mapped[shards]]
+        if len(wanted):
+            if not self._state.is_here(wanted).all():
+                raise NotAtHand
+            super().need(wanted)
 
     def unmap_gone(self) -> None:
         """Unmap what was removed since it was mapped. Nobody may be reading."""
-        is_gone = self._is_mapped & (self._seen != self.waiting.state.changes)
+        changes = self._state.changes
+        is_gone = self._is_mapped & ((self._seen != changes) | (changes % 2 == 0))
         if is_gone.any():
             self.unmap(np.flatnonzero(is_gone))
 
     def _map(self, shard: int) -> None:
-        seen = self.waiting.state.changes[shard]
+        seen = self._state.changes[shard]
+        if self._is_mapped[shard] and seen != self._seen[shard]:
+            return  # it is gone, and stays readable until it is unmapped
         try:
             super()._map(shard)
         except DamagedSet:
-            if seen == self.waiting.state.changes[shard] and seen % 2:
+            if seen == self._state.changes[shard] and seen % 2:
                 raise
             raise NotAtHand from None  # it was removed just now
         self._seen[shard] = seen
@@ -197,12 +217,15 @@ class CachedGather(RowGather):
         self._found = found
         self._cached = cached_in(shards)
         self._under_way = UnderWay(self._unmap_gone)
+        self._is_seen_to_by = 0  # the process whose thread unmaps
 
     def into(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None = None
     ) -> np.ndarray:
         """See RowGather. Raises StoreFailed where rows cannot be had."""
+        self._see_to_unmapping()
         try:
+            self._found.wait_for(rows)  # no read yet: what goes meanwhile can be unmapped
             with self._under_way:
                 return super().into(fields, rows, buffer)
         except NotAtHand:
@@ -211,6 +234,19 @@ class CachedGather(RowGather):
     def at_hand(self, rows: np.ndarray) -> np.ndarray:
         """Those of these rows that are not waited for."""
         return rows[self._found.are_here(rows)]
+
+    def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
+        """See RowGather; of what was removed meanwhile nothing is expected."""
+        with suppress(NotAtHand), self._under_way:
+            super().expect_no_order(fields, rows)
+
+    def row_spans(self, fields: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See RowGather; of none where some were removed meanwhile."""
+        try:
+            with self._under_way:
+                return super().row_spans(fields, rows)
+        except NotAtHand:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
 
     def _row_by_row(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None
@@ -229,6 +265,27 @@ class CachedGather(RowGather):
     def _unmap_gone(self) -> None:
         for each in self._cached:
             each.unmap_gone()
+
+    def unmap_if_idle(self) -> None:
+        """Unmap what has gone, unless somebody reads: then that is done soon."""
+        with self._under_way:
+            pass
+
+    def _see_to_unmapping(self) -> None:
+        """A forked child has no thread of its parent's."""
+        if self._is_seen_to_by != os.getpid():
+            self._is_seen_to_by = os.getpid()
+            threading.Thread(
+                target=_unmap_now_and_then, args=(ref(self),), name="unmapping", daemon=True
+            ).start()
+
+
+def _unmap_now_and_then(of: "ref[CachedGather]") -> None:
+    """As long as the gather lives."""
+    while (gather := of()) is not None:
+        gather.unmap_if_idle()
+        del gather
+        time.sleep(UNMAP_S)
 
 
 def cached_in(shards: Mapping[str, Sequence[np.ndarray]]) -> list[CachedShards]:
