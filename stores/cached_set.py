@@ -90,6 +90,10 @@ class CachedSet(ShardSet):
         made = partial(CachedShards, state=self.state)
         return dict(mapped_shards(self.path, self.manifest, named, made))
 
+    def gather(self, fields: Sequence[str]) -> RowGather:
+        """What takes many rows of several fields at once. Raises as `maps`."""
+        return CachedGather(self, fields)
+
     def row(self, field: str, row: int) -> np.ndarray:
         """One row, if need be from where the set lies; no more of it is fetched."""
         shard, place = divmod(row, self.settings.rows_per_shard)
