@@ -376,7 +376,7 @@ def worker_count(
     n_tried = min(batch_size, n_rows, N_TRIED)
     ms_per_row = maker.seconds(n_tried) * 1e3 / n_tried
     ms = ms_per_row * min(batch_size, n_rows)
-    count = min(n_cores, N_BUFFERS - 1) if ms > HIDDEN_MS and n_cores > 1 else 0
+    count = workers_unmeasured(is_work=ms > HIDDEN_MS)
     print(
         f"loader: {name}: num_workers=auto is {count} "
         f"(a batch takes {ms:.1f} ms to make, {n_cores} cores)",
@@ -384,6 +384,14 @@ def worker_count(
         flush=True,
     )
     return count
+
+
+def workers_unmeasured(*, is_work: bool) -> int:
+    """How many processes should make the batches, where it is known whether that is work for them:
+    then one a core, as far as there are buffers.
+    """
+    n_cores = _n_cores()
+    return min(n_cores, N_BUFFERS - 1) if is_work and n_cores > 1 else 0
 
 
 def _n_cores() -> int:

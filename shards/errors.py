@@ -313,6 +313,15 @@ class Busy(PathError):
         self.who = who
 
 
+class CacheInUse(PathError):
+    """Another training reads through a cache's folder, in an order of its own."""
+
+    def __init__(self, path: Any, pid: int) -> None:
+        what = f"is in use as a cache by another training, process {pid}"
+        super().__init__(path, what, "Wait for it, or choose another folder")
+        self.pid = pid
+
+
 class StoreFailed(UserError):
     """A mount or a server that fails.
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from shards.containers import is_mapped
 from shards.dataset import StoredSet
-from shards.errors import Busy, StoreFailed, UserError, WrongPlace, one_line
+from shards.errors import CacheInUse, StoreFailed, UserError, WrongPlace, one_line
 from shards.files import FileEntry, LocalFolder, json_bytes, what_is_wrong, write_bytes
 from shards.lock import hold, is_held, let_go, take
 from shards.manifest import MANIFEST, Manifest, address, shard_file, signed
@@ -43,14 +43,15 @@ READER = ".reader-"
 UNREADY = ".unready-"  # a reader's file until it is locked
 OVER_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "beegfs")
 
-SERVED, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(5)  # of CacheState.numbers
+SERVED, PASSES, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(6)  # of CacheState.numbers
 N_NUMBERS = 8
 
 
 class CacheState:
     """Which shards are there, as all processes of this machine see it at once.
 
-    numbers: int64; whose order is served (SERVED), and counts since the folder was made. changes:
+    numbers: int64; whose order is served (SERVED), how often it was looked how far the readers are
+    (PASSES), and counts since the folder was made. changes:
     [S] uint32, counted on whenever a shard comes or goes; odd: it is there. is_coming: [S] whether
     it is there or will come by itself, whatever the readers do.
     """
@@ -238,6 +239,7 @@ class Reader:
 
 # A reader's file: how far it is, eight numbers; which it is; from FAILURE_AT on why nothing is
 # fetched for it any more. All of its space is taken at once: a full disk has to be told of.
+NOT_BEGUN = b"\xff"  # -1 as a position
 POSITION_BYTES = 64
 FAILURE_AT = 1024
 READER_BYTES = 4096
@@ -247,7 +249,7 @@ MOST_SAID = 700  # characters of a problem, and of its advice: with four bytes e
 def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
     """Be a reader of a cache's folder from now on.
 
-    Raises Busy where another training uses the folder in another way.
+    Raises CacheInUse where another training uses the folder in another way.
     """
     with hold(path / ADMISSION, path, "opened", wait=True):
         for file in [*path.glob(f"{READER}*"), *path.glob(f"{UNREADY}*")]:
@@ -255,20 +257,22 @@ def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
                 file.unlink(missing_ok=True)
         for _, other in readers(path):
             if not reader.goes_with(other):
-                right = "Wait for it, or choose another folder"
-                problem = "is used as a cache by another training,"
-                raise Busy(path, problem, f"process {other.pid}", right)
+                raise CacheInUse(path, other.pid)
         return ReaderFile(path / f"{READER}{reader.pid}-{secrets.token_hex(4)}", reader)
 
 
 class ReaderFile:
-    """What says that this process reads, and how far it is. positions: int64, for all to see."""
+    """What says that this process reads, and how far it is.
+
+    positions: int64, for all to see: of each order the batch that is delivered next, counted from
+    the first epoch on; -1 before it is begun.
+    """
 
     def __init__(self, path: Path, reader: Reader) -> None:
         """Under the lock of admission."""
-        text = json.dumps(asdict(reader)).encode()
+        text = NOT_BEGUN * POSITION_BYTES + json.dumps(asdict(reader)).encode()
         unready = path.with_name(path.name.replace(READER, UNREADY))
-        unready.write_bytes((bytes(POSITION_BYTES) + text).ljust(READER_BYTES, b"\0"))
+        unready.write_bytes(text.ljust(READER_BYTES, b"\0"))
         handle = take(unready)
         assert handle is not None  # nobody else looks at it under this name
         os.rename(unready, path)

@@ -34,14 +34,13 @@ from shards.files import Folder, LocalFolder
 from shards.gather import JoinedShards, RowGather
 from shards.manifest import address, read_manifest
 from shards.maps import AddressRange, FieldFiles, MappedShards, mapped_shards
-from stores.cache import SERVED, STATE, CacheState, NobodyReads, failure
+from stores.cache import PASSES, SERVED, STATE, CacheState, NobodyReads, failure
 
 ROWS_AT_ONCE = 8  # that are asked for at the same time
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.05
 LOOK_S = 0.5  # how often who waits looks whether it waits in vain
 UNMAP_S = 0.25
-HEARD_S = 0.25  # in which the fetcher has seen how far a loader is
 
 
 class NotAtHand(Exception):
@@ -132,30 +131,30 @@ class Waiting:
             return
         if not self._feed:
             raise NotAtHand
+        n_passes = int(self.state.numbers[PASSES])
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
-        looked_at = expected_at = time.monotonic()
-        while not self.state.is_here(shards).all():
+        looked_at = time.monotonic()
+        while not self._have_come(shards, n_passes):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if _is_to_end() or os.getppid() != parent:
                 raise RuntimeError("a batch was waited for that nobody wants any more")
-            now = time.monotonic()
-            if self._are_expected(shards):
-                expected_at = now
-            elif now - expected_at > HEARD_S:
-                raise NotAtHand
-            if now - looked_at > LOOK_S:
-                looked_at = now
+            if time.monotonic() - looked_at > LOOK_S:
+                looked_at = time.monotonic()
                 self._look_for_failure()
 
-    def _are_expected(self, shards: np.ndarray) -> bool:
-        """Whether they are there or will come, as far as is known."""
-        if self._feed != int(self.state.numbers[SERVED]):
-            return True  # others are served at the moment
+    def _have_come(self, shards: np.ndarray, n_passes: int) -> bool:
+        """n_passes: of who fetches, when it was begun to wait: one that was under way then may not
+        have seen what is wanted. Raises NotAtHand.
+        """
+        is_served = self._feed == int(self.state.numbers[SERVED])
+        was_seen = is_served and int(self.state.numbers[PASSES]) >= n_passes + 2
         is_coming = self.state.is_coming[shards].copy()
         is_here = self.state.is_here(shards)  # after it: what has come need not be coming any more
-        return bool((is_here | is_coming).all())
+        if was_seen and not (is_here | is_coming).all():
+            raise NotAtHand
+        return bool(is_here.all())
 
     def _look_for_failure(self) -> None:
         """Raises it; NotAtHand where the loaders are gone that had shards fetched."""

@@ -16,6 +16,7 @@ from loader.memory import NoRoom
 from shards.dataset import ShardSet
 from shards.errors import (
     Busy,
+    CacheInUse,
     DamagedSet,
     MissingField,
     MissingSet,
@@ -38,6 +39,7 @@ from train.loop import MIRROR_WAIT_S, training
 from train.predict import needed_set, predict, predict_flags
 from train.recipe import AUTO, RECIPES, defaults, plan
 from train.report import report, write
+from train.room import AUTO as AUTO_SHUFFLE
 from train.settings import Settings, add_flags
 from train.signals import REQUESTS, Stopped
 
@@ -220,7 +222,8 @@ def train_and_report(settings: Settings, found: ShardSet | None = None) -> None:
 
 def command(settings: Settings, **changes: Any) -> str:
     """The command line of these settings, defaults left out."""
-    values = {**asdict(settings), "reset": False, **changes}
+    # A run that is continued is shuffled as it was begun.
+    values = {**asdict(settings), "reset": False, "shuffle": AUTO_SHUFFLE, **changes}
     words = ["python", "-m", "train"]
     for each in fields(settings):
         value = values[each.name]
@@ -320,6 +323,7 @@ COMMANDS: tuple[tuple[type[UserError], Callable[[Any], str]], ...] = (
     (OldSet, lambda error: f"Run: {upgrade_commands(error)}"),
     (DamagedSet, lambda error: "Run: make convert ARGS=--repair, or make pull"),
     (MissingField, _after_missing_field),
+    (CacheInUse, lambda error: "With this command: another --cache"),
     (Busy, lambda error: "Wait for it, or use another --out"),
     (RemoteSet, _after_remote),
     (CannotUnpack, _after_unpacking),

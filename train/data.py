@@ -18,7 +18,14 @@ from torch.utils.data import Dataset
 
 from loader.buffers import arrays_in, n_bytes_of, private_memory, tensors_in
 from loader.forks import use_one_thread_in_a_fork
-from loader.loader import BatchMaker, BatchOrder, Loader, Transform, worker_count
+from loader.loader import (
+    BatchMaker,
+    BatchOrder,
+    Loader,
+    Transform,
+    worker_count,
+    workers_unmeasured,
+)
 from loader.messages import Layout
 from shards.dataset import ShardSet, open_set
 from shards.errors import MissingSet, UserError, WrongSetting
@@ -46,7 +53,8 @@ from train.arguments import (
     whole_numbers,
 )
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels, normalize_rgb
-from train.caching import Reading, orders_of, with_feed
+from train.caching import Reading, cached_parts, orders_of, with_feed
+from train.feeding import FedBatches
 from train.joined import join, label_classes, parts_of, parts_of_rows
 from train.opening import DatasetPath, open_for_training
 from train.room import shuffle_named
@@ -145,6 +153,9 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         self.target = target
         self.normalize = normalize
         self._set = open_for_training(path, allow_remote=allow_remote)
+        if device is not None and cached_parts(self._set):
+            what = "for a set that lies on this machine: copy it here first"
+            raise WrongSetting("device", device, what)
         self.path = self._set.address
         self._places = tuple(_place_of(part) for part in parts_of(self._set))
         self.size = self._set.settings.size
@@ -648,7 +659,9 @@ def create_dataloaders(
         dataset: ShardDataset, batches: BatchOrder, change: Transform | None, ahead: bool
     ) -> Loader:
         n_workers = 0
-        if dataset.device is None:
+        if isinstance(batches, FedBatches) and workers == "auto":
+            n_workers = workers_unmeasured(is_work=normalize or change is not None)
+        elif dataset.device is None:
             maker = BatchMaker(dataset=dataset, transform=change, seed=0)
             n_workers = worker_count(workers, maker, batch_size, len(dataset), dataset.split)
         return Loader(

@@ -8,7 +8,6 @@ starts another: it goes on from the positions.
 import hashlib
 import os
 import pickle
-import secrets
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from weakref import WeakSet, finalize
 import numpy as np
 
 from shards.errors import UserError
-from shards.files import log
+from shards.files import OURS, log
 from shards.lock import let_go, take
 from shards.progress import megabytes
 from stores.cache import (
@@ -52,8 +51,8 @@ class Feeder:
     """Of one process. job: what is to be fetched; its `feed` is given here. states: of its parts.
 
     Where shards have to go, one order is served: loaders that were made before of the same set in
-    this process read from now on what is there, and the rest row by row. Raises Busy where another
-    training uses the cache in another way.
+    this process read from now on what is there, and the rest row by row. Raises CacheInUse where
+    another training uses the cache in another way.
     """
 
     def __init__(self, job: FetchJob, states: Sequence[CacheState], world: int) -> None:
@@ -113,7 +112,7 @@ def _end(owner: int, keeper: "Keeper", thread: threading.Thread, files: list[Rea
 def job_name(world: int) -> str:
     """The same in all processes of one training on this machine, whichever way they are started."""
     if world == 1:
-        return f"{os.getpid()}-{secrets.token_hex(4)}"
+        return f"{os.getpid()}-{OURS}"
     meeting = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     started_by = "-".join(meeting) if all(meeting) else str(os.getppid())
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")

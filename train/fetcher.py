@@ -36,13 +36,14 @@ from stores.cache import (
     N_REMOVED,
     N_REQUESTS,
     N_SHARDS,
+    PASSES,
     SERVED,
     CacheFolder,
     readers,
     tell_failure,
 )
 from train.room import REACH
-from train.streams import CachedPart, FetchJob
+from train.streams import ELSEWHERE, CachedPart, FetchJob
 
 AT_ONCE = 3  # shards that are fetched at the same time
 PAUSE_S = 0.01  # where there is nothing to do
@@ -125,12 +126,16 @@ class Audience:
             self._look()
         return not self._positions and time.monotonic() - self._heard_at > ALONE_S
 
-    def least(self) -> tuple[int, ...] | None:
-        """Of each order the batch that is delivered next, where that is least; None: of nobody."""
-        if not self._positions:
-            return None
-        of_all = np.array([each[: self._n_streams] for each in self._positions])
-        return tuple(of_all.min(axis=0).tolist())
+    def least(self) -> tuple[int, ...]:
+        """Of each order the batch that is delivered next, where that is least; -1: nothing of it is
+        wanted yet. The further orders begin with the first.
+        """
+        least: list[int] = []
+        for stream in range(self._n_streams):
+            begun = [int(each[stream]) for each in self._positions if each[stream] >= 0]
+            begins = 0 if stream and least[0] >= 0 else -1
+            least.append(min(begun, default=begins))
+        return tuple(least)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,21 +174,21 @@ class Fetcher:
         self.is_here = np.concatenate([part.begin(self.job.feed) for part in self.parts])
         folders = [part.folder.path for part in self.parts]
         audience = Audience(folders, self.job.feed, len(self.job.streams))
-        known = None
-        wanted = None
+        known: tuple[int, ...] = ()
         pool = ThreadPoolExecutor(AT_ONCE)
         while not audience.is_gone():
             positions = audience.least()
-            if positions is not None and positions != known:
+            if positions != known:
                 wanted = self.wanted(positions)
                 self._say_what_is_coming(wanted)
                 if not audience.has_others:
                     self._make_room(0, wanted)  # an earlier run may have left more
                 known = positions
-            if wanted is not None:
-                self._begin_fetching(wanted, pool, may_remove=not audience.has_others)
-                if self._is_done(wanted):
-                    return
+            for part in self.parts:
+                part.state.numbers[PASSES] += 1
+            self._begin_fetching(wanted, pool, may_remove=not audience.has_others)
+            if self._has_all():
+                return
             self._take_in()
         for part in self.parts:  # who still asks has not to wait
             part.state.is_coming[:] = False
@@ -197,11 +202,13 @@ class Fetcher:
 
     def wanted(self, positions: Sequence[int]) -> Wanted:
         """Of orders that are at these positions."""
-        shards = []
-        urgency = []
+        shards = [np.empty(0, np.int64)]
+        urgency = [np.empty(0, np.int64)]
         next_use = np.full(len(self.is_here), np.inf)
         is_coming = np.zeros(len(self.is_here), bool)
         for stream, position in zip(self.job.streams, positions, strict=True):
+            if position < 0:
+                continue
             soonest_first, later = stream.next_shards(position)
             next_use[soonest_first] = np.minimum(next_use[soonest_first], later)
             fits = np.cumsum(self.shard_bytes[soonest_first]) <= stream.room_bytes
@@ -225,9 +232,12 @@ class Fetcher:
         for part in self.parts:
             part.state.is_coming[:] = wanted.is_coming[part.first : part.first + part.n_shards]
 
-    def _is_done(self, wanted: Wanted) -> bool:
+    def _has_all(self) -> bool:
         """Whether all is there that will ever be read."""
-        return not self.job.removes and bool(self.is_here[wanted.shards].all())
+        if self.job.removes:
+            return False
+        read = np.concatenate([stream.shards for stream in self.job.streams])
+        return bool(self.is_here[read[read != ELSEWHERE]].all())
 
     # -------------------------------------------------------------------------- fetched and removed
 

@@ -111,6 +111,7 @@ class TaskSetup(NetworkSetup):
 
     train_set: ShardDataset
     eval_split: str  # the rows that are scored after each epoch: val or test
+    reading: Reading  # in which order, and through how much of a cache
 
     @property
     def n_steps(self) -> int:
@@ -177,13 +178,15 @@ def make_setup(
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
     eval_split = evaluation_split(found, settings.eval_split)
     # One without rows to score shows before anything is removed.
-    settings = _with_order(settings, train_set, rows_of_split(train_set, eval_split))
+    reading = _reading(settings, train_set, rows_of_split(train_set, eval_split))
+    settings = replace(settings, shuffle=reading.shuffle)  # checkpoints hold what was decided
     learnt = Learnt.of(train_set, settings.further_fields)
     network = replace(network_setup(settings, learnt, device), batch_fields=fields)
     setup = TaskSetup(
         **vars(network),
         train_set=train_set,
         eval_split=eval_split,
+        reading=reading,
     )
     if setup.n_steps == 0:
         what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
@@ -198,32 +201,29 @@ def open_set_of(settings: Settings) -> ShardSet:
     )
 
 
-def _with_order(settings: Settings, train_set: ShardDataset, scored: ShardDataset) -> Settings:
-    """The same with its shuffle worked out, by the first rank for all: as the run that is there was
-    begun, else by the room that there is. Raises CacheTooSmall, CacheHasNoRoom.
+def _reading(settings: Settings, train_set: ShardDataset, scored: ShardDataset) -> Reading:
+    """How this rank reads: as the first one has worked it out for all.
+
+    The order is that of the run that is there, else the room decides. Raises CacheTooSmall,
+    CacheHasNoRoom.
     """
 
-    def reading() -> Reading:
+    def of_first() -> Reading:
         shuffle = settings.shuffle
         begun = None if settings.reset else shuffle_of_run(settings)
         if begun is not None and shuffle in (AUTO, shuffle_of(begun)[0]):
             shuffle = begun
-        return decided(train_set, scored, reading_of(settings, shuffle))
+        reading = Reading(
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            world=ranks.WORLD,
+            shuffle=shuffle,
+            limit_gb=settings.cache_limit_gb,
+        )
+        return decided(train_set, scored, reading)
 
-    found = ranks.broadcast_from_first(reading)
-    return replace(settings, shuffle=found.shuffle, cache_limit_gb=found.limit_gb)
-
-
-def reading_of(settings: Settings, shuffle: str) -> Reading:
-    """How this rank reads."""
-    return Reading(
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        rank=ranks.RANK,
-        world=ranks.WORLD,
-        shuffle=shuffle,
-        limit_gb=settings.cache_limit_gb,
-    )
+    reading: Reading = ranks.broadcast_from_first(of_first)
+    return replace(reading, rank=ranks.RANK)
 
 
 def network_setup(settings: Settings, learnt: Learnt, device: torch.device) -> NetworkSetup:
@@ -296,8 +296,8 @@ def open_loaders(setup: TaskSetup, split: str) -> Loaders:
         rank=ranks.RANK,
         world=ranks.WORLD,
         normalize=False,
-        shuffle=settings.shuffle,
-        cache_limit_gb=settings.cache_limit_gb,
+        shuffle=setup.reading.shuffle,
+        cache_limit_gb=setup.reading.limit_gb,
     )
     return Loaders(train=train_loader, eval=eval_loader, split=split)
 
