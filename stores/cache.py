@@ -70,6 +70,11 @@ class CacheState:
         """Of the file."""
         return 8 * N_NUMBERS + 5 * n_shards
 
+    @staticmethod
+    def n_shards(n_bytes: int) -> int:
+        """Of a file of so many bytes."""
+        return (n_bytes - 8 * N_NUMBERS) // 5
+
     def is_here(self, shards: np.ndarray) -> np.ndarray:
         """[n] of these shards [n]."""
         return self.changes[shards] % 2 == 1
@@ -255,10 +260,21 @@ def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
         for file in [*path.glob(f"{READER}*"), *path.glob(f"{UNREADY}*")]:
             if not is_held(file):
                 file.unlink(missing_ok=True)
-        for _, other in readers(path):
+        others = readers(path)
+        for _, other in others:
             if not reader.goes_with(other):
                 raise CacheInUse(path, other.pid)
+        if not others:
+            _forget_what_is_here(path / STATE)
         return ReaderFile(path / f"{READER}{reader.pid}-{secrets.token_hex(4)}", reader)
+
+
+def _forget_what_is_here(path: Path) -> None:
+    """Until whoever fetches has looked: files may have been removed since the last training."""
+    state = CacheState(path, CacheState.n_shards(path.stat().st_size), writes=True)
+    state.numbers[SERVED] = 0
+    state.is_coming[:] = False
+    state.changes[:] += state.changes % 2
 
 
 class ReaderFile:

@@ -86,7 +86,7 @@ class CachedSet(ShardSet):
     def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
         """The shards of several fields; who reads them uses a CachedGather. Raises MissingField."""
         named = [self.field(name) for name in fields]
-        made = partial(CachedShards, state=self.state)
+        made = partial(CachedShards, state=self.state, is_fed=self.feed != 0)
         return dict(mapped_shards(self.path, self.manifest, named, made))
 
     def gather(self, fields: Sequence[str]) -> RowGather:
@@ -134,15 +134,15 @@ class Waiting:
         n_passes = int(self.state.numbers[PASSES])
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
-        looked_at = time.monotonic()
+        looked_at = -LOOK_S
         while not self._have_come(shards, n_passes):
+            if time.monotonic() - looked_at > LOOK_S:
+                looked_at = time.monotonic()
+                self._look_for_failure()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if _is_to_end() or os.getppid() != parent:
                 raise RuntimeError("a batch was waited for that nobody wants any more")
-            if time.monotonic() - looked_at > LOOK_S:
-                looked_at = time.monotonic()
-                self._look_for_failure()
 
     def _have_come(self, shards: np.ndarray, n_passes: int) -> bool:
         """n_passes: of who fetches, when it was begun to wait: one that was under way then may not
@@ -176,10 +176,18 @@ class CachedShards(MappedShards):
     """The shards of one field that come and go."""
 
     def __init__(
-        self, files: FieldFiles, addresses: AddressRange, first: int, *, state: CacheState
+        self,
+        files: FieldFiles,
+        addresses: AddressRange,
+        first: int,
+        *,
+        state: CacheState,
+        is_fed: bool,
     ) -> None:
+        """is_fed: whether somebody fetches; else the state is that of a time gone by."""
         super().__init__(files, addresses, first)
         self._state = state
+        self._is_fed = is_fed
         self._seen = np.zeros(len(files.names), np.uint32)  # state.changes when it was mapped
 
     def need(self, shards: np.ndarray) -> None:
@@ -204,9 +212,9 @@ class CachedShards(MappedShards):
         try:
             super()._map(shard)
         except DamagedSet:
-            if seen == self._state.changes[shard] and seen % 2:
+            if self._is_fed and seen == self._state.changes[shard] and seen % 2:
                 raise
-            raise NotAtHand from None  # it was removed just now
+            raise NotAtHand from None  # it was removed just now, or long ago
         self._seen[shard] = seen
 
 
