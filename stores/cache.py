@@ -203,7 +203,9 @@ def _is_foreign(name: str) -> bool:
 
 def _copy_facts(path: Path, source: StoredSet) -> None:
     """Manifest and columns, as far as they are not there already."""
-    write_bytes(path / MANIFEST, signed(source.manifest.to_json()).encode())
+    manifest = signed(source.manifest.to_json()).encode()
+    if not (path / MANIFEST).is_file() or (path / MANIFEST).read_bytes() != manifest:
+        write_bytes(path / MANIFEST, manifest)  # not again: the disk may be full of shards
     for name, entry in source.manifest.column_files.items():
         if what_is_wrong(path / name, entry) is not None:
             write_bytes(path / name, source.folder.read(name))

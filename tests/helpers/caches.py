@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -177,6 +180,113 @@ def start_training(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+# Imports once, and forks a training for each line that it is told; says when one has ended.
+NURSERY = (
+    TRAINING.partition("if __name__")[0]
+    .replace("how = json.loads(sys.argv[1])", "how = {}")
+    .replace('sys.path[:0] = [how.pop("repo"), how.pop("tests")]', "sys.path[:0] = sys.argv[1:]")
+    + """
+import os, select
+
+def end_as_told(told):
+    for number, path in ((1, told["out"]), (2, told["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    how.update(told["how"])
+    try:
+        main()
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+while True:
+    if select.select([0], [], [], 0.02)[0]:
+        line = sys.stdin.buffer.raw.readline()
+        if not line:
+            break
+        pid = os.fork()
+        if not pid:
+            end_as_told(json.loads(line))
+        print("began", pid, flush=True)
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        continue
+    if pid:
+        print("ended", pid, os.waitstatus_to_exitcode(status), flush=True)
+"""
+)
+
+
+class Nursery:
+    """Starts trainings quickly: they are forked from a process that has imported all. Not two at
+    the same moment.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._n_started = 0
+        self._begun = Queue[int]()
+        self._statuses: dict[int, int] = {}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, str(REPO), str(REPO / "tests")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            what, *numbers = line.split()
+            if what == "began":
+                self._begun.put(int(numbers[0]))
+            else:
+                self._statuses[int(numbers[0])] = int(numbers[1])
+
+    def start(self, path: object, cache: Path, n_epochs: int, start: int, **how: Any) -> "Started":
+        """As `start_training`."""
+        self._n_started += 1
+        out = self._folder / f"{self._n_started}.out"
+        err = self._folder / f"{self._n_started}.err"
+        said = {"path": str(path), "cache_dir": str(cache), "start": start, "n_epochs": n_epochs}
+        told = {"how": {**said, **HOW, **how}, "out": str(out), "err": str(err)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(told) + "\n")
+        return Started(self._begun.get(), out, err, self._statuses)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._listener.join()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A training of a nursery. statuses: of those that have ended, by their numbers."""
+
+    pid: int
+    out: Path
+    err: Path
+    statuses: dict[int, int]
+
+    def poll(self) -> int | None:
+        return self.statuses.get(self.pid)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def said(self) -> tuple[str, str]:
+        """What is in its standard output, and error."""
+        return self.out.read_text(), self.err.read_text()
 
 
 def batches_in(said: str) -> dict[tuple[int, int, int], str]:
