@@ -256,8 +256,16 @@ MOST_SAID = 700  # characters of a problem, and of its advice: with four bytes e
 def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
     """Be a reader of a cache's folder from now on.
 
-    Raises CacheInUse where another training uses the folder in another way.
+    Raises CacheInUse where another training uses the folder in another way, WrongPlace where
+    nothing can be written there.
     """
+    try:
+        return _admitted(path, reader)
+    except OSError as error:
+        raise WrongPlace(path, f"cannot be written to ({error.strerror})") from None
+
+
+def _admitted(path: Path, reader: Reader) -> "ReaderFile":
     with hold(path / ADMISSION, path, "opened", wait=True):
         for file in [*path.glob(f"{READER}*"), *path.glob(f"{UNREADY}*")]:
             if not is_held(file):

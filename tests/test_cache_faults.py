@@ -73,7 +73,7 @@ class Ground:
     def right(self, limit: int, rank: int, world: int) -> Sums:
         key = limit, rank, world
         if key not in self.known:
-            how = {"rank": rank, "world": world}
+            how = {"rank": rank, "world": world, "batch_size": 2 // world}
             self.known[key] = right_sums(self.directory, IN_PLAY[limit], N_EPOCHS, **how)
         return self.known[key]
 
@@ -120,6 +120,7 @@ class How:
         return {
             **{"rank": rank, "world": self.world, "shuffle": IN_PLAY[self.limit]},
             **{"num_workers": self.workers, "prefetch": self.prefetch},
+            **{"batch_size": 2 // self.world},  # of all ranks together the same
             "cache_limit_gb": self.limit / 1e9,
         }
 
@@ -186,7 +187,7 @@ class Ranks:
 
 
 def _kind_of(line: str) -> str:
-    for kind in ("the disk is full", "failed (", "other content", "ended 5 times", "No space left"):
+    for kind in ("the disk is full", "failed (", "other content", "ended 5 times", "is to hold", "No space left"):
         if kind in line:
             return kind
     return line[:80]
