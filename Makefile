@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-remote bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -164,6 +164,9 @@ bench-memory: $(READY)  ## memory by number of workers, the arrays-in-RAM script
 
 bench-larger: $(READY)  ## reading a set that memory does not hold, against the disk (makes one of 2.1 GB in larger/)
 	$(PY) -m bench.larger "$(AT)larger" $(ARGS)
+
+bench-remote: .venv/dev  ## training from a bucket through a cache smaller than the set (makes one of 4.1 GB in larger/)
+	$(PY) -m bench.remote "$(AT)larger" $(ARGS)
 
 bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)

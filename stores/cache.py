@@ -45,6 +45,7 @@ OVER_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs"
 
 SERVED, PASSES, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(6)  # of CacheState.numbers
 N_NUMBERS = 8
+NOT_COMING, COMES_LATER, COMES = range(3)  # of CacheState.coming
 
 
 class CacheState:
@@ -52,18 +53,17 @@ class CacheState:
 
     numbers: int64; whose order is served (SERVED), how often it was looked how far the readers are
     (PASSES), and counts since the folder was made. changes:
-    [S] uint32, counted on whenever a shard comes or goes; odd: it is there. is_coming: [S] whether
-    it is there or will come by itself, whatever the readers do.
+    [S] uint32, counted on whenever a shard comes or goes; odd: it is there. coming: [S] uint8, one
+    of NOT_COMING, COMES_LATER (once the readers are some batches on) and COMES (whatever they do).
     """
 
     def __init__(self, path: Path, n_shards: int, *, writes: bool = False) -> None:
         mode: Literal["r+", "r"] = "r+" if writes else "r"
         data = np.memmap(path, np.uint8, mode, shape=(CacheState.n_bytes(n_shards),))
         numbers, rest = np.split(data, [8 * N_NUMBERS])
-        changes, is_coming = np.split(rest, [4 * n_shards])
+        changes, self.coming = np.split(rest, [4 * n_shards])
         self.numbers = numbers.view(np.int64)
         self.changes = changes.view(np.uint32)
-        self.is_coming = is_coming.view(bool)
 
     @staticmethod
     def n_bytes(n_shards: int) -> int:
@@ -159,12 +159,14 @@ def make_cache(root: Path, source: StoredSet) -> Path:
     refuse_network(root)
     path = root / (manifest.fingerprint + (".zarr" if manifest.is_zarr else ""))
     try:
+        path.mkdir(parents=True, exist_ok=True)
         with hold(path / ADMISSION, path, "made", wait=True):
             _mark(path, source)
             _copy_facts(path, source)
             _make_state(path / STATE, len(manifest.shards))
     except OSError as error:
-        raise WrongPlace(path, f"cannot be made ({error.strerror})") from None
+        what = f"cannot be made or written to ({error.strerror})"
+        raise WrongPlace(path, what, "Choose another folder for the cache") from None
     return path
 
 
@@ -283,7 +285,7 @@ def _forget_what_is_here(path: Path) -> None:
     """Until whoever fetches has looked: files may have been removed since the last training."""
     state = CacheState(path, CacheState.n_shards(path.stat().st_size), writes=True)
     state.numbers[SERVED] = 0
-    state.is_coming[:] = False
+    state.coming[:] = NOT_COMING
     state.changes[:] += state.changes % 2
 
 

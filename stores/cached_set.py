@@ -34,11 +34,21 @@ from shards.files import Folder, LocalFolder
 from shards.gather import JoinedShards, RowGather
 from shards.manifest import address, read_manifest
 from shards.maps import AddressRange, FieldFiles, MappedShards, mapped_shards
-from stores.cache import PASSES, SERVED, STATE, CacheState, NobodyReads, failure
+from stores.cache import (
+    COMES,
+    NOT_COMING,
+    PASSES,
+    SERVED,
+    STATE,
+    CacheState,
+    NobodyReads,
+    failure,
+)
 
 ROWS_AT_ONCE = 8  # that are asked for at the same time
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.05
+PATIENCE_S = 30.0  # for shards that come when others are some batches on
 LOOK_S = 0.5  # how often who waits looks whether it waits in vain
 UNMAP_S = 0.25
 
@@ -134,8 +144,9 @@ class Waiting:
         n_passes = int(self.state.numbers[PASSES])
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
+        began_at = time.monotonic()
         looked_at = -LOOK_S
-        while not self._have_come(shards, n_passes):
+        while not self._have_come(shards, n_passes, time.monotonic() - began_at > PATIENCE_S):
             if time.monotonic() - looked_at > LOOK_S:
                 looked_at = time.monotonic()
                 self._look_for_failure()
@@ -144,15 +155,16 @@ class Waiting:
             if _is_to_end() or os.getppid() != parent:
                 raise RuntimeError("a batch was waited for that nobody wants any more")
 
-    def _have_come(self, shards: np.ndarray, n_passes: int) -> bool:
+    def _have_come(self, shards: np.ndarray, n_passes: int, is_impatient: bool) -> bool:
         """n_passes: of who fetches, when it was begun to wait: one that was under way then may not
         have seen what is wanted. Raises NotAtHand.
         """
         is_served = self._feed == int(self.state.numbers[SERVED])
         was_seen = is_served and int(self.state.numbers[PASSES]) >= n_passes + 2
-        is_coming = self.state.is_coming[shards].copy()
+        coming = self.state.coming[shards].copy()
         is_here = self.state.is_here(shards)  # after it: what has come need not be coming any more
-        if was_seen and not (is_here | is_coming).all():
+        comes = coming == COMES if is_impatient else coming != NOT_COMING
+        if was_seen and not (is_here | comes).all():
             raise NotAtHand
         return bool(is_here.all())
 

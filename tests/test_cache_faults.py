@@ -187,7 +187,14 @@ class Ranks:
 
 
 def _kind_of(line: str) -> str:
-    for kind in ("the disk is full", "failed (", "other content", "ended 5 times", "is to hold", "No space left"):
+    for kind in (
+        "the disk is full",
+        "failed (",
+        "other content",
+        "ended 5 times",
+        "is to hold",
+        "No space left",
+    ):
         if kind in line:
             return kind
     return line[:80]

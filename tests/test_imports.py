@@ -76,6 +76,7 @@ ALLOWED = {
     "bench.peers.with_streaming": Row(others="streaming"),
     "bench.peers.with_tensordict": Row(others="tensordict"),
     "bench.peers.with_webdataset": Row(others="webdataset"),
+    "bench.remote": Row(lazily="boto3", by_m="bench.remote convert moto.server"),
     "bench.tables": Row(lazily="pyarrow"),
 }  # fmt: skip
 

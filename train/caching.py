@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.dataset import ShardSet
-from shards.errors import NeedsSetting
+from shards.errors import WrongSetting
 from shards.files import log
 from shards.spec import DEALT
 from stores.cache import CacheFolder
@@ -132,8 +132,7 @@ class Plan:
         if reading.limit_gb is not None:
             self.limit_bytes = int(reading.limit_gb * GB)
         self.room = make_room(self.train, self.scored, reading.shuffle, self.limit_bytes)
-        kept_bytes = self.room.train_bytes + self.room.scored_bytes
-        check_disk(root, folders, min(kept_bytes, self.limit_bytes))
+        check_disk(root, folders, self.room.kept_bytes)
 
     def _read_shards(self, dataset: "ShardDataset") -> ReadShards:
         numbers, n_rows = shards_of_rows(self.found, dataset.rows)
@@ -142,6 +141,7 @@ class Plan:
             rows=n_rows,
             n_bytes=self._shard_bytes[numbers],
             n_rows_of_batch=self.reading.n_rows_of_batch,
+            are_dealt=all(part.settings.order_version == DEALT for part in parts_of(self.found)),
         )
 
     def job(self) -> FetchJob:
@@ -180,6 +180,12 @@ class Plan:
         n_shards = sum(part.n_shards for part in self.parts)
         log(f"cache: {self.parts[0].path.parent}: {n_here} of {n_shards} shards are there")
         log(f"shuffle: {in_words(self.room.in_play)}: {self.room.why}")
+        n_rows = int(self.train.rows.sum())
+        n_of_step = self.reading.n_rows_of_batch
+        n_left_out = n_rows % n_of_step if n_rows > n_of_step else 0
+        if n_left_out:
+            of_all = f"{n_left_out} of {n_rows} train rows"
+            log(f"each epoch leaves out {of_all}, others each time: they fill no whole step")
         if self.room.in_play:
             say_if_in_order(self.found, self.room.in_play)
 
@@ -208,8 +214,8 @@ def orders_of(
     if not cached_parts(train.shard_set):
         return _shuffled(train, reading, local_in_play(train, reading.shuffle)), in_order
     if reading.world > 1 and reading.limit_gb is None:
-        advice = "so that all ranks work out the same order"
-        raise NeedsSetting("world", reading.world, "cache_limit_gb", "a number", advice)
+        what = "several ranks need a number, by which all of them work out the same order"
+        raise WrongSetting("cache_limit_gb", None, what)
 
     plan = Plan(train, scored, reading)
     if reading.rank == 0:

@@ -32,10 +32,13 @@ from shards.errors import StoreFailed, UserError
 from shards.manifest import read_manifest
 from shards.progress import megabytes
 from stores.cache import (
+    COMES,
+    COMES_LATER,
     N_BYTES,
     N_REMOVED,
     N_REQUESTS,
     N_SHARDS,
+    NOT_COMING,
     PASSES,
     SERVED,
     CacheFolder,
@@ -77,7 +80,7 @@ class PartOfCache:
         is_here = self.folder.look()
         for shard in np.flatnonzero(is_here != self.state.is_here(np.arange(self.n_shards))):
             self.state.set_here(int(shard), bool(is_here[shard]))
-        self.state.is_coming[:] = False
+        self.state.coming[:] = NOT_COMING
         self.state.numbers[SERVED] = feed
         return is_here
 
@@ -93,7 +96,6 @@ class PartOfCache:
         self.state.numbers[N_REQUESTS] = getattr(self.source, "n_requests", 0)
 
     def remove(self, shard: int) -> None:
-        self.state.is_coming[shard] = False
         self.state.set_here(shard, False)
         self.folder.remove(shard)
         self.state.numbers[N_REMOVED] += 1
@@ -141,14 +143,14 @@ class Audience:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Wanted:
     """What should be there. shards: to be held, the most urgent first. next_use: [S] in how many
-    batches a shard is read; inf: not in this epoch or the next. is_held, is_coming: [S] whether it
-    is to be held, and whether it comes whatever the readers do.
+    batches a shard is read; inf: not in this epoch or the next. is_held: [S] whether it is to be
+    held. coming: [S] see CacheState.
     """
 
     shards: np.ndarray
     next_use: np.ndarray
     is_held: np.ndarray
-    is_coming: np.ndarray
+    coming: np.ndarray
 
 
 class Fetcher:
@@ -191,7 +193,7 @@ class Fetcher:
                 return
             self._take_in()
         for part in self.parts:  # who still asks has not to wait
-            part.state.is_coming[:] = False
+            part.state.coming[:] = NOT_COMING
 
     def leave_nothing_unfinished(self) -> None:
         """Before the process ends, whatever is under way."""
@@ -205,7 +207,7 @@ class Fetcher:
         shards = [np.empty(0, np.int64)]
         urgency = [np.empty(0, np.int64)]
         next_use = np.full(len(self.is_here), np.inf)
-        is_coming = np.zeros(len(self.is_here), bool)
+        coming = np.full(len(self.is_here), NOT_COMING, np.uint8)
         for stream, position in zip(self.job.streams, positions, strict=True):
             if position < 0:
                 continue
@@ -213,10 +215,13 @@ class Fetcher:
             next_use[soonest_first] = np.minimum(next_use[soonest_first], later)
             fits = np.cumsum(self.shard_bytes[soonest_first]) <= stream.room_bytes
             held = soonest_first[fits]
-            in_reach = later[fits] < REACH
-            is_coming[held[in_reach] if self.job.removes else held] = True
+            in_reach = later < REACH
+            # Where an epoch ends there is no room yet for all that the next one begins with.
+            later_ones = soonest_first[in_reach & ~fits]
+            coming[later_ones] = np.maximum(coming[later_ones], COMES_LATER)
+            coming[soonest_first[in_reach & fits] if self.job.removes else held] = COMES
             shards.append(held)
-            urgency.append(np.where(in_reach, 0, 1))
+            urgency.append(np.where(in_reach[fits], 0, 1))
         all_shards = np.concatenate(shards)
         by_urgency = np.argsort(np.concatenate(urgency), kind="stable")
         is_held = np.zeros(len(self.is_here), bool)
@@ -225,12 +230,12 @@ class Fetcher:
             shards=all_shards[by_urgency],
             next_use=next_use,
             is_held=is_held,
-            is_coming=is_coming,
+            coming=coming,
         )
 
     def _say_what_is_coming(self, wanted: Wanted) -> None:
         for part in self.parts:
-            part.state.is_coming[:] = wanted.is_coming[part.first : part.first + part.n_shards]
+            part.state.coming[:] = wanted.coming[part.first : part.first + part.n_shards]
 
     def _has_all(self) -> bool:
         """Whether all is there that will ever be read."""
@@ -264,7 +269,7 @@ class Fetcher:
     def _say_not_coming(self, shards: Sequence[int]) -> None:
         for shard in shards:
             part = self._part_of(shard)
-            part.state.is_coming[shard - part.first] = False
+            part.state.coming[shard - part.first] = NOT_COMING
 
     def _part_of(self, shard: int) -> PartOfCache:
         return next(part for part in reversed(self.parts) if part.first <= shard)

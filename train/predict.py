@@ -24,7 +24,6 @@ from shards.spec import SPLITS, VOID
 from train.answers import MOST_PICTURES, Prediction, answer_of, prediction_of
 from train.any_set import AnySet, AskedRows, answer_file
 from train.checkpoint import Checkpoint, Run, newest, only_writer, write_csv
-from train.data import open_for_training
 from train.errors import MissingDepth, NeedsSet, NoCheckpoint, WrongCheckpoint
 from train.job import (
     NetworkSetup,
@@ -38,6 +37,7 @@ from train.job import (
 )
 from train.learnt import Learnt
 from train.loop import evaluate, predict_batch
+from train.opening import is_elsewhere, open_for_training
 from train.progress import VOICE, Progress
 from train.report import draw, page, tables_and_pictures, write
 from train.settings import Settings
@@ -147,7 +147,10 @@ def _newest(directory: str) -> Checkpoint:
 
 
 def _opened(data: str, checkpoint: Checkpoint) -> ShardSet:
-    return open_for_training(data, allow_remote=bool(checkpoint.settings.get("allow_remote")))
+    settings = checkpoint.settings
+    allow_remote = bool(settings.get("allow_remote"))
+    cache_dir = settings.get("cache_dir") if is_elsewhere(data) else None
+    return open_for_training(data, allow_remote=allow_remote, cache_dir=cache_dir)
 
 
 def _is_own(checkpoint: Checkpoint, given: ShardSet | None) -> bool:

@@ -8,8 +8,11 @@ largest shard:
              together
     wheel    scored rows   what they take, a quarter of the limit at most
              train rows    the rest: N = rest / b shards, of which
-                 A = what the next batches can reach, and a quarter of N    on their way, ahead
-                 W = the others, 64 at most                                 in play
+                 A = what the next batches can reach, and a share of N    on their way, ahead
+                 W = the others, 64 at most                               in play
+
+The share is half where rows were dealt to shards at random: any W mixes them well, and the first W
+of the next epoch have room beside the last of this one. Else it is a quarter.
 """
 
 import re
@@ -32,6 +35,7 @@ MOST_IN_PLAY = 64
 FEWEST_IN_PLAY = 2
 SHARE_OF_SCORED = 1 / 4  # of the limit
 SHARE_AHEAD = 1 / 4  # of the train rows' shards
+SHARE_AHEAD_OF_DEALT = 1 / 2
 SHARE_OF_DISK = 0.9  # of what is free, where no limit is named
 GB = 10**9
 AUTO = "auto"
@@ -43,13 +47,15 @@ SHUFFLE = re.compile(r"(?P<name>auto|full|wheel)((?<=wheel):(?P<in_play>[1-9][0-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReadShards:
     """The shards that an order reads. numbers: [S] of the set's, in row order. rows: [S] how many
-    of its rows lie in each. n_bytes: [S] of the files. n_rows_of_batch: of all ranks.
+    of its rows lie in each. n_bytes: [S] of the files. n_rows_of_batch: of all ranks. are_dealt:
+    whether rows were dealt to shards at random.
     """
 
     numbers: np.ndarray
     rows: np.ndarray
     n_bytes: np.ndarray
     n_rows_of_batch: int
+    are_dealt: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -72,13 +78,14 @@ class ReadShards:
 class Room:
     """What was worked out. in_play: of the wheel; 0: rows are shuffled all together.
 
-    train_bytes, scored_bytes: what each order may keep. removes: whether shards have to go.
-    why: for who reads the log.
+    train_bytes, scored_bytes: what each order may keep. kept_bytes: of both, what both read once.
+    removes: whether shards have to go. why: for who reads the log.
     """
 
     in_play: int
     train_bytes: int
     scored_bytes: int
+    kept_bytes: int
     removes: bool
     why: str
 
@@ -145,6 +152,7 @@ def make_room(train: ReadShards, scored: ReadShards, shuffle: str, limit_bytes: 
         in_play=in_play,
         train_bytes=train.total_bytes,
         scored_bytes=scored.total_bytes,
+        kept_bytes=all_bytes,
         removes=False,
         why=sizes,
     )
@@ -155,8 +163,8 @@ def _room_in_part(
 ) -> Room:
     """in_play: 0: as many as there is room for."""
     scored_at_once = min(scored.total_bytes, (scored.n_in_reach + 1) * scored.largest_bytes)
-    share = min(scored.total_bytes, int(limit_bytes * SHARE_OF_SCORED))
-    scored_bytes = max(share, scored_at_once)
+    granted = min(scored.total_bytes, int(limit_bytes * SHARE_OF_SCORED))
+    scored_bytes = max(granted, scored_at_once)
     train_bytes = limit_bytes - scored_bytes
 
     n_shards = train_bytes // train.largest_bytes
@@ -164,13 +172,15 @@ def _room_in_part(
     if n_shards < fewest + train.n_in_reach:
         raise _too_small(train, scored_at_once, fewest, limit_bytes)
     if not in_play:
-        n_ahead = max(train.n_in_reach, int(n_shards * SHARE_AHEAD))
+        share = SHARE_AHEAD_OF_DEALT if train.are_dealt else SHARE_AHEAD
+        n_ahead = max(train.n_in_reach, int(n_shards * share))
         most = min(MOST_IN_PLAY, n_shards - n_ahead, len(train.numbers))
         in_play = max(fewest, most)
     return Room(
         in_play=in_play,
         train_bytes=train_bytes,
         scored_bytes=scored_bytes,
+        kept_bytes=limit_bytes,
         removes=True,
         why=why,
     )
