@@ -69,14 +69,14 @@ def one_thread() -> Iterator[None]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 shards of two rows."""
     source = LabSource(n_rows=N_ROWS, splits=("train", "val"))
-    return convert(source, tmp_path_factory.mktemp("small"), SETTINGS)
+    return convert(source, tmp_path_factory.mktemp("small"), SETTINGS, workers=1)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another dataset's, of 15 shards."""
     source = LabSource(dataset=replace(LAB, name="office"), splits=("train", "val"))
-    return convert(source, tmp_path_factory.mktemp("other"), SETTINGS)
+    return convert(source, tmp_path_factory.mktemp("other"), SETTINGS, workers=1)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from helpers.caches import (
     Nursery,
     batches_in,
     fetchers,
-    has_ended,
+    nobody_is_left,
     right_sums,
     serving_set,
     shard_bytes_in,
@@ -155,7 +155,7 @@ class Ranks:
         for rank, process in enumerate(self.processes):
             self._check(rank, *process.said())
         assert is_in_time, [process.said()[1] for process in self.processes]
-        assert has_ended(self.cache, 30), "a fetcher is left"
+        assert nobody_is_left(self.cache), "a fetcher is left"
         return [process.poll() for process in self.processes]
 
     def _kill(self) -> None:

@@ -25,6 +25,7 @@ import torch
 from helpers.commands import REPO
 from helpers.servers import Server, serving
 from loader.loader import Loader
+from shards.lock import is_held
 from stores.cache import MARK
 from train.data import create_dataloaders
 from train.feeding import FedBatches
@@ -306,6 +307,18 @@ def fetchers(cache: Path) -> list[int]:
                 if any(path.startswith(f"{cache}/") for path in opened):
                     found.append(int(each.name))
     return found
+
+
+def nobody_is_left(cache: Path, within_s: float = 30.0) -> bool:
+    """Whether soon nobody fetches into a cache or reads there; of a process that was killed its
+    reader's file stays until the next one comes.
+    """
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not fetchers(cache) and not any(map(is_held, cache.glob("*/.reader-*"))):
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def has_ended(cache: Path, within_s: float = 8.0) -> bool:
