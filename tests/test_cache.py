@@ -21,6 +21,7 @@ import torch
 from helpers.caches import (
     HOW,
     MostBytes,
+    Nursery,
     batches_in,
     fetched,
     fetchers,
@@ -31,7 +32,6 @@ from helpers.caches import (
     serving_set,
     shard_bytes_in,
     shuffle_of,
-    start_training,
     sum_of,
     sums,
 )
@@ -43,6 +43,7 @@ from loader.loader import Loader
 from shards.dataset import open_set
 from shards.errors import CacheInUse, DamagedSet, StoreFailed, UserError, WrongPlace
 from shards.spec import ConversionSettings
+from stores import mounted
 from stores.cache import MARK, Reader, begin_reading
 from train.__main__ import main
 from train.data import ShardDataset, create_dataloaders
@@ -77,6 +78,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another dataset's, of 15 shards."""
     source = LabSource(dataset=replace(LAB, name="office"), splits=("train", "val"))
     return convert(source, tmp_path_factory.mktemp("other"), SETTINGS, workers=1)
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    found = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -159,13 +167,15 @@ def test_a_shard_comes_once_in_a_turn_of_the_ring_and_what_is_needed_soon_stays(
     assert len(rows_asked(server)) <= OF_FIRST_ROW
 
 
-def test_two_ranks_have_every_shard_fetched_once(server: Server, small: Path, cache: Path) -> None:
+def test_two_ranks_have_every_shard_fetched_once(
+    server: Server, small: Path, cache: Path, nursery: Nursery
+) -> None:
     url = server.url(small.name)
     how = {"world": 2, "cache_limit_gb": ROOMY_GB}
-    both = [start_training(url, cache, 2, rank=rank, **how) for rank in range(2)]
+    both = [nursery.start(url, cache, 2, 0, rank=rank, **how) for rank in range(2)]
     for rank, process in enumerate(both):
-        said, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+        assert process.ended(60) == 0, process.said()
+        said, _ = process.said()
         found = batches_in(said)
         right = right_sums(small, "full", 2, rank=rank, world=2)
         for (which, epoch, step), each in found.items():
@@ -261,6 +271,19 @@ def test_rows_of_a_set_that_nobody_fetches_are_read_one_by_one(
     assert len(server.requests) > before
 
 
+def test_a_set_in_a_bucket(small: Path, cache: Path) -> None:
+    buckets = pytest.importorskip("helpers.buckets", reason="needs s3fs and moto")
+    with buckets.serving_buckets() as (client, requests):
+        bucket = buckets.Bucket(client, "sets", requests)
+        for path in small.iterdir():
+            bucket.put(f"{small.name}/{path.name}", path.read_bytes())
+        address = bucket.address(small.name)
+        train, _ = create_dataloaders(address, cache_dir=cache, cache_limit_gb=ROOMY_GB, **HOW)
+        alone = ShardDataset(train.dataset.shard_set, target="depth")  # type: ignore[attr-defined]
+        assert sum_of(alone[3]) == sum_of(ShardDataset(small, target="depth")[3])
+        assert sums(train) == right_sums(small, "full", 1)[0]
+
+
 def test_pickles_copies_and_forked_children_read_the_same_rows(
     server: Server, small: Path, cache: Path
 ) -> None:
@@ -303,18 +326,16 @@ def test_what_a_transform_raises_comes_out_and_leaves_nothing(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_while_a_shard_is_waited_for_ends_everything(
-    workers: int, server: Server, small: Path, cache: Path
+    workers: int, server: Server, small: Path, cache: Path, nursery: Nursery
 ) -> None:
     server.silent_after = 30  # within the first shards
-    process = start_training(
-        server.url(small.name), cache, 1, num_workers=workers, cache_limit_gb=ROOMY_GB
-    )
+    how = {"num_workers": workers, "cache_limit_gb": ROOMY_GB}
+    process = nursery.start(server.url(small.name), cache, 1, 0, **how)
     while len(server.requests) <= server.silent_after and process.poll() is None:
-        signal.sigtimedwait([], 0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert "done" not in said
+    assert process.ended(30) == 130, process.said()
+    assert "done" not in process.said()[0]
     assert has_ended(cache)
     assert not list(cache.glob("*/.*.tmp"))
 
@@ -345,6 +366,19 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(
     (folder / "rgb-00000.npy").rename(folder / f".{MARK}.of-a-writer-that-was-killed.tmp")
     train, _ = opened(server, small, cache)
     assert sums(train) == right_sums(small, "full", 1)[0]
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.gcsfuse"])
+def test_a_folder_that_is_on_a_network_is_refused(
+    kind: str, server: Server, small: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    table = cache.parent / "mountinfo"
+    table.write_text(f"1 0 0:1 / {cache} rw shared:1 - {kind} server:/data rw\n")
+    monkeypatch.setattr(mounted, "MOUNTS", table)
+    with pytest.raises(WrongPlace, match=r"over a network. Choose a folder on a disk"):
+        opened(server, small, cache)
+    assert list(cache.iterdir()) == []
 
 
 def test_nothing_is_removed_from_a_folder_that_has_lost_its_mark(

@@ -200,6 +200,8 @@ def end_as_told(told):
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(0)
 
 while True:
@@ -284,6 +286,13 @@ class Started:
     def send_signal(self, number: signal.Signals) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def ended(self, within_s: float) -> int | None:
+        """Its status; None: it has not ended in that time."""
+        until = time.monotonic() + within_s
+        while self.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        return self.poll()
 
     def said(self) -> tuple[str, str]:
         """What is in its standard output, and error."""
