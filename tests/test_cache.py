@@ -271,17 +271,17 @@ def test_rows_of_a_set_that_nobody_fetches_are_read_one_by_one(
     assert len(server.requests) > before
 
 
-def test_a_set_in_a_bucket(small: Path, cache: Path) -> None:
+def test_a_set_in_a_bucket(other: Path, cache: Path) -> None:
     buckets = pytest.importorskip("helpers.buckets", reason="needs s3fs and moto")
     with buckets.serving_buckets() as (client, requests):
         bucket = buckets.Bucket(client, "sets", requests)
-        for path in small.iterdir():
-            bucket.put(f"{small.name}/{path.name}", path.read_bytes())
-        address = bucket.address(small.name)
+        for path in other.iterdir():
+            bucket.put(f"{other.name}/{path.name}", path.read_bytes())
+        address = bucket.address(other.name)
         train, _ = create_dataloaders(address, cache_dir=cache, cache_limit_gb=ROOMY_GB, **HOW)
         alone = ShardDataset(train.dataset.shard_set, target="depth")  # type: ignore[attr-defined]
-        assert sum_of(alone[3]) == sum_of(ShardDataset(small, target="depth")[3])
-        assert sums(train) == right_sums(small, "full", 1)[0]
+        assert sum_of(alone[3]) == sum_of(ShardDataset(other, target="depth")[3])
+        assert sums(train) == right_sums(other, "full", 1)[0]
 
 
 def test_pickles_copies_and_forked_children_read_the_same_rows(
