@@ -70,7 +70,7 @@ WORKS = $(PY) -c "import pip, torch, h5py, numpy, zarr, numcodecs, tqdm" 2>/dev/
 # Memory of a test that trains is some 0.5 GB: four at once are enough on any machine.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-remote bench-step bench-peers test-stacks stress lint docs clean help drive-given mat-given
+.PHONY: demo convert train predict test verify inspect push pull bench bench-memory bench-larger bench-convert bench-frames bench-cluster bench-many bench-orders bench-remote bench-step bench-peers test-stacks test-timm stress lint docs clean help drive-given mat-given
 .DEFAULT_GOAL := help
 
 # A .venv of make's that was left unfinished, or whose Python is gone or too old, is made again; somebody else's is named.
@@ -171,12 +171,25 @@ bench-remote: .venv/dev  ## training from a bucket through a cache smaller than 
 bench-step: $(READY)  ## what the loader costs a training step
 	$(PY) -m bench.step --data "$(DATA)" $(ARGS)
 
+bench-orders: $(READY)  ## accuracy by order of rows: full, windows, wheels; on made-up rows, then on these shards
+	$(PY) -m bench.orders
+	$(if $(wildcard $(DATA)),$(PY) -m bench.orders_of_set --data "$(DATA)" $(ARGS))
+
 # Each reader in an environment of its own, which borrows this one's torch: what is downloaded is some 150 MB in all.
 bench-peers: $(READY)  ## other people's readers on the same rows: make bench-peers [DATA=SET]; installs them into .peers
 	$(PY) -m bench.peers $(if $(wildcard $(DATA)),"$(DATA)") --install "$(AT).peers" $(ARGS)
 
 test-stacks: .venv/dev  ## the tests on the versions that users have: oldest, Colab's, every h5py since 3.10; ends with a table
 	$(PY) .ci/stacks.py --all $(ARGS)
+
+# torchvision wants the very torch that it was made for: an environment of its own, several GB.
+TIMM := $(AT).timm
+TIMM_PINS := torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+test-timm:  ## networks of timm, in an environment of its own (.timm; downloads several GB)
+	$(need-python)
+	[ -x $(TIMM)/bin/python ] || $(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install --quiet $(TIMM_PINS) -e '.[fast,show,timm]' 'pytest>=8' 'hypothesis>=6.100'
+	$(TIMM)/bin/python -m pytest tests/test_timm.py -rs $(ARGS)
 
 stress: .venv/dev  ## what takes longer than the tests: hundreds of kills and damages
 	$(PY) -m pytest -m stress -o faulthandler_timeout=1500 $(ARGS)

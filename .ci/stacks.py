@@ -32,7 +32,7 @@ USUAL = ("lowest", "colab")
 EXTRAS = ("fast", "show", "remote", "frames")
 # Whose tests take long: of the stacks that run every test. Not s3: s3fs wants the fsspec of its own
 # day, which is later than the lowest.
-WITH_TORCH = ("cluster",)
+WITH_TORCH = ("cluster", "lite")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "setuptools")  # all that tests without torch need
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 LOWEST_PYTHON = (3, 11)

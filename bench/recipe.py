@@ -27,7 +27,7 @@ from shards.flags import Parser, whole
 from train import ranks
 from train.checkpoint import Run
 from train.data import ShardDataset
-from train.job import Loaders, TaskSetup, make_setup, new_run
+from train.job import Loaders, TaskSetup, make_setup, new_run, to_learn
 from train.loop import evaluate, train_step
 from train.model import start_from
 from train.order import Batches
@@ -79,14 +79,19 @@ def learn(
     """The run, and the scores of the fold left out, after n_epochs."""
     run = new_run(setup)
     start_from(run.model, weights)
+    return run, learn_from(run, setup, loaders, n_epochs)
+
+
+def learn_from(run: Run, setup: TaskSetup, loaders: Loaders, n_epochs: int) -> Scores:
+    """Train a new run for n_epochs; the scores of the fold left out."""
     for epoch in range(n_epochs):
         loaders.train.set_epoch(epoch)
-        run.model.train()
+        to_learn(run.model, setup.settings, epoch)
         for batch in loaders.train:
             train_step(run, setup, batch, slice(None))
         run.history.append({})  # a run counts its epochs by these
         run.step = 0
-    return run, evaluate(run, setup, loaders).scores
+    return evaluate(run, setup, loaders).scores
 
 
 def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> None:

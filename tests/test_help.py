@@ -80,7 +80,17 @@ def test_every_option_says_what_it_is_its_default_and_its_range(
         "pack",
         *(
             pytest.param(name, marks=needs_torch)
-            for name in ("loader", "memory", "peers.__main__", "recipe", "step")
+            for name in (
+                "loader",
+                "memory",
+                "orders",
+                "orders_of_set",
+                "peers.__main__",
+                "pretrained",
+                "recipe",
+                "remote",
+                "step",
+            )
         ),
     ],
 )

@@ -116,10 +116,10 @@ def test_build_takes_a_callable_by_name_and_refuses_others() -> None:
     assert isinstance(build("resnet18", 13, width=8), TwoStreamResNet)
     assert isinstance(build("torch.nn:BatchNorm2d", 13), nn.Module)
     for spec, reason in (
-        ("resnet50", "expected resnet18 or"),
+        ("resnet50", "expected resnet18, lite0, timm:NAME or package"),
         ("no_such_module:make", "No module named"),
         ("train.model:nothing", "has no attribute"),
-        ("my network", "expected resnet18 or"),
+        ("my network", "expected resnet18, lite0, timm:NAME or package"),
         ("torch", "returned module"),
         ("builtins:range", r"returned range, expected a torch\.nn\.Module"),
     ):

@@ -54,6 +54,25 @@ def test_the_default_recipe_learns_the_pixels_then_the_scenes_from_them(small_se
     assert second == Settings(data, "runs/scene", weights="runs/scene-parts", **same)  # type: ignore[arg-type]
 
 
+def test_the_pretrained_recipe_is_one_run_from_imagenet(small_set: Path) -> None:
+    for task in ("scene", "semantic40"):
+        flags = ("--recipe", "pretrained", "--start", "auto", "--task", task)
+        (run,) = planned(small_set, *flags)
+        assert (run.model, run.weights, run.task) == ("lite0", "imagenet", task)
+        assert run.trunk_lr < 1
+        assert run.out == "runs/scene"
+    flags = ("--recipe", "pretrained", "--model", "timm:resnet18", "--size", "64")
+    (other,) = planned(small_set, *flags)
+    assert (other.model, other.weights, other.size) == ("timm:resnet18", "imagenet", 64)
+
+
+def test_networks_of_timm_begin_with_the_scenes(small_set: Path) -> None:
+    (run,) = planned(small_set, *DEFAULT, "--model", "timm:resnet18")
+    assert (run.task, run.weights) == ("scene", None)
+    first, second = planned(small_set, *DEFAULT, "--model", "lite0")
+    assert (first.model, second.model, second.weights) == ("lite0", "lite0", "runs/scene-parts")
+
+
 def test_without_a_recipe_there_is_one_run_of_the_flags_defaults(small_set: Path) -> None:
     assert planned(small_set) == [Settings(str(small_set), "runs/scene")]
     assert planned(small_set, "--start", "") == planned(small_set, "--start", "auto")
@@ -147,7 +166,7 @@ def test_what_does_not_go_together_is_refused(small_set: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--recipe=pretrained"], "invalid choice: 'pretrained'"),
+        (["--recipe=finetuned"], "invalid choice: 'finetuned'"),
         (["--recipe="], "invalid choice: ''"),
         (
             ["--start=runs/x"],

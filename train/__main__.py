@@ -58,7 +58,8 @@ EPILOG = """examples:
   python -m train --data data --out runs/scene
   python -m train --data data --out runs/scene --recipe default
   python -m train --data data --out runs/parts --task semantic40 --batch-size 32
-  python -m train --data data --out runs/pretrained --weights resnet18-f37072fd.pth --lr 3e-4
+  python -m train --data data --out runs/pretrained --recipe pretrained
+  python -m train --data data --out runs/file --weights resnet18-f37072fd.pth --lr 3e-4
   torchrun --nproc-per-node 2 -m train --data data --out runs/two
   python -m train predict runs/scene
   python -m train predict runs/scene --data photos-224-1f3a9c20
@@ -94,7 +95,7 @@ def make_parser() -> Parser:
         "--recipe",
         choices=list(RECIPES),
         help="train in stages, with settings that are good together instead of the defaults above "
-        f"({_of_the_recipe()}); a flag that is given is kept; default none",
+        f"({_of_the_recipes()}); a flag that is given is kept; default none",
     )
     parser.add_argument(
         "--start",
@@ -119,9 +120,12 @@ def look_parser() -> Parser:
     return parser
 
 
-def _of_the_recipe() -> str:
-    given = [f"{flag_of(name)} {value}" for name, value in RECIPES["default"].items()]
-    return f"default: {', '.join(given)}"
+def _of_the_recipes() -> str:
+    return "; ".join(f"{recipe}: {_as_flags(values)}" for recipe, values in RECIPES.items())
+
+
+def _as_flags(values: dict[str, Any]) -> str:
+    return ", ".join(f"{flag_of(name)} {value}" for name, value in values.items())
 
 
 def parse(words: Sequence[str]) -> tuple[Settings, str | None, str]:

@@ -11,6 +11,7 @@ gives other weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,12 +22,6 @@ from train.settings import Settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# (grey / 255 - mean) / std as one multiplication and one subtraction.
-SCALE_C11 = torch.tensor([1 / (255 * std) for std in IMAGENET_STD])[:, None, None]
-SHIFT_C11 = torch.tensor(
-    [mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-)[:, None, None]
-
 METRES_PER_MM = 1e-3
 SMALLEST_STD = 1e-6  # metres, or grey levels
 MAX_LOG2_ASPECT = 0.415  # of a random crop: 2**0.415 is 4/3
@@ -34,6 +29,29 @@ MAX_LOG2_ASPECT = 0.415  # of a random crop: 2**0.415 is 4/3
 Pictures = tuple[Tensor, list[Tensor]]  # colours, and the planes beside them
 View = tuple[float, float, float]  # top, left, side, as shares of the picture
 WHOLE: View = (0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How a network wants its colours: (grey / 255 - mean) / std, a number a channel each."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    # As one multiplication and one subtraction.
+    @cached_property
+    def scale_c11(self) -> Tensor:
+        """[C, 1, 1]: by which grey levels are multiplied."""
+        return torch.tensor([1 / (255 * std) for std in self.std])[:, None, None]
+
+    @cached_property
+    def shift_c11(self) -> Tensor:
+        """[C, 1, 1]: what is then taken away."""
+        shifts = [mean / std for mean, std in zip(self.mean, self.std, strict=True)]
+        return torch.tensor(shifts)[:, None, None]
+
+
+IMAGENET_SCALING = Scaling(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 class Draws:
@@ -60,13 +78,15 @@ class Draws:
 # ---------------------------------------------------------------- the network's input
 
 
-def normalize_rgb(rgb_bchw: Tensor, out: Tensor | None = None) -> Tensor:
-    """Grey levels 0..255 [B,3,H,W] -> float32, ImageNet mean and standard deviation.
+def normalize_rgb(
+    rgb_bchw: Tensor, out: Tensor | None = None, scaling: Scaling = IMAGENET_SCALING
+) -> Tensor:
+    """Grey levels 0..255 [B,3,H,W] -> float32; without `scaling`: ImageNet's mean and deviation.
 
     out: float32 [B,3,H,W] to write to, here and below; None: new memory.
     """
-    scaled = torch.mul(rgb_bchw, SCALE_C11.to(rgb_bchw.device), out=out)
-    return scaled.sub_(SHIFT_C11.to(rgb_bchw.device))
+    scaled = torch.mul(rgb_bchw, scaling.scale_c11.to(rgb_bchw.device), out=out)
+    return scaled.sub_(scaling.shift_c11.to(rgb_bchw.device))
 
 
 def normalize_depth(
@@ -144,19 +164,22 @@ def _difference_of_means(before: Tensor, after: Tensor) -> Tensor:
 
 
 def to_input(
-    rgb_bchw: Tensor, planes: list[Tensor], stats: tuple[float, float]
+    rgb_bchw: Tensor,
+    planes: list[Tensor],
+    stats: tuple[float, float],
+    scaling: Scaling = IMAGENET_SCALING,
 ) -> tuple[Tensor, Tensor]:
     """RGB and depth as the network sees them.
 
     planes: depth in millimetres, and its rays where the network sees surfaces. stats: mean and
-    deviation of depth in metres.
+    deviation of depth in metres. scaling: of the colours.
     """
     depth_mm_b1hw, *xy = planes
     if xy:
         depth = surface(depth_mm_b1hw, xy[0], xy[1], stats)
     else:
         depth = normalize_depth(depth_mm_b1hw, *stats)
-    return normalize_rgb(rgb_bchw), depth
+    return normalize_rgb(rgb_bchw, scaling=scaling), depth
 
 
 # ---------------------------------------------------------------- windows of pictures

@@ -25,6 +25,7 @@ from train.room import (
     WHEEL,
     ReadShards,
     check_disk,
+    limit_bytes_of,
     limit_of_disk,
     make_room,
     shuffle_of,
@@ -130,7 +131,7 @@ class Plan:
         folders = [part.path for part in self.parts]
         self.limit_bytes = limit_of_disk(root, folders)
         if reading.limit_gb is not None:
-            self.limit_bytes = int(reading.limit_gb * GB)
+            self.limit_bytes = limit_bytes_of(reading.limit_gb)
         self.room = make_room(self.train, self.scored, reading.shuffle, self.limit_bytes)
         check_disk(root, folders, self.room.kept_bytes)
 

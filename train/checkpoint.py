@@ -26,8 +26,8 @@ CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"
 METRICS = "metrics.csv"
 CLASS_TABLE = "classes.csv"  # of a reported run
-# Of settings that runs of earlier versions do not have.
-BEFORE = {"shuffle": "full"}
+# Of settings that runs of earlier versions do not have: what trainings did then.
+BEFORE = {"shuffle": "full", "trunk_lr": 1.0, "freeze_norms": "never"}
 LOCK = ".lock"  # in a run's directory, held while something writes there
 
 

@@ -49,18 +49,31 @@ class WrongNetwork(UserError):
 
 
 class WrongWeights(UserError):
-    """Weights to start from that cannot be read, or do not fit the network."""
+    """Weights to start from that cannot be read, or do not fit the network.
 
-    def __init__(self, weights: str, what: str) -> None:
+    network: as the setting `model` names it. advice: what would be right, where that is not simply
+    other weights.
+    """
+
+    def __init__(
+        self, weights: str, what: str, network: str = "resnet18", advice: str = ""
+    ) -> None:
         self.weights = weights
         self.what = what
+        self.network = network
+        self.advice = advice
         super().__init__(*self.words(as_argument))
 
     def words(self, naming: Naming) -> tuple[str, str]:
         """Which they are, and which would fit."""
-        standard = f"a ResNet-18 (and {naming('width', 64)})"
-        run = f"a run with this one's {naming('width')} and {naming('inputs')}"
-        return f"{naming('weights', self.weights)}: {self.what}", f"Give {standard}, or {run}"
+        standard = f"weights of {self.network}"
+        kept = naming("model")
+        if self.network == "resnet18":
+            standard = f"a ResNet-18 (and {naming('width', 64)})"
+            kept = naming("width")
+        run = f"a run with this one's {kept} and {naming('inputs')}"
+        advice = self.advice or f"Give {standard}, or {run}"
+        return f"{naming('weights', self.weights)}: {self.what}", advice
 
 
 class NoCheckpoint(UserError):

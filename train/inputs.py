@@ -63,7 +63,8 @@ def network_inputs(setup: NetworkSetup, colours: Tensor, planes: list[Tensor]) -
     """
     n_further = len(setup.further_depths)
     n_depth = len(planes) - n_further
-    rgb, depth = to_input(colours[:, :3], planes[:n_depth], setup.learnt.depth_statistics)
+    statistics = setup.learnt.depth_statistics
+    rgb, depth = to_input(colours[:, :3], planes[:n_depth], statistics, setup.scaling)
     seen = {"rgb": rgb, "depth": depth}
 
     start = 3

@@ -1,7 +1,8 @@
 """What a training is made of before its first step: data, task, device, network, optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from shards.dataset import ShardSet
 from shards.errors import MissingSet
 from shards.files import log
 from train import ranks
+from train.augment import IMAGENET_SCALING, Scaling
 from train.caching import Reading, decided
 from train.checkpoint import Run, shuffle_of_run
 from train.data import (
@@ -24,7 +26,16 @@ from train.data import (
 from train.errors import NothingToLearn, WrongNetwork
 from train.feeding import FedBatches
 from train.learnt import FurtherField, Learnt
-from train.model import BUILT_IN, ask, build, check_answer, layout_for, unused_parameters
+from train.model import (
+    ask,
+    build,
+    check_answer,
+    layout_for,
+    scaling_of,
+    synchronized,
+    unused_parameters,
+)
+from train.networks.streams import StreamNetwork
 from train.order import RowOrder, steps_per_epoch
 from train.room import AUTO, shuffle_of
 from train.settings import Settings
@@ -46,6 +57,7 @@ class NetworkSetup:
     # Of the stored pixels, where the network sees surfaces and the set has one camera: x and y,
     # [1, S, S] each; else empty.
     rays: tuple[Tensor, ...] = ()
+    scaling: Scaling = IMAGENET_SCALING  # how the network wants its colours
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -66,7 +78,7 @@ class NetworkSetup:
     @property
     def is_built_in(self) -> bool:
         """Whether the network is this package's, not the user's own."""
-        return self.settings.model == BUILT_IN
+        return self.settings.has_trunks
 
     @property
     def sees_depth(self) -> bool:
@@ -229,7 +241,13 @@ def _reading(settings: Settings, train_set: ShardDataset, scored: ShardDataset) 
 def network_setup(settings: Settings, learnt: Learnt, device: torch.device) -> NetworkSetup:
     """All that its network is built from and asked with."""
     task = make_task(settings, learnt)
-    setup = NetworkSetup(settings=settings, learnt=learnt, task=task, device=device)
+    setup = NetworkSetup(
+        settings=settings,
+        learnt=learnt,
+        task=task,
+        device=device,
+        scaling=scaling_of(settings.model),
+    )
     return replace(setup, rays=learnt.rays(device)) if setup.sees_surfaces else setup
 
 
@@ -337,6 +355,7 @@ def _new_model(setup: NetworkSetup) -> tuple[nn.Module, torch.memory_format]:
         width=settings.channels,
         planes=setup.planes_of_fields,
         dense=settings.task != "scene",
+        size=settings.size or setup.learnt.size,
     )
     # A network of a user's own may flatten its features, which channels_last forbids.
     layout = layout_for(model, setup.device) if setup.is_built_in else torch.contiguous_format
@@ -345,19 +364,47 @@ def _new_model(setup: NetworkSetup) -> tuple[nn.Module, torch.memory_format]:
     if setup.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         if ranks.WORLD > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = synchronized(settings.model, model)
     return model, layout
 
 
 def _new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; biases and norms are not decayed."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    """AdamW; biases and norms are not decayed. Each group has a `share` of the learning rate."""
+    if settings.trunk_lr == 1:
+        groups = _groups(model.parameters(), settings, share=1.0)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+    assert isinstance(model, StreamNetwork)
+    of_trunks = [parameter for trunk in model.trunks() for parameter in trunk.parameters()]
+    numbers = set(map(id, of_trunks))
+    of_head = [parameter for parameter in model.parameters() if id(parameter) not in numbers]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        *_groups(of_head, settings, share=1.0),
+        *_groups(of_trunks, settings, share=settings.trunk_lr),
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def _groups(
+    parameters: Iterable[nn.Parameter], settings: Settings, *, share: float
+) -> list[dict[str, Any]]:
+    """What is decayed, and what is not."""
+    given = list(parameters)
+    matrices = [parameter for parameter in given if parameter.ndim > 1]
+    vectors = [parameter for parameter in given if parameter.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": settings.weight_decay, "share": share},
+        {"params": vectors, "weight_decay": 0.0, "share": share},
+    ]
+
+
+def to_learn(model: nn.Module, settings: Settings, epoch: int) -> None:
+    """The network in training mode, its norms as the settings want them in this epoch."""
+    model.train()
+    if settings.freezes_norms(epoch):
+        assert isinstance(model, StreamNetwork)
+        for trunk in model.trunks():
+            trunk.freeze_norms()
 
 
 def probe(model: nn.Module, setup: NetworkSetup) -> None:

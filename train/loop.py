@@ -43,6 +43,7 @@ from train.job import (
     open_loaders,
     reported_split,
     seed_of,
+    to_learn,
 )
 from train.model import compiled, start_from
 from train.order import common_batches
@@ -171,8 +172,8 @@ def _set_learning_rate(run: Run, setup: TaskSetup) -> None:
     n_warmup_epochs = min(settings.warmup_epochs, settings.epochs // 4)
     step = run.epoch * setup.n_steps + run.step
     lr = lr_at(step, n_warmup_epochs * setup.n_steps, settings.epochs * setup.n_steps, settings.lr)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    for group in run.optimizer.param_groups:  # those of earlier checkpoints have no shares
+        group["lr"] = lr * group.get("share", 1.0)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -229,7 +230,7 @@ def _train_epoch(
     """
     loaders.train.set_epoch(run.epoch, run.step)
     places = loaders.train_places(run.epoch, run.step)
-    run.model.train()
+    to_learn(run.model, setup.settings, run.epoch)
 
     with _progress_bar(run, setup) as bar:
         meter = Meter(bar, ranks.WORLD)

@@ -1,6 +1,6 @@
-"""The network: a two-stream RGB-D ResNet-18, or one of the user's own.
+"""The network by its name: one of those in `train.networks`, or one of the user's own.
 
-The built-in one has a standard trunk for each picture, joined after pooling, or by a light decoder.
+Its layout in memory, the weights that it starts from, and what is asked of a user's own.
 """
 
 import pkgutil
@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from shards.errors import UserError, one_line
 from shards.files import sha256_file
+from train.augment import IMAGENET_SCALING, Scaling
 from train.checkpoint import newest
 from train.errors import WrongNetwork, WrongWeights
-from train.settings import Settings
+from train.networks import lite, timm_trunk
+from train.networks.lite import LiteTrunk
+from train.networks.streams import StreamNetwork, TwoStreamResNet
+from train.networks.timm_trunk import TimmTrunk, Use
+from train.networks.trunk import Trunk
+from train.settings import BUILT_IN, TIMM, Settings
 
-BUILT_IN = "resnet18"
-# The name ends in the first 8 digits of the file's SHA-256.
-IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+IMAGENET = "imagenet"
 
 # oneDNN's gradient of a strided 1x1 convolution gathers its input in a workspace of as many
 # channels as there are, but writes whole blocks: 16 with AVX-512, 8 with AVX2. In channels_last,
@@ -33,145 +36,6 @@ IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 # nothing to write beyond; of other numbers those below two blocks are refused too, as a margin.
 BLOCK = 16
 FEWEST_CHANNELS = 2 * BLOCK
-
-
-# ---------------------------------------------------------------- the built-in network
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; parameter names as in the standard checkpoints."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(n_out)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or n_in != n_out:
-            projection = nn.Conv2d(n_in, n_out, 1, stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(n_out))
-
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        """[B, n_in, H, W] -> [B, n_out, H / stride, W / stride]."""
-        shortcut = x_bchw if self.downsample is None else self.downsample(x_bchw)
-        y_bchw = torch.relu_(self.bn1(self.conv1(x_bchw)))
-        return torch.relu_(self.bn2(self.conv2(y_bchw)) + shortcut)
-
-
-class ResNetTrunk(nn.Module):
-    """ResNet-18 without its classifier; parameter names as in the standard checkpoints.
-
-    [B, n_in, H, W] -> features at 1/4, 1/8, 1/16 and 1/32 of the resolution.
-    """
-
-    def __init__(self, n_in: int, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, width, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = self._stage(width, width, stride=1)
-        self.layer2 = self._stage(width, 2 * width, stride=2)
-        self.layer3 = self._stage(2 * width, 4 * width, stride=2)
-        self.layer4 = self._stage(4 * width, 8 * width, stride=2)
-
-    @staticmethod
-    def _stage(n_in: int, n_out: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(BasicBlock(n_in, n_out, stride), BasicBlock(n_out, n_out))
-
-    def forward(self, x_bchw: Tensor) -> list[Tensor]:
-        """One feature map a stage, width to 8 * width channels."""
-        stem = self.maxpool(torch.relu_(self.bn1(self.conv1(x_bchw))))
-        stage1 = self.layer1(stem)
-        stage2 = self.layer2(stage1)
-        stage3 = self.layer3(stage2)
-        stage4 = self.layer4(stage3)
-        return [stage1, stage2, stage3, stage4]
-
-
-class TwoStreamResNet(nn.Module):
-    """A trunk for each of `streams`, then pooled features -> dropout -> fc, or (dense) the decoder.
-
-    n_out: classes, or 1 for depth. width: channels of the first layer; 64 is the standard size,
-    11.18 M parameters a stream, half the width has a quarter of them. planes: of each field that it
-    sees, in their order; None: RGB and plain depth. dense: an answer a pixel.
-    """
-
-    def __init__(
-        self,
-        n_out: int,
-        *,
-        width: int = 64,
-        planes: Mapping[str, int] | None = None,
-        dense: bool = False,
-    ) -> None:
-        super().__init__()
-        planes = planes or {"rgb": 3, "depth": 1}
-        self.streams = tuple(map(stream_of, planes))
-        self.dense = dense
-        for stream, n_planes in zip(self.streams, planes.values(), strict=True):
-            self.add_module(stream, ResNetTrunk(n_planes, width))
-
-        widths = [len(self.streams) * width * 2**k for k in range(4)]
-        if dense:
-            self.decoder = Decoder(widths, 2 * width, n_out)
-        else:
-            self.dropout = nn.Dropout(0.5)
-            self.fc = nn.Linear(widths[-1], n_out)
-
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if dense:
-            nn.init.zeros_(self.decoder.head.weight)
-
-    def forward(self, *pictures_bchw: Tensor) -> Tensor:
-        """A picture of each stream, [B, its planes, H, W] -> logits.
-
-        [B, n_out]; dense ones [B, n_out, H / 4, W / 4].
-        """
-        pairs = zip(self.streams, pictures_bchw, strict=True)
-        features = [self.get_submodule(stream)(picture) for stream, picture in pairs]
-        stages = [torch.cat(maps, dim=1) for maps in zip(*features, strict=True)]
-        if self.dense:
-            logits: Tensor = self.decoder(stages)
-            return logits
-        pooled_bc = stages[-1].mean(dim=(2, 3))
-        logits = self.fc(self.dropout(pooled_bc))
-        return logits
-
-
-def stream_of(field: str) -> str:
-    """What the trunk that sees a field is called in a network, where "training" is not free."""
-    return field if field in ("rgb", "depth") else f"field_{field}"
-
-
-class Decoder(nn.Module):
-    """A feature pyramid: each stage is enlarged and added to the next finer one.
-
-    widths: channels of the stages, fine to coarse. n_channels: inside. Logits come at 1/4 of the
-    resolution.
-    """
-
-    def __init__(self, widths: list[int], n_channels: int, n_out: int) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(n_in, n_channels, 1) for n_in in widths)
-        self.smooth = nn.Sequential(
-            nn.Conv2d(n_channels, n_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(n_channels),
-            nn.ReLU(),
-        )
-        self.head = nn.Conv2d(n_channels, n_out, 1)
-
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        """Feature maps, fine to coarse -> [B, n_out, H / 4, W / 4]."""
-        y_bchw = self.lateral[-1](stages[-1])
-        for k in reversed(range(len(stages) - 1)):
-            size = stages[k].shape[-2:]
-            larger = F.interpolate(y_bchw, size, mode="bilinear", align_corners=False)
-            y_bchw = larger + self.lateral[k](stages[k])
-        logits: Tensor = self.head(self.smooth(y_bchw))
-        return logits
 
 
 # ---------------------------------------------------------------- the layout in memory
@@ -218,63 +82,56 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     """
     if not weights:
         return
+    assert isinstance(model, StreamNetwork)
     try:
-        load_trunks(model, read_weights(weights))  # type: ignore[arg-type]
+        if weights == IMAGENET and not Path(weights).is_dir():
+            for trunk in model.trunks():
+                trunk.load_imagenet()
+        else:
+            load_trunks(model, read_weights(weights))
+    except UserError as error:  # a package that is not there
+        name = model.trunks()[0].name
+        raise WrongWeights(weights, error.problem, name, error.right) from error
     except Exception as error:  # a missing file, no network, a pickle of anything else
-        raise WrongWeights(weights, one_line(error)) from error
+        raise WrongWeights(weights, one_line(error), model.trunks()[0].name) from error
 
 
-def load_trunks(model: TwoStreamResNet, state_dict: Mapping[str, Tensor]) -> None:
-    """Load each stream's trunk from another run's, or all from a standard ResNet-18.
+def load_trunks(model: StreamNetwork, state_dict: Mapping[str, Tensor]) -> None:
+    """Load each stream's trunk from another run's, or all from one standard checkpoint.
 
-    Of the latter, a stem that sees no colours gets the mean over RGB. The head (fc, decoder) is
-    left as it is.
+    Of the latter, the stem of a stream that sees no colours is made from that of RGB. The head (fc,
+    decoder) is left as it is.
     Raises RuntimeError naming missing, unknown or wrongly shaped keys.
     """
     for stream in model.streams:
-        trunk = model.get_submodule(stream)
-        given = _of_stream(state_dict, stream)
-        stem = trunk.get_parameter("conv1.weight")
-        is_standard = "conv1.weight" in state_dict
-        if is_standard and stem.shape[1] != given["conv1.weight"].shape[1]:
-            mean_over_rgb = given["conv1.weight"].mean(dim=1, keepdim=True)
-            given["conv1.weight"] = mean_over_rgb.expand_as(stem)
-
-        # The oldest standard checkpoints have no counters of batches.
-        own = trunk.state_dict()
-        counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
-        trunk.load_state_dict(counters | given)
+        of_a_run = _of_stream(state_dict, stream)
+        if of_a_run:
+            model.trunk(stream).load_own(of_a_run)
+        else:
+            model.trunk(stream).load_standard(state_dict)
 
 
 def _of_stream(state_dict: Mapping[str, Tensor], stream: str) -> dict[str, Tensor]:
-    """What a trunk's stream is called in another run; else everything but a classifier."""
+    """What a trunk's stream is called in another run."""
     prefix = f"{stream}."
-    of_a_run = {
+    return {
         key.removeprefix(prefix): value
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }
-    if of_a_run:
-        return of_a_run
-    return {key: value for key, value in state_dict.items() if not key.startswith("fc.")}
 
 
 def read_weights(spec: str) -> Mapping[str, Tensor]:
-    """The state_dict of "imagenet" (fetched once), of a run's directory, or of a file.
+    """The state_dict of a run's directory, or of a file.
 
     Raises ValueError for a run without a checkpoint, and for a file whose name has another hash
-    than its content; else what reading or fetching raises.
+    than its content; else what reading raises.
     """
     if Path(spec).is_dir():
         found = newest(Settings("", spec))
         if found is None:
             raise ValueError("it has no checkpoint")
         return found.model
-
-    if spec == "imagenet":
-        return torch.hub.load_state_dict_from_url(
-            IMAGENET, map_location="cpu", check_hash=True, weights_only=True
-        )
 
     named_hash = re.search(r"-([0-9a-f]{8})\.", spec)
     if named_hash:
@@ -283,21 +140,63 @@ def read_weights(spec: str) -> Mapping[str, Tensor]:
             raise ValueError(
                 f"its name says SHA-256 {named_hash[1]}..., its content has {digest}..."
             )
+    if spec.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(spec)
     return torch.load(spec, map_location="cpu", weights_only=True)
 
 
 # ---------------------------------------------------------------- a network of a user's own
 
 
-def build(spec: str, n_out: int, **shape: object) -> nn.Module:
+def build(
+    spec: str,
+    n_out: int,
+    *,
+    width: int = 64,
+    planes: Mapping[str, int] | None = None,
+    dense: bool = False,
+    size: int = 224,
+) -> nn.Module:
     """The network that `spec` names, for `n_out` outputs.
 
-    spec: "resnet18", the built-in one of this `shape` (keywords of TwoStreamResNet), or
-    `package.module:callable`, which is called with n_out. Raises WrongNetwork.
+    spec: a built-in one, or "timm:NAME", for these planes of each field, with an answer a picture
+    or (dense) a pixel; or `package.module:callable`, which is called with n_out. width: of
+    ResNet-18 alone. size: of the pictures, which some networks of timm are made for. Raises
+    WrongNetwork.
     """
-    if spec == BUILT_IN:
-        return TwoStreamResNet(n_out, **shape)  # type: ignore[arg-type]
-    model = _made_by_user(spec, n_out)
+    planes = planes or {"rgb": 3, "depth": 1}
+    if spec == "resnet18":
+        return TwoStreamResNet(n_out, width=width, planes=planes, dense=dense)
+    if spec == "lite0":
+        trunks: dict[str, Trunk] = {field: LiteTrunk(n) for field, n in planes.items()}
+        return StreamNetwork(trunks, n_out, dense=dense)
+    if spec.startswith(TIMM):
+        uses = {field: Use(n_in=n, dense=dense, size=size) for field, n in planes.items()}
+        trunks = {field: TimmTrunk(spec, use) for field, use in uses.items()}
+        return StreamNetwork(trunks, n_out, dense=dense)
+    return _checked(spec, _made_by_user(spec, n_out))
+
+
+def scaling_of(spec: str) -> Scaling:
+    """How the network that `spec` names wants its colours. Raises WrongNetwork where timm has none
+    of that name, or is not there.
+    """
+    if spec.startswith(TIMM):
+        return timm_trunk.scaling_of(spec)
+    return lite.SCALING if spec == "lite0" else IMAGENET_SCALING
+
+
+def synchronized(spec: str, model: nn.Module) -> nn.Module:
+    """With norms whose statistics are those of all ranks together; for GPUs."""
+    if spec.startswith(TIMM):
+        return timm_trunk.synchronized(spec, model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _checked(spec: str, model: nn.Module) -> nn.Module:
+    """A user's network that can learn. Raises WrongNetwork."""
 
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
@@ -317,7 +216,7 @@ def _made_by_user(spec: str, n_out: int) -> nn.Module:
         factory = pkgutil.resolve_name(spec)
     except (Exception, SystemExit) as error:  # of the user's module while it is imported
         hint = (
-            "expected resnet18 or package.module:callable. "
+            f"expected {', '.join(BUILT_IN)}, {TIMM}NAME or package.module:callable. "
             "Run from the folder that holds the package, or install it"
         )
         raise WrongNetwork(spec, f": {said(error)}; {hint}") from error

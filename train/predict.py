@@ -239,6 +239,7 @@ def _what_is_learnt(loaded: LoadedRun) -> tuple[Any, ...]:
         settings.inputs,
         settings.size,
         loaded.setup.sees_surfaces,
+        loaded.setup.scaling,  # all are given the same numbers
         loaded.fingerprint,
     )
 

@@ -1,9 +1,10 @@
 """Trainings in stages: which runs a recipe is made of, and with which settings.
 
-The default recipe is the best of those compared (docs/measurements/training.md): small pictures, a
-narrow network, and two runs. The first learns the classes of the pixels, of which a row has
-thousands; the second learns the scenes, of which a row has one, and starts from the first one's
-trunks.
+The default recipe is the best of those compared that learn from the set alone
+(docs/measurements/training.md): small pictures, a narrow network, and two runs. The first learns
+the classes of the pixels, of which a row has thousands; the second learns the scenes, of which a
+row has one, and starts from the first one's trunks. The pretrained one starts from ImageNet: larger
+pictures, few epochs, and a slow rate for what has been learnt already.
 """
 
 import os
@@ -14,12 +15,21 @@ from typing import Any
 from shards.dataset import ShardSet
 from shards.errors import ConflictingSettings, NeedsSetting, WrongSetting
 from train.checkpoint import CLASS_TABLE
-from train.model import BUILT_IN
-from train.settings import Settings
+from train.settings import BUILT_IN, Settings
 
 # What a recipe puts in the place of the settings' defaults; what is given is kept.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"size": 64, "width": 16, "batch_size": 32, "lr": 2e-3, "epochs": 40},
+    "pretrained": {
+        "model": "lite0",
+        "weights": "imagenet",
+        "size": 192,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "trunk_lr": 0.2,
+        "epochs": 16,
+        "warmup_epochs": 1,
+    },
 }
 PARTS_SUFFIX = "-parts"  # of the first stage's run, and of its mirror
 AUTO = "auto"
@@ -87,8 +97,10 @@ def pixels_task(dataset: ShardSet) -> str:
 
 
 def may_start_from_pixels(settings: Settings) -> bool:
-    """Whether the network is the built-in one, without weights of the user's own."""
-    return settings.model == BUILT_IN and not settings.weights
+    """Whether the network is a built-in one, without weights of the user's own. (timm's have other
+    layers for pixels than for whole pictures.)
+    """
+    return settings.model in BUILT_IN and not settings.weights
 
 
 def stages(settings: Settings, start: str, task: str, *, is_named: bool = False) -> list[Stage]:

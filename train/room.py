@@ -6,7 +6,8 @@ largest shard:
 
     whole    all that is read fits: nothing is ever removed, and train rows are shuffled all
              together
-    wheel    scored rows   what they take, a quarter of the limit at most
+    wheel    scored rows   what they take, a quarter of the limit at most; less where the train
+                           rows would not have what they need
              train rows    the rest: N = rest / b shards, of which
                  A = what the next batches can reach, and a share of N    on their way, ahead
                  W = the others, 64 at most                               in play
@@ -119,6 +120,11 @@ def shuffle_named(value: Any) -> str:
     return f"{name}:{in_play}" if in_play else name
 
 
+def limit_bytes_of(limit_gb: float) -> int:
+    """A limit as a setting, in bytes: to the byte what it was made from."""
+    return round(limit_gb * GB)
+
+
 def limit_of_disk(root: Path, folders: list[Path]) -> int:
     """Bytes of shards that the cache's disk has room for: what is free, and what is there."""
     return int(SHARE_OF_DISK * _room_on_disk(root, folders))
@@ -162,18 +168,19 @@ def _room_in_part(
     train: ReadShards, scored: ReadShards, in_play: int, limit_bytes: int, why: str
 ) -> Room:
     """in_play: 0: as many as there is room for."""
-    scored_at_once = min(scored.total_bytes, (scored.n_in_reach + 1) * scored.largest_bytes)
-    granted = min(scored.total_bytes, int(limit_bytes * SHARE_OF_SCORED))
-    scored_bytes = max(granted, scored_at_once)
-    train_bytes = limit_bytes - scored_bytes
+    fewest = min(in_play or FEWEST_IN_PLAY, len(train.numbers))
+    train_at_once = _bytes_at_once(train, fewest)
+    scored_at_once = _bytes_at_once(scored, 1)
+    if limit_bytes < train_at_once + scored_at_once:
+        raise _too_small(train, scored, fewest, limit_bytes)
 
-    n_shards = train_bytes // train.largest_bytes
-    fewest = in_play or min(FEWEST_IN_PLAY, len(train.numbers))
-    if n_shards < fewest + train.n_in_reach:
-        raise _too_small(train, scored_at_once, fewest, limit_bytes)
+    share = min(scored.total_bytes, int(limit_bytes * SHARE_OF_SCORED))
+    scored_bytes = max(scored_at_once, min(share, limit_bytes - train_at_once))
+    train_bytes = limit_bytes - scored_bytes
     if not in_play:
-        share = SHARE_AHEAD_OF_DEALT if train.are_dealt else SHARE_AHEAD
-        n_ahead = max(train.n_in_reach, int(n_shards * share))
+        n_shards = train_bytes // train.largest_bytes
+        share_ahead = SHARE_AHEAD_OF_DEALT if train.are_dealt else SHARE_AHEAD
+        n_ahead = max(train.n_in_reach, int(n_shards * share_ahead))
         most = min(MOST_IN_PLAY, n_shards - n_ahead, len(train.numbers))
         in_play = max(fewest, most)
     return Room(
@@ -186,15 +193,26 @@ def _room_in_part(
     )
 
 
+def _bytes_at_once(read: ReadShards, in_play: int) -> int:
+    """Of so many shards in play and those that the next batches reach."""
+    n_shards = in_play + read.n_in_reach
+    return min(read.total_bytes, n_shards * read.largest_bytes)
+
+
 def _too_small(
-    train: ReadShards, scored_bytes: int, in_play: int, limit_bytes: int
+    train: ReadShards, scored: ReadShards, in_play: int, limit_bytes: int
 ) -> CacheTooSmall:
-    n_shards = in_play + train.n_in_reach
-    needed = n_shards * train.largest_bytes + scored_bytes
-    largest = megabytes(train.largest_bytes)
+    train_bytes = _bytes_at_once(train, in_play)
+    scored_bytes = _bytes_at_once(scored, 1)
+    needed = train_bytes + scored_bytes
+    of_all = _bytes_of_both(train, scored)
+    if needed >= of_all:
+        what = f"of so few shards all {megabytes(of_all)} have to be there"
+        return CacheTooSmall(what, of_all, limit_bytes)
     what = (
-        f"{in_play} shards in play and {train.n_in_reach} that the next batches reach, of {largest}"
-        f" each, and {megabytes(scored_bytes)} of the rows to score on make {megabytes(needed)}"
+        f"{in_play} shards in play and {train.n_in_reach} that the next batches reach, of up to "
+        f"{megabytes(train.largest_bytes)} each, and {megabytes(scored_bytes)} of the rows to "
+        f"score on make {megabytes(needed)}"
     )
     return CacheTooSmall(what, needed, limit_bytes)
 

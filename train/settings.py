@@ -20,6 +20,8 @@ MAY_CHANGE = {
 PATHS = {"data", "out", "mirror", "weights", "cache_dir"}  # in which ~ is the user's home
 TASK = re.compile(r"scene|depth|semantic([1-9]\d{0,4})?")
 RGBD = "rgbd"  # stands for its two fields
+BUILT_IN = ("resnet18", "lite0")  # networks that need no name of a callable
+TIMM = "timm:"  # in front of the name of one of timm's
 
 
 def _flag(default: Any, help: str, **more: Any) -> Any:
@@ -92,16 +94,35 @@ class Settings:
     )
     model: str = _flag(
         "resnet18",
-        "the network: resnet18, or package.module:callable, which is given the number of outputs",
+        "the network: resnet18, lite0 (EfficientNet-Lite0), timm:NAME, or "
+        "package.module:callable, which is given the number of outputs",
         metavar="NAME",
     )
     width: int = _number(
-        0, "channels of the first layer, 0 = 64 with --weights, else 32", 1, 512, also=0
+        0,
+        "channels of the first layer of resnet18, 0 = 64 with --weights, else 32",
+        1,
+        512,
+        also=0,
     )
     weights: str | None = _flag(
-        None, "start from an ImageNet ResNet-18, or from another run", metavar="imagenet|PATH|RUN"
+        None,
+        "start from the network's ImageNet weights, or from another run",
+        metavar="imagenet|PATH|RUN",
     )
     lr: float = _number(1e-3, "peak learning rate", 1e-10, 100)
+    trunk_lr: float = _number(
+        1.0, "that of a built-in network without its head, as a share of --lr", 0, 1
+    )
+    freeze_norms: int | str = _number(
+        "never",
+        "finished epochs after which BatchNorm of a built-in network without its head keeps its "
+        "statistics",
+        0,
+        1_000_000,
+        also="never",
+        metavar="N|never",
+    )
     weight_decay: float = _number(
         0.05, "decay of AdamW, on weights but not on biases and norms", 0, 10
     )
@@ -155,9 +176,19 @@ class Settings:
             object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
         if self.task == "depth" and "raw_depth" in self.input_fields:
             raise WrongSetting("inputs", self.inputs, "raw_depth tells the depth that is learnt")
-        if self.weights and self.model != "resnet18":
+        if self.weights and not self.has_trunks:
             advice = f"Load them inside {self.model}"
             raise NeedsSetting("weights", self.weights, "model", "resnet18", advice)
+
+        for name, default in (("trunk_lr", 1.0), ("freeze_norms", "never")):
+            value = getattr(self, name)
+            if value != default and not self.has_trunks:
+                raise NeedsSetting(name, value, "model", BUILT_IN[0], "Leave it out")
+
+    @property
+    def has_trunks(self) -> bool:
+        """Whether the network has a trunk a field: a built-in one or timm's, not a user's own."""
+        return self.model in BUILT_IN or self.model.startswith(TIMM)
 
     @property
     def channels(self) -> int:
@@ -178,6 +209,10 @@ class Settings:
     def further_fields(self) -> tuple[str, ...]:
         """Those beyond rgb and depth."""
         return tuple(name for name in self.input_fields if name not in ("rgb", "depth"))
+
+    def freezes_norms(self, epoch: int) -> bool:
+        """Whether the trunks' BatchNorm learns no statistics in an epoch; the first is 0."""
+        return isinstance(self.freeze_norms, int) and epoch >= self.freeze_norms
 
     def check_out(self) -> None:
         """Raise WrongSetting where `out` names no directory, as it may where nothing is written, or
