@@ -245,6 +245,9 @@ class ShardSet(StoredSet):
         """[B] whether these rows [B] are on this machine."""
         return np.ones(len(rows), bool)
 
+    def wait_for(self, rows: np.ndarray) -> None:
+        """Return once these rows [B] are on this machine."""
+
     def _mapped(self, fields: Sequence[Field]) -> Mapping[str, Sequence[np.ndarray]]:
         try:
             return mapped_shards(self.path, self.manifest, fields)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ from pathlib import Path
 from shards.errors import Busy, WrongPlace
 
 HELD: set[int] = set()  # descriptors of the locks that this process holds
+# A fork waits while a lock's file is open and not in HELD: the child would hold that lock too.
+_OPENING = threading.RLock()
 
 
 def _let_go_in_child() -> None:
@@ -21,9 +24,12 @@ def _let_go_in_child() -> None:
         os.dup2(null, handle, inheritable=False)
         os.close(null)
     HELD.clear()
+    _OPENING.release()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(
+    before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_let_go_in_child
+)
 
 
 @contextmanager
@@ -39,7 +45,6 @@ def hold(
     try:
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         _take(handle, place, doing, mode if wait else mode | fcntl.LOCK_NB)
-        HELD.add(handle)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = f"pid {os.getpid()} on {socket.gethostname()} since {since}"
         _write(handle, who.encode())
@@ -63,11 +68,10 @@ def take(path: Path) -> int | None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
+        let_go(handle)
         return None
     except OSError:  # a file system without locks
         pass
-    HELD.add(handle)
     return handle
 
 
@@ -95,7 +99,10 @@ def is_held(path: Path) -> bool:
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        with _OPENING:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            HELD.add(handle)
+        return handle
     except OSError as error:
         what = f"cannot be made or written to ({error.strerror})"
         raise WrongPlace(path.parent, what) from None

@@ -5,7 +5,8 @@
         manifest.json, rows-*.npy    as in the set
         rgb-00007.npy ...            of some shards: whole, every byte as the manifest says
         .state                       which these are; one map that all processes share
-        .reader-...                  one of each process that trains, with how far it is
+        .reader-...                  one of each process that trains: how far it is, and whether
+                                     fetching for it has failed
         .admission, .fetching        locks
 
 A file comes under another name, is hashed on its way, and gets its own by a rename. What an earlier
@@ -16,6 +17,7 @@ the shared map what is there.
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,7 +29,7 @@ import numpy as np
 
 from shards.containers import is_mapped
 from shards.dataset import StoredSet
-from shards.errors import CacheInUse, UserError, WrongPlace
+from shards.errors import CacheInUse, StoreFailed, UserError, WrongPlace, one_line
 from shards.files import FileEntry, LocalFolder, json_bytes, what_is_wrong, write_bytes
 from shards.lock import hold, is_held, let_go, take
 from shards.manifest import MANIFEST, Manifest, address, shard_file, signed
@@ -38,6 +40,7 @@ STATE = ".state"
 ADMISSION = ".admission"
 FETCHING = ".fetching"
 READER = ".reader-"
+UNREADY = ".unready-"  # a reader's file until it is locked
 OVER_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "beegfs")
 
 SERVED, PASSES, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(6)  # of CacheState.numbers
@@ -66,6 +69,11 @@ class CacheState:
     def n_bytes(n_shards: int) -> int:
         """Of the file."""
         return 8 * N_NUMBERS + 5 * n_shards
+
+    @staticmethod
+    def n_shards(n_bytes: int) -> int:
+        """Of a file of so many bytes."""
+        return (n_bytes - 8 * N_NUMBERS) // 5
 
     def is_here(self, shards: np.ndarray) -> np.ndarray:
         """[n] of these shards [n]."""
@@ -183,27 +191,37 @@ def refuse_network(root: Path) -> None:
 def _mark(path: Path, source: StoredSet) -> None:
     """Raise WrongPlace where another's files lie there."""
     is_ours = (path / MARK).is_file()
-    if not is_ours and any(each.name != ADMISSION for each in path.iterdir()):
+    if not is_ours and any(_is_foreign(each.name) for each in path.iterdir()):
         raise WrongPlace(path, "holds files that are not of a cache", "Choose another folder")
     if not is_ours:
         what = {"cache of": str(address(source.folder)), "safe to remove": True}
         write_bytes(path / MARK, json_bytes(what))
 
 
+def _is_foreign(name: str) -> bool:
+    """In a folder without our mark: a process may have been killed while it wrote that."""
+    return name != ADMISSION and not name.startswith(f".{MARK}.")
+
+
 def _copy_facts(path: Path, source: StoredSet) -> None:
     """Manifest and columns, as far as they are not there already."""
-    write_bytes(path / MANIFEST, signed(source.manifest.to_json()).encode())
+    manifest = signed(source.manifest.to_json()).encode()
+    if not (path / MANIFEST).is_file() or (path / MANIFEST).read_bytes() != manifest:
+        write_bytes(path / MANIFEST, manifest)  # not again: the disk may be full of shards
     for name, entry in source.manifest.column_files.items():
         if what_is_wrong(path / name, entry) is not None:
             write_bytes(path / name, source.folder.read(name))
 
 
 def _make_state(path: Path, n_shards: int) -> None:
-    """Never a new file where there is one: others have it mapped."""
+    """Never a new file where there is one: others have it mapped.
+
+    With all its space: on a disk that is full later, to touch what has none ends the process.
+    """
     n_bytes = CacheState.n_bytes(n_shards)
     with open(path, "ab") as file:
-        if file.tell() != n_bytes:
-            os.ftruncate(file.fileno(), n_bytes)
+        if file.tell() < n_bytes:
+            file.write(bytes(n_bytes - file.tell()))
 
 
 # -------------------------------------------------------------------------------------- readers
@@ -228,23 +246,47 @@ class Reader:
         return self.job == other.job or not (self.removes or other.removes)
 
 
+# A reader's file: how far it is, eight numbers; which it is; from FAILURE_AT on why nothing is
+# fetched for it any more. All of its space is taken at once: a full disk has to be told of.
 NOT_BEGUN = b"\xff"  # -1 as a position
-POSITION_BYTES = 64  # at the start of a reader's file: eight numbers
+POSITION_BYTES = 64
+FAILURE_AT = 1024
+READER_BYTES = 4096
+MOST_SAID = 700  # characters of a problem, and of its advice: with four bytes each that fits
 
 
 def begin_reading(path: Path, reader: Reader) -> "ReaderFile":
     """Be a reader of a cache's folder from now on.
 
-    Raises CacheInUse where another training uses the folder in another way.
+    Raises CacheInUse where another training uses the folder in another way, WrongPlace where
+    nothing can be written there.
     """
+    try:
+        return _admitted(path, reader)
+    except OSError as error:
+        raise WrongPlace(path, f"cannot be written to ({error.strerror})") from None
+
+
+def _admitted(path: Path, reader: Reader) -> "ReaderFile":
     with hold(path / ADMISSION, path, "opened", wait=True):
-        for file in path.glob(f"{READER}*"):
+        for file in [*path.glob(f"{READER}*"), *path.glob(f"{UNREADY}*")]:
             if not is_held(file):
                 file.unlink(missing_ok=True)
-        for _, other in readers(path):
+        others = readers(path)
+        for _, other in others:
             if not reader.goes_with(other):
                 raise CacheInUse(path, other.pid)
+        if not others:
+            _forget_what_is_here(path / STATE)
         return ReaderFile(path / f"{READER}{reader.pid}-{secrets.token_hex(4)}", reader)
+
+
+def _forget_what_is_here(path: Path) -> None:
+    """Until whoever fetches has looked: files may have been removed since the last training."""
+    state = CacheState(path, CacheState.n_shards(path.stat().st_size), writes=True)
+    state.numbers[SERVED] = 0
+    state.coming[:] = NOT_COMING
+    state.changes[:] += state.changes % 2
 
 
 class ReaderFile:
@@ -256,10 +298,13 @@ class ReaderFile:
 
     def __init__(self, path: Path, reader: Reader) -> None:
         """Under the lock of admission."""
-        text = json.dumps(asdict(reader))
-        path.write_bytes(NOT_BEGUN * POSITION_BYTES + text.encode())
-        handle = take(path)
-        assert handle is not None  # its name is new
+        text = NOT_BEGUN * POSITION_BYTES + json.dumps(asdict(reader)).encode()
+        unready = path.with_name(path.name.replace(READER, UNREADY))
+        unready.write_bytes(text.ljust(READER_BYTES, b"\0"))
+        handle = take(unready)
+        assert handle is not None  # nobody else looks at it under this name
+        os.rename(unready, path)
+        self.path = path
         self.positions = np.memmap(path, np.int64, "r+", shape=(POSITION_BYTES // 8,))
         self._end = finalize(self, _end_reading, os.getpid(), path, handle)
 
@@ -276,11 +321,51 @@ def _end_reading(owner: int, path: Path, handle: int) -> None:
 def readers(path: Path) -> list[tuple[np.ndarray, Reader]]:
     """Those that live, with their positions; a process that is gone holds nothing."""
     found: list[tuple[np.ndarray, Reader]] = []
+    for each, reader in _living(path):
+        with suppress(OSError, ValueError):  # it goes right now
+            found.append((np.memmap(each, np.int64, "r", shape=(POSITION_BYTES // 8,)), reader))
+    return found
+
+
+def _living(path: Path) -> Iterator[tuple[Path, Reader]]:
     for each in sorted(path.glob(f"{READER}*")):
         if not is_held(each):
             continue
-        with suppress(OSError, ValueError, TypeError):  # it comes, or goes, right now
-            reader = Reader(**json.loads(each.read_bytes()[POSITION_BYTES:]))
-            positions = np.memmap(each, np.int64, "r", shape=(POSITION_BYTES // 8,))
-            found.append((positions, reader))
-    return found
+        with suppress(OSError, ValueError, TypeError):  # it goes right now
+            text = each.read_bytes()[POSITION_BYTES:FAILURE_AT].rstrip(b"\0")
+            reader = Reader(**json.loads(text))
+            yield each, reader
+
+
+def tell_failure(path: Path, feed: int, error: BaseException) -> None:
+    """Let all readers of these orders know why nothing is fetched for them any more."""
+    said = [one_line(error), ""]
+    if isinstance(error, UserError):
+        said = [error.problem, error.right]
+    text = json.dumps([part[:MOST_SAID] for part in said], ensure_ascii=False).encode()
+    for each, reader in _living(path):
+        if reader.feed == feed:
+            with suppress(OSError), open(each, "r+b") as file:
+                file.seek(FAILURE_AT)
+                file.write(text)
+
+
+def failure(path: Path, feed: int) -> StoreFailed | None:
+    """Why nothing is fetched any more for the readers of these orders.
+
+    Raises NobodyReads where none of them lives.
+    """
+    n_readers = 0
+    for each, reader in _living(path):
+        if reader.feed == feed:
+            n_readers += 1
+            with suppress(OSError, ValueError):  # none; or it is being written
+                problem, right = json.loads(each.read_bytes()[FAILURE_AT:].rstrip(b"\0"))
+                return StoreFailed(problem, right)
+    if not n_readers:
+        raise NobodyReads
+    return None
+
+
+class NobodyReads(Exception):
+    """No process reads in these orders any more, so that nobody has anything fetched."""

@@ -3,41 +3,54 @@
 A shard that a cache lets go is unmapped, so that its space on the disk is free, once nobody in this
 process reads. That is the one exception to what shards/maps.py says; `CachedGather` sees to it:
 
-    a read begins   the first of those under way: shards that have gone since are unmapped
+    a read begins   once all its shards are there; the first of those under way: shards that have
+                    gone since are unmapped
     a read ends     nothing
+    now and then    a thread does the same as a read that begins: who has nothing to read for long
+                    keeps no space either
 
 Rows of shards that are not there, and will not come by themselves, are read one by one from where
 the set lies.
 """
 
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
+from weakref import ref
 
 import numpy as np
 
 from shards.containers import fetch_row
 from shards.dataset import ShardSet
-from shards.errors import DamagedSet, StoreFailed
+from shards.errors import DamagedSet
 from shards.files import Folder, LocalFolder
 from shards.gather import JoinedShards, RowGather
 from shards.manifest import address, read_manifest
 from shards.maps import AddressRange, FieldFiles, MappedShards, mapped_shards
-from stores.cache import COMES, NOT_COMING, PASSES, SERVED, STATE, CacheState
+from stores.cache import (
+    COMES,
+    NOT_COMING,
+    PASSES,
+    SERVED,
+    STATE,
+    CacheState,
+    NobodyReads,
+    failure,
+)
 
 ROWS_AT_ONCE = 8  # that are asked for at the same time
-FAILED = ".failed-"  # and whose order could not be served any further
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.05
 PATIENCE_S = 30.0  # for shards that come when others are some batches on
 LOOK_S = 0.5  # how often who waits looks whether it waits in vain
+UNMAP_S = 0.25
 
 
 class NotAtHand(Exception):
@@ -83,12 +96,11 @@ class CachedSet(ShardSet):
     def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
         """The shards of several fields; who reads them uses a CachedGather. Raises MissingField."""
         named = [self.field(name) for name in fields]
-        waiting = Waiting(self.path, self.state, self.feed)
-        made = partial(CachedShards, waiting=waiting)
+        made = partial(CachedShards, state=self.state, is_fed=self.feed != 0)
         return dict(mapped_shards(self.path, self.manifest, named, made))
 
     def gather(self, fields: Sequence[str]) -> RowGather:
-        """What takes many rows of several fields at once."""
+        """What takes many rows of several fields at once. Raises as `maps`."""
         return CachedGather(self, fields)
 
     def row(self, field: str, row: int) -> np.ndarray:
@@ -103,6 +115,11 @@ class CachedSet(ShardSet):
     def are_here(self, rows: np.ndarray) -> np.ndarray:
         """[B] whether these rows [B] are, without waiting for any."""
         return self.state.is_here(rows // self.settings.rows_per_shard)
+
+    def wait_for(self, rows: np.ndarray) -> None:
+        """Return once these rows [B] are there. Raises as Waiting does."""
+        shards = np.unique(rows // self.settings.rows_per_shard)
+        Waiting(self.path, self.state, self.feed).wait_for(shards)
 
 
 class Waiting:
@@ -127,15 +144,16 @@ class Waiting:
         n_passes = int(self.state.numbers[PASSES])
         pause_s = FIRST_PAUSE_S
         parent = os.getppid()
-        began_at = looked_at = time.monotonic()
+        began_at = time.monotonic()
+        looked_at = -LOOK_S
         while not self._have_come(shards, n_passes, time.monotonic() - began_at > PATIENCE_S):
+            if time.monotonic() - looked_at > LOOK_S:
+                looked_at = time.monotonic()
+                self._look_for_failure()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if _is_to_end() or os.getppid() != parent:
                 raise RuntimeError("a batch was waited for that nobody wants any more")
-            if time.monotonic() - looked_at > LOOK_S:
-                looked_at = time.monotonic()
-                self._look_for_failure()
 
     def _have_come(self, shards: np.ndarray, n_passes: int, is_impatient: bool) -> bool:
         """n_passes: of who fetches, when it was begun to wait: one that was under way then may not
@@ -151,12 +169,13 @@ class Waiting:
         return bool(is_here.all())
 
     def _look_for_failure(self) -> None:
+        """Raises it; NotAtHand where the loaders are gone that had shards fetched."""
         try:
-            text = (self._path / f"{FAILED}{self._feed}").read_text()
-        except OSError:
-            return
-        problem, right = json.loads(text)
-        raise StoreFailed(problem, right)
+            found = failure(self._path, self._feed)
+        except NobodyReads:
+            raise NotAtHand from None
+        if found is not None:
+            raise found
 
 
 def _is_to_end() -> bool:
@@ -169,32 +188,45 @@ class CachedShards(MappedShards):
     """The shards of one field that come and go."""
 
     def __init__(
-        self, files: FieldFiles, addresses: AddressRange, first: int, *, waiting: Waiting
+        self,
+        files: FieldFiles,
+        addresses: AddressRange,
+        first: int,
+        *,
+        state: CacheState,
+        is_fed: bool,
     ) -> None:
+        """is_fed: whether somebody fetches; else the state is that of a time gone by."""
         super().__init__(files, addresses, first)
-        self.waiting = waiting
+        self._state = state
+        self._is_fed = is_fed
         self._seen = np.zeros(len(files.names), np.uint32)  # state.changes when it was mapped
 
     def need(self, shards: np.ndarray) -> None:
-        """Have these shards mapped; those on their way are waited for. Raises as `wait_for`."""
-        if not self._is_mapped[shards].all():
-            self.waiting.wait_for(shards)
-            super().need(shards)
+        """Have these shards mapped. Raises NotAtHand where one is not there."""
+        wanted = shards[~self._is_mapped[shards]]
+        if len(wanted):
+            if not self._state.is_here(wanted).all():
+                raise NotAtHand
+            super().need(wanted)
 
     def unmap_gone(self) -> None:
         """Unmap what was removed since it was mapped. Nobody may be reading."""
-        is_gone = self._is_mapped & (self._seen != self.waiting.state.changes)
+        changes = self._state.changes
+        is_gone = self._is_mapped & ((self._seen != changes) | (changes % 2 == 0))
         if is_gone.any():
             self.unmap(np.flatnonzero(is_gone))
 
     def _map(self, shard: int) -> None:
-        seen = self.waiting.state.changes[shard]
+        seen = self._state.changes[shard]
+        if self._is_mapped[shard] and seen != self._seen[shard]:
+            return  # it is gone, and stays readable until it is unmapped
         try:
             super()._map(shard)
         except DamagedSet:
-            if seen == self.waiting.state.changes[shard] and seen % 2:
+            if self._is_fed and seen == self._state.changes[shard] and seen % 2:
                 raise
-            raise NotAtHand from None  # it was removed just now
+            raise NotAtHand from None  # it was removed just now, or long ago
         self._seen[shard] = seen
 
 
@@ -208,12 +240,15 @@ class CachedGather(RowGather):
         self._found = found
         self._cached = cached_in(shards)
         self._under_way = UnderWay(self._unmap_gone)
+        self._is_seen_to_by = 0  # the process whose thread unmaps
 
     def into(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None = None
     ) -> np.ndarray:
         """See RowGather. Raises StoreFailed where rows cannot be had."""
+        self._see_to_unmapping()
         try:
+            self._found.wait_for(rows)  # no read yet: what goes meanwhile can be unmapped
             with self._under_way:
                 return super().into(fields, rows, buffer)
         except NotAtHand:
@@ -222,6 +257,19 @@ class CachedGather(RowGather):
     def at_hand(self, rows: np.ndarray) -> np.ndarray:
         """Those of these rows that are not waited for."""
         return rows[self._found.are_here(rows)]
+
+    def expect_no_order(self, fields: Sequence[str], rows: np.ndarray) -> None:
+        """See RowGather; of what was removed meanwhile nothing is expected."""
+        with suppress(NotAtHand), self._under_way:
+            super().expect_no_order(fields, rows)
+
+    def row_spans(self, fields: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See RowGather; of none where some were removed meanwhile."""
+        try:
+            with self._under_way:
+                return super().row_spans(fields, rows)
+        except NotAtHand:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
 
     def _row_by_row(
         self, fields: Sequence[str], rows: np.ndarray, buffer: memoryview | None
@@ -240,6 +288,27 @@ class CachedGather(RowGather):
     def _unmap_gone(self) -> None:
         for each in self._cached:
             each.unmap_gone()
+
+    def unmap_if_idle(self) -> None:
+        """Unmap what has gone, unless somebody reads: then that is done soon."""
+        with self._under_way:
+            pass
+
+    def _see_to_unmapping(self) -> None:
+        """A forked child has no thread of its parent's."""
+        if self._is_seen_to_by != os.getpid():
+            self._is_seen_to_by = os.getpid()
+            threading.Thread(
+                target=_unmap_now_and_then, args=(ref(self),), name="unmapping", daemon=True
+            ).start()
+
+
+def _unmap_now_and_then(of: "ref[CachedGather]") -> None:
+    """As long as the gather lives."""
+    while (gather := of()) is not None:
+        gather.unmap_if_idle()
+        del gather
+        time.sleep(UNMAP_S)
 
 
 def cached_in(shards: Mapping[str, Sequence[np.ndarray]]) -> list[CachedShards]:

@@ -29,6 +29,8 @@ WHOLE_FILES_NEED_TORCH = {
         "arguments",
         "augment",
         "bench_peers",
+        "cache",
+        "cache_faults",
         "data",
         "ddp",
         "forks",
@@ -221,7 +223,7 @@ def test_without_torch_every_test_is_collected_but_those_of_the_files_that_need_
 
 def test_a_file_that_is_skipped_whole_imports_what_needs_torch() -> None:
     in_other_processes = {
-        f"tests/test_{name}.py" for name in ("notebook", "other_systems", "results")
+        f"tests/test_{name}.py" for name in ("cache_faults", "notebook", "other_systems", "results")
     }
     for name in WHOLE_FILES_NEED_TORCH - in_other_processes:
         assert re.search(r"^import torch$", (REPO / name).read_text(), re.M), name

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 import numpy as np
 
@@ -25,12 +25,22 @@ from shards.errors import UserError
 from shards.files import OURS, log
 from shards.lock import let_go, take
 from shards.progress import megabytes
-from stores.cache import FETCHING, N_BYTES, SERVED, CacheState, Reader, ReaderFile, begin_reading
-from stores.cached_set import FAILED
-from train.fetcher import say_failed
+from stores.cache import (
+    FETCHING,
+    N_BYTES,
+    SERVED,
+    CacheState,
+    NobodyReads,
+    Reader,
+    ReaderFile,
+    begin_reading,
+    failure,
+    tell_failure,
+)
 from train.order import RowOrder
 from train.streams import ELSEWHERE, FetchJob
 
+END_S = 5.0  # for the fetcher to end in
 LONG_S = 60.0  # who lived so long was not lost one after the other
 LOOK_S = 0.1  # how often it is seen to that somebody fetches
 MOST_LOST = 5  # fetchers, one after the other
@@ -40,16 +50,20 @@ SPEAK_S = 10.0  # while batches are waited for
 class Feeder:
     """Of one process. job: what is to be fetched; its `feed` is given here. states: of its parts.
 
-    Raises CacheInUse where another training uses the cache in another way.
+    Where shards have to go, one order is served: loaders that were made before of the same set in
+    this process read from now on what is there, and the rest row by row. Raises CacheInUse where
+    another training uses the cache in another way.
     """
 
     def __init__(self, job: FetchJob, states: Sequence[CacheState], world: int) -> None:
+        _take_the_place_of_others(job)
         name = job_name(world)
         self.job = replace(job, feed=_feed_of(job, name))
         reader = Reader(job=name, feed=self.feed, removes=job.removes, pid=os.getpid())
         self._files = [begin_reading(part.path, reader) for part in job.parts]
         self.positions = self._files[0].positions
         self._owner = os.getpid()
+        FEEDERS.add(self)
         keeper = Keeper(self.job, states, self.positions)
         thread = threading.Thread(target=keeper.work, name="feeder", daemon=True)
         thread.start()
@@ -65,29 +79,45 @@ class Feeder:
             self.positions[stream] = position
 
     def close(self) -> None:
-        """Nothing is fetched for this process any more."""
+        """Nothing is fetched for these loaders any more."""
         self._end()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Feeder":
         return self  # copies of a loader are fed by one
 
 
+FEEDERS: WeakSet[Feeder] = WeakSet()  # those of this process, and of the one it was forked from
+
+
+def _take_the_place_of_others(job: FetchJob) -> None:
+    """Close the feeders of this process that the new one cannot be beside."""
+    folders = {part.path for part in job.parts}
+    for other in list(FEEDERS):
+        is_of_same_set = not folders.isdisjoint(part.path for part in other.job.parts)
+        if is_of_same_set and (job.removes or other.job.removes):
+            other.close()
+
+
 def _end(owner: int, keeper: "Keeper", thread: threading.Thread, files: list[ReaderFile]) -> None:
     if os.getpid() != owner:
         return
     keeper.is_over.set()
-    thread.join()
+    if thread is not threading.current_thread():  # where it is freed in that very thread
+        thread.join()
     for file in files:
         file.close()
+    keeper.end_fetcher()
 
 
 def job_name(world: int) -> str:
-    """The same in all processes of one training on this machine, which one parent starts."""
+    """The same in all processes of one training on this machine, whichever way they are started."""
     if world == 1:
         return f"{os.getpid()}-{OURS}"
+    meeting = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    started_by = "-".join(meeting) if all(meeting) else str(os.getppid())
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    return f"{os.getppid()}-{world}-{run}-{restart}"
+    return f"{started_by}-{world}-{run}-{restart}"
 
 
 def _feed_of(job: FetchJob, name: str) -> int:
@@ -147,12 +177,31 @@ class Keeper:
             while not self.is_over.is_set() and self._see_to_it():
                 self.is_over.wait(LOOK_S)
         except Exception as error:
-            say_failed(self._job.parts[0].path, self._job.feed, error)
+            tell_failure(self._job.parts[0].path, self._job.feed, error)
+
+    def end_fetcher(self) -> None:
+        """Unless other processes of the same training still read, which go on with it."""
+        child = self._child
+        if child is None or not self._is_last():
+            return
+        child.terminate()
+        try:
+            child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+    def _is_last(self) -> bool:
+        try:
+            failure(self._job.parts[0].path, self._job.feed)
+        except NobodyReads:
+            return True
+        return False
 
     def _see_to_it(self) -> bool:
         """Whether it has to be looked after any further."""
         if self._child is None:
-            if self._has_all():
+            if self._has_all() or self._has_failed():
                 return False
             self._child = self._started()
             return True
@@ -165,6 +214,12 @@ class Keeper:
             return False
         if not self._has_all():
             self._count_lost(status)
+        return True
+
+    def _has_failed(self) -> bool:
+        """Whether all processes of this training were told so: nobody begins anew."""
+        with suppress(NobodyReads):
+            return failure(self._job.parts[0].path, self._job.feed) is not None
         return True
 
     def _has_all(self) -> bool:
@@ -194,7 +249,6 @@ class Keeper:
                 if lock is None:
                     return None
                 locks.append(lock)
-            (self._job.parts[0].path / f"{FAILED}{self._job.feed}").unlink(missing_ok=True)
             return self._start(locks)
         finally:
             for lock in locks:

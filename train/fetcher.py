@@ -13,20 +13,22 @@ As the order is known for two epochs, what is removed is always what is needed l
 """
 
 import errno
-import json
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from shards.errors import UserError, one_line
+from shards.errors import StoreFailed, UserError
 from shards.manifest import read_manifest
 from shards.progress import megabytes
 from stores.cache import (
@@ -41,8 +43,8 @@ from stores.cache import (
     SERVED,
     CacheFolder,
     readers,
+    tell_failure,
 )
-from stores.cached_set import FAILED
 from train.room import REACH
 from train.streams import ELSEWHERE, CachedPart, FetchJob
 
@@ -51,6 +53,7 @@ PAUSE_S = 0.01  # where there is nothing to do
 LOOK_S = 0.25  # how often it looks who reads
 ALONE_S = 1.0  # without anybody, before it ends
 FULL_S = 60.0  # how long a full disk is waited for
+FULL_PAUSE_S = 0.1
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -82,8 +85,11 @@ class PartOfCache:
         return is_here
 
     def fetch(self, shard: int) -> None:
-        """Have it here, and say so."""
+        """Have its files here."""
         self.folder.fetch(shard, self.source)
+
+    def say_here(self, shard: int) -> None:
+        """Once it was fetched."""
         self.state.set_here(shard, True)
         self.state.numbers[N_SHARDS] += 1
         self.state.numbers[N_BYTES] += int(self.folder.shard_bytes[shard])
@@ -96,10 +102,13 @@ class PartOfCache:
 
 
 class Audience:
-    """Who reads in the orders of this job, and how far the last of them is."""
+    """Who reads in the orders of this job, and how far the last of them is.
 
-    def __init__(self, folder: Path, feed: int, n_streams: int) -> None:
-        self._folder = folder
+    folders: of all parts; the positions are in the first.
+    """
+
+    def __init__(self, folders: Sequence[Path], feed: int, n_streams: int) -> None:
+        self._folders = folders
         self._feed = feed
         self._n_streams = n_streams
         self._heard_at = time.monotonic()
@@ -107,9 +116,10 @@ class Audience:
 
     def _look(self) -> None:
         self._looked_at = time.monotonic()
-        found = readers(self._folder)
-        self._positions = [each for each, reader in found if reader.feed == self._feed]
-        self.has_others = len(self._positions) < len(found)
+        of_folders = [readers(folder) for folder in self._folders]
+        self._positions = [each for each, reader in of_folders[0] if reader.feed == self._feed]
+        all_readers = [reader for found in of_folders for _, reader in found]
+        self.has_others = any(reader.feed != self._feed for reader in all_readers)
         if self._positions:
             self._heard_at = self._looked_at
 
@@ -164,26 +174,31 @@ class Fetcher:
         Raises UserError and OSError where it cannot go on.
         """
         self.is_here = np.concatenate([part.begin(self.job.feed) for part in self.parts])
-        audience = Audience(self.parts[0].folder.path, self.job.feed, len(self.job.streams))
+        folders = [part.folder.path for part in self.parts]
+        audience = Audience(folders, self.job.feed, len(self.job.streams))
         known: tuple[int, ...] = ()
         pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            while not audience.is_gone():
-                positions = audience.least()
-                if positions != known:
-                    wanted = self.wanted(positions)
-                    self._say_what_is_coming(wanted)
-                    if not audience.has_others:
-                        self._make_room(0, wanted)  # an earlier run may have left more
-                    known = positions
-                for part in self.parts:
-                    part.state.numbers[PASSES] += 1
-                self._begin_fetching(wanted, pool, may_remove=not audience.has_others)
-                if self._has_all():
-                    return
-                self._take_in()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while not audience.is_gone():
+            positions = audience.least()
+            if positions != known:
+                wanted = self.wanted(positions)
+                self._say_what_is_coming(wanted)
+                if not audience.has_others:
+                    self._make_room(0, wanted)  # an earlier run may have left more
+                known = positions
+            for part in self.parts:
+                part.state.numbers[PASSES] += 1
+            self._begin_fetching(wanted, pool, may_remove=not audience.has_others)
+            if self._has_all():
+                return
+            self._take_in()
+        for part in self.parts:  # who still asks has not to wait
+            part.state.coming[:] = NOT_COMING
+
+    def leave_nothing_unfinished(self) -> None:
+        """Before the process ends, whatever is under way."""
+        for part in self.parts:
+            part.folder.remove_unfinished()
 
     # ------------------------------------------------------------------------------ what is wanted
 
@@ -242,9 +257,19 @@ class Fetcher:
             if may_remove:
                 self._make_room(n_bytes, wanted)
             if not self._has_room(n_bytes):
+                if not may_remove and not self._under_way:
+                    self._say_not_coming(list(missing))  # as long as others read here
                 return
             part = self._part_of(shard)
+            if shutil.disk_usage(part.folder.path).free < n_bytes:
+                self._wait_for_space()
+                return
             self._under_way[pool.submit(part.fetch, shard - part.first)] = shard
+
+    def _say_not_coming(self, shards: Sequence[int]) -> None:
+        for shard in shards:
+            part = self._part_of(shard)
+            part.state.coming[shard - part.first] = NOT_COMING
 
     def _part_of(self, shard: int) -> PartOfCache:
         return next(part for part in reversed(self.parts) if part.first <= shard)
@@ -277,15 +302,17 @@ class Fetcher:
             shard = self._under_way.pop(future)
             try:
                 future.result()
-            except OSError as error:
-                if error.errno not in FULL_DISK:
+            except (OSError, StoreFailed) as error:
+                if not is_of_full_disk(error):
                     raise
-                self._wait_for_space(error)
+                self._wait_for_space()
                 continue
+            part = self._part_of(shard)
+            part.say_here(shard - part.first)
             self.is_here[shard] = True
             self._full_since = None
 
-    def _wait_for_space(self, error: OSError) -> None:
+    def _wait_for_space(self) -> None:
         """What was removed takes its space until the last reader has let it go.
 
         Raises UserError where that takes too long: something else fills the disk.
@@ -296,34 +323,43 @@ class Fetcher:
             there = megabytes(int(self.shard_bytes[self.is_here].sum()))
             limit = megabytes(self.job.limit_bytes)
             what = f"the disk is full: the cache has {there} there, and may hold {limit}"
-            raise UserError(f"{self.parts[0].folder.path}: {what}", "Free space there") from error
-        time.sleep(20 * PAUSE_S)
+            raise UserError(f"{self.parts[0].folder.path}: {what}", "Free space there")
+        time.sleep(FULL_PAUSE_S)
+
+
+def is_of_full_disk(error: OSError | StoreFailed) -> bool:
+    """Of this machine: nothing is written anywhere else."""
+    if isinstance(error, StoreFailed):  # a store on a mount calls it so
+        return error.full
+    return error.errno in FULL_DISK
 
 
 # ------------------------------------------------------------------------------------- the process
 
 
-def main() -> int:
-    """Fetch; 2 where that failed, which the readers are told in a file."""
+def main() -> NoReturn:
+    """Fetch; the status is 2 where that failed, which the readers are told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who reads ends it, by ending
     job: FetchJob = pickle.load(sys.stdin.buffer)
+    status = 0
+    fetcher = None
     try:
-        Fetcher(job).run()
+        fetcher = Fetcher(job)
+        signal.signal(signal.SIGTERM, lambda *_: end(fetcher, 0))
+        fetcher.run()
     except Exception as error:
-        say_failed(job.parts[0].path, job.feed, error)
-        return 2
-    return 0
+        tell_failure(job.parts[0].path, job.feed, error)
+        status = 2
+    end(fetcher, status)
 
 
-def say_failed(folder: Path, feed: int, error: BaseException) -> None:
-    """For those who wait; see stores.cached_set.Waiting."""
-    said = [one_line(error), ""]
-    if isinstance(error, UserError):
-        said = [error.problem, error.right]
-    unfinished = folder / f"{FAILED}{feed}.tmp"
-    unfinished.write_text(json.dumps(said))
-    os.replace(unfinished, folder / f"{FAILED}{feed}")
+def end(fetcher: Fetcher | None, status: int) -> NoReturn:
+    """At once: a server that does not answer is waited for by nobody."""
+    if fetcher is not None:
+        with suppress(OSError):
+            fetcher.leave_nothing_unfinished()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -123,6 +123,12 @@ class JoinedSet(ShardSet):
             found[is_of_part] = part.are_here(rows[is_of_part] - self.first_rows[number])
         return found
 
+    def wait_for(self, rows: np.ndarray) -> None:
+        """Return once these rows [B] are on this machine; see ShardSet."""
+        of_parts = parts_of_rows(self, rows)
+        for number, part in enumerate(self.parts):
+            part.wait_for(rows[of_parts == number] - self.first_rows[number])
+
     def _places(self, part: ShardSet, places: np.ndarray) -> np.ndarray:
         number_of = {name: k for k, name in enumerate(self.manifest.scenes)}
         numbers = [number_of[name] for name in part.manifest.scenes]
