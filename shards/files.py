@@ -130,10 +130,25 @@ def json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
+_IS_FLEETING = ContextVar("is_fleeting", default=False)
+
+
+@contextmanager
+def fleeting() -> Iterator[None]:
+    """What is written in here need not outlive a loss of power: no disk is waited for."""
+    before = _IS_FLEETING.set(True)
+    try:
+        yield
+    finally:
+        _IS_FLEETING.reset(before)
+
+
 def fsync(handle: int) -> None:
     """Have what was written outlive a loss of power; on macOS plain fsync leaves it in the disk's
     own cache.
     """
+    if _IS_FLEETING.get():
+        return
     if F_FULLFSYNC is not None:
         with suppress(OSError):  # a file system that has none
             fcntl(handle, F_FULLFSYNC)

@@ -10,17 +10,19 @@
         .admission, .fetching        locks
 
 A file comes under another name, is hashed on its way, and gets its own by a rename. What an earlier
-run has left is taken. One process of a machine fetches and removes; all others read, and look into
-the shared map what is there.
+run has left is taken: by names and sizes; by every byte where the machine was started anew since,
+as no disk was waited for. One process of a machine fetches and removes; all others read, and look
+into the shared map what is there.
 """
 
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Protocol
 from weakref import finalize
@@ -30,7 +32,14 @@ import numpy as np
 from shards.containers import is_mapped
 from shards.dataset import StoredSet
 from shards.errors import CacheInUse, StoreFailed, UserError, WrongPlace, one_line
-from shards.files import FileEntry, LocalFolder, json_bytes, what_is_wrong, write_bytes
+from shards.files import (
+    FileEntry,
+    LocalFolder,
+    fleeting,
+    json_bytes,
+    what_is_wrong,
+    write_bytes,
+)
 from shards.lock import hold, is_held, let_go, take
 from shards.manifest import MANIFEST, Manifest, address, shard_file, signed
 from stores.mounted import mount_of
@@ -43,7 +52,10 @@ READER = ".reader-"
 UNREADY = ".unready-"  # a reader's file until it is locked
 OVER_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "beegfs")
 
-SERVED, PASSES, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(6)  # of CacheState.numbers
+STARTED = Path("/proc/sys/kernel/random/boot_id")
+
+# Of CacheState.numbers.
+SERVED, PASSES, START, N_SHARDS, N_BYTES, N_REMOVED, N_REQUESTS = range(7)
 N_NUMBERS = 8
 NOT_COMING, COMES_LATER, COMES = range(3)  # of CacheState.coming
 
@@ -52,9 +64,10 @@ class CacheState:
     """Which shards are there, as all processes of this machine see it at once.
 
     numbers: int64; whose order is served (SERVED), how often it was looked how far the readers are
-    (PASSES), and counts since the folder was made. changes:
-    [S] uint32, counted on whenever a shard comes or goes; odd: it is there. coming: [S] uint8, one
-    of NOT_COMING, COMES_LATER (once the readers are some batches on) and COMES (whatever they do).
+    (PASSES), in which run of the machine shards came (START; see `this_start`), and counts since
+    the folder was made. changes: [S] uint32, counted on whenever a shard comes or goes; odd: it is
+    there. coming: [S] uint8, one of NOT_COMING, COMES_LATER (once the readers are some batches on)
+    and COMES (whatever they do).
     """
 
     def __init__(self, path: Path, n_shards: int, *, writes: bool = False) -> None:
@@ -120,19 +133,25 @@ class CacheFolder:
         sizes = [sum(entry.n_bytes for entry in self.files(k).values()) for k in shards]
         return np.array(sizes, np.int64)
 
-    def look(self) -> np.ndarray:
-        """[S] which shards are there, by names and sizes."""
+    def look(self, *, reads: bool) -> np.ndarray:
+        """[S] which shards are there, by names and sizes; reads: by every byte of them."""
         sizes = LocalFolder(self.path).sizes() or {}
         is_here = np.zeros(len(self.manifest.shards), bool)
         for shard in range(len(is_here)):
             files = self.files(shard)
             is_here[shard] = all(sizes.get(name) == e.n_bytes for name, e in files.items())
+            if reads and is_here[shard]:
+                paths = {self.path / name: entry for name, entry in files.items()}
+                is_here[shard] = not any(what_is_wrong(*each) for each in paths.items())
         return is_here
 
     def fetch(self, shard: int, source: Downloads) -> None:
-        """Have a shard's files here. Raises what the store raises, and OSError of this disk."""
-        for name, entry in self.files(shard).items():
-            source.download(name, self.path / name, entry)
+        """Have a shard's files here; the disk is not waited for where it can be told later whether
+        this machine was started anew since. Raises what the store raises, and OSError of this disk.
+        """
+        with fleeting() if this_start() else nullcontext():
+            for name, entry in self.files(shard).items():
+                source.download(name, self.path / name, entry)
 
     def remove(self, shard: int) -> None:
         """Remove a shard's files. Who reads them keeps what is mapped."""
@@ -143,6 +162,15 @@ class CacheFolder:
     def remove_unfinished(self) -> None:
         """What a fetcher that was killed has left; only who holds the lock may."""
         LocalFolder(self.path).remove_unfinished()
+
+
+@cache
+def this_start() -> int:
+    """A number of the time since this machine was started; 0 where nothing tells."""
+    try:
+        return int.from_bytes(sha256(STARTED.read_bytes()).digest()[:7], "little")
+    except OSError:
+        return 0
 
 
 # ----------------------------------------------------------------------------------------- made

@@ -41,9 +41,11 @@ from stores.cache import (
     NOT_COMING,
     PASSES,
     SERVED,
+    START,
     CacheFolder,
     readers,
     tell_failure,
+    this_start,
 )
 from train.room import REACH
 from train.streams import ELSEWHERE, CachedPart, FetchJob
@@ -77,7 +79,10 @@ class PartOfCache:
     def begin(self, feed: int) -> np.ndarray:
         """Take what is there: [S] which shards are; all readers see it."""
         self.folder.remove_unfinished()
-        is_here = self.folder.look()
+        started = this_start()
+        was_started_anew = started != 0 and int(self.state.numbers[START]) != started
+        is_here = self.folder.look(reads=was_started_anew)
+        self.state.numbers[START] = started
         for shard in np.flatnonzero(is_here != self.state.is_here(np.arange(self.n_shards))):
             self.state.set_here(int(shard), bool(is_here[shard]))
         self.state.coming[:] = NOT_COMING
