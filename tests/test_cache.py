@@ -44,7 +44,7 @@ from shards.dataset import open_set
 from shards.errors import CacheInUse, DamagedSet, StoreFailed, UserError, WrongPlace
 from shards.spec import ConversionSettings
 from stores import mounted
-from stores.cache import MARK, Reader, begin_reading
+from stores.cache import MARK, START, STATE, CacheState, Reader, begin_reading
 from train.__main__ import main
 from train.data import ShardDataset, create_dataloaders
 from train.errors import CacheTooSmall
@@ -442,6 +442,23 @@ def test_a_shard_that_is_cut_short_is_fetched_anew_and_one_of_the_right_size_is_
     wrong = copied(small, cache.parent / "wrong")
     flip(wrong / "depth-00005.npy", -1)
     assert found == right_sums(wrong, "full", 1) != right_sums(small, "full", 1)
+
+
+def test_what_was_there_before_the_machine_was_started_anew_is_read_and_fetched_anew_where_wrong(
+    server: Server, small: Path, cache: Path
+) -> None:
+    for loader in opened(server, small, cache):
+        sums(loader)
+    folder = folder_of(cache)
+    flip(folder / "depth-00005.npy", -1)
+    n_shards = CacheState.n_shards((folder / STATE).stat().st_size)
+    CacheState(folder / STATE, n_shards, writes=True).numbers[START] += 1
+    server.requests.clear()
+    del loader
+    gc.collect()
+    found = [sums(loader) for loader in opened(server, small, cache)]
+    assert fetched(server) == {f"/{small.name}/depth-00005.npy": 1}
+    assert found == right_sums(small, "full", 1)
 
 
 def test_a_shard_that_is_removed_under_a_training_is_one_line(

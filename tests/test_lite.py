@@ -190,7 +190,7 @@ def test_a_network_of_ones_own_has_no_trunks_to_treat_apart(change: dict[str, ob
         settings(Path("data"), Path("runs"), **change)
 
 
-@pytest.mark.parametrize("task", ["scene", "depth"])
+@pytest.mark.parametrize("task", [pytest.param("scene", marks=pytest.mark.stress), "depth"])
 def test_a_run_that_is_stopped_at_any_step_ends_with_the_same_weights(
     task: str, small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

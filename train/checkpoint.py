@@ -20,6 +20,7 @@ from shards.lock import hold
 from stores.mirror import copy_file
 from train import ranks
 from train.errors import CannotWrite, OtherNetwork, OtherRun
+from train.room import AUTO, shuffle_of
 from train.settings import MAY_CHANGE, Settings
 
 CHECKPOINT = "last.pt"
@@ -190,10 +191,11 @@ def save(run: Run, settings: Settings, fingerprint: str, learnt: dict[str, Any])
 # ---------------------------------------------------------------- reading
 
 
-def _read(path: Path) -> Checkpoint | None:
+def _read(path: Path, *, sets_aside: bool) -> Checkpoint | None:
     """The checkpoint in a file; None where there is no file.
 
-    A file that cannot be read is named, set aside and skipped.
+    A file that cannot be read is named, set aside and skipped; or, by who does not hold the run's
+    directory, skipped.
     """
     try:
         # torch stores a checksum of every tensor and does not look at it.
@@ -209,6 +211,8 @@ def _read(path: Path) -> Checkpoint | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip or pickle raises almost anything
+        if not sets_aside:
+            return None
         # Else the next save would put it in the place of the good one before.
         with suppress(OSError):
             os.replace(path, path.with_suffix(".broken"))
@@ -216,23 +220,34 @@ def _read(path: Path) -> Checkpoint | None:
         return None
 
 
-def newest(settings: Settings) -> Checkpoint | None:
-    """The newest valid checkpoint: last.pt, else the further of previous.pt and the mirror's."""
-    last = _read(Path(settings.out, CHECKPOINT))
+def newest(settings: Settings, *, sets_aside: bool = True) -> Checkpoint | None:
+    """The newest valid checkpoint: last.pt, else the further of previous.pt and the mirror's.
+
+    sets_aside: whether a damaged one is renamed.
+    """
+    last = _read(Path(settings.out, CHECKPOINT), sets_aside=sets_aside)
     if last is not None:
         return last
 
-    others = [_read(Path(settings.out, PREVIOUS))]
+    others = [_read(Path(settings.out, PREVIOUS), sets_aside=sets_aside)]
     if settings.mirror:
-        others.append(_read(Path(settings.mirror, CHECKPOINT)))
+        others.append(_read(Path(settings.mirror, CHECKPOINT), sets_aside=sets_aside))
     there = [each for each in others if each is not None]
     return max(there, key=lambda each: each.place, default=None)
 
 
 def shuffle_of_run(settings: Settings) -> str | None:
-    """How the rows of the run that is there are shuffled; None where there is no run."""
-    found = newest(settings)
-    return None if found is None else str((BEFORE | found.settings)["shuffle"])
+    """How the rows of the run that is there are shuffled; None where there is no run.
+
+    Raises OtherRun where the settings want them otherwise.
+    """
+    found = None if settings.reset else newest(settings, sets_aside=False)
+    if found is None:
+        return None
+    begun = str((BEFORE | found.settings)["shuffle"])
+    if settings.shuffle not in (AUTO, begun, shuffle_of(begun)[0]):
+        raise OtherRun(found.path, "shuffle", begun, settings.shuffle)
+    return begun
 
 
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from train.model import (
 )
 from train.networks.streams import StreamNetwork
 from train.order import RowOrder, steps_per_epoch
-from train.room import AUTO, shuffle_of
 from train.settings import Settings
 from train.tasks import Task, make_task
 
@@ -217,19 +216,15 @@ def _reading(settings: Settings, train_set: ShardDataset, scored: ShardDataset) 
     """How this rank reads: as the first one has worked it out for all.
 
     The order is that of the run that is there, else the room decides. Raises CacheTooSmall,
-    CacheHasNoRoom.
+    CacheHasNoRoom, OtherRun.
     """
 
     def of_first() -> Reading:
-        shuffle = settings.shuffle
-        begun = None if settings.reset else shuffle_of_run(settings)
-        if begun is not None and shuffle in (AUTO, shuffle_of(begun)[0]):
-            shuffle = begun
         reading = Reading(
             batch_size=settings.batch_size,
             seed=settings.seed,
             world=ranks.WORLD,
-            shuffle=shuffle,
+            shuffle=shuffle_of_run(settings) or settings.shuffle,
             limit_gb=settings.cache_limit_gb,
         )
         return decided(train_set, scored, reading)
