@@ -249,6 +249,7 @@ class Nursery:
         for line in self._process.stdout:
             what, *numbers = line.split()
             if what == "began":
+                self._statuses.pop(int(numbers[0]), None)  # of an earlier process of this number
                 self._begun.put(int(numbers[0]))
             else:
                 self._statuses[int(numbers[0])] = int(numbers[1])
