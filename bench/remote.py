@@ -38,7 +38,7 @@ from bench.random_set import random_set
 from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.files import LocalFolder
-from shards.flags import Parser, as_path
+from shards.flags import Parser, as_path, whole
 from stores.object_store import ObjectStore
 from train.data import create_dataloaders
 from train.fetcher import AT_ONCE
@@ -301,8 +301,10 @@ def make_flags() -> Parser:
     """Those of the command line; one is for the processes that it starts."""
     parser = make_parser("remote", __doc__)
     parser.add_argument("data", type=as_path, metavar="DIR", help="where the set is made, and kept")
-    rows_help = "rows of the set, 250,880 bytes each (default: %(default)s)"
-    parser.add_argument("--rows", type=int, default=16384, metavar="N", help=rows_help)
+    rows_help = "rows of the set, 250,880 bytes each (1024 to 1000000, default: %(default)s)"
+    parser.add_argument(
+        "--rows", type=whole(1024, 10**6), default=16384, metavar="N", help=rows_help
+    )
     add_number(parser, "--limit-mb", 1000, "what the cache may hold, in MB")
     add_number(parser, "--step-ms", 30, "milliseconds of the training step")
     parser.add_argument("--part", help=argparse.SUPPRESS)
