@@ -1,6 +1,6 @@
 """One process at a time works in a place; a second is told who does. A dead one holds nothing."""
 
-import fcntl
+import errno
 import os
 import socket
 import threading
@@ -10,6 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.errors import Busy, WrongPlace
+
+try:
+    import fcntl
+except ImportError:  # a system without locks: batches are read there all the same
+    fcntl = None  # type: ignore[assignment]
 
 HELD: set[int] = set()  # descriptors of the locks that this process holds
 # A fork waits while a lock's file is open and not in HELD: the child would hold that lock too.
@@ -27,9 +32,18 @@ def _let_go_in_child() -> None:
     _OPENING.release()
 
 
-os.register_at_fork(
-    before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_let_go_in_child
-)
+if hasattr(os, "register_at_fork"):  # else nothing forks
+    os.register_at_fork(
+        before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_let_go_in_child
+    )
+
+
+def _flock(handle: int, *, shared: bool, wait: bool) -> None:
+    """Raises BlockingIOError where another process has it, OSError where there are no locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    fcntl.flock(handle, how if wait else how | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -43,8 +57,7 @@ def hold(
     """
     handle = _open(path)
     try:
-        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        _take(handle, place, doing, mode if wait else mode | fcntl.LOCK_NB)
+        _take(handle, place, doing, shared=shared, wait=wait)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = f"pid {os.getpid()} on {socket.gethostname()} since {since}"
         _write(handle, who.encode())
@@ -66,7 +79,7 @@ def take(path: Path) -> int | None:
     """
     handle = _open(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(handle, shared=False, wait=False)
     except BlockingIOError:
         let_go(handle)
         return None
@@ -88,7 +101,7 @@ def is_held(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _flock(handle, shared=True, wait=False)
         return False
     except OSError:
         return True
@@ -108,10 +121,10 @@ def _open(path: Path) -> int:
         raise WrongPlace(path.parent, what) from None
 
 
-def _take(handle: int, place: Path, doing: str, how: int) -> None:
+def _take(handle: int, place: Path, doing: str, *, shared: bool, wait: bool) -> None:
     """Lock the open file, or raise Busy with what its holder has written into it."""
     try:
-        fcntl.flock(handle, how)
+        _flock(handle, shared=shared, wait=wait)
     except BlockingIOError:
         who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
         raise Busy(place, f"is being {doing} by", who) from None

@@ -299,7 +299,7 @@ def test_a_round_of_faults(seed: int, ground: Ground, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- the disk
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.stress), 2])
 def test_a_disk_that_holds_little_more_than_the_limit_is_enough(
     workers: int, ground: Ground, tmp_path: Path
 ) -> None:

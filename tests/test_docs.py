@@ -74,7 +74,7 @@ TRAINING = pytest.param("docs/training.md", marks=pytest.mark.stress)  # a minut
 WITH_COMMANDS = [
     "README.md",
     "docs/converting.md",
-    "docs/frames.md",
+    pytest.param("docs/frames.md", marks=pytest.mark.stress),  # a minute
     "docs/moving-over.md",
     "docs/sunrgbd.md",
     "docs/zarr.md",

@@ -159,6 +159,7 @@ def test_the_trunks_learn_slower_than_the_head(small_set: Path, tmp_path: Path) 
     assert len(share_of) == len(list(model.parameters()))
 
 
+@pytest.mark.stress
 def test_the_rate_that_is_told_is_that_of_the_head(small_set: Path, tmp_path: Path) -> None:
     train(settings(small_set, tmp_path, **{**LITE, "epochs": 1, "lr": 1e-3}))
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
@@ -222,6 +223,7 @@ def test_a_run_answers_and_another_task_starts_from_it(small_set: Path, tmp_path
             assert torch.equal(own[key], value), key
 
 
+@pytest.mark.stress
 def test_runs_that_want_their_colours_otherwise_do_not_answer_together(
     small_set: Path, tmp_path: Path
 ) -> None:

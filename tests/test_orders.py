@@ -148,6 +148,7 @@ def joined(parts: Sequence[Given]) -> Given:
 END = [N_EPOCHS - 1, N_STEPS]
 
 
+@pytest.mark.stress
 def test_two_ranks_then_one_process_read_what_one_alone_reads_through_a_cache_that_is_too_small(
     numbered: Path, tmp_path: Path
 ) -> None:
