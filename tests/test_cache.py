@@ -58,12 +58,7 @@ OF_FIRST_ROW = 4
 KINDS: list[dict[str, Any]] = [{}, {"prefetch": False}, {"num_workers": 2}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

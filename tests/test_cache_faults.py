@@ -11,7 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from helpers.fault_proxy import (
     SLOW_DOWN,
     FaultProxy,
     Plan,
+    counted,
 )
 from helpers.made_up import LabSource
 from helpers.sets import convert
@@ -77,16 +78,9 @@ class Ground:
             self.known[key] = right_sums(self.directory, IN_PLAY[limit], N_EPOCHS, **how)
         return self.known[key]
 
-    @contextmanager
-    def faults(self, plan: Plan) -> Iterator[None]:
+    def faults(self, plan: Plan) -> AbstractContextManager[None]:
         """Meanwhile. What was done is counted."""
-        before = Counter(self.proxy.done)
-        self.proxy.plan = plan
-        try:
-            yield
-        finally:
-            self.proxy.plan = Plan(seed=0, share=0.0)
-            TOLD.update(self.proxy.done - before)
+        return counted(self.proxy, plan, TOLD)
 
 
 @pytest.fixture(scope="module")

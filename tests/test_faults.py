@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ for package in ("distributed", "s3fs", "moto", "boto3"):
 import boto3
 from helpers.commands import conversion
 from helpers.dask_processes import DaskProcesses, dask_processes
-from helpers.fault_proxy import ALL, OF_ANY, OF_LISTING, FaultProxy, Plan
+from helpers.fault_proxy import ALL, OF_ANY, OF_LISTING, FaultProxy, Plan, counted
 from helpers.frames import write_frames_of, write_table
 from helpers.servers import serving
 from helpers.sets import committed
@@ -131,16 +131,9 @@ class Ground:
     def env(self) -> dict[str, str]:
         return {**KEYS, "AWS_ENDPOINT_URL": self.proxy.url}
 
-    @contextmanager
-    def faults(self, plan: Plan) -> Iterator[None]:
+    def faults(self, plan: Plan) -> AbstractContextManager[None]:
         """Meanwhile. What was done is counted."""
-        before = Counter(self.proxy.done)
-        self.proxy.plan = plan
-        try:
-            yield
-        finally:
-            self.proxy.plan = Plan(seed=0, share=0.0)
-            TOLD.update(self.proxy.done - before)
+        return counted(self.proxy, plan, TOLD)
 
 
 KEYS = {

@@ -1,6 +1,5 @@
 """Training on a set of frames: its own types are the classes, failed rows are never seen."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 pytest.importorskip("torch", reason="needs torch")
 
-import torch
 from helpers.frames import (
     SIZES_WH,
     by_line,
@@ -35,13 +33,7 @@ TINY = ("--epochs", "1", "--batch-size", "4", "--width", "4", "--size", "32", "-
 KINDS = {"thermal": "grey", "normals": "colour"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower with a thread a core where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a network sees beyond rgb and depth, and the cameras of rows as a field."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,13 +34,7 @@ FULL: ConversionSettings = replace(AS_IS, kinds=KINDS, fields=("rgb", "depth", "
 TINY = ("--epochs", "1", "--batch-size", "4", "--width", "4", "--size", "32", "--num-workers", "0")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower with a thread a core where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_rows(folder: Path) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """Several sets of one size, read and trained on as one."""
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,13 +34,7 @@ NAMES = {"house": ("wall", "bed", "chair"), "school": ("chair", "board", "wall")
 TINY = ("--epochs", "1", "--batch-size", "4", "--width", "4", "--size", "32", "--num-workers", "0")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower with a thread a core where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(folder: Path, name: str, types: Mapping[str, int], **settings: object) -> ShardSet:

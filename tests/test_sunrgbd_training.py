@@ -1,6 +1,5 @@
 """Training on SUN RGB-D: 19 classes by default, the labels whole and in 13 groups."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("PIL", reason="needs pillow")
 
-import torch
 from helpers.frames import converted
 
 from convert.sample_sunrgbd import write_sunrgbd
@@ -23,13 +21,7 @@ from train.data import ShardDataset, create_dataloaders
 TINY = ("--epochs", "1", "--batch-size", "8", "--width", "4", "--size", "32", "--num-workers", "0")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower with a thread a core where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

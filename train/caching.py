@@ -5,6 +5,7 @@ through a cache          by the room that there is (train.room); a feeder has th
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,6 +114,9 @@ def _shard_bytes(found: ShardSet, fields: tuple[str, ...]) -> np.ndarray:
     return np.concatenate(sizes)
 
 
+SAID: set[tuple[Path, str]] = set()
+
+
 class Plan:
     """What is read of a set that lies elsewhere, wholly or in part, and the room for it."""
 
@@ -175,12 +179,17 @@ class Plan:
         )
 
     def say(self) -> None:
-        """How it is read, and why."""
+        """How it is read, and why; once in a process, which may have several loaders of it."""
+        shuffle = f"shuffle: {in_words(self.room.in_play)}: {self.room.why}"
+        folder = self.parts[0].path.parent
+        if (folder, shuffle) in SAID:
+            return
+        SAID.add((folder, shuffle))
         states = [(part, part.state.is_here(np.arange(part.n_shards))) for part in self.parts]
         n_here = sum(int(is_here.sum()) for _, is_here in states)
         n_shards = sum(part.n_shards for part in self.parts)
-        log(f"cache: {self.parts[0].path.parent}: {n_here} of {n_shards} shards are there")
-        log(f"shuffle: {in_words(self.room.in_play)}: {self.room.why}")
+        log(f"cache: {folder}: {n_here} of {n_shards} shards are there")
+        log(shuffle)
         n_rows = int(self.train.rows.sum())
         n_of_step = self.reading.n_rows_of_batch
         n_left_out = n_rows % n_of_step if n_rows > n_of_step else 0
@@ -213,7 +222,10 @@ def orders_of(
     """Of the train rows, shuffled, and of those to score on. Raises UserError."""
     in_order = Batches(len(scored), reading.batch_size, None, reading.rank, reading.world)
     if not cached_parts(train.shard_set):
-        return _shuffled(train, reading, local_in_play(train, reading.shuffle)), in_order
+        in_play = local_in_play(train, reading.shuffle)
+        if in_play and reading.rank == 0:
+            say_if_in_order(train.shard_set, in_play)
+        return _shuffled(train, reading, in_play), in_order
     if reading.world > 1 and reading.limit_gb is None:
         what = "several ranks need a number, by which all of them work out the same order"
         raise WrongSetting("cache_limit_gb", None, what)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from loader.memory import Meter
 from shards.dataset import ShardSet
 from shards.errors import one_line
-from shards.files import log, quietly
+from shards.files import log
 from stores.mirror import Mirror
 from train import ranks
 from train.answers import Answers, Collector
@@ -423,8 +423,7 @@ def _train_to_the_end(setup: TaskSetup) -> TrainingResult:
     baseline = _baseline(setup, loaders)
     test: dict[str, float] = {}
     if setup.eval_split != "test" and reported_split(setup) == "test":
-        with quietly():  # how they are read was said
-            loaders = open_loaders(setup, "test")  # the others, and their workers, end here
+        loaders = open_loaders(setup, "test")  # the others, and their workers, end here
         evaluation = evaluate(run, setup, loaders)
         test = evaluation.scores
         answers = evaluation.answers

@@ -154,7 +154,7 @@ def main():
                 print("batch", which, epoch, step, sum_of(batch), flush=True)
     print("done", flush=True)
 
-if __name__ == "__main__":
+def end_by_what_main_does():
     try:
         main()
     except UserError as error:
@@ -162,6 +162,10 @@ if __name__ == "__main__":
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(0)
+
+if __name__ == "__main__":
+    end_by_what_main_does()
 """
 
 
@@ -195,14 +199,7 @@ def end_as_told(told):
     for number, path in ((1, told["out"]), (2, told["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     how.update(told["how"])
-    try:
-        main()
-    except UserError as error:
-        print(one_line(error), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+    end_by_what_main_does()
 
 while True:
     if select.select([0], [], [], 0.02)[0]:

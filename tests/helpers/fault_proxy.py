@@ -224,6 +224,18 @@ def _error(status: int, code: str) -> Answer:
     return Answer(status, headers, b"").with_body(ERROR.format(code=code).encode())
 
 
+@contextmanager
+def counted(proxy: "FaultProxy", plan: Plan, told: "Counter[str]") -> Iterator[None]:
+    """The proxy does what is planned meanwhile; what it did is added to what was told before."""
+    before = Counter(proxy.done)
+    proxy.plan = plan
+    try:
+        yield
+    finally:
+        proxy.plan = Plan(seed=0, share=0.0)
+        told.update(proxy.done - before)
+
+
 class FaultProxy(ThreadingHTTPServer):
     """Serves in threads of this process. `plan` may be changed while it does."""
 
