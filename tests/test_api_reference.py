@@ -32,6 +32,7 @@ WITHOUT_TORCH = ["shards", "stores", "convert"]
 WITH_TORCH = ["loader", "train"]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     "packages", [WITHOUT_TORCH, pytest.param(WITH_TORCH, marks=needs_torch)], ids=",".join
 )

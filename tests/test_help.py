@@ -87,6 +87,7 @@ def test_every_option_says_what_it_is_its_default_and_its_range(
                 "orders_of_set",
                 "peers.__main__",
                 "pretrained",
+                "probe",
                 "recipe",
                 "remote",
                 "step",

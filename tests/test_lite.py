@@ -19,7 +19,7 @@ from train.errors import WrongWeights
 from train.job import TaskSetup, make_setup, new_run, to_learn
 from train.loop import train
 from train.model import build, scaling_of, start_from
-from train.networks.lite import LiteTrunk, SameConv2d
+from train.networks.lite import LiteTrunk, SameConv2d, relu6_
 from train.networks.streams import StreamNetwork
 from train.networks.trunk import colours_in_turn
 from train.predict import predict
@@ -71,6 +71,20 @@ def test_odd_padding_goes_below_and_to_the_right(kernel: int, stride: int, size:
     expected = torch.nn.functional.conv2d(padded, layer.weight, stride=stride)
     assert torch.allclose(layer(picture), expected, atol=1e-5)
     assert layer(picture).shape[-1] == n_out
+
+
+def test_the_activation_in_place_has_the_gradient_of_torchs_own() -> None:
+    torch.manual_seed(0)
+    given = torch.cat((torch.randn(1000) * 6, torch.tensor([0.0, 6.0, -0.0, 3.0, torch.inf])))
+    gradient = torch.randn(len(given))
+    of_both = []
+    for activation in (torch.nn.functional.relu6, relu6_):
+        leaf = given.clone().requires_grad_()
+        result = activation(leaf * 1)
+        result.backward(gradient)
+        of_both.append((result.detach(), leaf.grad))
+    assert torch.equal(of_both[0][0], of_both[1][0])
+    assert torch.equal(of_both[0][1], of_both[1][1])
 
 
 @needs_weights
@@ -208,6 +222,7 @@ def test_a_run_that_is_stopped_at_any_step_ends_with_the_same_weights(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.stress
 def test_a_run_answers_and_another_task_starts_from_it(small_set: Path, tmp_path: Path) -> None:
     parts = settings(small_set, tmp_path / "parts", **{**LITE, "epochs": 1, "task": "semantic40"})
     train(parts)

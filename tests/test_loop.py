@@ -162,6 +162,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert words in lines[0]
 
 
+@pytest.mark.stress
 def test_a_path_need_not_be_utf_8(small_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "run\udcff"
     flags = ["--epochs=1", "--batch-size=8", "--width=4", "--size=32", "--num-workers=0"]

@@ -80,6 +80,7 @@ def test_looking_at_a_set_reads_its_manifest_once(found: Path, verb: str) -> Non
     assert manifests_opened("convert", verb, found) == {str(found): 1}
 
 
+@pytest.mark.stress
 @needs_torch
 def test_a_training_reads_its_manifest_once_and_so_does_predicting_with_several_runs(
     found: Path, tmp_path: Path

@@ -179,6 +179,7 @@ def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.stress
 def test_the_two_commands_that_a_folder_is_answered_with_work_as_printed(
     small_set: Path, scene: Path, tmp_path: Path, capsys: Said
 ) -> None:

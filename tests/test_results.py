@@ -175,6 +175,7 @@ def test_nothing_to_score_is_said(
     assert all(math.isfinite(float(row["train_loss"])) for row in rows(tmp_path / "metrics.csv"))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("field", ["depths", "labels"])
 def test_scenes_do_not_need_a_measured_or_labelled_pixel(
     field: str, make: Make, tmp_path: Path

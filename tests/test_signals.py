@@ -133,6 +133,7 @@ def test_sigterm_while_it_is_evaluated_keeps_the_training_of_the_epoch(
     assert_same(alone, run)
 
 
+@pytest.mark.stress
 def test_signals_that_were_ignored_stay_ignored(small_set: Path, tmp_path: Path) -> None:
     numbers = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
     run, mark = tmp_path / "run", tmp_path / "training"

@@ -255,6 +255,7 @@ def one_round(mat: Path, small_set: Path, drive: Drive, base: Path, seed: int) -
     return happened
 
 
+@pytest.mark.stress
 def test_a_mount_that_fails_at_random_loses_nothing_and_nothing_wrong_is_accepted(
     mat: Path, small_set: Path, drive: Drive, tmp_path: Path
 ) -> None:
@@ -262,6 +263,7 @@ def test_a_mount_that_fails_at_random_loses_nothing_and_nothing_wrong_is_accepte
         one_round(mat, small_set, drive, tmp_path, seed)
 
 
+@pytest.mark.stress
 def test_a_set_of_version_1_on_a_mount_that_fails_ends_whole(drive: Drive, tmp_path: Path) -> None:
     mat = tmp_path / "rooms.mat"
     write_sample(mat, 12, size_wh=(64, 48))

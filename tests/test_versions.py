@@ -698,6 +698,7 @@ def test_a_session_never_takes_the_place_of_a_later_version(tmp_path: Path) -> N
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.stress
 @needs_torch
 def test_a_run_of_version_1_is_continued_on_the_upgraded_set(tmp_path: Path, command: Run) -> None:
     """The same command as then, for one epoch more."""

@@ -1,0 +1,151 @@
+"""What a network that has learnt elsewhere knows of the scenes before it learns from this set.
+
+    python -m bench.probe --data DIR --sizes 128 192 224 [flags of python -m train but --out]
+
+Its trunks stay as they start. A linear classifier learns from what they say of each train picture
+and of its mirror image, and is judged on scenes that it has not seen: those of a fold, as in
+bench.recipe. One line a size and each stream, then all streams together: a size or an input that is
+poor here is poor to begin a training with, and asking costs a minute where training costs an hour.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.command import exit_status, make_parser
+from bench.recipe import BATCH_OF_SCORING, fold_of_rows, loader_over
+from bench.train_flags import parse_with_settings
+from shards.flags import Parser, whole
+from train import ranks
+from train.augment import resize
+from train.inputs import Batch, network_inputs, on_device
+from train.job import TaskSetup, make_setup, new_run
+from train.model import start_from
+from train.networks.streams import StreamNetwork
+from train.recipe import RECIPES
+from train.settings import Settings
+
+N_FOLDS = 4
+STEPS = 60  # of L-BFGS
+WEIGHT_DECAY = 0.03
+SMALLEST_STD = 1e-3
+
+
+@torch.inference_mode()
+def features_of(setup: TaskSetup, model: StreamNetwork) -> tuple[dict[str, Tensor], Tensor]:
+    """(by stream [rows, 2, channels]: of each picture and its mirror image; classes [rows])."""
+    model.eval()
+    found: dict[str, list[Tensor]] = {stream: [] for stream in model.streams}
+    classes = []
+    for batch in loader_over(setup.train_set, BATCH_OF_SCORING, None):
+        inputs, target = _seen(setup, batch)
+        classes.append(target)
+        for stream, pictures in zip(model.streams, inputs, strict=True):
+            trunk = model.trunk(stream)
+            both = [trunk(seen)[-1].mean(dim=(2, 3)) for seen in pictures]
+            found[stream].append(torch.stack(both, dim=1))
+    return {stream: torch.cat(parts) for stream, parts in found.items()}, torch.cat(classes)
+
+
+def _seen(setup: TaskSetup, batch: Batch) -> tuple[list[list[Tensor]], Tensor]:
+    """Of each stream, its pictures and their mirror images as the network sees them; the target."""
+    colours, planes, target = on_device(setup, batch)
+    colours, planes = resize(colours, planes, setup.settings.size or colours.shape[-1])
+    mirrored = [plane.flip(-1) for plane in planes]
+    one = network_inputs(setup, colours, planes)
+    other = network_inputs(setup, colours.flip(-1), mirrored)
+    return [list(pair) for pair in zip(one, other, strict=True)], target
+
+
+def judge(features: Tensor, classes: Tensor, is_left_out: Tensor) -> tuple[float, float, float]:
+    """(top-1, mean over classes, cross entropy) of the rows left out, learnt from the others.
+
+    features: [rows, views, channels]; the answer is the mean over the views.
+    """
+    learnt = features[~is_left_out]
+    n_views, n_channels = learnt.shape[1:]
+    mean = learnt.mean(dim=(0, 1))
+    std = learnt.std(dim=(0, 1)) + SMALLEST_STD
+    layer = torch.nn.Linear(n_channels, int(classes.max()) + 1)
+    torch.nn.init.zeros_(layer.weight)
+
+    inputs = ((learnt - mean) / std).flatten(0, 1)
+    targets = classes[~is_left_out].repeat_interleave(n_views)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        decay = WEIGHT_DECAY * layer.weight.square().sum()
+        total = F.cross_entropy(layer(inputs), targets) + decay
+        total.backward()
+        return total
+
+    optimizer.step(loss)  # type: ignore[arg-type]  # it calls it more than once
+
+    with torch.no_grad():
+        answers = layer((features[is_left_out] - mean) / std).softmax(-1).mean(dim=1)
+    right = classes[is_left_out]
+    is_right = (answers.argmax(dim=1) == right).double()
+    of_classes = [is_right[right == number].mean() for number in right.unique()]
+    entropy = F.nll_loss(answers.log(), right)
+    return float(is_right.mean()), float(torch.stack(of_classes).mean()), float(entropy)
+
+
+def lines_of(common: Settings, size: int) -> Iterator[str]:
+    """Of one size: a line each stream and, where there are several, one of all."""
+    started = time.perf_counter()
+    setup = make_setup(replace(common, size=size), ranks.join())
+    model = new_run(setup).model
+    start_from(model, common.weights)
+    assert isinstance(model, StreamNetwork)
+    features, classes = features_of(setup, model)
+    seconds = time.perf_counter() - started
+
+    folds = torch.from_numpy(fold_of_rows(setup.train_set, N_FOLDS))
+    if len(features) > 1:
+        features["all"] = torch.cat(list(features.values()), dim=-1)
+    for stream, of_stream in features.items():
+        scores = torch.tensor([judge(of_stream, classes, folds == fold) for fold in range(N_FOLDS)])
+        top1, mean_class, entropy = scores.mean(dim=0).tolist()
+        yield (
+            f"{size:4d} px  {stream:8s}  top-1 {100 * top1:.1f} %  mean class "
+            f"{100 * mean_class:.1f} %  cross entropy {entropy:.3f}  ({seconds:.0f} s for the size)"
+        )
+
+
+def make_flags() -> Parser:
+    """Those of the command line, beside a training's."""
+    parser = make_parser("probe", __doc__)
+    parser.add_argument(
+        "--sizes",
+        type=whole(32, 1024),
+        nargs="+",
+        default=[128, 192, 224],
+        metavar="N",
+        help="resolutions to ask at (32 to 1024, default: 128 192 224)",
+    )
+    return parser
+
+
+def report(argv: Sequence[str] | None) -> None:
+    """The lines as they come."""
+    common, args = parse_with_settings(make_flags(), argv, **RECIPES["pretrained"])
+    for size in args.sizes:
+        for line in lines_of(common, size):
+            print(line, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    return exit_status(lambda: report(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
