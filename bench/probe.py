@@ -6,6 +6,8 @@ Its trunks stay as they start. A linear classifier learns from what they say of 
 and of its mirror image, and is judged on scenes that it has not seen: those of a fold, as in
 bench.recipe. One line a size and each stream, then all streams together: a size or an input that is
 poor here is poor to begin a training with, and asking costs a minute where training costs an hour.
+--adapt-norms: BatchNorm first takes the statistics of an epoch of train pictures, as it does in a
+training whose norms are not kept; nothing else changes.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from bench.recipe import BATCH_OF_SCORING, fold_of_rows, loader_over
 from bench.train_flags import parse_with_settings
 from shards.flags import Parser, whole
 from train import ranks
-from train.augment import resize
+from train.augment import Draws, augment, resize
 from train.inputs import Batch, network_inputs, on_device
-from train.job import TaskSetup, make_setup, new_run
+from train.job import TaskSetup, make_setup, new_run, seed_of
 from train.model import start_from
 from train.networks.streams import StreamNetwork
 from train.recipe import RECIPES
@@ -52,6 +54,19 @@ def features_of(setup: TaskSetup, model: StreamNetwork) -> tuple[dict[str, Tenso
             both = [trunk(seen)[-1].mean(dim=(2, 3)) for seen in pictures]
             found[stream].append(torch.stack(both, dim=1))
     return {stream: torch.cat(parts) for stream, parts in found.items()}, torch.cat(classes)
+
+
+@torch.no_grad()
+def adapt_norms(setup: TaskSetup, model: StreamNetwork) -> None:
+    """An epoch of augmented pictures, of which only BatchNorm's statistics are kept."""
+    settings = setup.settings
+    model.train()
+    loader = loader_over(setup.train_set, settings.batch_size, settings.seed)
+    for step, batch in enumerate(loader):
+        colours, planes, _ = on_device(setup, batch)
+        draws = Draws(seed_of(settings.seed, 0, step), len(colours))
+        size = settings.size or colours.shape[-1]
+        model(*network_inputs(setup, *augment(colours, planes, draws, size, settings)))
 
 
 def _seen(setup: TaskSetup, batch: Batch) -> tuple[list[list[Tensor]], Tensor]:
@@ -98,13 +113,15 @@ def judge(features: Tensor, classes: Tensor, is_left_out: Tensor) -> tuple[float
     return float(is_right.mean()), float(torch.stack(of_classes).mean()), float(entropy)
 
 
-def lines_of(common: Settings, size: int) -> Iterator[str]:
+def lines_of(common: Settings, size: int, *, is_adapted: bool) -> Iterator[str]:
     """Of one size: a line each stream and, where there are several, one of all."""
     started = time.perf_counter()
-    setup = make_setup(replace(common, size=size), ranks.join())
+    setup = make_setup(replace(common, task="scene", size=size), ranks.join())
     model = new_run(setup).model
     start_from(model, common.weights)
     assert isinstance(model, StreamNetwork)
+    if is_adapted:
+        adapt_norms(setup, model)
     features, classes = features_of(setup, model)
     seconds = time.perf_counter() - started
 
@@ -131,6 +148,9 @@ def make_flags() -> Parser:
         metavar="N",
         help="resolutions to ask at (32 to 1024, default: 128 192 224)",
     )
+    parser.add_argument(
+        "--adapt-norms", action="store_true", help="let BatchNorm take this set's statistics first"
+    )
     return parser
 
 
@@ -138,7 +158,7 @@ def report(argv: Sequence[str] | None) -> None:
     """The lines as they come."""
     common, args = parse_with_settings(make_flags(), argv, **RECIPES["pretrained"])
     for size in args.sizes:
-        for line in lines_of(common, size):
+        for line in lines_of(common, size, is_adapted=args.adapt_norms):
             print(line, flush=True)
 
 

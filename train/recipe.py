@@ -4,7 +4,7 @@ The default recipe is the best of those compared that learn from the set alone
 (docs/measurements/training.md): small pictures, a narrow network, and two runs. The first learns
 the classes of the pixels, of which a row has thousands; the second learns the scenes, of which a
 row has one, and starts from the first one's trunks. The pretrained one starts from ImageNet: larger
-pictures, few epochs, and a slow rate for what has been learnt already.
+pictures, few epochs, a slow rate for what has been learnt already, and BatchNorm as it was.
 """
 
 import os
@@ -23,11 +23,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pretrained": {
         "model": "lite0",
         "weights": "imagenet",
-        "size": 192,
+        "size": 224,
         "batch_size": 32,
         "lr": 2e-3,
-        "trunk_lr": 0.2,
-        "epochs": 16,
+        "trunk_lr": 0.05,
+        "freeze_norms": 0,
+        "epochs": 8,
         "warmup_epochs": 1,
     },
 }
