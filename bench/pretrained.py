@@ -47,8 +47,8 @@ class Trial:
 
 TRIALS = {
     "recipe": Trial(changes={}),
-    "from nothing": Trial(changes={"weights": None, "trunk_lr": 1.0}),
-    "depth stream from nothing": Trial(changes={}, is_depth_fresh=True),
+    "from nothing": Trial(changes={"weights": None, "trunk_lr": 1.0, "freeze_norms": "never"}),
+    "depth stream from nothing": Trial(changes={"freeze_norms": "never"}, is_depth_fresh=True),
     "rgb": Trial(changes={"inputs": "rgb"}),
     "depth": Trial(changes={"inputs": "depth"}),
     "twice the rate": Trial(changes={}, lr=2.0),
