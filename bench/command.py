@@ -4,7 +4,7 @@ No torch here: the converter's benchmark imports it in the processes that it mea
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bench.cgroup import NoGroup
 from loader.memory import NoRoom
@@ -24,6 +24,16 @@ def add_number(parser: Parser, flag: str, default: int, what: str) -> None:
     """A flag that takes a whole number from 1, with its range and default in its help."""
     text = f"{what} (1 to {MOST}, default: %(default)s)"
     parser.add_argument(flag, type=whole(1, MOST), default=default, metavar="N", help=text)
+
+
+def add_numbers(
+    parser: Parser, flag: str, default: Sequence[int], what: str, *, low: int = 1, high: int = MOST
+) -> None:
+    """A flag that takes one or more of them."""
+    shown = " ".join(map(str, default))
+    text = f"{what} ({low} to {high}, default: {shown})"
+    kind = whole(low, high)
+    parser.add_argument(flag, type=kind, nargs="+", default=default, metavar="N", help=text)
 
 
 def exit_status(run: Callable[[], None]) -> int:

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from bench.command import add_number, exit_status, make_parser
+from bench.command import add_number, add_numbers, exit_status, make_parser
 from bench.orders import mean_and_spread
 from bench.recipe import BATCH_OF_SCORING, Scores, as_text, learn, loader_over
 from bench.train_flags import parse_with_settings
 from convert.sources.dealing import dealt_order
 from loader.loader import Loader
-from shards.flags import Parser, whole
+from shards.flags import Parser
 from shards.spec import SPLITS
 from train import ranks
 from train.caching import shards_of_rows
@@ -102,14 +102,7 @@ def report(settings: Settings, args: argparse.Namespace) -> None:
 def make_flags() -> Parser:
     """Those of the command line, beside a training's."""
     parser = make_parser("orders_of_set", __doc__)
-    parser.add_argument(
-        "--in-play",
-        type=whole(1, 10_000),
-        nargs="+",
-        default=[2, 4],
-        metavar="N",
-        help="shards of each wheel (1 to 10000, default: 2 4)",
-    )
+    add_numbers(parser, "--in-play", [2, 4], "shards of each wheel")
     add_number(parser, "--seeds", 3, "trainings of each order")
     return parser
 

@@ -17,14 +17,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.command import exit_status, make_parser
-from bench.recipe import BATCH_OF_SCORING, fold_of_rows, loader_over
+from bench.command import add_numbers, exit_status, make_parser
+from bench.recipe import BATCH_OF_SCORING, Scores, as_text, fold_of_rows, loader_over
 from bench.train_flags import parse_with_settings
-from shards.flags import Parser, whole
+from shards.flags import Parser
 from train import ranks
 from train.augment import Draws, augment, resize
 from train.inputs import Batch, network_inputs, on_device
@@ -33,6 +34,7 @@ from train.model import start_from
 from train.networks.streams import StreamNetwork
 from train.recipe import RECIPES
 from train.settings import Settings
+from train.tasks import Task
 
 N_FOLDS = 4
 STEPS = 60  # of L-BFGS
@@ -79,8 +81,8 @@ def _seen(setup: TaskSetup, batch: Batch) -> tuple[list[list[Tensor]], Tensor]:
     return [list(pair) for pair in zip(one, other, strict=True)], target
 
 
-def judge(features: Tensor, classes: Tensor, is_left_out: Tensor) -> tuple[float, float, float]:
-    """(top-1, mean over classes, cross entropy) of the rows left out, learnt from the others.
+def judge(task: Task, features: Tensor, classes: Tensor, is_left_out: Tensor) -> Scores:
+    """The task's scores, and the cross entropy, of the rows left out, learnt from the others.
 
     features: [rows, views, channels]; the answer is the mean over the views.
     """
@@ -88,7 +90,7 @@ def judge(features: Tensor, classes: Tensor, is_left_out: Tensor) -> tuple[float
     n_views, n_channels = learnt.shape[1:]
     mean = learnt.mean(dim=(0, 1))
     std = learnt.std(dim=(0, 1)) + SMALLEST_STD
-    layer = torch.nn.Linear(n_channels, int(classes.max()) + 1)
+    layer = torch.nn.Linear(n_channels, task.n_out)
     torch.nn.init.zeros_(layer.weight)
 
     inputs = ((learnt - mean) / std).flatten(0, 1)
@@ -107,10 +109,8 @@ def judge(features: Tensor, classes: Tensor, is_left_out: Tensor) -> tuple[float
     with torch.no_grad():
         answers = layer((features[is_left_out] - mean) / std).softmax(-1).mean(dim=1)
     right = classes[is_left_out]
-    is_right = (answers.argmax(dim=1) == right).double()
-    of_classes = [is_right[right == number].mean() for number in right.unique()]
-    entropy = F.nll_loss(answers.log(), right)
-    return float(is_right.mean()), float(torch.stack(of_classes).mean()), float(entropy)
+    entropy = float(F.nll_loss(answers.log(), right))
+    return {**task.scores(task.count(answers, right)), "cross_entropy": entropy}
 
 
 def lines_of(common: Settings, size: int, *, is_adapted: bool) -> Iterator[str]:
@@ -129,25 +129,15 @@ def lines_of(common: Settings, size: int, *, is_adapted: bool) -> Iterator[str]:
     if len(features) > 1:
         features["all"] = torch.cat(list(features.values()), dim=-1)
     for stream, of_stream in features.items():
-        scores = torch.tensor([judge(of_stream, classes, folds == fold) for fold in range(N_FOLDS)])
-        top1, mean_class, entropy = scores.mean(dim=0).tolist()
-        yield (
-            f"{size:4d} px  {stream:8s}  top-1 {100 * top1:.1f} %  mean class "
-            f"{100 * mean_class:.1f} %  cross entropy {entropy:.3f}  ({seconds:.0f} s for the size)"
-        )
+        found = [judge(setup.task, of_stream, classes, folds == k) for k in range(N_FOLDS)]
+        means = {name: float(np.mean([scores[name] for scores in found])) for name in found[0]}
+        yield f"{size} px, {stream}: {as_text(means)}  ({seconds:.0f} s for the size)"
 
 
 def make_flags() -> Parser:
     """Those of the command line, beside a training's."""
     parser = make_parser("probe", __doc__)
-    parser.add_argument(
-        "--sizes",
-        type=whole(32, 1024),
-        nargs="+",
-        default=[128, 192, 224],
-        metavar="N",
-        help="resolutions to ask at (32 to 1024, default: 128 192 224)",
-    )
+    add_numbers(parser, "--sizes", [128, 192, 224], "resolutions to ask at", low=32, high=1024)
     parser.add_argument(
         "--adapt-norms", action="store_true", help="let BatchNorm take this set's statistics first"
     )
