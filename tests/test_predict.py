@@ -30,9 +30,9 @@ from train.__main__ import main, train_and_report
 from train.any_set import AnySet, answer_file
 from train.data import ShardDataset
 from train.inputs import on_device
-from train.job import make_setup
-from train.loop import train
-from train.predict import Average, answer_png
+from train.job import make_setup, open_loaders
+from train.loop import predict_batch, train
+from train.predict import Together, _load_all, _newest, answer_png
 from train.settings import Settings
 
 TINY: dict[str, Any] = {
@@ -135,10 +135,52 @@ def test_several_runs_answer_with_the_mean_of_their_outputs(
 ) -> None:
     assert predict(scene, scene, "--out", tmp_path / "twice") == 0
     assert rows(tmp_path / "twice" / "predictions.csv") == rows(scene / "predictions.csv")
-    members = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
-    x = torch.rand(5, 3)
-    torch.testing.assert_close(Average(members)(x), (members[0](x) + members[1](x)) / 2)
-    assert predict(scene, rgb) == 2
+
+
+def test_networks_of_other_inputs_sizes_and_kinds_answer_together_each_as_it_does_alone(
+    scene: Path, rgb: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """Their outputs are averaged, by how much each counts."""
+    large = tmp_path / "large"
+    changes = {**TINY, "size": 64, "model": "lite0"}
+    train(Settings(str(small_set), str(large), num_classes=10, **changes))
+    directories = [str(each) for each in (scene, rgb, large)]
+    shares = [1.0, 0.5, 2.5]
+    together = Together(
+        _load_all(directories, [_newest(each) for each in directories], None), shares
+    )
+    batch = next(iter(open_loaders(together.setup, "test").eval))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        found, _ = together.ask(batch)
+        alone = []
+        for each in directories:
+            (one,) = _load_all([each], [_newest(each)], None)
+            of_one = open_loaders(one.setup, "test").eval  # type: ignore[arg-type]
+            alone.append(predict_batch(one.run, one.setup, next(iter(of_one)))[0])
+    expected = sum(share / 4 * out for share, out in zip(shares, alone, strict=True))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_share_of_a_run_counts_it_that_much(
+    scene: Path, rgb: Path, tmp_path: Path, capsys: Said
+) -> None:
+    assert predict(scene, rgb, "--shares", "1,1e-9", "--out", tmp_path / "one") == 0
+    assert rows(tmp_path / "one" / "predictions.csv") == rows(scene / "predictions.csv")
+    capsys.readouterr()
+    for shares in ("1", "1,2,3", "1,0", "1,-1", "1,nan", "1,inf"):
+        assert predict(scene, rgb, "--shares", shares) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    for shares in ("a", "", "1,"):
+        with pytest.raises(SystemExit, match="2"):
+            predict(scene, rgb, "--shares", shares)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_of_other_classes_or_sets_do_not_answer_together(
+    scene: Path, small_set: Path, tmp_path: Path, capsys: Said
+) -> None:
+    train(Settings(str(small_set), str(tmp_path / "other"), num_classes=27, **TINY))
+    assert predict(scene, tmp_path / "other") == 2
     assert "does not learn what" in capsys.readouterr().err
 
 

@@ -52,7 +52,7 @@ class AnySet:
         self.rows = np.flatnonzero(found.column("status") == RIGHT_ROW)
         self.names = _names(found)
         self._setup = setup
-        self._batch_setup = replace(setup, batch_fields=_batch_fields(setup), rays=())
+        self._batch_setup = asked_setup(setup)
         self._size = found.settings.size
         self._depth = _depth_field(setup, found)
         self._target = _target_field(setup, found)
@@ -146,6 +146,11 @@ class AnySet:
 
 
 # ---------------------------------------------------------------- what a set offers
+
+
+def asked_setup(setup: NetworkSetup) -> NetworkSetup:
+    """What a network is asked with about rows of any set."""
+    return replace(setup, batch_fields=_batch_fields(setup), rays=())
 
 
 def _check_fits(setup: NetworkSetup, found: ShardSet) -> None:

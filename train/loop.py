@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,11 +324,14 @@ def evaluate(
     loaders: Loaders,
     test_time_augmentation: bool = True,
     keeper: CheckpointKeeper | None = None,
+    ask: Callable[..., tuple[Tensor, Batch]] | None = None,
 ) -> Evaluation:
     """Every row of `loaders.split` once over all ranks.
 
-    Leaves the counts in the run. `keeper` looks after every batch.
+    Leaves the counts in the run. `keeper` looks after every batch. ask: in the place of
+    `predict_batch` of this run.
     """
+    ask = ask or partial(predict_batch, run, setup)
     run.model.eval()
     if ranks.WORLD > 1:
         _share_statistics(run.model)
@@ -339,12 +343,8 @@ def evaluate(
     with _scoring_bar(loaders, len(positions)) as bar:
         for k, batch in enumerate(loaders.eval):
             for part in _parts(batch):
-                out, on_device = predict_batch(
-                    run,
-                    setup,
-                    part,
-                    test_time_augmentation=test_time_augmentation,
-                    done=bar.update,
+                out, on_device = ask(
+                    part, test_time_augmentation=test_time_augmentation, done=bar.update
                 )
                 target = on_device[-1]
                 loss, weight = setup.task.loss(out, target)

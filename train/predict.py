@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import struct
 import zlib
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shards.dataset import ShardSet
 from shards.errors import MissingSet, UserError, WrongSetting, one_line
@@ -22,9 +23,10 @@ from shards.files import log
 from shards.manifest import FAILED, RIGHT_ROW
 from shards.spec import SPLITS, VOID
 from train.answers import MOST_PICTURES, Prediction, answer_of, prediction_of
-from train.any_set import AnySet, AskedRows, answer_file
+from train.any_set import AnySet, AskedRows, answer_file, asked_setup
 from train.checkpoint import Checkpoint, Run, newest, only_writer, write_csv
 from train.errors import MissingDepth, NeedsSet, NoCheckpoint, WrongCheckpoint
+from train.inputs import Batch
 from train.job import (
     NetworkSetup,
     TaskSetup,
@@ -75,34 +77,53 @@ def predict_flags(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--out", metavar="DIR", help="where the answers go (default: RUN/predict, of the first)"
     )
+    parser.add_argument(
+        "--shares",
+        type=_numbers,
+        metavar="X,X,...",
+        help="how much each run counts, such as 1,0.3; in the order of the runs, more than 0 each "
+        "(default: all the same)",
+    )
     return parser
 
 
+def _numbers(text: str) -> list[float]:
+    """Of a flag: numbers parted by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r}: give numbers parted by commas") from None
+
+
 def predict(
-    run: list[str], images: str | None = None, data: str | None = None, out: str | None = None
+    run: list[str],
+    images: str | None = None,
+    data: str | None = None,
+    out: str | None = None,
+    shares: Sequence[float] | None = None,
 ) -> None:
     """Ask the newest checkpoints of runs, together, about the rows of a set.
 
     run: directories of runs. data: another set, all rows of which are asked about; or where the
     runs' own set is now, whose test rows are scored; None: that one, where it was. out: where
     tables and pages go. images: a folder of pictures, of which a set has to be made first: NeedsSet
-    says which. Raises UserError.
+    says which. shares: how much each run counts, None: as much as the others. Raises UserError.
     """
     _check_paths(run=run, images=images, data=data, out=out)
+    shares = _checked_shares(shares, len(run))
     VOICE.has_spoken()
     run = [os.path.expanduser(each) for each in run]
     if images is not None:
         raise needed_set(run[0], os.path.expanduser(images))
     checkpoints = [_newest(directory) for directory in run]
     given = _opened(data, checkpoints[0]) if data else None
-    loaded = _load_all(run, checkpoints, given)
-    together, setup = _together(loaded)
+    together = Together(_load_all(run, checkpoints, given), shares)
     target = Path(os.path.expanduser(out or f"{run[0]}/predict"))
-    if isinstance(setup, TaskSetup) and _is_own(checkpoints[0], given):
-        files = _score_own_rows(together, setup, target)
+    if isinstance(together.setup, TaskSetup) and _is_own(checkpoints[0], given):
+        files = _score_own_rows(together, together.setup, target)
     else:
         assert given is not None
-        files = _answer_all(together, setup, AnySet(setup, given), target)
+        files = _answer_all(together, AnySet(together.setup, given), target)
     print("files:", *(str(target / name) for name in files))
 
 
@@ -113,11 +134,24 @@ def _check_paths(**paths: list[str] | str | None) -> None:
             raise WrongSetting(name, "''", "an empty path. Give one, or leave it out")
 
 
-def _score_own_rows(run: Run, setup: TaskSetup, target: Path) -> list[str]:
-    """Of the set that the run learnt from: scores, tables and pictures of its test rows."""
+def _checked_shares(shares: Sequence[float] | None, n_runs: int) -> Sequence[float]:
+    """One for each run. Raises WrongSetting."""
+    if shares is None:
+        return [1.0] * n_runs
+    are_right = len(shares) == n_runs and all(0 < share < math.inf for share in shares)
+    if not are_right:
+        given = ",".join(f"{share:g}" for share in shares)
+        advice = f"give {n_runs} numbers above 0, one for each run"
+        raise WrongSetting("shares", given, advice)
+    return shares
+
+
+def _score_own_rows(together: Together, setup: TaskSetup, target: Path) -> list[str]:
+    """Of the set that the runs learnt from: scores, tables and pictures of its test rows."""
+    run = together.run
     loaders = open_loaders(setup, reported_split(setup))
     with only_writer(target, "written"):
-        evaluation = evaluate(run, setup, loaders)
+        evaluation = evaluate(run, setup, loaders, ask=together.ask)
         scores = evaluation.scores.items()
         listed = ", ".join(f"{name} {value:.4f}" for name, value in scores)
         print(f"on the {loaders.split} rows:", listed, flush=True)
@@ -167,7 +201,7 @@ def _load_all(
     loaded = [load_run(directory, found, given, opened) for directory, found in pairs]
     for each in loaded:
         if _what_is_learnt(each) != _what_is_learnt(loaded[0]):
-            what = f"{each.directory} does not learn what {run[0]} does, from the same pictures"
+            what = f"{each.directory} does not learn what {run[0]} does, from the same set"
             raise UserError(what, "Name runs that do")
     return loaded
 
@@ -189,6 +223,7 @@ def load_run(
         setup = _setup_of(settings, found, given, opened)
         run = new_run(setup)
         run.model.load_state_dict(found.model)
+        run.model.eval()
     except (TypeError, KeyError, RuntimeError) as error:
         what = f"{found.path} is of another version or network ({one_line(error)})"
         raise WrongCheckpoint(what, run=directory, path=found.path) from None
@@ -233,37 +268,49 @@ def _own_set(settings: Settings, found: Checkpoint, *, is_asked_about: bool) -> 
 def _what_is_learnt(loaded: LoadedRun) -> tuple[Any, ...]:
     """What networks must have in common to answer together."""
     settings = loaded.setup.settings
-    return (
-        settings.task,
-        settings.num_classes,
-        settings.inputs,
-        settings.size,
-        loaded.setup.sees_surfaces,
-        loaded.setup.scaling,  # all are given the same numbers
-        loaded.fingerprint,
-    )
+    return (settings.task, settings.num_classes, settings.further_fields, loaded.fingerprint)
 
 
-class Average(nn.Module):
-    """Networks as one: the mean of their outputs."""
+class Together:
+    """Runs as one, whatever each of their networks sees: the mean of their outputs, by `shares`.
 
-    def __init__(self, members: list[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
+    run, setup: of the one that is handed the most of each row.
+    """
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """What each member takes -> the mean of what they give."""
-        return torch.stack([member(*inputs) for member in self.members]).mean(dim=0)
+    def __init__(self, members: list[LoadedRun], shares: Sequence[float]) -> None:
+        self._members = members
+        self._shares = [share / sum(shares) for share in shares]
+        reader = max(members, key=lambda each: (each.setup.sees_depth, each.setup.sees_surfaces))
+        self.run = reader.run
+        self.setup = reader.setup
 
+    def about_any_set(self) -> Together:
+        """The same, to be asked about rows of another set."""
+        members = [replace(each, setup=asked_setup(each.setup)) for each in self._members]
+        return Together(members, self._shares)
 
-def _together(loaded: list[LoadedRun]) -> tuple[Run, NetworkSetup]:
-    """A run whose network is the mean of all, and a setup that fits it."""
-    # A layout that all of them can take: the plain one, unless every network is in channels_last.
-    plain = [each for each in loaded if each.run.layout is not torch.channels_last]
-    chosen = plain[0] if plain else loaded[0]
-    mean = Average([each.run.model for each in loaded])
-    together = replace(loaded[-1].run, model=mean, net=mean, layout=chosen.run.layout)
-    return together, chosen.setup
+    def ask(
+        self,
+        batch: Batch,
+        *,
+        test_time_augmentation: bool = True,
+        done: Callable[[float], object] | None = None,
+    ) -> tuple[Tensor, Batch]:
+        """As `predict_batch`. batch: `setup.batch_fields` and the target."""
+        stored = dict(zip(self.setup.batch_fields, batch, strict=False))
+        mean: Tensor | None = None
+        for member, share in zip(self._members, self._shares, strict=True):
+            own = [stored[name] for name in member.setup.batch_fields]
+            out, seen = predict_batch(
+                member.run,
+                member.setup,
+                (*own, batch[-1]),
+                test_time_augmentation=test_time_augmentation,
+                done=None if done is None else lambda rows: done(rows / len(self._members)),
+            )
+            mean = share * out if mean is None else mean + share * out
+        assert mean is not None
+        return mean, seen
 
 
 def needed_set(run: str, images: str) -> NeedsSet:
@@ -307,9 +354,9 @@ class SetAnswers:
         self.n_known: dict[str, int] = {}
 
     @torch.inference_mode()
-    def ask(self, run: Run, asked: AskedRows, bar: Progress) -> None:
+    def ask(self, together: Together, asked: AskedRows, bar: Progress) -> None:
         """Ask about some rows, and write dense answers. Raises CannotWrite."""
-        out, (rgb, depth, true) = predict_batch(run, asked.setup, asked.batch, done=bar.update)
+        out, (rgb, depth, true) = together.ask(asked.batch, done=bar.update)
         splits = self.rows.split_of(asked.rows)
         for k, row in enumerate(asked.rows.tolist()):
             if not asked.can_be_asked[k]:
@@ -355,14 +402,15 @@ class SetAnswers:
         self.n_known[split] = self.n_known.get(split, 0) + 1
 
 
-def _answer_all(run: Run, setup: NetworkSetup, rows: AnySet, target: Path) -> list[str]:
+def _answer_all(together: Together, rows: AnySet, target: Path) -> list[str]:
     """Tables, a page and dense answers about every right row of a set; the files' names."""
-    run.model.eval()
+    setup = together.setup
+    about = together.about_any_set()
     with only_writer(target, "written"):
         answers = SetAnswers(setup, rows, target)
         with Progress("predicting", "pictures", len(rows)) as bar:
             for asked in rows.asked():
-                answers.ask(run, asked, bar)
+                answers.ask(about, asked, bar)
         if not answers.table and setup.sees_depth and len(rows):
             raise MissingDepth(rows.found.path)
         answers.sort()
