@@ -27,7 +27,7 @@ from loader.loader import Loader
 from shards.flags import Parser
 from train import ranks
 from train.checkpoint import Run
-from train.job import TaskSetup, make_setup, new_run, open_loaders
+from train.job import TaskSetup, make_setup, new_run, open_loaders, to_learn
 from train.loop import train_step
 
 N_UNTIMED = 4  # steps, more than the loader holds ready
@@ -75,7 +75,7 @@ def synchronize(setup: TaskSetup) -> None:
 def time_pairs(setup: TaskSetup, n_pairs: int, n_steps: int) -> Iterator[Pair]:
     """The halves in an order that alternates, beginning with the one batch."""
     run = new_run(setup)
-    run.model.train()
+    to_learn(run.model, setup.settings, 0)
     loader = open_loaders(setup, setup.eval_split).train
     real = endless(loader)
     one = repeated(loader)
