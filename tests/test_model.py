@@ -1,6 +1,9 @@
 """The network: standard parameter names, and ImageNet weights in both streams."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 import torch
+from conftest import REPO
 from torch import Tensor, nn
 
 from shards.errors import UserError
@@ -151,3 +155,28 @@ def test_a_dense_network_answers_at_a_quarter_of_the_resolution(fields: str) -> 
     pictures = [torch.randn(2, n, 64, 96) for n in planes.values()]
     assert model(*pictures).shape == (2, 40, 16, 24)
     assert len(model.streams) == len(planes)
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HOW_MANY_ARE_LARGE = """
+import re, train, torch
+from pathlib import Path
+kept = torch.ones(64 << 20, dtype=torch.uint8)
+print(re.search(r"AnonHugePages: +(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(
+    not HUGE.exists() or "[madvise]" not in HUGE.read_text(),
+    reason="Linux does not give large pages when asked, and only then",
+)
+def test_large_memory_of_torch_comes_in_large_pages_unless_told_otherwise() -> None:
+    n_kb = {}
+    for asked in (None, "0"):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("THP_")}
+        env |= {"THP_MEM_ALLOC_ENABLE": asked} if asked else {}
+        command = [sys.executable, "-c", HOW_MANY_ARE_LARGE]
+        found = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+        n_kb[asked] = int(found.stdout)
+    # Some: memory in pieces has no 64 MiB of them at any time.
+    assert n_kb[None] > n_kb["0"]
