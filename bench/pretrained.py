@@ -45,19 +45,24 @@ class Trial:
         return replace(common, lr=common.lr * self.lr, **self.changes)
 
 
+ALL_LEARN = {"trunk_lr": 1.0, "freeze_norms": "never", "freeze_maps": 0}
 TRIALS = {
     "recipe": Trial(changes={}),
-    "from nothing": Trial(changes={"weights": None, "trunk_lr": 1.0, "freeze_norms": "never"}),
-    "depth stream from nothing": Trial(changes={"freeze_norms": "never"}, is_depth_fresh=True),
-    "rgb": Trial(changes={"inputs": "rgb"}),
+    "from nothing": Trial(changes={"weights": None, **ALL_LEARN}),
+    "with depth": Trial(changes={"inputs": "rgbd"}),
     "depth": Trial(changes={"inputs": "depth"}),
+    "depth, all layers": Trial(changes={"inputs": "depth", **ALL_LEARN}),
+    "depth from nothing": Trial(changes={"inputs": "depth", "weights": None, **ALL_LEARN}),
+    "depth stream from nothing": Trial(
+        changes={"inputs": "rgbd", **ALL_LEARN, "trunk_lr": 0.2}, is_depth_fresh=True
+    ),
+    "all layers": Trial(changes={"freeze_maps": 0}),
+    "head alone": Trial(changes={"freeze_maps": 4}),
     "twice the rate": Trial(changes={}, lr=2.0),
     "half the rate": Trial(changes={}, lr=0.5),
-    "one rate for all layers": Trial(changes={"trunk_lr": 1.0}),
     "trunks at a fiftieth": Trial(changes={"trunk_lr": 0.02}),
-    "trunks at a fifth": Trial(changes={"trunk_lr": 0.2}),
+    "trunks at a tenth": Trial(changes={"trunk_lr": 0.1}),
     "norms that learn": Trial(changes={"freeze_norms": "never"}),
-    "norms kept after 4 epochs": Trial(changes={"freeze_norms": 4}),
     "larger crops": Trial(changes={"crop": 0.7}),
     "smaller crops": Trial(changes={"crop": 0.3}),
 }

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 from helpers.training import assert_same, rows, settings, weights
 
-from shards.errors import NeedsSetting, UserError
+from shards.errors import NeedsSetting
 from train.checkpoint import CHECKPOINT, Run
 from train.errors import WrongWeights
-from train.job import TaskSetup, make_setup, new_run, to_learn
-from train.loop import train
+from train.job import TaskSetup, make_setup, new_run, open_loaders, to_learn
+from train.loop import train, train_step
 from train.model import build, scaling_of, start_from
-from train.networks.lite import LiteTrunk, SameConv2d, relu6_
+from train.networks.lite import LiteTrunk, SameConv2d, normed, relu6_
 from train.networks.streams import StreamNetwork
 from train.networks.trunk import colours_in_turn
 from train.predict import predict
@@ -85,6 +86,36 @@ def test_the_activation_in_place_has_the_gradient_of_torchs_own() -> None:
         of_both.append((result.detach(), leaf.grad))
     assert torch.equal(of_both[0][0], of_both[1][0])
     assert torch.equal(of_both[0][1], of_both[1][1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_norm_that_stays_is_in_the_convolution_with_the_same_answer_and_gradients(
+    layout: torch.memory_format,
+) -> None:
+    torch.manual_seed(0)
+    conv = SameConv2d(6, 12, 5, 2, groups=6, bias=False).to(memory_format=layout)
+    norm = torch.nn.BatchNorm2d(12, eps=1e-3)
+    norm.running_mean = torch.randn(12)
+    norm.running_var = torch.rand(12) + 0.1
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    norm.eval()
+    picture = torch.randn(2, 6, 15, 15, requires_grad=True)
+    learning = [picture, conv.weight, norm.weight, norm.bias]
+    together, apart = normed(conv, norm, picture), norm(conv(picture))
+    assert torch.allclose(together, apart, atol=1e-5)
+    gradient = torch.randn_like(apart)
+    gradients = [torch.autograd.grad(out, learning, gradient) for out in (together, apart)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_norm_that_learns_takes_the_statistics_of_the_batch() -> None:
+    conv = SameConv2d(3, 4, 1, bias=False)
+    norm = torch.nn.BatchNorm2d(4)
+    out = normed(conv, norm, torch.randn(8, 3, 4, 4))
+    assert torch.allclose(out.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5)
+    assert norm.num_batches_tracked == 1
 
 
 @needs_weights
@@ -199,6 +230,43 @@ def test_norms_of_the_trunks_keep_their_statistics_from_that_epoch_on(
         assert not torch.equal(model.decoder.smooth[1].running_mean, of_decoder)
 
 
+@pytest.mark.parametrize("name", ["lite0", "resnet18"])
+def test_layers_of_frozen_maps_learn_nothing_and_all_others_do(
+    name: str, small_set: Path, tmp_path: Path
+) -> None:
+    changes = {"model": name, "width": 16, "freeze_norms": "never", "trunk_lr": 0.5}
+    of_map: dict[int, set[str]] = {}
+    for n_maps in range(5):
+        run, setup = run_of(small_set, tmp_path, **changes, weights="runs/x", freeze_maps=n_maps)
+        to_learn(run.model, setup.settings, 0)
+        before = {key: value.clone() for key, value in run.model.state_dict().items()}
+        train_step(run, setup, next(iter(open_loaders(setup, "test").train)), slice(None))
+        after = run.model.state_dict()
+        of_map[n_maps] = {key for key in before if torch.equal(before[key], after[key])}
+
+    assert of_map[0] == set()
+    for fewer, more in pairwise(range(5)):
+        assert of_map[fewer] < of_map[more]
+    trunks = {key for key in before if not key.startswith("fc.")}
+    assert of_map[4] == trunks
+
+
+@pytest.mark.parametrize("name", ["lite0", "resnet18"])
+def test_the_layers_of_a_map_are_all_that_it_comes_from(name: str) -> None:
+    trunk = build(name, 10, width=16).trunk("rgb")  # type: ignore[operator]
+    for n_maps in range(5):
+        trunk.requires_grad_(True)
+        trunk.keep_layers_of(n_maps)
+        maps = trunk.train()(torch.rand(2, 3, 64, 64))
+        assert [each.requires_grad for each in maps] == [k >= n_maps for k in range(4)]
+
+
+@pytest.mark.parametrize("model", ["timm:resnet18", "mine:Net", "lite0"])
+def test_of_other_networks_and_of_random_weights_no_maps_are_frozen(model: str) -> None:
+    with pytest.raises(NeedsSetting, match="freeze_maps"):
+        settings(Path("data"), Path("runs"), model=model, freeze_maps=1)
+
+
 @pytest.mark.parametrize("change", [{"trunk_lr": 0.5}, {"freeze_norms": 0}])
 def test_a_network_of_ones_own_has_no_trunks_to_treat_apart(change: dict[str, object]) -> None:
     with pytest.raises(NeedsSetting, match="Leave it out"):
@@ -236,17 +304,6 @@ def test_a_run_answers_and_another_task_starts_from_it(small_set: Path, tmp_path
     for key, value in weights(tmp_path / "parts").items():
         if not key.startswith("decoder."):
             assert torch.equal(own[key], value), key
-
-
-@pytest.mark.stress
-def test_runs_that_want_their_colours_otherwise_do_not_answer_together(
-    small_set: Path, tmp_path: Path
-) -> None:
-    names = ("lite0", "resnet18")
-    for name in names:
-        train(settings(small_set, tmp_path / name, model=name, width=16, epochs=1, num_workers=0))
-    with pytest.raises(UserError, match="from the same pictures"):
-        predict([str(tmp_path / name) for name in names])
 
 
 def test_a_run_of_a_version_without_these_settings_is_continued(

@@ -276,9 +276,21 @@ def test_other_pictures_in_a_folder_are_another_set_and_the_same_ones_the_same(
 
 
 def test_what_a_run_needs_of_a_set_is_told(rgb: Path, scene: Path, capsys: Said) -> None:
-    for run, flags in ((rgb, "--size 32 --fields rgb --max-failed 1"), (scene, "--size 32")):
-        assert predict(run, "--needs") == 0
-        assert capsys.readouterr().out.startswith(flags)
+    for runs, flags in (
+        ([rgb], "--size 32 --fields rgb --max-failed 1"),
+        ([scene], "--size 32 --max-failed 1"),
+        ([rgb, scene], "--size 32 --max-failed 1"),
+    ):
+        assert predict(*runs, "--needs") == 0
+        assert capsys.readouterr().out.strip() == flags
+
+
+def test_several_runs_are_asked_about_a_folder_together(
+    rgb: Path, scene: Path, tmp_path: Path, capsys: Said
+) -> None:
+    photos = folder_of(tmp_path / "photos", "a.png")
+    assert predict(rgb, scene, "--images", photos) == 2
+    assert f'python -m train predict {rgb} {scene} --data "$set"' in capsys.readouterr().err
 
 
 def test_a_folder_that_is_none_is_named(scene: Path, tmp_path: Path, capsys: Said) -> None:

@@ -60,10 +60,12 @@ def test_the_pretrained_recipe_is_one_run_from_imagenet(small_set: Path) -> None
         (run,) = planned(small_set, *flags)
         assert (run.model, run.weights, run.task) == ("lite0", "imagenet", task)
         assert run.trunk_lr < 1
+        assert (run.inputs, run.freeze_maps) == ("rgb", 3)
         assert run.out == "runs/scene"
     flags = ("--recipe", "pretrained", "--model", "timm:resnet18", "--size", "64")
     (other,) = planned(small_set, *flags)
     assert (other.model, other.weights, other.size) == ("timm:resnet18", "imagenet", 64)
+    assert other.freeze_maps == 0
 
 
 def test_networks_of_timm_begin_with_the_scenes(small_set: Path) -> None:

@@ -131,8 +131,9 @@ def _as_flags(values: dict[str, Any]) -> str:
 def parse(words: Sequence[str]) -> tuple[Settings, str | None, str]:
     """The settings, the recipe and the run that it starts from. Raises UserError, or SystemExit."""
     parser = make_parser()
-    recipe: str | None = parser.parse_args(words).recipe
-    parser.set_defaults(**defaults(recipe))
+    given = parser.parse_args(words)
+    recipe: str | None = given.recipe
+    parser.set_defaults(**defaults(recipe, given.model))
 
     values = vars(parser.parse_args(words))
     del values["recipe"]
@@ -204,7 +205,7 @@ def look(words: Sequence[str]) -> None:
 
 def _predict(values: dict[str, Any]) -> None:
     if values.pop("needs"):
-        print(shlex.join(_flags_of_set(needed_set(values["run"][0], ""))))
+        print(shlex.join(_flags_of_set(needed_set(values["run"], ""))))
     else:
         predict(**values)
 
@@ -307,10 +308,9 @@ def _flags_of_set(needed: NeedsSet) -> list[str]:
 
 
 def _after_images(error: NeedsSet) -> str:
-    root = str(Path(error.run, "images"))
+    root = str(Path(error.runs[0], "images"))
     words = shlex.join([error.images, "--out", root, *_flags_of_set(error)])
-    run = shlex.quote(error.run)
-    ask = f'python -m train predict {run} --data "$set"'
+    ask = f'python -m train predict {shlex.join(error.runs)} --data "$set"'
     return f"Run: set=$(python -m convert run {words}) && {ask}"
 
 

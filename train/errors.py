@@ -23,6 +23,7 @@ Settings are called as in Python; the command line has the same texts told with 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,17 +225,18 @@ class MissingDepth(UserError):
 
 
 class NeedsSet(UserError):
-    """A folder of pictures, where a run is asked about a set.
+    """A folder of pictures, where runs are asked about a set.
 
-    images: the folder. run: the run. size: of the pictures that it learnt from. fields: what a set
-    of the folder has to have; None: all that is there.
+    images: the folder. runs: the runs. size: of the pictures that they learnt from. fields: what a
+    set of the folder has to have; None: all that is there.
     """
 
-    def __init__(self, images: str, run: str, size: int, fields: str | None) -> None:
-        what = f"{images} is a folder of pictures: a set is made of it first, then {run} is asked"
-        super().__init__(what)
+    def __init__(self, images: str, runs: Sequence[str], size: int, fields: str | None) -> None:
+        verb = "is" if len(runs) == 1 else "are"
+        what = f"{images} is a folder of pictures: a set is made of it first"
+        super().__init__(f"{what}, then {' and '.join(runs)} {verb} asked")
         self.images = images
-        self.run = run
+        self.runs = tuple(runs)
         self.size = size
         self.fields = fields
 

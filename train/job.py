@@ -352,6 +352,10 @@ def _new_model(setup: NetworkSetup) -> tuple[nn.Module, torch.memory_format]:
         dense=settings.task != "scene",
         size=settings.size or setup.learnt.size,
     )
+    if settings.freeze_maps:
+        assert isinstance(model, StreamNetwork)
+        for trunk in model.trunks():
+            trunk.keep_layers_of(settings.freeze_maps)
     # A network of a user's own may flatten its features, which channels_last forbids.
     layout = layout_for(model, setup.device) if setup.is_built_in else torch.contiguous_format
     model = model.to(setup.device, memory_format=layout)  # type: ignore[call-overload]

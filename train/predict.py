@@ -114,7 +114,7 @@ def predict(
     VOICE.has_spoken()
     run = [os.path.expanduser(each) for each in run]
     if images is not None:
-        raise needed_set(run[0], os.path.expanduser(images))
+        raise needed_set(run, os.path.expanduser(images))
     checkpoints = [_newest(directory) for directory in run]
     given = _opened(data, checkpoints[0]) if data else None
     together = Together(_load_all(run, checkpoints, given), shares)
@@ -313,12 +313,13 @@ class Together:
         return mean, seen
 
 
-def needed_set(run: str, images: str) -> NeedsSet:
-    """What a set of a folder of pictures is to be like, so that a run can be asked about it.
+def needed_set(run: Sequence[str], images: str) -> NeedsSet:
+    """What a set of a folder of pictures is to be like, so that runs can be asked about it.
 
     Raises NoCheckpoint, and UserError where that cannot be told.
     """
-    found = _newest(run)
+    checkpoints = [_newest(each) for each in run]
+    found = checkpoints[0]
     if images and not Path(images).is_dir():
         raise UserError(f"{images} is no folder", "Name one with pictures in it")
     settings = Settings(**found.settings)
@@ -326,7 +327,8 @@ def needed_set(run: str, images: str) -> NeedsSet:
         size = _own_set(settings, found, is_asked_about=False).settings.size
     else:
         size = Learnt.from_plain(found.learnt).size
-    is_alone = settings.input_fields == ("rgb",)
+    seen = [Settings(**each.settings).input_fields for each in checkpoints]
+    is_alone = all(fields == ("rgb",) for fields in seen)
     return NeedsSet(images, run, size, "rgb" if is_alone else None)
 
 

@@ -3,8 +3,9 @@
 The default recipe is the best of those compared that learn from the set alone
 (docs/measurements/training.md): small pictures, a narrow network, and two runs. The first learns
 the classes of the pixels, of which a row has thousands; the second learns the scenes, of which a
-row has one, and starts from the first one's trunks. The pretrained one starts from ImageNet: larger
-pictures, few epochs, a slow rate for what has been learnt already, and BatchNorm as it was.
+row has one, and starts from the first one's trunks. The pretrained one starts from ImageNet, which
+knows colours: larger pictures of them, few epochs, only the last layers learn, at a slow rate, and
+BatchNorm stays as it was.
 """
 
 import os
@@ -23,11 +24,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pretrained": {
         "model": "lite0",
         "weights": "imagenet",
+        "inputs": "rgb",
         "size": 224,
         "batch_size": 32,
         "lr": 2e-3,
-        "trunk_lr": 0.05,
+        "trunk_lr": 0.04,
         "freeze_norms": 0,
+        "freeze_maps": 3,
         "epochs": 8,
         "warmup_epochs": 1,
     },
@@ -53,13 +56,18 @@ class Stage:
         return is_kept and Path(self.settings.out, CLASS_TABLE).is_file()
 
 
-def defaults(recipe: str | None) -> dict[str, Any]:
-    """The values that take the place of the settings' defaults. Raises WrongSetting."""
+def defaults(recipe: str | None, model: str = BUILT_IN[0]) -> dict[str, Any]:
+    """The values that take the place of the settings' defaults; those that a network of this name
+    can be told. Raises WrongSetting.
+    """
     if recipe is None:
         return {}
     if recipe not in RECIPES:
         raise WrongSetting("recipe", recipe, f"choose one of {', '.join(RECIPES)}")
-    return RECIPES[recipe]
+    values = RECIPES[recipe]
+    if model in BUILT_IN:
+        return values
+    return {name: value for name, value in values.items() if name != "freeze_maps"}
 
 
 def plan(

@@ -123,6 +123,13 @@ class Settings:
         also="never",
         metavar="N|never",
     )
+    freeze_maps: int = _number(
+        0,
+        "how many of the maps of a built-in network's trunks, fine to coarse, come from layers "
+        "that keep their weights and statistics",
+        0,
+        4,
+    )
     weight_decay: float = _number(
         0.05, "decay of AdamW, on weights but not on biases and norms", 0, 10
     )
@@ -184,6 +191,10 @@ class Settings:
             value = getattr(self, name)
             if value != default and not self.has_trunks:
                 raise NeedsSetting(name, value, "model", BUILT_IN[0], "Leave it out")
+        if self.freeze_maps and self.model not in BUILT_IN:
+            raise NeedsSetting("freeze_maps", self.freeze_maps, "model", "lite0", "Leave it out")
+        if self.freeze_maps and not self.weights:  # they would stay as they were drawn
+            raise NeedsSetting("freeze_maps", self.freeze_maps, "weights", "imagenet")
 
     @property
     def has_trunks(self) -> bool:

@@ -5,7 +5,7 @@ again; no squeeze and excitation, ReLU6 throughout. M. Tan, Q. Le: EfficientNet 
 variant of TensorFlow's "lite".
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,17 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         """[B, n_in, H, W] -> [B, n_out, ceil(H / stride), ceil(W / stride)]."""
+        return self.convolved(x_bchw, self.weight, self.bias)
+
+    def convolved(self, x_bchw: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with other weights."""
         height, width = x_bchw.shape[-2:]
         top, bottom = self._padding(height)
         left, right = self._padding(width)
         if (top, left) == (bottom, right):
-            return F.conv2d(x_bchw, self.weight, None, self.stride, (top, left), 1, self.groups)
+            return F.conv2d(x_bchw, weight, bias, self.stride, (top, left), 1, self.groups)
         padded = F.pad(x_bchw, (left, right, top, bottom))
-        return F.conv2d(padded, self.weight, None, self.stride, 0, 1, self.groups)
+        return F.conv2d(padded, weight, bias, self.stride, 0, 1, self.groups)
 
     def _padding(self, size: int) -> tuple[int, int]:
         """Before and behind."""
@@ -105,6 +109,20 @@ def _norm(n_channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(n_channels, eps=NORM_EPSILON)
 
 
+def normed(conv: SameConv2d, norm: nn.BatchNorm2d, x_bchw: Tensor) -> Tensor:
+    """norm(conv(x)). With statistics that stay, the norm is a factor and a summand a channel: the
+    convolution takes both into its weights, and no map is gone through for them.
+    """
+    if norm.training:
+        out: Tensor = norm(conv(x_bchw))
+        return out
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor_c = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    summand_c = norm.bias - norm.running_mean * factor_c
+    return conv.convolved(x_bchw, conv.weight * factor_c[:, None, None, None], summand_c)
+
+
 class Block(nn.Module):
     """An inverted residual: wide in the middle, with a shortcut where its shape stays."""
 
@@ -114,20 +132,20 @@ class Block(nn.Module):
         self.is_widened = widening > 1
         self.has_shortcut = stride == 1 and n_in == n_out
         if self.is_widened:
-            self._expand_conv = nn.Conv2d(n_in, n_wide, 1, bias=False)
+            self._expand_conv = SameConv2d(n_in, n_wide, 1, bias=False)
             self._bn0 = _norm(n_wide)
         self._depthwise_conv = SameConv2d(n_wide, n_wide, kernel, stride, groups=n_wide, bias=False)
         self._bn1 = _norm(n_wide)
-        self._project_conv = nn.Conv2d(n_wide, n_out, 1, bias=False)
+        self._project_conv = SameConv2d(n_wide, n_out, 1, bias=False)
         self._bn2 = _norm(n_out)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         """[B, n_in, H, W] -> [B, n_out, ceil(H / stride), ceil(W / stride)]."""
         y_bchw = x_bchw
         if self.is_widened:
-            y_bchw = relu6_(self._bn0(self._expand_conv(y_bchw)))
-        y_bchw = relu6_(self._bn1(self._depthwise_conv(y_bchw)))
-        y_bchw = self._bn2(self._project_conv(y_bchw))
+            y_bchw = relu6_(normed(self._expand_conv, self._bn0, y_bchw))
+        y_bchw = relu6_(normed(self._depthwise_conv, self._bn1, y_bchw))
+        y_bchw = normed(self._project_conv, self._bn2, y_bchw)
         return y_bchw + x_bchw if self.has_shortcut else y_bchw
 
 
@@ -160,19 +178,28 @@ class LiteTrunk(Trunk):
             if stage.is_map:
                 self.ends_of_maps.append(len(blocks) - 1)
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head = nn.Conv2d(n_channels, N_HEAD, 1, bias=False)
+        self._conv_head = SameConv2d(n_channels, N_HEAD, 1, bias=False)
         self._bn1 = _norm(N_HEAD)
 
     def forward(self, x_bchw: Tensor) -> list[Tensor]:
         """24, 40, 112 and 1,280 channels."""
-        y_bchw = relu6_(self._bn0(self._conv_stem(x_bchw)))
+        y_bchw = relu6_(normed(self._conv_stem, self._bn0, x_bchw))
         maps = []
         for k, block in enumerate(self._blocks):
             y_bchw = block(y_bchw)
             if k in self.ends_of_maps:
                 maps.append(y_bchw)
-        maps.append(relu6_(self._bn1(self._conv_head(y_bchw))))
+        maps.append(relu6_(normed(self._conv_head, self._bn1, y_bchw)))
         return maps
+
+    def layers_of(self, n_maps: int) -> Sequence[nn.Module]:
+        """The stem and blocks; of all four also what is behind the blocks."""
+        if n_maps == 0:
+            return []
+        if n_maps == len(self.widths):
+            return [self._conv_stem, self._bn0, *self._blocks, self._conv_head, self._bn1]
+        last = self.ends_of_maps[n_maps - 1]
+        return [self._conv_stem, self._bn0, *self._blocks[: last + 1]]
 
     def imagenet(self) -> Mapping[str, Tensor]:
         """Of the package that carries it. Raises UserError where that is not installed."""

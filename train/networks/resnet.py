@@ -1,6 +1,6 @@
 """ResNet-18 as a trunk; parameter names as in the standard checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,13 @@ class ResNetTrunk(Trunk):
         stage3 = self.layer3(stage2)
         stage4 = self.layer4(stage3)
         return [stage1, stage2, stage3, stage4]
+
+    def layers_of(self, n_maps: int) -> Sequence[nn.Module]:
+        """The stem and a stage each."""
+        if n_maps == 0:
+            return []
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [self.conv1, self.bn1, *stages[:n_maps]]
 
     def imagenet(self) -> Mapping[str, Tensor]:
         """Fetched once, its hash checked. Raises what fetching raises."""

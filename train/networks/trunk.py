@@ -2,11 +2,12 @@
 
     picture [B, n_planes, H, W] -> Trunk -> maps, fine to coarse, [B, widths[k], h, w] each
 
-A further kind of trunk says its widths, the names of its first and last layers in the checkpoints
-that are usual for it, and where its ImageNet weights come from.
+A further kind of trunk says its widths, which layers its maps come from, the names of its first and
+last layers in the checkpoints that are usual for it, and where its ImageNet weights come from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Trunk(nn.Module):
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = widths
+        self._n_kept = 0  # maps
 
     def init_weights(self) -> None:
         """Fresh random weights of its convolutions."""
@@ -39,6 +41,26 @@ class Trunk(nn.Module):
         for layer in self.modules():
             if isinstance(layer, _BatchNorm):
                 layer.eval()
+
+    def layers_of(self, n_maps: int) -> Sequence[nn.Module]:
+        """Those that the first maps, fine to coarse, come from."""
+        raise NotImplementedError
+
+    def keep_layers_of(self, n_maps: int) -> None:
+        """Those layers learn nothing from now on, and their BatchNorm uses the statistics that it
+        has: no gradient goes through them, which is most of a step's time.
+        """
+        self._n_kept = n_maps
+        for layer in self.layers_of(n_maps):
+            layer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; layers that are kept stay in evaluation mode."""
+        super().train(mode)
+        if self._n_kept:
+            for layer in self.layers_of(self._n_kept):
+                layer.eval()
+        return self
 
     def imagenet(self) -> Mapping[str, Tensor]:
         """The standard checkpoint. What reading or fetching raises; UserError where the package
