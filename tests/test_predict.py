@@ -167,7 +167,7 @@ def test_a_share_of_a_run_counts_it_that_much(
     assert predict(scene, rgb, "--shares", "1,1e-9", "--out", tmp_path / "one") == 0
     assert rows(tmp_path / "one" / "predictions.csv") == rows(scene / "predictions.csv")
     capsys.readouterr()
-    for shares in ("1", "1,2,3", "1,0", "1,-1", "1,nan", "1,inf"):
+    for shares in ("1", "1,2,3", "1,0", "1,-1", "1,nan", "1,inf", "1e308,1e308"):
         assert predict(scene, rgb, "--shares", shares) == 2
         assert capsys.readouterr().err.count("\n") == 1
     for shares in ("a", "", "1,"):

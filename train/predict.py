@@ -138,8 +138,8 @@ def _checked_shares(shares: Sequence[float] | None, n_runs: int) -> Sequence[flo
     """One for each run. Raises WrongSetting."""
     if shares is None:
         return [1.0] * n_runs
-    are_right = len(shares) == n_runs and all(0 < share < math.inf for share in shares)
-    if not are_right:
+    are_positive = all(share > 0 for share in shares)
+    if len(shares) != n_runs or not are_positive or not math.isfinite(sum(shares)):
         given = ",".join(f"{share:g}" for share in shares)
         advice = f"give {n_runs} numbers above 0, one for each run"
         raise WrongSetting("shares", given, advice)
