@@ -2,6 +2,7 @@
 of train/room.py tells.
 """
 
+import pickle
 import re
 from dataclasses import replace
 from typing import Any
@@ -220,6 +221,25 @@ def test_shards_of_the_batches_that_may_be_asked_for_at_once_have_room_together(
     if room.removes:
         assert_next_batches_fit(stream_of(train, room.in_play, 0, room.train_bytes), train)
         assert_next_batches_fit(stream_of(scored, 0, None, room.scored_bytes), scored)
+
+
+@pytest.mark.parametrize("in_play", [0, 3])
+def test_a_fetcher_is_sent_an_order_whatever_was_worked_out_of_it_meanwhile(in_play: int) -> None:
+    read = ReadShards(
+        numbers=np.arange(8),
+        rows=np.full(8, 5),
+        n_bytes=np.full(8, 100),
+        n_rows_of_batch=4,
+    )
+    stream = stream_of(read, in_play, 0, 800)
+    sent = pickle.dumps(stream)
+    shards, later = stream.next_shards(stream.n_steps // 2)
+    assert pickle.dumps(stream) == sent  # what another thread may change is no part of it
+    there: Stream = pickle.loads(sent)
+    for expected, found in zip(
+        (shards, later), there.next_shards(stream.n_steps // 2), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 # ---------------------------------------------------------------- words

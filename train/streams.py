@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ class Stream:
     seed: int | None
     n_rows_of_batch: int
     room_bytes: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was worked out of it, perhaps by another thread at this moment."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def order(self) -> RowOrder:
