@@ -7,7 +7,7 @@ device.
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -31,9 +31,8 @@ from shards.dataset import ShardSet, open_set
 from shards.errors import MissingSet, UserError, WrongSetting
 from shards.files import log
 from shards.gather import RowGather
-from shards.manifest import RIGHT_ROW
 from shards.readahead import RowsAhead
-from shards.spec import NO_SCENE_TYPE, SPLITS, VOID, Box, Camera, Field
+from shards.spec import SPLITS, Box, Camera, Field
 from stores.cached_set import CachedAddress, CachedSet
 from train.arguments import (
     check_cache,
@@ -55,9 +54,10 @@ from train.arguments import (
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels, normalize_rgb
 from train.caching import Reading, cached_parts, orders_of, with_feed
 from train.feeding import FedBatches
-from train.joined import join, label_classes, parts_of, parts_of_rows
+from train.joined import join, parts_of, parts_of_rows
 from train.opening import DatasetPath, open_for_training
 from train.room import shuffle_named
+from train.split_rows import SplitRows, check_split, evaluation_split, read_split, target_of
 from train.torch_words import TorchWords, check_torch_words
 
 MM_A_METRE = 1000
@@ -76,43 +76,6 @@ CAMERA = Field(
     resampling="none",
 )
 OPENED = {"_set", "_split_rows", "_gather", "_ahead", "_parts"}  # what a pickle leaves behind
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is learnt from a row. `field`: where it is stored; None: in a column."""
-
-    name: str
-    field: str | None
-    n_classes: int | None = None  # of semanticN
-
-
-def target_of(name: str) -> Target:
-    """ "scene", "semantic", "semanticN", "depth" or "instance"."""
-    if name == "scene":
-        return Target(name=name, field=None)
-    if name.startswith("semantic"):
-        n = name.removeprefix("semantic")
-        return Target(name=name, field="label", n_classes=int(n) if n else None)
-    return Target(name=name, field=name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitRows:
-    """Which rows a dataset is of, and what turns what is stored of them into classes.
-
-    scene_ids: [N] of every row of the set, -1 = no class; label_classes: of each stored label, void
-    is -100, torch's ignore_index; an array of each set that is joined. Both are empty where the
-    target is another. cameras: [N, 4] of every row, where they are asked for; else empty.
-    n_without_class: rows of the split that are left out, as their scene type is no class.
-    """
-
-    rows: np.ndarray
-    classes: tuple[str, ...]
-    scene_ids: np.ndarray
-    label_classes: tuple[np.ndarray, ...]
-    cameras: np.ndarray
-    n_without_class: int
 
 
 class ShardDataset(Dataset[tuple[Tensor, ...]]):
@@ -206,38 +169,11 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def _read_split(self) -> SplitRows:
         """The columns of its rows; maps wait for the first row that is asked for."""
-        target = target_of(self.target)
-        named = [self._field(name) for name in self.fields]
-        if target.field:
-            self._set.field(target.field)
-        all_rows = rows = self._rows_of_split()
-        protocol = self._set.dataset.protocol(self.num_classes)  # refused with any target
-
-        classes: tuple[str, ...] = ()
-        scene_ids = np.empty(0, np.int64)
-        classes_of_labels: tuple[np.ndarray, ...] = ()
-        if self.target == "scene":
-            classes = protocol.names
-            scene_ids = self._ids_of_scenes(protocol.ids_of(self._set.dataset.scene_types))
-            rows = self._with_a_class(rows, scene_ids)
-        elif target.field == "label":
-            classes, tables = label_classes(self._set, target.n_classes)
-            classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
-
-        n_without_class = len(all_rows) - len(rows)
-        if self._kept is not None:
-            rows = rows[self._kept]
-        cameras = np.empty((0, 4), np.float32)
-        if CAMERA in named:
-            cameras = self._set.column(CAMERA.name)
-        return SplitRows(
-            rows=rows,
-            classes=classes,
-            scene_ids=scene_ids,
-            label_classes=classes_of_labels,
-            cameras=cameras,
-            n_without_class=n_without_class,
-        )
+        sees_cameras = CAMERA in [self._field(name) for name in self.fields]
+        found = read_split(self._set, self.split, self.target, self.num_classes)
+        if sees_cameras:
+            found = replace(found, cameras=self._set.column(CAMERA.name))
+        return found if self._kept is None else replace(found, rows=found.rows[self._kept])
 
     def _check_statistics(self) -> None:
         """Raise MissingSet where depth is to be normalised and the set does not say by what."""
@@ -245,34 +181,6 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         if self.normalize and sees_depth and not self.depth_mean >= 0:
             what = "has no train rows with depth to take statistics from"
             raise MissingSet(self.path, what, "Convert a source that has some")
-
-    def _rows_of_split(self) -> np.ndarray:
-        """Row numbers of the split; rows that could not be read are in none."""
-        split = self._set.column("split")
-        is_right = self._set.column("status") == RIGHT_ROW
-        if self.split == "all":
-            return np.flatnonzero(is_right)
-        rows = np.flatnonzero(is_right & (split == SPLITS.index(self.split)))
-        if not len(rows):
-            what = f"has no {self.split} rows"
-            raise MissingSet(self.path, what, "Convert a source that has some")
-        return rows
-
-    def _ids_of_scenes(self, id_of_type: np.ndarray) -> np.ndarray:
-        """[N] int64 of every row of the set; -1 = no class."""
-        types = self._set.column("scene_type")
-        has_type = types != NO_SCENE_TYPE
-        ids = np.full(len(types), -1, np.int64)
-        ids[has_type] = id_of_type[types[has_type]]
-        return ids
-
-    def _with_a_class(self, rows: np.ndarray, scene_ids: np.ndarray) -> np.ndarray:
-        """The rows whose scene type is a class."""
-        is_known = scene_ids[rows] >= 0
-        if len(rows) and not is_known.any():
-            what = f"has no {self.split} rows with a scene type"
-            raise MissingSet(self.path, what, "Choose another target")
-        return rows[is_known]
 
     def _say_what_is_left_out(self) -> None:
         """Once: not where it is remade from a pickle, as in each worker."""
@@ -546,33 +454,6 @@ def depth_statistics(found: ShardSet) -> tuple[float, float]:
     mean_m = depth.statistics.mean[0] / 1000
     std_m = depth.statistics.std[0] / 1000
     return mean_m, max(std_m, SMALLEST_STD)
-
-
-def check_split(found: ShardSet, split: str) -> None:
-    """Raise MissingSet that names the splits of a set where it has no row of this one."""
-    n_rows = np.bincount(found.column("split"), minlength=len(SPLITS))
-    has = [name for k, name in enumerate(SPLITS) if n_rows[k]]
-    if split != "all" and split not in has:
-        right = f"Choose {' or '.join(has)}, or convert a source that has some"
-        raise MissingSet(found.address, f"has no {split} rows", right)
-
-
-def evaluation_split(found: ShardSet, eval_split: str) -> str:
-    """The split to score on: the one named; for "auto" val where there are such rows, else test.
-
-    Raises MissingSet where it has neither.
-    """
-    if eval_split != "auto":
-        check_split(found, eval_split)
-        return eval_split
-    split = found.column("split")
-    is_right = found.column("status") == RIGHT_ROW
-    for name in ("val", "test"):
-        if np.any(is_right & (split == SPLITS.index(name))):
-            return name
-    raise MissingSet(
-        found.address, "has neither val nor test rows", "Its source has to say which rows are"
-    )
 
 
 def create_dataloaders(

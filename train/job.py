@@ -16,13 +16,7 @@ from train import ranks
 from train.augment import IMAGENET_SCALING, Scaling
 from train.caching import Reading, decided
 from train.checkpoint import Run, shuffle_of_run
-from train.data import (
-    CAMERA,
-    ShardDataset,
-    create_dataloaders,
-    evaluation_split,
-    open_for_training,
-)
+from train.data import CAMERA, ShardDataset, create_dataloaders
 from train.errors import NothingToLearn, WrongNetwork
 from train.feeding import FedBatches
 from train.learnt import FurtherField, Learnt
@@ -36,8 +30,10 @@ from train.model import (
     unused_parameters,
 )
 from train.networks.streams import StreamNetwork
+from train.opening import open_for_training
 from train.order import RowOrder, steps_per_epoch
 from train.settings import Settings
+from train.split_rows import evaluation_split
 from train.tasks import Task, make_task
 
 SURFACE_PLANES = 5  # of augment.surface

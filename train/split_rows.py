@@ -1,0 +1,135 @@
+"""Which rows of a set a split has, and what is learnt from each of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.dataset import ShardSet
+from shards.errors import MissingSet
+from shards.manifest import RIGHT_ROW
+from shards.spec import NO_SCENE_TYPE, SPLITS, VOID
+from train.joined import label_classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is learnt from a row. `field`: where it is stored; None: in a column."""
+
+    name: str
+    field: str | None
+    n_classes: int | None = None  # of semanticN
+
+
+def target_of(name: str) -> Target:
+    """ "scene", "semantic", "semanticN", "depth" or "instance"."""
+    if name == "scene":
+        return Target(name=name, field=None)
+    if name.startswith("semantic"):
+        n = name.removeprefix("semantic")
+        return Target(name=name, field="label", n_classes=int(n) if n else None)
+    return Target(name=name, field=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRows:
+    """Which rows a dataset is of, and what turns what is stored of them into classes.
+
+    rows: [N] their numbers in the set. n_without_class: rows of the split that are left out, as
+    their scene type is no class. Of every row of the set, and empty where nothing asks for it:
+    scene_ids: [rows of the set] int64, -1 = no class. label_classes: of each stored label, void is
+    -100, torch's ignore_index; an array of each set that is joined. cameras: [rows of the set, 4].
+    """
+
+    rows: np.ndarray
+    n_without_class: int = 0
+    classes: tuple[str, ...] = ()
+    scene_ids: np.ndarray
+    label_classes: tuple[np.ndarray, ...] = ()
+    cameras: np.ndarray
+
+
+def read_split(
+    found: ShardSet, split: str, target_name: str, num_classes: int | None = None
+) -> SplitRows:
+    """The rows of a split that have the target; from the set's columns alone, without cameras.
+
+    num_classes: which scene classes; None: the dataset's default. Raises MissingSet where there are
+    none, MissingField where the set does not store the target, WrongSetting for other numbers of
+    classes than it has, whatever the target.
+    """
+    target = target_of(target_name)
+    if target.field:
+        found.field(target.field)
+    all_rows = rows = _rows_of_split(found, split)
+    protocol = found.dataset.protocol(num_classes)
+
+    classes: tuple[str, ...] = ()
+    scene_ids = np.empty(0, np.int64)
+    classes_of_labels: tuple[np.ndarray, ...] = ()
+    if target.name == "scene":
+        classes = protocol.names
+        scene_ids = _ids_of_scenes(found, protocol.ids_of(found.dataset.scene_types))
+        rows = all_rows[scene_ids[all_rows] >= 0]
+        if len(all_rows) and not len(rows):
+            what = f"has no {split} rows with a scene type"
+            raise MissingSet(found.address, what, "Choose another target")
+    elif target.field == "label":
+        classes, tables = label_classes(found, target.n_classes)
+        classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
+
+    return SplitRows(
+        rows=rows,
+        n_without_class=len(all_rows) - len(rows),
+        classes=classes,
+        scene_ids=scene_ids,
+        label_classes=classes_of_labels,
+        cameras=np.empty((0, 4), np.float32),
+    )
+
+
+def _rows_of_split(found: ShardSet, split: str) -> np.ndarray:
+    """Row numbers; rows that could not be read are in no split."""
+    is_right = found.column("status") == RIGHT_ROW
+    if split == "all":
+        return np.flatnonzero(is_right)
+    rows = np.flatnonzero(is_right & (found.column("split") == SPLITS.index(split)))
+    if not len(rows):
+        what = f"has no {split} rows"
+        raise MissingSet(found.address, what, "Convert a source that has some")
+    return rows
+
+
+def _ids_of_scenes(found: ShardSet, id_of_type: np.ndarray) -> np.ndarray:
+    """[rows of the set] int64; -1 = no class. id_of_type: of each of its scene types."""
+    types = found.column("scene_type")
+    has_type = types != NO_SCENE_TYPE
+    ids = np.full(len(types), -1, np.int64)
+    ids[has_type] = id_of_type[types[has_type]]
+    return ids
+
+
+def check_split(found: ShardSet, split: str) -> None:
+    """Raise MissingSet that names the splits of a set where it has no row of this one."""
+    n_rows = np.bincount(found.column("split"), minlength=len(SPLITS))
+    has = [name for k, name in enumerate(SPLITS) if n_rows[k]]
+    if split != "all" and split not in has:
+        right = f"Choose {' or '.join(has)}, or convert a source that has some"
+        raise MissingSet(found.address, f"has no {split} rows", right)
+
+
+def evaluation_split(found: ShardSet, eval_split: str) -> str:
+    """The split to score on: the one named; for "auto" val where there are such rows, else test.
+
+    Raises MissingSet where it has neither.
+    """
+    if eval_split != "auto":
+        check_split(found, eval_split)
+        return eval_split
+    split = found.column("split")
+    is_right = found.column("status") == RIGHT_ROW
+    for name in ("val", "test"):
+        if np.any(is_right & (split == SPLITS.index(name))):
+            return name
+    raise MissingSet(
+        found.address, "has neither val nor test rows", "Its source has to say which rows are"
+    )
