@@ -32,8 +32,9 @@ from train.data import ShardDataset
 from train.inputs import on_device
 from train.job import make_setup, open_loaders
 from train.loop import predict_batch, train
-from train.predict import Together, _load_all, _newest, answer_png
+from train.set_answers import answer_png
 from train.settings import Settings
+from train.together import Together, load_runs, newest_of
 
 TINY: dict[str, Any] = {
     "epochs": 1,
@@ -147,14 +148,14 @@ def test_networks_of_other_inputs_sizes_and_kinds_answer_together_each_as_it_doe
     directories = [str(each) for each in (scene, rgb, large)]
     shares = [1.0, 0.5, 2.5]
     together = Together(
-        _load_all(directories, [_newest(each) for each in directories], None), shares
+        load_runs(directories, [newest_of(each) for each in directories], None), shares
     )
     batch = next(iter(open_loaders(together.setup, "test").eval))  # type: ignore[arg-type]
     with torch.inference_mode():
         found, _ = together.ask(batch)
         alone = []
         for each in directories:
-            (one,) = _load_all([each], [_newest(each)], None)
+            (one,) = load_runs([each], [newest_of(each)], None)
             of_one = open_loaders(one.setup, "test").eval  # type: ignore[arg-type]
             alone.append(predict_batch(one.run, one.setup, next(iter(of_one)))[0])
     expected = sum(share / 4 * out for share, out in zip(shares, alone, strict=True))
