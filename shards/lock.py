@@ -67,8 +67,7 @@ def hold(
             if handle in HELD:  # else this is a child
                 _write(handle, b"")
     finally:
-        HELD.discard(handle)
-        os.close(handle)
+        _close(handle)
 
 
 def take(path: Path) -> int | None:
@@ -90,8 +89,13 @@ def take(path: Path) -> int | None:
 
 def let_go(handle: int) -> None:
     """Of what `take` gave; another process may have been given the lock meanwhile, and keeps it."""
-    HELD.discard(handle)
-    os.close(handle)
+    _close(handle)
+
+
+def _close(handle: int) -> None:
+    with _OPENING:
+        HELD.discard(handle)
+        os.close(handle)
 
 
 def is_held(path: Path) -> bool:

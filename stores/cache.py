@@ -18,11 +18,12 @@ into the shared map what is there.
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
 from weakref import finalize
@@ -260,17 +261,21 @@ class Reader:
     """A process that trains from a cache.
 
     job: the same in all processes of one training on a machine. feed: the number of the orders in
-    which it reads; not 0. removes: whether it has shards removed that it is past. pid: of the
-    process.
+    which it reads; not 0. fields: that it reads of a shard, which is there when all of them are;
+    their names parted by commas. removes: whether it has shards removed that it is past. pid: of
+    the process.
     """
 
     job: str
     feed: int
+    fields: str
     removes: bool
     pid: int
 
     def goes_with(self, other: "Reader") -> bool:
         """Whether both may read from one folder at the same time."""
+        if self.fields != other.fields:
+            return False
         return self.job == other.job or not (self.removes or other.removes)
 
 
@@ -365,13 +370,16 @@ def _living(path: Path) -> Iterator[tuple[Path, Reader]]:
             yield each, reader
 
 
-def tell_failure(path: Path, feed: int, error: BaseException) -> None:
-    """Let all readers of these orders know why nothing is fetched for them any more."""
+def tell_failure(folders: Iterable[Path], feed: int, error: BaseException) -> None:
+    """Let all readers of these orders know why nothing is fetched for them any more.
+
+    folders: of all sets that they read: who waits for one looks into that one's alone.
+    """
     said = [one_line(error), ""]
     if isinstance(error, UserError):
         said = [error.problem, error.right]
     text = json.dumps([part[:MOST_SAID] for part in said], ensure_ascii=False).encode()
-    for each, reader in _living(path):
+    for each, reader in chain.from_iterable(map(_living, folders)):
         if reader.feed == feed:
             with suppress(OSError), open(each, "r+b") as file:
                 file.seek(FAILURE_AT)

@@ -96,7 +96,7 @@ class CachedSet(ShardSet):
     def maps(self, fields: Iterable[str]) -> dict[str, Sequence[np.ndarray]]:
         """The shards of several fields; who reads them uses a CachedGather. Raises MissingField."""
         named = [self.field(name) for name in fields]
-        made = partial(CachedShards, state=self.state, is_fed=self.feed != 0)
+        made = partial(CachedShards, state=self.state, feed=self.feed)
         return dict(mapped_shards(self.path, self.manifest, named, made))
 
     def gather(self, fields: Sequence[str]) -> RowGather:
@@ -194,12 +194,12 @@ class CachedShards(MappedShards):
         first: int,
         *,
         state: CacheState,
-        is_fed: bool,
+        feed: int,
     ) -> None:
-        """is_fed: whether somebody fetches; else the state is that of a time gone by."""
+        """feed: of who has shards fetched; the state is that of whose orders are served."""
         super().__init__(files, addresses, first)
         self._state = state
-        self._is_fed = is_fed
+        self._feed = feed
         self._seen = np.zeros(len(files.names), np.uint32)  # state.changes when it was mapped
 
     def need(self, shards: np.ndarray) -> None:
@@ -224,9 +224,10 @@ class CachedShards(MappedShards):
         try:
             super()._map(shard)
         except DamagedSet:
-            if self._is_fed and seen == self._state.changes[shard] and seen % 2:
+            is_served = self._feed != 0 and self._feed == int(self._state.numbers[SERVED])
+            if is_served and seen == self._state.changes[shard] and seen % 2:
                 raise
-            raise NotAtHand from None  # it was removed just now, or long ago
+            raise NotAtHand from None  # it was removed just now, long ago, or other fields came
         self._seen[shard] = seen
 
 

@@ -240,6 +240,22 @@ def test_loaders_that_are_made_again_take_the_place_of_those_before(
     assert found + [sum_of(batch) for batch in begun] == right[0]
 
 
+@pytest.mark.parametrize("limit_gb", [ROOMY_GB, LIMIT_GB])
+def test_loaders_of_other_fields_take_the_place_of_those_before_which_read_on(
+    limit_gb: float, server: Server, small: Path, cache: Path
+) -> None:
+    fields: list[tuple[str, ...]] = [("rgb", "depth"), ("rgb",), ("rgb", "depth")]
+    loaders = []
+    for each in fields:
+        train, _ = opened(server, small, cache, cache_limit_gb=limit_gb, fields=each)
+        expected = right_sums(small, shuffle_of(train), 1, fields=each)[0]
+        assert sums(train) == expected
+        loaders.append((train, expected))
+    for train, (expected,) in loaders:
+        train.set_epoch(0)
+        assert [sum_of(batch) for batch in train] == expected
+
+
 def test_a_dataset_outlives_its_loaders(server: Server, small: Path, cache: Path) -> None:
     train, _ = opened(server, small, cache, cache_limit_gb=LIMIT_GB)
     next(iter(train))
@@ -394,13 +410,27 @@ def test_a_second_training_is_refused_where_shards_have_to_go(
 ) -> None:
     opened(server, small, cache)
     gc.collect()
-    other = Reader(job="another", feed=7, removes=False, pid=4711)
+    other = Reader(job="another", feed=7, fields="depth,rgb", removes=False, pid=4711)
     reading = begin_reading(folder_of(cache), other)
     train, _ = opened(server, small, cache)  # nothing goes: both may read
     assert sums(train) == right_sums(small, "full", 1)[0]
     with pytest.raises(CacheInUse, match="process 4711"):
         opened(server, small, cache, cache_limit_gb=LIMIT_GB)
     reading.close()
+
+
+def test_a_second_training_is_refused_where_it_reads_other_fields(
+    server: Server, small: Path, cache: Path
+) -> None:
+    opened(server, small, cache)
+    gc.collect()
+    other = Reader(job="another", feed=7, fields="rgb", removes=False, pid=4711)
+    reading = begin_reading(folder_of(cache), other)
+    with pytest.raises(CacheInUse, match="process 4711"):
+        opened(server, small, cache)
+    reading.close()
+    train, _ = opened(server, small, cache)
+    assert sums(train) == right_sums(small, "full", 1)[0]
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
@@ -493,3 +523,16 @@ def test_where_fetching_has_failed_every_loader_says_so(
         with pytest.raises(StoreFailed, match=r"depth-0004\d.npy is missing"):
             sums(loader)
     assert not fetchers(cache)
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_where_fetching_one_of_several_sets_has_failed_their_loader_says_so(
+    damaged: int, small: Path, other: Path, cache: Path
+) -> None:
+    with serving_set(small, other) as both:
+        sets = [small, other]
+        del both.files[f"/{sets[damaged].name}/depth-00003.npy"]
+        urls = [both.url(each.name) for each in sets]
+        train, _ = create_dataloaders(urls, cache_dir=cache, cache_limit_gb=ROOMY_GB, **HOW)
+        with pytest.raises(StoreFailed, match=r"depth-00003.npy is missing"):
+            sums(train)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from conftest import REPO
 from helpers.training import assert_same, environment, settings
 
+from shards import lock
 from shards.errors import UserError
 from shards.lock import hold
 from train.__main__ import command, main
@@ -229,6 +231,35 @@ def test_a_killed_holder_holds_nothing_though_its_children_live(tmp_path: Path) 
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+class SlowSet(set[int]):
+    """Leaves other threads time behind each number that is taken out."""
+
+    def discard(self, number: int) -> None:
+        super().discard(number)
+        time.sleep(0.3)
+
+
+def test_a_child_that_is_forked_while_a_lock_is_let_go_does_not_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "HELD", SlowSet())
+    handle = lock.take(tmp_path / ".lock")
+    assert handle is not None
+    letting_go = threading.Thread(target=lock.let_go, args=(handle,))
+    letting_go.start()
+    time.sleep(0.1)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        letting_go.join()
+        assert not lock.is_held(tmp_path / ".lock")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_file_system_without_locks_is_no_obstacle(

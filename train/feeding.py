@@ -50,17 +50,22 @@ SPEAK_S = 10.0  # while batches are waited for
 class Feeder:
     """Of one process. job: what is to be fetched; its `feed` is given here. states: of its parts.
 
-    Where shards have to go, one order is served: loaders that were made before of the same set in
-    this process read from now on what is there, and the rest row by row. Raises CacheInUse where
-    another training uses the cache in another way.
+    Of loaders that read other fields of a set, and where shards have to go of any others, only the
+    last ones have shards fetched: those made before in this process read from now on what is there,
+    and the rest row by row. Raises CacheInUse where another training uses the cache in another way.
     """
 
     def __init__(self, job: FetchJob, states: Sequence[CacheState], world: int) -> None:
         _take_the_place_of_others(job)
         name = job_name(world)
         self.job = replace(job, feed=_feed_of(job, name))
-        reader = Reader(job=name, feed=self.feed, removes=job.removes, pid=os.getpid())
-        self._files = [begin_reading(part.path, reader) for part in job.parts]
+        self._files = []
+        for part in job.parts:
+            fields = ",".join(sorted(part.fields))
+            reader = Reader(
+                job=name, feed=self.feed, fields=fields, removes=job.removes, pid=os.getpid()
+            )
+            self._files.append(begin_reading(part.path, reader))
         self.positions = self._files[0].positions
         self._owner = os.getpid()
         FEEDERS.add(self)
@@ -91,10 +96,11 @@ FEEDERS: WeakSet[Feeder] = WeakSet()  # those of this process, and of the one it
 
 def _take_the_place_of_others(job: FetchJob) -> None:
     """Close the feeders of this process that the new one cannot be beside."""
-    folders = {part.path for part in job.parts}
+    fields = {part.path: set(part.fields) for part in job.parts}
     for other in list(FEEDERS):
-        is_of_same_set = not folders.isdisjoint(part.path for part in other.job.parts)
-        if is_of_same_set and (job.removes or other.job.removes):
+        shared = [part for part in other.job.parts if part.path in fields]
+        has_others = any(set(part.fields) != fields[part.path] for part in shared)
+        if shared and (job.removes or other.job.removes or has_others):
             other.close()
 
 
@@ -177,7 +183,7 @@ class Keeper:
             while not self.is_over.is_set() and self._see_to_it():
                 self.is_over.wait(LOOK_S)
         except Exception as error:
-            tell_failure(self._job.parts[0].path, self._job.feed, error)
+            tell_failure([part.path for part in self._job.parts], self._job.feed, error)
 
     def end_fetcher(self) -> None:
         """Unless other processes of the same training still read, which go on with it."""

@@ -353,7 +353,7 @@ def main() -> NoReturn:
         signal.signal(signal.SIGTERM, lambda *_: end(fetcher, 0))
         fetcher.run()
     except Exception as error:
-        tell_failure(job.parts[0].path, job.feed, error)
+        tell_failure([part.path for part in job.parts], job.feed, error)
         status = 2
     end(fetcher, status)
 
