@@ -2,18 +2,31 @@
 
 import shutil
 import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shards.errors import one_line
-from shards.files import log, write_atomically
+from shards.files import UNFINISHED, log, write_atomically
 
 BLOCK_BYTES = 1 << 20
+ABANDONED_S = 3600.0  # without a byte written, a copy is nobody's any more
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy one file, whole or not at all. Raises OSError."""
     with open(source, "rb") as file:  # stays the same file when a newer one takes its name
         write_atomically(target, lambda copy: shutil.copyfileobj(file, copy, BLOCK_BYTES))
+
+
+def _remove_unfinished(folder: Path, names: Sequence[str]) -> None:
+    """Copies of these files that nobody goes on with: their process was killed."""
+    for path in folder.glob(UNFINISHED):
+        is_ours = path.name.startswith(tuple(f".{name}." for name in names))
+        with suppress(OSError):
+            if is_ours and time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
 
 
 class Mirror:
@@ -55,6 +68,7 @@ class Mirror:
     def _copy(self, target: str, names: tuple[str, ...]) -> None:
         try:
             Path(target).mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(Path(target), names)
             for name in names:
                 copy_file(Path(self.source, name), Path(target, name))
         except Exception as error:  # a mounted Drive fails in many ways

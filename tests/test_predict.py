@@ -276,6 +276,42 @@ def test_other_pictures_in_a_folder_are_another_set_and_the_same_ones_the_same(
     assert not (tmp_path / "out" / "unanswered.csv").exists()
 
 
+def test_a_run_that_was_moved_is_asked_though_another_lies_where_it_was(
+    small_set: Path, tmp_path: Path
+) -> None:
+    settings = Settings(str(small_set), str(tmp_path / "a"), num_classes=10, **TINY)
+    train(settings)
+    (tmp_path / "a").rename(tmp_path / "b")
+    train(replace(settings, shuffle="wheel:2"))
+    assert predict(tmp_path / "b") == 0
+
+
+def test_a_damaged_checkpoint_is_skipped_by_who_asks_and_stays(
+    scene: Path, tmp_path: Path, capsys: Said
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scene, run)
+    (run / "last.pt").write_bytes(b"nonsense")
+    assert predict(run) == 0
+    assert f"{run / 'last.pt'} is damaged and skipped" in capsys.readouterr().err
+    assert (run / "last.pt").read_bytes() == b"nonsense"
+
+
+def test_a_run_of_a_later_version_is_one_line_and_no_advice_to_remove_it(
+    scene: Path, tmp_path: Path, capsys: Said
+) -> None:
+    state = torch.load(scene / "last.pt", weights_only=True)
+    state["settings"]["of_tomorrow"] = 1
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(state, run / "last.pt")
+    for more in ((), ("--needs",)):
+        assert predict(run, *more) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "this version does not know (of_tomorrow)" in line
+        assert "reset" not in line
+
+
 def test_what_a_run_needs_of_a_set_is_told(rgb: Path, scene: Path, capsys: Said) -> None:
     for runs, flags in (
         ([rgb], "--size 32 --fields rgb --max-failed 1"),

@@ -2,9 +2,12 @@
 
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ import train.loop as loop
 from shards import files
 from shards.errors import UserError
 from train.__main__ import command, train_and_report
-from train.checkpoint import CHECKPOINT, PREVIOUS
+from train.checkpoint import CHECKPOINT, PREVIOUS, newest, set_aside
 from train.errors import OtherRun
 from train.loop import train
 
@@ -139,6 +142,43 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continued(
     assert_same(whole, tmp_path)
 
 
+def test_a_checkpoint_that_cannot_be_read_for_now_is_kept_and_not_replaced_by_an_older_one(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_inside(small_set, tmp_path, monkeypatch, 6)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # no file can be opened
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            newest(settings(small_set, tmp_path), set_aside)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (tmp_path / CHECKPOINT).is_file()
+    assert not (tmp_path / CHECKPOINT).with_suffix(".broken").exists()
+
+
+def test_what_a_save_that_was_killed_has_left_is_removed_by_the_next_run(
+    small_set: Path, whole: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import os\n"
+        "from train import checkpoint\n"
+        "real = checkpoint._torch_save\n"
+        "def killed(state, file): real(state, file); os.kill(os.getpid(), 9)\n"
+        "checkpoint._torch_save = killed\n"
+        "from train.__main__ import main\n"
+        "main()"
+    )
+    run = tmp_path / "run"
+    words = command(settings(small_set, run, save_minutes=0.0)).split()[3:]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, env=environment())
+    assert done.returncode == -9
+    assert list(run.glob(files.UNFINISHED))
+    train(settings(small_set, run))
+    assert not list(run.glob(files.UNFINISHED))
+    assert_same(whole, run)
+
+
 @pytest.mark.parametrize(
     ("name", "stored", "given", "words"),
     [
@@ -184,6 +224,31 @@ def test_a_new_disk_starts_from_the_mirror(small_set: Path, whole: Path, tmp_pat
     train(settings(small_set, tmp_path / "two", mirror=str(mirror)))
     assert (tmp_path / "two" / "metrics.csv").is_file()
     assert_same(whole, tmp_path / "two")
+
+
+def test_what_was_reset_does_not_come_back_from_the_mirror(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings(small_set, tmp_path / "run", epochs=2, mirror=str(tmp_path / "drive"))
+    train(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(run, reset=True))
+    assert train(run).n_trained == 2
+
+
+def test_copies_that_were_killed_on_the_mirror_go_after_an_hour(
+    small_set: Path, tmp_path: Path
+) -> None:
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    for name in (".last.pt.1.tmp", ".last.pt.2.tmp", ".photo.tmp"):
+        (drive / name).write_bytes(b"half")
+        if name != ".last.pt.2.tmp":  # another run's, under way
+            os.utime(drive / name, (0, 0))
+    train(settings(small_set, tmp_path / "run", epochs=1, mirror=str(drive)))
+    assert {path.name for path in drive.glob(".*")} == {".last.pt.2.tmp", ".photo.tmp"}
 
 
 def test_a_mirror_that_fails_is_announced_and_training_goes_on(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import one_line
-from shards.files import log, write_atomically
+from shards.files import UNFINISHED, log, write_atomically
 from shards.lock import hold
 from stores.mirror import copy_file
 from train import ranks
@@ -93,6 +93,12 @@ def only_writer(directory: Path, doing: str) -> Iterator[None]:
     """
     with hold(directory / LOCK, directory, doing):
         yield
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Checkpoints that were being written when a run was killed; for the directory's writer."""
+    for path in directory.glob(UNFINISHED):
+        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- writing
@@ -191,12 +197,33 @@ def save(run: Run, settings: Settings, fingerprint: str, learnt: dict[str, Any])
 # ---------------------------------------------------------------- reading
 
 
-def _read(path: Path, *, sets_aside: bool) -> Checkpoint | None:
-    """The checkpoint in a file; None where there is no file.
+def set_aside(path: Path, error: Exception) -> None:
+    """A damaged file; only who holds the run's directory may."""
+    # Else the next save would put it in the place of the good one before.
+    with suppress(OSError):
+        os.replace(path, path.with_suffix(".broken"))
+    log(f"{path} is damaged, renamed to .broken and skipped: {one_line(error)}")
 
-    A file that cannot be read is named, set aside and skipped; or, by who does not hold the run's
-    directory, skipped.
-    """
+
+def say_skipped(path: Path, error: Exception) -> None:
+    """A damaged file, which stays where it is."""
+    log(f"{path} is damaged and skipped: {one_line(error)}")
+
+
+def _say_nothing(path: Path, error: Exception) -> None:
+    """A damaged file that is read again soon, and named then."""
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it says nothing of the file's content: a full memory, a disk or mount that fails."""
+    if isinstance(error, OSError):
+        # EINVAL: a place before the start, which a damaged zip names.
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+def _read(path: Path, if_damaged: Callable[[Path, Exception], None]) -> Checkpoint | None:
+    """The checkpoint in a file; None where there is none, or a damaged one: see `newest`."""
     try:
         # torch stores a checksum of every tensor and does not look at it.
         with zipfile.ZipFile(path) as archive:
@@ -208,30 +235,31 @@ def _read(path: Path, *, sets_aside: bool) -> Checkpoint | None:
             raise ValueError("it is not a checkpoint of this program")
         stored = {name: state[name] for name in STORED}
         return Checkpoint(path=path, learnt=state.get("learnt"), **stored)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # a damaged zip or pickle raises almost anything
-        if not sets_aside:
-            return None
-        # Else the next save would put it in the place of the good one before.
-        with suppress(OSError):
-            os.replace(path, path.with_suffix(".broken"))
-        log(f"{path} is damaged, renamed to .broken and skipped: {one_line(error)}")
+        if _may_pass(error):
+            raise
+        if_damaged(path, error)
         return None
 
 
-def newest(settings: Settings, *, sets_aside: bool = True) -> Checkpoint | None:
+def newest(
+    settings: Settings, if_damaged: Callable[[Path, Exception], None] = say_skipped
+) -> Checkpoint | None:
     """The newest valid checkpoint: last.pt, else the further of previous.pt and the mirror's.
 
-    sets_aside: whether a damaged one is renamed.
+    if_damaged: `set_aside`, `say_skipped`: what happens to a damaged one. Raises OSError,
+    MemoryError and torch's RuntimeError of a full memory where one cannot be read, which may be
+    right all the same: an older one is no substitute for it.
     """
-    last = _read(Path(settings.out, CHECKPOINT), sets_aside=sets_aside)
+    last = _read(Path(settings.out, CHECKPOINT), if_damaged)
     if last is not None:
         return last
 
-    others = [_read(Path(settings.out, PREVIOUS), sets_aside=sets_aside)]
+    others = [_read(Path(settings.out, PREVIOUS), if_damaged)]
     if settings.mirror:
-        others.append(_read(Path(settings.mirror, CHECKPOINT), sets_aside=sets_aside))
+        others.append(_read(Path(settings.mirror, CHECKPOINT), if_damaged))
     there = [each for each in others if each is not None]
     return max(there, key=lambda each: each.place, default=None)
 
@@ -241,7 +269,7 @@ def shuffle_of_run(settings: Settings) -> str | None:
 
     Raises OtherRun where the settings want them otherwise.
     """
-    found = None if settings.reset else newest(settings, sets_aside=False)
+    found = None if settings.reset else newest(settings, _say_nothing)
     if found is None:
         return None
     begun = str((BEFORE | found.settings)["shuffle"])
@@ -280,7 +308,7 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
                 last.with_name(name).unlink(missing_ok=True)
         return False
 
-    found: Checkpoint | None = ranks.broadcast_from_first(lambda: newest(settings))
+    found: Checkpoint | None = ranks.broadcast_from_first(lambda: newest(settings, set_aside))
     if found is None:
         return False
     _check_identity(found, settings, fingerprint)

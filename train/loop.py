@@ -32,7 +32,16 @@ from stores.mirror import Mirror
 from train import ranks
 from train.answers import Answers, Collector
 from train.augment import WHOLE, Draws, Pictures, augment, resize, views
-from train.checkpoint import CHECKPOINT, METRICS, Run, only_writer, restore, save, write_csv
+from train.checkpoint import (
+    CHECKPOINT,
+    METRICS,
+    Run,
+    only_writer,
+    remove_unfinished,
+    restore,
+    save,
+    write_csv,
+)
 from train.errors import BatchTooSmall, Diverged, NoKnownPixel
 from train.inputs import Batch, network_inputs, on_device
 from train.job import (
@@ -408,6 +417,8 @@ def training(settings: Settings, found: ShardSet | None = None) -> Iterator[Trai
     with ExitStack() as held:
         lock = only_writer(Path(settings.out), "trained")
         ranks.broadcast_from_first(lambda: held.enter_context(lock))
+        if ranks.RANK == 0:
+            remove_unfinished(Path(settings.out))
 
         yield _train_to_the_end(setup)
 
@@ -417,8 +428,11 @@ def _train_to_the_end(setup: TaskSetup) -> TrainingResult:
     run, mirror = _begin(setup)
     n_before = run.epoch
     loaders = open_loaders(setup, setup.eval_split)
+    keeper = CheckpointKeeper(run, setup, mirror)
     with REQUESTS.training():
-        answers = _train_epochs(run, setup, loaders, CheckpointKeeper(run, setup, mirror))
+        if setup.settings.reset and setup.settings.mirror:
+            keeper.save()  # else the mirror's was continued, if this run ended before its first
+        answers = _train_epochs(run, setup, loaders, keeper)
 
     baseline = _baseline(setup, loaders)
     test: dict[str, float] = {}

@@ -18,8 +18,15 @@ from train.loop import evaluate
 from train.progress import VOICE
 from train.report import tables_and_pictures
 from train.set_answers import answer_all
-from train.settings import Settings
-from train.together import Together, is_own_set, load_runs, newest_of, open_asked, own_set
+from train.together import (
+    Together,
+    is_own_set,
+    load_runs,
+    newest_of,
+    open_asked,
+    own_set,
+    settings_of,
+)
 
 
 def predict_flags(parser: ArgumentParser) -> ArgumentParser:
@@ -136,14 +143,13 @@ def needed_set(run: Sequence[str], images: str) -> NeedsSet:
     Raises NoCheckpoint, and UserError where that cannot be told.
     """
     checkpoints = [newest_of(each) for each in run]
-    found = checkpoints[0]
+    settings = [settings_of(*each) for each in zip(checkpoints, run, strict=True)]
     if images and not Path(images).is_dir():
         raise UserError(f"{images} is no folder", "Name one with pictures in it")
-    settings = Settings(**found.settings)
-    if found.learnt is None:
-        size = own_set(settings, found, is_asked_about=False).settings.size
+    first = checkpoints[0]
+    if first.learnt is None:
+        size = own_set(settings[0], first, is_asked_about=False).settings.size
     else:
-        size = Learnt.from_plain(found.learnt).size
-    seen = [Settings(**each.settings).input_fields for each in checkpoints]
-    is_alone = all(fields == ("rgb",) for fields in seen)
+        size = Learnt.from_plain(first.learnt).size
+    is_alone = all(each.input_fields == ("rgb",) for each in settings)
     return NeedsSet(images, run, size, "rgb" if is_alone else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,19 @@ def newest_of(directory: str) -> Checkpoint:
     if found is None:
         raise NoCheckpoint(f"{directory} has no checkpoint", run=directory)
     return found
+
+
+def settings_of(found: Checkpoint, directory: str) -> Settings:
+    """Of a run that lies in `directory`, wherever it was trained.
+
+    Raises UserError where a later version wrote them.
+    """
+    known = {field.name for field in fields(Settings)}
+    unknown = [name for name in found.settings if name not in known]
+    if unknown:
+        what = f"{found.path} has settings that this version does not know"
+        raise UserError(f"{what} ({', '.join(unknown)})", "Use the version that trained it")
+    return Settings(**{**found.settings, "out": directory})
 
 
 def open_asked(data: str, checkpoint: Checkpoint) -> ShardSet:
@@ -81,8 +94,8 @@ def load_run(
     which its own is added: runs of one set open it once. Raises WrongCheckpoint, and UserError
     where its own set is needed and absent.
     """
+    settings = settings_of(found, directory)
     try:
-        settings = Settings(**found.settings)
         setup = _setup_of(settings, found, given, opened)
         run = new_run(setup)
         run.model.load_state_dict(found.model)
