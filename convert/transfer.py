@@ -276,17 +276,25 @@ def fetch(url: str, path: Path) -> Path:
     """Download the .mat at `url` to `path`. What an earlier run got of the same file goes on.
 
     Raises WrongSource for what is no address, or where NYU's file has other bytes than it should,
-    else IncompleteDownload.
+    Busy where another process fetches it, else IncompleteDownload.
     """
     check_url(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         download = Download(RemoteFile(url), path)
-        _fetch_rest(download)
     except (OSError, UserError) as error:
-        log(NYU_DOWNLOAD.by_hand)
-        raise IncompleteDownload(f"{error}. What was fetched is kept") from None
-    return download.finish(NYU_DOWNLOAD.content if url == NYU_DOWNLOAD.url else None)
+        raise _incomplete(error) from None
+    with download.held():
+        try:
+            _fetch_rest(download)
+        except (OSError, UserError) as error:
+            raise _incomplete(error) from None
+        return download.finish(NYU_DOWNLOAD.content if url == NYU_DOWNLOAD.url else None)
+
+
+def _incomplete(error: Exception) -> IncompleteDownload:
+    log(NYU_DOWNLOAD.by_hand)
+    return IncompleteDownload(f"{error}. What was fetched is kept")
 
 
 def _fetch_rest(download: Download) -> None:

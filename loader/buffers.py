@@ -250,12 +250,16 @@ class BufferPool:
         return batch
 
     def _come_back(self, buffer_id: int) -> None:
-        """Runs wherever the last tensor is dropped, inside a garbage collection too."""
+        """Runs wherever the last tensor is dropped, inside a garbage collection too.
+
+        Ctrl-C comes between calls, and what is raised in here is lost: the last lines call nothing.
+        """
         if buffer_id in self.kept:
             return
         if self.is_pinned:
             event = torch.cuda.Event()
             event.record()
             self.events[buffer_id] = event
-        self.lent.pop(buffer_id, None)
-        self.free.append(buffer_id)
+        if buffer_id in self.lent:
+            del self.lent[buffer_id]
+        self.free += (buffer_id,)

@@ -13,13 +13,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.addresses import hidden, name_of, without_secrets
-from shards.errors import UserError, WrongPlace, WrongSource, how_to_install
+from shards.errors import Busy, UserError, WrongPlace, WrongSource, how_to_install
 from shards.files import FileEntry, fsync, sha256_file
+from shards.lock import let_go, take
 
 T = TypeVar("T")
 
@@ -211,7 +213,24 @@ class Download:
         self.remote = remote
         self.path = path
         self.part = path.with_name(f".{path.name}.{version}.part")
-        self.n_bytes_here = self.part.stat().st_size if self.part.exists() else 0
+        self.n_bytes_here = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """To be fetched and finished in: two that append to one part would spoil it.
+
+        Raises Busy where another process fetches the same file, WrongPlace where none can be made.
+        """
+        handle = take(self.part)
+        if handle is None:
+            raise Busy(self.path, "is being fetched by", "another process", "Wait for it")
+        try:
+            self.n_bytes_here = os.fstat(handle).st_size
+            yield
+        finally:
+            if not os.fstat(handle).st_size:
+                self.part.unlink(missing_ok=True)
+            let_go(handle)
 
     def check_room(self) -> None:
         """Raise WrongPlace where the rest would not fit."""
@@ -227,13 +246,17 @@ class Download:
         on_bytes: called with the number of bytes of each range that was written. Raises OSError;
         what was written until then stays.
         """
-        with open(self.part, "ab") as file, ThreadPoolExecutor(IN_FLIGHT) as pool:
-            for data in self._ranges(pool):
-                file.write(data)
-                self.n_bytes_here += len(data)
-                on_bytes(len(data))
-            file.flush()
-            fsync(file.fileno())
+        pool = ThreadPoolExecutor(IN_FLIGHT)
+        try:
+            with open(self.part, "ab") as file:
+                for data in self._ranges(pool):
+                    file.write(data)
+                    self.n_bytes_here += len(data)
+                    on_bytes(len(data))
+                file.flush()
+                fsync(file.fileno())
+        finally:  # after Ctrl-C nobody waits for a server that says nothing
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ranges(self, pool: ThreadPoolExecutor) -> Iterator[bytes]:
         """The rest of the file in order; IN_FLIGHT ranges are held in memory."""
@@ -247,12 +270,13 @@ class Download:
 
         Raises WrongSource where it is not as expected, and removes it.
         """
-        if expected is not None and not self._is(expected):
+        if self.part.stat().st_size != self.remote.n_bytes or not self._is(expected):
             self.part.unlink()
             raise WrongSource(self.remote, "gave other bytes than it should (size, SHA-256)")
         os.replace(self.part, self.path)
         return self.path
 
-    def _is(self, expected: FileEntry) -> bool:
-        found = FileEntry(self.remote.n_bytes, sha256_file(self.part))
-        return found == expected
+    def _is(self, expected: FileEntry | None) -> bool:
+        if expected is None:
+            return True
+        return FileEntry(self.remote.n_bytes, sha256_file(self.part)) == expected

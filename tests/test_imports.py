@@ -37,7 +37,7 @@ ALLOWED = {
     "stores.backends": Row(lazily="fsspec"),
     "stores.cache": Row(ours="shards.containers shards.dataset shards.lock", others="numpy"),
     "stores.cached_set": Row(ours="shards", others="numpy"),
-    "stores.http": Row(lazily="fsspec"),
+    "stores.http": Row(ours="shards.lock", lazily="fsspec"),
     "stores.places": Row(ours="shards.dataset"),
     "convert": Row(ours="convert stores shards", others="numpy", by_m="convert"),
     "convert.cluster": Row(lazily="cloudpickle distributed"),

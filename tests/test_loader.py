@@ -4,9 +4,12 @@ that are clean.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,9 @@ from helpers.commands import all_gone
 from helpers.loaders import KINDS, METHODS, expected, first_line, make, same, start, worker_pids
 
 from loader import loader as loader_module
-from loader.buffers import N_BUFFERS
+from loader.buffers import N_BUFFERS, arrays_in
+from loader.loader import Loader
+from loader.messages import Layout
 from loader.producers import ThreadProducer
 from shards.errors import RemoteSet
 from stores import mounted as mount
@@ -58,6 +63,59 @@ def test_kept_batches_are_never_overwritten(small_set: Path, kind: dict[str, Any
     loader = make(small_set, **kind)
     kept = [batch for _ in range(2) for batch in loader]
     assert same(kept, expected(small_set, 0) + expected(small_set, 1))
+
+
+class Numbers:
+    """Rows that are their own numbers."""
+
+    def batch(self, indices: Any) -> tuple[torch.Tensor, ...]:
+        return (torch.as_tensor(np.asarray(indices, np.int64)),)
+
+    def fill(self, buffer: memoryview, indices: Any) -> Layout:
+        layout = [(np.dtype("i8"), (len(indices),))]
+        arrays_in(buffer, layout)[0][:] = indices
+        return layout
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt in this thread where Python would hear Ctrl-C: at the n-th entry of
+    a function of the loader's, or behind the n-th call that one makes.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.n_places = 0
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        is_ours = Path(frame.f_code.co_filename).parent.name == "loader"
+        if is_ours and event in ("call", "c_return"):
+            self.n_places += 1
+            if self.n_places == self.at:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=["inline", "thread"])
+def test_ctrl_c_at_any_moment_of_an_iteration_leaves_a_loader_that_works(
+    kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # heard while a batch is freed
+    order = Batches(8, 4, None)
+    loader = Loader(Numbers(), order, 0, prefetch=kind.get("prefetch", True))
+    at = 0
+    was_reached = True
+    while was_reached:
+        at += 1
+        interrupting = Interrupting(at)
+        with suppress(KeyboardInterrupt):
+            sys.setprofile(interrupting)
+            for _ in loader:
+                pass
+        sys.setprofile(None)
+        was_reached = interrupting.n_places >= at
+        loader.set_epoch(0)
+        assert [rows.tolist() for (rows,) in loader] == [list(rows) for rows in order(0)]
+        loader.set_epoch(0)
+    assert at > 50
 
 
 @kinds

@@ -1,22 +1,26 @@
 """Fetching the .mat: resumed, retried, checked; and reading one in place."""
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 from helpers.servers import serving
 from helpers.sets import convert
 
 from convert import transfer
 from convert.sample import write_sample
 from convert.transfer import fetch
-from shards.errors import IncompleteDownload, UserError, WrongSource
+from shards.errors import Busy, IncompleteDownload, UserError, WrongSource
 from shards.spec import ConversionSettings
 from stores import http as remote
-from stores.http import READERS, RemoteFile
+from stores.http import READERS, Download, RemoteFile
 
 DATA = os.urandom(3_000_000)
 
@@ -54,6 +58,36 @@ def test_another_file_at_the_address_is_not_glued_to_the_old_part(tmp_path: Path
     with serving(x_mat=DATA) as server:
         fetch(server.url("x.mat"), tmp_path / "x.mat")
     assert (tmp_path / "x.mat").read_bytes() == DATA
+
+
+def test_a_second_process_that_fetches_the_same_file_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "x.mat"
+    with serving(x_mat=DATA) as server:
+        first = Download(RemoteFile(server.url("x.mat")), path)
+        with first.held():
+            with pytest.raises(Busy, match=r"x\.mat is being fetched by another process"):
+                fetch(server.url("x.mat"), path)
+            first.fetch_rest(lambda _: None)
+            assert first.finish().read_bytes() == DATA
+        assert os.listdir(tmp_path) == ["x.mat"]
+        fetch(server.url("x.mat"), path)
+    assert path.read_bytes() == DATA
+
+
+def test_ctrl_c_ends_a_fetch_from_a_server_that_says_nothing(tmp_path: Path) -> None:
+    with serving(x_mat=DATA) as server:
+        server.silent_after = 1  # only the probe is answered
+        words = ["run", "--url", server.url("x.mat"), "--out", str(tmp_path / "data")]
+        command = [sys.executable, "-m", "convert", *words]
+        with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+            while len(server.requests) < 2:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)  # a request is waited for 30 s, and again
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_busy_answers_are_tried_again(tmp_path: Path) -> None:
