@@ -3,7 +3,6 @@
 import argparse
 import shlex
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from convert.cluster import NotThere, ShardsFailed
@@ -28,11 +27,10 @@ from shards.errors import (
     WrongPlace,
     WrongSource,
 )
-from shards.flags import as_flag, as_typed, flag_of, upgrade_commands
+from shards.flags import as_flag, as_typed, command_that_makes, flag_of, upgrade_commands
 from shards.manifest import read_provenance
 from shards.spec import ConversionSettings
 
-SOURCES = (".mat", ".h5", ".hdf5")
 THE_SAME = "the same command"
 
 WITH_THE_FILE = "make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
@@ -40,7 +38,6 @@ WITH_THE_FILE = "make convert MAT=/path/to/nyu_depth_v2_labeled.mat"
 # What to type next, by what went wrong; the first that fits counts.
 NEXT: tuple[tuple[type[UserError], str], ...] = (
     (NewerSet, "Run: make convert OUT=/another/folder, or install that version"),
-    (MissingSet, "Run: make convert"),
     (Busy, "Wait for it, then run: make convert"),
     (OtherSet, "Then run: make convert"),
     (DamagedSet, "Run: make convert ARGS=--repair, or make pull"),
@@ -102,8 +99,10 @@ def with_next_command(error: UserError, command: str) -> str:
         return f"{text}. Run the same command again to go on"
     if isinstance(error, StoreFailed):
         return f"{text}, then: {command}"
-    if isinstance(error, MissingSet) and Path(error.path).suffix in SOURCES:
-        return f"{text}. Run: python -m convert run {shlex.quote(str(error.path))} --out data"
+    if isinstance(error, UnfinishedSet):
+        return f"{text}. Run: make convert"
+    if isinstance(error, MissingSet):
+        return text if error.right else f"{text}. {command_that_makes(str(error.path))}"
     if isinstance(error, WrongPlace):
         is_of_run = command.startswith("make convert")
         return f"{text}. Run: make convert OUT=/another/disk" if is_of_run else text

@@ -193,7 +193,8 @@ def _other(found: StoredSet, problem: str, where: str = "") -> OtherRows:
     """The error, to be raised. `where`: what in the set the sentence is about."""
     address = found.address
     subject = f"{address}: {where}" if where else str(address)
-    return OtherRows(address, problem, f"Delete {address}", subject=subject)
+    right = "Give the flags that the set was made with; if its source is another one, delete it"
+    return OtherRows(address, problem, right, subject=subject)
 
 
 # ------------------------------------------------------------------------------------------ fields

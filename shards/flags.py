@@ -130,3 +130,20 @@ def upgrade_commands(error: OldSet) -> str:
         codecs = ",".join(f"{field}={codec}" for field, codec in error.codecs.items())
         words.append(f"ARGS=--format zarr --codec {codecs}")
     return before + shlex.join(words)
+
+
+def command_that_makes(path: str) -> str:
+    """What to do where no set was found."""
+    if is_address(path):
+        return "Look whether that is its address"
+    place = Path(path)
+    convert = f"python -m convert run {shlex.quote(path)} --out data"
+    if place.suffix in (".mat", ".h5", ".hdf5"):  # a source was given, not what is made of it
+        return f"Run: {convert}"
+    if path == "data":  # where make has it
+        return "Run: make convert"
+    if not place.exists():
+        return "Look whether that is its path; or run: make convert"
+    if place.is_dir() and any(place.iterdir()):
+        return f"If it holds pictures, run: {convert}; else: make convert"
+    return "Run: make convert"

@@ -281,6 +281,8 @@ class DatasetSpec:
         if wanted not in known:
             choices = [str(n) for n in sorted(known)]
             listed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+            if len(choices) == 1:
+                listed = f"{listed}, as this set has scene types, or none"
             raise WrongSetting("num_classes", wanted, f"choose {listed}")
         return known[wanted]
 
@@ -290,8 +292,9 @@ class DatasetSpec:
             return LabelTable(names=self.label_names, ids=tuple(range(len(self.label_names) + 1)))
         known = {len(table.names): table for table in self.label_tables}
         if n_classes not in known:
-            choices = ", ".join(f"semantic{n}" for n in sorted(known))
-            raise WrongSetting("target", f"semantic{n_classes}", f"choose semantic, {choices}")
+            choices = ["semantic", *(f"semantic{n}" for n in sorted(known))]
+            listed = f"of its labels this set has {', '.join(choices)}"
+            raise WrongSetting("target", f"semantic{n_classes}", listed)
         return known[n_classes]
 
     def to_json(self) -> dict[str, Any]:

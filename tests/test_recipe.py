@@ -60,8 +60,13 @@ def test_the_pretrained_recipe_is_one_run_from_imagenet(small_set: Path) -> None
         (run,) = planned(small_set, *flags)
         assert (run.model, run.weights, run.task) == ("lite0", "imagenet", task)
         assert run.trunk_lr < 1
-        assert (run.inputs, run.freeze_maps) == ("rgb", 3)
+        assert run.inputs == "rgb"
+        assert run.freeze_maps == (3 if task == "scene" else 0)
         assert run.out == "runs/scene"
+    (depth,) = planned(small_set, "--recipe", "pretrained", "--inputs", "depth", "--epochs", "5")
+    assert (depth.inputs, depth.weights) == ("depth", "imagenet")
+    assert (depth.freeze_maps, depth.freeze_norms, depth.trunk_lr) == (0, "never", 1.0)
+    assert (depth.size, depth.epochs) == (128, 5)
     flags = ("--recipe", "pretrained", "--model", "timm:resnet18", "--size", "64")
     (other,) = planned(small_set, *flags)
     assert (other.model, other.weights, other.size) == ("timm:resnet18", "imagenet", 64)
@@ -178,6 +183,7 @@ def test_what_does_not_go_together_is_refused(small_set: Path) -> None:
             [*DEFAULT, "--weights=imagenet", "--start=x"],
             "--start x does not go with --weights imagenet",
         ),
+        (["--recipe=pretrained", "--start=runs/x"], "--start runs/x does not go with --recipe"),
         ([*DEFAULT, "--data=nowhere"], "nowhere is not a finished set"),
         ([*DEFAULT, "--out="], "--out '': name a directory"),
         ([*DEFAULT, "--epochs=0"], "--epochs 0: choose"),
@@ -200,6 +206,44 @@ def test_a_mistake_is_one_line_and_status_2(
     assert (status, len(said.splitlines())) == (2, 1)
     assert words in said
     assert not list(tmp_path.iterdir())
+
+
+def test_what_ends_the_last_stage_is_told_before_the_first_one(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = [f"--data={small_set}", f"--out={out}", "--batch-size=8", "--epochs=1", "--size=32"]
+    words += ["--width=4", "--num-workers=0"]
+    assert main([*words, "--num-classes=10"]) == 0
+    capsys.readouterr()
+    assert main([*words, *DEFAULT]) == 2
+    assert "trained with --num-classes 10, this run has" in capsys.readouterr().err
+    assert not Path(f"{out}-parts").exists()
+
+
+def test_a_narrower_run_is_named_by_its_width(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--data={small_set}", "--batch-size=8", "--epochs=1", "--size=32", "--num-workers=0"]
+    words += ["--num-classes=10"]
+    assert main([*words, f"--out={tmp_path}/a", "--width=4"]) == 0
+    capsys.readouterr()
+    assert main([*words, f"--out={tmp_path}/b", f"--weights={tmp_path}/a"]) == 2
+    assert "its width is 4, this network's 64" in capsys.readouterr().err
+
+
+def test_where_no_set_lies_the_advice_is_of_what_lies_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "my rooms" / "rgb"
+    pictures.mkdir(parents=True)
+    for path, advice in (
+        (pictures.parent, f"python -m convert run '{pictures.parent}' --out data"),
+        (tmp_path / "nowhere", "Look whether that is its path"),
+        (pictures, "Run: make convert"),
+    ):
+        assert main([f"--data={path}", "--out", str(tmp_path / "run")]) == 2
+        assert advice in capsys.readouterr().err
 
 
 def test_every_recipe_is_made_of_settings_that_can_be_trained() -> None:

@@ -30,14 +30,15 @@ from shards.errors import (
     printable,
 )
 from shards.files import log
-from shards.flags import as_flag, flag_of, upgrade_commands
+from shards.flags import as_flag, command_that_makes, flag_of, upgrade_commands
 from train import ranks
+from train.checkpoint import check_run_there
 from train.errors import CannotUnpack, CannotWrite, NeedsSet, NoCheckpoint, WrongCheckpoint
-from train.job import open_set_of
+from train.job import make_setup, open_set_of
 from train.looking import augmentations_png
 from train.loop import MIRROR_WAIT_S, training
 from train.predict import needed_set, predict, predict_flags
-from train.recipe import AUTO, RECIPES, defaults, plan
+from train.recipe import AUTO, OF_DEPTH, OF_PIXELS, RECIPES, defaults, plan
 from train.report import report, write
 from train.room import AUTO as AUTO_SHUFFLE
 from train.settings import Settings, add_flags
@@ -121,7 +122,12 @@ def look_parser() -> Parser:
 
 
 def _of_the_recipes() -> str:
-    return "; ".join(f"{recipe}: {_as_flags(values)}" for recipe, values in RECIPES.items())
+    all_values = {
+        **RECIPES,
+        "with --inputs depth": OF_DEPTH,
+        "with --task semantic or depth": OF_PIXELS,
+    }
+    return "; ".join(f"{name}: {_as_flags(values)}" for name, values in all_values.items())
 
 
 def _as_flags(values: dict[str, Any]) -> str:
@@ -133,7 +139,7 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None, str]:
     parser = make_parser()
     given = parser.parse_args(words)
     recipe: str | None = given.recipe
-    parser.set_defaults(**defaults(recipe, given.model))
+    parser.set_defaults(**defaults(recipe, given.model, given.task, given.inputs))
 
     values = vars(parser.parse_args(words))
     del values["recipe"]
@@ -176,7 +182,11 @@ def _do(words: Sequence[str]) -> None:
     settings.check_out()
     found = open_set_of(settings)
     stages = plan(settings, found, recipe, start)
-    ranks.join()
+    device = ranks.join()
+    if len(stages) > 1:  # what ends the last one is told before the first
+        last = make_setup(stages[-1].settings, device, found)
+        fingerprint = last.train_set.fingerprint
+        ranks.broadcast_from_first(lambda: check_run_there(last.settings, fingerprint))
     for k, stage in enumerate(stages):
         is_done = ranks.broadcast_from_first(stage.is_done)
         if len(stages) > 1 and ranks.RANK == 0:
@@ -286,10 +296,7 @@ def _who() -> str:
 
 
 def _after_missing(error: MissingSet) -> str:
-    path = Path(str(error.path))
-    if path.suffix in (".mat", ".h5", ".hdf5"):  # a source was given, not what is made of it
-        return f"Run: python -m convert run {shlex.quote(str(path))} --out data"
-    return "Run: make convert"
+    return "" if error.right else command_that_makes(str(error.path))
 
 
 def _after_missing_field(error: MissingField) -> str:

@@ -278,6 +278,13 @@ def shuffle_of_run(settings: Settings) -> str | None:
     return begun
 
 
+def check_run_there(settings: Settings, fingerprint: str) -> None:
+    """Raise OtherRun where these settings do not continue the run that is there."""
+    found = None if settings.reset else newest(settings, _say_nothing)
+    if found is not None:
+        _check_identity(found, settings, fingerprint)
+
+
 def _identity(settings: dict[str, Any], batch: int, fingerprint: str) -> dict[str, Any]:
     """What must not change when a run is continued, by setting: see OtherRun."""
     all_settings = BEFORE | settings

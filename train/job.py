@@ -180,8 +180,9 @@ def make_setup(
     settings = replace(settings, num_classes=n_classes)
 
     fields = _batch_fields(settings, found)
-    for name in settings.input_fields:
-        found.field(name)
+    for name in (*settings.input_fields, *fields):
+        if name != CAMERA.name:  # which may be a column
+            found.field(name)
     train_set = ShardDataset(found, fields=fields, target=settings.task, num_classes=n_classes)
     eval_split = evaluation_split(found, settings.eval_split)
     # One without rows to score shows before anything is removed.

@@ -106,9 +106,18 @@ def load_trunks(model: StreamNetwork, state_dict: Mapping[str, Tensor]) -> None:
     for stream in model.streams:
         of_a_run = _of_stream(state_dict, stream)
         if of_a_run:
+            _check_width(of_a_run, model.trunk(stream))
             model.trunk(stream).load_own(of_a_run)
         else:
             model.trunk(stream).load_standard(state_dict)
+
+
+def _check_width(of_a_run: Mapping[str, Tensor], trunk: nn.Module) -> None:
+    """Raise ValueError for a ResNet of another width: torch would name each of its layers."""
+    name = "conv1.weight"
+    own = trunk.state_dict()
+    if name in of_a_run and name in own and len(of_a_run[name]) != len(own[name]):
+        raise ValueError(f"its width is {len(of_a_run[name])}, this network's {len(own[name])}")
 
 
 def _of_stream(state_dict: Mapping[str, Tensor], stream: str) -> dict[str, Tensor]:

@@ -72,7 +72,10 @@ def read_split(
         rows = all_rows[scene_ids[all_rows] >= 0]
         if len(all_rows) and not len(rows):
             what = f"has no {split} rows with a scene type"
-            raise MissingSet(found.address, what, "Choose another target")
+            others = {"label": "the classes of pixels (semantic)", "depth": "depth"}
+            there = [how for name, how in others.items() if name in found.manifest.fields]
+            right = f"Learn something else of it: {' or '.join(there)}" if there else ""
+            raise MissingSet(found.address, what, right)
     elif target.field == "label":
         classes, tables = label_classes(found, target.n_classes)
         classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def newest_of(directory: str) -> Checkpoint:
     """Raises NoCheckpoint."""
     found = newest(Settings("", directory))
     if found is None:
-        raise NoCheckpoint(f"{directory} has no checkpoint", run=directory)
+        what = "has no checkpoint" if Path(directory).is_dir() else "does not exist"
+        raise NoCheckpoint(f"{directory} {what}", run=directory)
     return found
 
 
@@ -75,10 +77,8 @@ def load_runs(
     opened: dict[str | tuple[str, ...], ShardSet] = {}
     pairs = zip(run, checkpoints, strict=True)
     loaded = [load_run(directory, found, given, opened) for directory, found in pairs]
-    for each in loaded:
-        if _what_is_learnt(each) != _what_is_learnt(loaded[0]):
-            what = f"{each.directory} does not learn what {run[0]} does, from the same set"
-            raise UserError(what, "Name runs that do")
+    for each in loaded[1:]:
+        _check_alike(loaded[0], each)
     return loaded
 
 
@@ -130,7 +130,8 @@ def own_set(settings: Settings, found: Checkpoint, *, is_asked_about: bool) -> S
         own = open_set_of(settings)
     except MissingSet as error:
         if is_asked_about:
-            raise
+            what = f"is where {found.path} had its set"
+            raise MissingSet(settings.data, what, "Say where that is now") from None
         # Checkpoints of earlier versions keep nothing of the set.
         what = f"{found.path} does not say what its classes are, and its own set is gone"
         raise UserError(f"{what}: {error.problem}", "Put it there again") from None
@@ -141,10 +142,25 @@ def own_set(settings: Settings, found: Checkpoint, *, is_asked_about: bool) -> S
     return own
 
 
-def _what_is_learnt(loaded: LoadedRun) -> tuple[Any, ...]:
-    """What networks must have in common to answer together."""
+def _check_alike(one: LoadedRun, other: LoadedRun) -> None:
+    """Raise UserError for runs that cannot answer together, with what differs."""
+    pairs = zip(_what_is_learnt(one).items(), _what_is_learnt(other).values(), strict=True)
+    for (what, ours), theirs in pairs:
+        if ours != theirs:
+            differs = f"{one.directory} has {ours}, {other.directory} {theirs}"
+            problem = f"runs of another {what} do not answer together: {differs}"
+            raise UserError(problem, "Name runs that learn the same")
+
+
+def _what_is_learnt(loaded: LoadedRun) -> dict[str, Any]:
+    """What runs must have in common to answer together."""
     settings = loaded.setup.settings
-    return (settings.task, settings.num_classes, settings.further_fields, loaded.fingerprint)
+    return {
+        "task": settings.task,
+        "number of classes": settings.num_classes,
+        "choice of further fields": ",".join(settings.further_fields) or "none",
+        "set": loaded.fingerprint[:8],
+    }
 
 
 class Together:

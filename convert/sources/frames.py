@@ -240,7 +240,9 @@ class FramesSource:
             label = highest_label - 1 if self._label_rule.void else highest_label
             what = f"{self} has the label {label}, beyond the {n_names} names"
             void = self._label_rule.void
-            raise WrongSetting("label_void", void, f"{what}. Name it, if that is the void")
+            raise WrongSetting(
+                "label_void", void, f"{what}. Add its name, or say that it is the void"
+            )
 
     def _probe_depth(
         self, reader: FramesReader, field: str, rows: Sequence[int], settings: ConversionSettings
