@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         _refuse_for_a_set(args)
         made: Path | str | None = _copied(args, settings)
     elif is_of_frames(args):
+        _check_out(args)
         made = _converted_frames(args, settings)
     else:
         made = _converted(args, settings)
@@ -80,6 +81,13 @@ def _check_who_makes_it(args: argparse.Namespace) -> None:
         raise WrongSetting(name, getattr(args, name), "name the source, which is not fetched then")
 
 
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise WrongSetting where sets would lie among the pictures that they are made of."""
+    source, out = args.source, args.out
+    if isinstance(out, Path) and source.is_dir() and source.resolve() == out.resolve():
+        raise WrongSetting("out", out, "is the source itself: choose a folder of its own")
+
+
 def _refuse_for_a_set(args: argparse.Namespace) -> None:
     """A finished set is copied by this machine, as a whole."""
     if args.part is not None:
@@ -98,8 +106,21 @@ def _is_set(source: object) -> bool:
         return True
     if not isinstance(source, Path) or not source.is_dir():
         return False
-    is_named_so = bool(DIRECTORY_NAME.fullmatch(source.name))
-    return is_named_so or (source / MANIFEST).exists() or bool(finished_sets(source))
+    if DIRECTORY_NAME.fullmatch(source.name) or (source / MANIFEST).exists():
+        return True
+    sets = finished_sets(source)
+    if sets:
+        _refuse_a_set_beside_pictures(source, sets[0])
+    return bool(sets)
+
+
+def _refuse_a_set_beside_pictures(source: Path, found: Path) -> None:
+    """Raise WrongSource for a folder of pictures into which a set of them was written."""
+    others = [each.name for each in source.iterdir() if each.is_dir() and each.name[0] != "."]
+    foreign = sorted(name for name in others if not DIRECTORY_NAME.fullmatch(name))
+    if foreign:
+        what = f"holds a finished set, {found.name}, beside other folders such as {foreign[0]}"
+        raise WrongSource(source, what, "Name the set, or move it to a folder of its own")
 
 
 def _copied(args: argparse.Namespace, settings: ConversionSettings) -> Path | str:

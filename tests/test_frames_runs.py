@@ -585,3 +585,18 @@ def test_jpeg_rgb_and_png_depth_of_one_size_convert_from_a_path_as_python_gives_
     table = write_table(tmp_path / "t.csv", [{"rgb": "a.jpg", "depth": "a.png"}])
     found = open_set(Path(convert(str(table), tmp_path / "out", AS_IS)))
     np.testing.assert_array_equal(stored(found, "depth")[0], picture_of(0)["depth"])
+
+
+def test_sets_do_not_lie_among_the_pictures_that_they_are_made_of(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rooms = Path(shutil.copytree(folder, tmp_path / "rooms"))
+    words = ["--size", "8", "--workers", "1"]
+    assert main(["run", str(rooms), "--out", str(rooms), *words]) == 2
+    assert "is the source itself: choose a folder of its own" in capsys.readouterr().err
+    # Made of a table that lies there, one may; which of both a folder stands for is asked then.
+    assert main(["run", str(rooms / "rows.csv"), "--out", str(rooms), *words]) == 0
+    made = Path(capsys.readouterr().out.strip())
+    assert main(["run", str(rooms), "--out", str(tmp_path / "out")]) == 2
+    assert f"holds a finished set, {made.name}, beside other folders" in capsys.readouterr().err
+    assert main(["run", str(made), "--out", str(tmp_path / "out")]) == 0

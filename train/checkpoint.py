@@ -324,8 +324,11 @@ def restore(run: Run, settings: Settings, fingerprint: str) -> bool:
     if ranks.RANK == 0:
         if found.path != last:
             copy_file(found.path, last)
-        at = f"epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}"
-        log(f"continuing from {found.path} at {at}")
+        if run.epoch < settings.epochs:
+            at = f"epoch {run.epoch + 1} of {settings.epochs}, step {run.step + 1}"
+            log(f"continuing from {found.path} at {at}")
+        else:
+            log(f"{found.path}: all {run.epoch} epochs are done; what is reported is made again")
     return True
 
 
