@@ -242,15 +242,21 @@ def test_loaders_that_are_made_again_take_the_place_of_those_before(
 
 @pytest.mark.parametrize("limit_gb", [ROOMY_GB, LIMIT_GB])
 def test_loaders_of_other_fields_take_the_place_of_those_before_which_read_on(
-    limit_gb: float, server: Server, small: Path, cache: Path
+    limit_gb: float,
+    server: Server,
+    small: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fields: list[tuple[str, ...]] = [("rgb", "depth"), ("rgb",), ("rgb", "depth")]
     loaders = []
     for each in fields:
-        train, _ = opened(server, small, cache, cache_limit_gb=limit_gb, fields=each)
-        expected = right_sums(small, shuffle_of(train), 1, fields=each)[0]
+        how = {"fields": each, "target": "scene"}
+        train, _ = opened(server, small, cache, cache_limit_gb=limit_gb, **how)
+        expected = right_sums(small, shuffle_of(train), 1, **how)[0]
         assert sums(train) == expected
         loaders.append((train, expected))
+    assert "loaders of other fields that were made before" in capsys.readouterr().err
     for train, (expected,) in loaders:
         train.set_epoch(0)
         assert [sum_of(batch) for batch in train] == expected

@@ -101,6 +101,9 @@ def _take_the_place_of_others(job: FetchJob) -> None:
         shared = [part for part in other.job.parts if part.path in fields]
         has_others = any(set(part.fields) != fields[part.path] for part in shared)
         if shared and (job.removes or other.job.removes or has_others):
+            if has_others:
+                what = "loaders of other fields that were made before read row by row from now on"
+                log(f"cache: {shared[0].path.parent}: {what}")
             other.close()
 
 
