@@ -248,7 +248,7 @@ def test_loaders_of_other_fields_take_the_place_of_those_before_which_read_on(
     cache: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fields: list[tuple[str, ...]] = [("rgb", "depth"), ("rgb",), ("rgb", "depth")]
+    fields: list[tuple[str, ...]] = [("rgb",), ("rgb", "depth"), ("rgb",)]
     loaders = []
     for each in fields:
         how = {"fields": each, "target": "scene"}
