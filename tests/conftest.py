@@ -20,6 +20,9 @@ from helpers.sets import SMALL, convert
 from convert.sample import write_sample
 
 SHARED = REPO.parent / "shared"
+# Tests that run side by side have the cores already: torch's threads would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's `&` ignores Ctrl-C, and processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # What is given to this make (PYTHON=..., ARGS=...) is not for those that tests start.

@@ -375,7 +375,9 @@ def test_semantic_targets_are_the_datasets_labels_or_its_groups(
     classes = np.array([VOID if k == 0 else k - 1 for k in table])
     mask = dataset.batch(np.arange(N_ROWS))[-1]
     np.testing.assert_array_equal(mask, classes[stored(found, "label")])
-    with pytest.raises(WrongSetting, match="semantic40: choose semantic, semantic3"):
+    with pytest.raises(
+        WrongSetting, match="semantic40: of its labels this set has semantic, semantic3"
+    ):
         ShardDataset(found, target="semantic40")
 
 

@@ -126,7 +126,7 @@ def test_a_run_starts_from_another_run(
         f"with no --weights, this run has --weights {scene}. Use no --weights, another"
         in capsys.readouterr().err
     )
-    for other, words in ((tmp_path, "it has no checkpoint"), (parts, "size mismatch")):
+    for other, words in ((tmp_path, "it has no checkpoint"), (parts, "its width is 4")):
         assert (
             main([*base, "--out", str(tmp_path / "new"), "--weights", str(other), "--width", "8"])
             == 2
