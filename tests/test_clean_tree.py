@@ -45,7 +45,6 @@ def not_meant(lines: list[str], hidden: list[str]) -> list[str]:
     return [line for line in lines if not expected.fullmatch(line)]
 
 
-@pytest.mark.stress
 def test_after_make_test_the_working_tree_is_clean(checkout: Path) -> None:
     assert not_meant(left_behind(checkout), HIDDEN) == []
     done = make(checkout, "test", "ARGS=tests/test_order.py")

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch")
 
 from conftest import REPO
+from helpers.loaders import METHODS
 
 from stores.mounted import kind_of_mount
 
@@ -103,14 +104,7 @@ def test_what_is_taken_away_is_gone_in_every_process(tmp_path: Path) -> None:
     assert "FileNotFoundError" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "spawn",
-        pytest.param("fork", marks=pytest.mark.stress),
-        pytest.param("forkserver", marks=pytest.mark.stress),
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_workers_of_every_kind_do_without_all_of_it(
     method: str, small_set: Path, tmp_path: Path
 ) -> None:
