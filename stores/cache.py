@@ -268,7 +268,7 @@ class Reader:
 
     job: str
     feed: int
-    fields: str
+    fields: str = ""  # readers of earlier versions do not say
     removes: bool
     pid: int
 

@@ -238,6 +238,18 @@ def test_what_was_reset_does_not_come_back_from_the_mirror(
     assert train(run).n_trained == 2
 
 
+def test_nothing_is_begun_over_a_mirror_that_cannot_be_read(
+    small_set: Path, tmp_path: Path
+) -> None:
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    (drive / CHECKPOINT).symlink_to(CHECKPOINT)  # leads to itself: an error of the file system
+    with pytest.raises(OSError, match="symbolic links"):
+        train(settings(small_set, tmp_path / "run", mirror=str(drive)))
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+    assert (drive / CHECKPOINT).is_symlink()
+
+
 def test_copies_that_were_killed_on_the_mirror_go_after_an_hour(
     small_set: Path, tmp_path: Path
 ) -> None:

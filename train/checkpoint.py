@@ -96,7 +96,10 @@ def only_writer(directory: Path, doing: str) -> Iterator[None]:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Checkpoints that were being written when a run was killed; for the directory's writer."""
+    """Checkpoints that were being written when a run was killed; for the directory's writer.
+
+    Not in folders below: of them others are the writers, such as a predict.
+    """
     for path in directory.glob(UNFINISHED):
         path.unlink(missing_ok=True)
 
