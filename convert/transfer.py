@@ -36,7 +36,7 @@ from shards.progress import Progress, megabytes
 from stores.base import Store
 from stores.http import Download, RemoteFile, check_url
 from stores.local import LocalStore
-from stores.mounted import MountedStore, check_mounted, patiently
+from stores.mounted import DRIVE, MountedStore, check_mounted, mount_of, patiently
 from stores.object_store import ObjectStore
 
 Files = Mapping[str, FileEntry]
@@ -103,8 +103,10 @@ def push(found: ShardSet, place: Path | Store, read_back: Collection[str] = ()) 
     target.delete(*map(receipt_name, range(found.n_shards)))
     if not isinstance(target, MountedStore):
         return SetInStore(target, found.manifest)
-    flush = "run drive.flush_and_unmount() in a cell before you close"
-    log(f"read back from the mount. It reaches Google later: {flush}")
+    mount = mount_of(target.path)
+    if mount is not None and mount.remote == DRIVE:
+        flush = "run drive.flush_and_unmount() in a cell before you close"
+        log(f"read back from the mount. It reaches Google later: {flush}")
     return ShardSet(target.path, found.manifest)
 
 

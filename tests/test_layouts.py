@@ -76,6 +76,14 @@ def test_further_fields_lie_in_a_folder_of_their_name(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("path", ["rgb/1.png", "1.png"])
+def test_a_further_field_without_pictures_is_refused(path: str, tmp_path: Path) -> None:
+    put(tmp_path, path)
+    (tmp_path / "thermal").mkdir()
+    with pytest.raises(WrongSource, match=r"has no pictures in thermal/\. A further field lies"):
+        list_frames(tmp_path, Wanted(kinds={"thermal": "grey"}))
+
+
 def test_places_are_the_folders_inside(tmp_path: Path) -> None:
     put(tmp_path, "rgb/kitchen/a/1.png", "rgb/kitchen/b/1.png", "rgb/2.png")
     found = {line["rgb"]: line["scene"] for line in lines_of(tmp_path, "frames")}

@@ -10,6 +10,8 @@ from conftest import needs_torch
 from helpers.drives import Drive, why_no_fuse
 from helpers.sets import content
 
+from convert.transfer import push
+from shards.dataset import open_set
 from shards.errors import RemoteSet, StoreFailed
 from stores import mounted
 from stores.mounted import kind_of_mount, mount_of, patiently, refuse_remote
@@ -96,6 +98,18 @@ def test_whatever_is_mounted_where_colab_mounts_drive_is_drive(
     monkeypatch.setattr(mounted, "MOUNT", folder)
     with pytest.raises(RemoteSet, match="is on a mounted Drive"):
         refuse_remote(folder / "MyDrive" / "set")
+
+
+@pytest.mark.parametrize(("kind", "is_drive"), [("fuse.drive", True), ("fuse.sshfs", False)])
+def test_what_was_pushed_to_drive_alone_still_has_to_reach_google(
+    mounting: Mounting,
+    small_set: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    is_drive: bool,
+) -> None:
+    push(open_set(small_set), mounting(kind, "source"))
+    assert ("run drive.flush_and_unmount()" in capsys.readouterr().err) is is_drive
 
 
 def test_a_path_is_on_the_deepest_mount_around_it(mounting: Mounting) -> None:

@@ -42,7 +42,7 @@ def test_push_then_pull_is_the_same_set_to_the_byte(
 ) -> None:
     drive, root = tmp_path / "my drive", tmp_path / "root"
     done = command("convert", "push", small_set, drive)
-    assert "drive.flush_and_unmount()" in done.stderr
+    assert "flush_and_unmount" not in done.stderr  # a disk is no Drive
     done = command("convert", "pull", drive, root)
     assert done.stdout.splitlines()[-1] == str(root / small_set.name)
     assert content(root / small_set.name) == content(small_set)

@@ -36,9 +36,14 @@ Pictures = Mapping[str, Found]  # by the name that the pictures of one row have 
 
 def list_frames(directory: Path, wanted: Wanted) -> Listing:
     """The frames of a directory, each with the pictures of its name; further fields lie in a folder
-    of their name. Raises WrongSource where it is not laid out so, and OSError.
+    of their name. Raises WrongSource where it is not laid out so, or has no picture of a further
+    field, and OSError.
     """
     found, folders = _pictures(directory, wanted)
+    for name in wanted.kinds:
+        if not found.get(name):
+            what = f"has no pictures in {name}/"
+            raise WrongSource(directory, what, "A further field lies in a folder of its name")
     files = [each for pictures in found.values() for each in pictures.values()]
     return Listing(
         table=_table(found, sorted(found["rgb"])),
