@@ -62,6 +62,7 @@ def test_the_pretrained_recipe_is_one_run_from_imagenet(small_set: Path) -> None
         assert run.trunk_lr < 1
         assert run.inputs == "rgb"
         assert run.freeze_maps == (3 if task == "scene" else 0)
+        assert run.logit_adjustment == (0.5 if task == "scene" else 0)
         assert run.out == "runs/scene"
     (depth,) = planned(small_set, "--recipe", "pretrained", "--inputs", "depth", "--epochs", "5")
     assert (depth.inputs, depth.weights) == ("depth", "imagenet")

@@ -88,6 +88,23 @@ def test_a_smoothed_loss_over_the_known_pixels_is_torchs_own() -> None:
     torch.testing.assert_close(loss / n_known, theirs)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_what_an_adjusted_loss_makes_of_rows_that_show_nothing(strength: float) -> None:
+    """It is lowest where the answers are as frequent as the classes, or less so, or all alike."""
+    n_rows_k = torch.tensor([6, 3, 1, 4, 2])
+    target = torch.repeat_interleave(torch.arange(K), n_rows_k)
+    logits_k = ((1 - strength) * n_rows_k.log()).requires_grad_()
+    loss, _ = ROWS.adjusted(strength, n_rows_k).loss(logits_k.expand(len(target), K), target)
+    loss.backward()
+    torch.testing.assert_close(logits_k.grad, torch.zeros(K), atol=1e-5, rtol=0)
+
+
+def test_a_class_without_train_rows_leaves_an_adjusted_loss_a_number() -> None:
+    task = ROWS.adjusted(1.0, torch.tensor([6, 3, 1, 0, 2]))
+    loss, _ = task.loss(torch.zeros(1, K), torch.tensor([3]))
+    assert loss.isfinite()
+
+
 def test_depth_scores_are_averaged_over_pictures_and_leave_out_unmeasured_pixels() -> None:
     generator = torch.Generator().manual_seed(2)
     true = 0.5 + 8 * torch.rand((3, 1, 12, 12), generator=generator, dtype=torch.float64)

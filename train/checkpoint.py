@@ -28,7 +28,13 @@ PREVIOUS = "previous.pt"
 METRICS = "metrics.csv"
 CLASS_TABLE = "classes.csv"  # of a reported run
 # Of settings that runs of earlier versions do not have: what trainings did then.
-BEFORE = {"shuffle": "full", "trunk_lr": 1.0, "freeze_norms": "never", "freeze_maps": 0}
+BEFORE = {
+    "shuffle": "full",
+    "trunk_lr": 1.0,
+    "freeze_norms": "never",
+    "freeze_maps": 0,
+    "logit_adjustment": 0.0,
+}
 LOCK = ".lock"  # in a run's directory, held while something writes there
 
 

@@ -34,7 +34,7 @@ from train.opening import open_for_training
 from train.order import RowOrder, steps_per_epoch
 from train.settings import Settings
 from train.split_rows import evaluation_split
-from train.tasks import Task, make_task
+from train.tasks import Classes, Task, make_task
 
 SURFACE_PLANES = 5  # of augment.surface
 
@@ -189,7 +189,9 @@ def make_setup(
     reading = _reading(settings, train_set, rows_of_split(train_set, eval_split))
     settings = replace(settings, shuffle=reading.shuffle)  # checkpoints hold what was decided
     learnt = Learnt.of(train_set, settings.further_fields)
-    network = replace(network_setup(settings, learnt, device), batch_fields=fields)
+    network = network_setup(settings, learnt, device)
+    task = _adjusted(network.task, settings, train_set, device)
+    network = replace(network, task=task, batch_fields=fields)
     setup = TaskSetup(
         **vars(network),
         train_set=train_set,
@@ -200,6 +202,17 @@ def make_setup(
         what = f"{train_set.path} has {len(train_set)} train rows for {ranks.WORLD} ranks"
         raise NothingToLearn(what, "Use fewer ranks", path=train_set.path)
     return setup
+
+
+def _adjusted(
+    task: Task, settings: Settings, train_set: ShardDataset, device: torch.device
+) -> Task:
+    """For the classes as frequent as they are among the train rows, where settings say so."""
+    if not settings.logit_adjustment:
+        return task
+    assert isinstance(task, Classes)
+    n_rows_k = np.bincount(train_set.labels(), minlength=task.n_out)
+    return task.adjusted(settings.logit_adjustment, torch.from_numpy(n_rows_k).to(device))
 
 
 def open_set_of(settings: Settings) -> ShardSet:

@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "freeze_maps": 3,
         "epochs": 8,
         "warmup_epochs": 1,
+        "logit_adjustment": 0.5,
     },
 }
 # The pretrained one where depth alone is seen: ImageNet has never seen that, so all has to learn.
@@ -45,7 +46,7 @@ OF_DEPTH = {
     "epochs": 30,
 }
 # And where each pixel is answered, a guess that was tried once.
-OF_PIXELS = {"trunk_lr": 0.2, "freeze_maps": 0}
+OF_PIXELS = {"trunk_lr": 0.2, "freeze_maps": 0, "logit_adjustment": 0.0}
 PARTS_SUFFIX = "-parts"  # of the first stage's run, and of its mirror
 AUTO = "auto"
 FINEST = 100  # classes of pixels; a network of so many learns each of them from too few

@@ -137,6 +137,13 @@ class Settings:
         5, "epochs of a rising learning rate, a quarter of --epochs at most", 0, 1_000_000
     )
     label_smoothing: float = _number(0.1, "share of the target spread over all classes", 0, 0.9)
+    logit_adjustment: float = _number(
+        0.0,
+        "how far rare scene classes are made up for: 0 answers as often as train rows have each, 1 "
+        "as if all were equally frequent",
+        0,
+        2,
+    )
     crop: float = _number(
         0.5, "smallest random crop, as a share of the area (task depth: whole pictures)", 0.05, 1
     )
@@ -191,6 +198,8 @@ class Settings:
             value = getattr(self, name)
             if value != default and not self.has_trunks:
                 raise NeedsSetting(name, value, "model", BUILT_IN[0], "Leave it out")
+        if self.logit_adjustment and self.task != "scene":
+            raise NeedsSetting("logit_adjustment", self.logit_adjustment, "task", "scene")
         if self.freeze_maps and self.model not in BUILT_IN:
             raise NeedsSetting("freeze_maps", self.freeze_maps, "model", "lite0", "Leave it out")
         if self.freeze_maps and not self.weights:  # they would stay as they were drawn

@@ -3,7 +3,7 @@
 Counts are float64 sums that add up over batches and ranks; scores are made of them at the end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,16 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Classes:
-    """Cross entropy; the counts are a confusion matrix [true, predicted], flat."""
+    """Cross entropy; the counts are a confusion matrix [true, predicted], flat.
+
+    names: of the classes. smoothing: of the target. main: the score to judge by. offsets_k: [K],
+    added to the logits of rows in the loss alone, see `adjusted`; None: nothing.
+    """
 
     names: list[str]
     smoothing: float
-    main: str  # the score to judge by
+    main: str
+    offsets_k: Tensor | None = None
 
     @property
     def n_out(self) -> int:
@@ -37,8 +42,20 @@ class Classes:
         """Numbers in `count`."""
         return self.n_out**2
 
+    def adjusted(self, strength: float, n_rows_k: Tensor) -> "Classes":
+        """To learn from so many rows of each class, [K], without a habit of naming the frequent
+        ones: the loss adds to the logits what the network would say of a row that it cannot see.
+
+        strength: 1 makes it answer as if all classes were equally frequent. A. Menon et al.:
+        Long-tail learning via logit adjustment (ICLR 2021).
+        """
+        share_k = n_rows_k.clamp(min=1) / n_rows_k.sum()
+        return replace(self, offsets_k=strength * share_k.log())
+
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sum, and the number of rows or pixels to divide it by."""
+        if self.offsets_k is not None:
+            logits = logits + self.offsets_k
         loss = F.cross_entropy(
             logits, target, label_smoothing=self.smoothing, ignore_index=VOID, reduction="sum"
         )
