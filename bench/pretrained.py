@@ -63,6 +63,8 @@ TRIALS = {
     "trunks at a fiftieth": Trial(changes={"trunk_lr": 0.02}),
     "trunks at a tenth": Trial(changes={"trunk_lr": 0.1}),
     "norms that learn": Trial(changes={"freeze_norms": "never"}),
+    "classes as they come": Trial(changes={"logit_adjustment": 0.0}),
+    "classes all alike": Trial(changes={"logit_adjustment": 1.0}),
     "larger crops": Trial(changes={"crop": 0.7}),
     "smaller crops": Trial(changes={"crop": 0.3}),
 }

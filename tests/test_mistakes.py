@@ -54,6 +54,7 @@ WRONG = {
     "lr": [float("nan"), float("inf"), -1.0, 0.0, "1e-3", True, None],
     "weight_decay": [-1.0, float("nan")],
     "label_smoothing": [2.0, -0.1, float("nan")],
+    "logit_adjustment": [2.1, -0.1, float("nan")],
     "save_minutes": [float("nan"), -1.0, float("inf")],
     "seed": [-1, 2**63, 1.5, None, True],
     "width": [-8, 513, 16.0],

@@ -64,10 +64,12 @@ def test_the_pretrained_recipe_is_one_run_from_imagenet(small_set: Path) -> None
         assert run.freeze_maps == (3 if task == "scene" else 0)
         assert run.logit_adjustment == (0.5 if task == "scene" else 0)
         assert run.out == "runs/scene"
-    (depth,) = planned(small_set, "--recipe", "pretrained", "--inputs", "depth", "--epochs", "5")
+    flags = ("--recipe", "pretrained", "--inputs", "depth")
+    assert planned(small_set, *flags, "--task", "semantic40")[0].logit_adjustment == 0
+    (depth,) = planned(small_set, *flags, "--epochs", "5")
     assert (depth.inputs, depth.weights) == ("depth", "imagenet")
     assert (depth.freeze_maps, depth.freeze_norms, depth.trunk_lr) == (0, "never", 1.0)
-    assert (depth.size, depth.epochs) == (128, 5)
+    assert (depth.size, depth.epochs, depth.logit_adjustment) == (128, 5, 0.5)
     flags = ("--recipe", "pretrained", "--model", "timm:resnet18", "--size", "64")
     (other,) = planned(small_set, *flags)
     assert (other.model, other.weights, other.size) == ("timm:resnet18", "imagenet", 64)

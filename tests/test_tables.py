@@ -17,7 +17,7 @@ from conftest import REPO, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.sources import table_files
+from convert.sources import table_lines
 from convert.sources.tables import ALIASES, CAMERA, MAX_NAMES, NONE, FrameTable, read_table
 from shards.errors import UserError, WrongSource
 from shards.spec import SPLITS
@@ -493,4 +493,4 @@ def test_a_disk_that_fails_is_no_damaged_table(
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
     with pytest.raises(OSError, match="Input/output"):
         read_table(tmp_path / "t.parquet", fields={})
-    assert table_files.BLOCK_BYTES < 1 << 20
+    assert table_lines.BLOCK_BYTES < 1 << 20

@@ -15,6 +15,7 @@ from torchmetrics.functional import classification as reference
 from torchmetrics.functional import mean_squared_error
 
 from convert.sources.nyu_tables import nyu
+from shards.errors import NeedsSetting
 from shards.spec import VOID
 from train.augment import normalize_rgb, resize, views
 from train.geometry import CropBox, window
@@ -97,6 +98,24 @@ def test_what_an_adjusted_loss_makes_of_rows_that_show_nothing(strength: float) 
     loss, _ = ROWS.adjusted(strength, n_rows_k).loss(logits_k.expand(len(target), K), target)
     loss.backward()
     torch.testing.assert_close(logits_k.grad, torch.zeros(K), atol=1e-5, rtol=0)
+
+
+def test_a_run_adjusts_its_loss_by_the_rows_that_it_learns_from(
+    small_set: Path, tmp_path: Path
+) -> None:
+    known = Settings(str(small_set), str(tmp_path), logit_adjustment=0.5)
+    setup = make_setup(known, torch.device("cpu"))
+    n_rows_k = np.bincount(setup.train_set.labels(), minlength=setup.task.n_out)
+    expected_k = 0.5 * np.log(np.maximum(n_rows_k, 1) / n_rows_k.sum())
+    assert isinstance(setup.task, Classes)
+    assert setup.task.offsets_k is not None
+    np.testing.assert_allclose(setup.task.offsets_k, expected_k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["semantic40", "depth"])
+def test_classes_of_scenes_alone_can_be_made_up_for(task: str) -> None:
+    with pytest.raises(NeedsSetting, match="logit_adjustment"):
+        Settings("data", "runs", task=task, logit_adjustment=0.5)
 
 
 def test_a_class_without_train_rows_leaves_an_adjusted_loss_a_number() -> None:

@@ -46,7 +46,7 @@ OF_DEPTH = {
     "epochs": 30,
 }
 # And where each pixel is answered, a guess that was tried once.
-OF_PIXELS = {"trunk_lr": 0.2, "freeze_maps": 0, "logit_adjustment": 0.0}
+OF_PIXELS = {"trunk_lr": 0.2, "freeze_maps": 0}
 PARTS_SUFFIX = "-parts"  # of the first stage's run, and of its mirror
 AUTO = "auto"
 FINEST = 100  # classes of pixels; a network of so many learns each of them from too few
@@ -83,6 +83,8 @@ def defaults(
         values = {**values, **OF_DEPTH}
     elif recipe == "pretrained" and task != "scene":
         values = {**values, **OF_PIXELS}
+    if task != "scene":
+        values = {name: value for name, value in values.items() if name != "logit_adjustment"}
     if model in BUILT_IN:
         return values
     return {name: value for name, value in values.items() if name != "freeze_maps"}

@@ -32,7 +32,7 @@ from convert.sources.listings import (
 from convert.sources.nyu_scenes import scene_of, type_of
 from convert.sources.nyu_tables import nyu, tables
 from convert.sources.roots import parted
-from convert.sources.table_files import IS_NUMBER, Fault, path_lines
+from convert.sources.table_lines import IS_NUMBER, Fault, path_lines
 from convert.sources.tables import SPLIT_NAMES, FrameTable
 from convert.sources.timed_lists import first_cells
 from shards.errors import WrongSource, shown

@@ -18,14 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.table_files import (
-    JsonTable,
-    MoreColumns,
-    TableFile,
-    memory_given_back,
-    open_table,
-    string_array,
-)
+from convert.sources.table_files import open_table
+from convert.sources.table_json import JsonTable
+from convert.sources.table_lines import MoreColumns, TableFile, memory_given_back, string_array
 from shards.errors import WrongSource, shown
 from shards.spec import SPLITS
 from shards.texts import Texts

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.sources.folder_names import rgb_is_first
-from convert.sources.table_files import IS_NUMBER, Fault, path_lines
+from convert.sources.table_lines import IS_NUMBER, Fault, path_lines
 from shards.errors import WrongSource, shown
 
 MOST_S = 0.02  # between the pictures of a pair: as TUM's associate.py has it
