@@ -293,6 +293,7 @@ class ClusterExecutor:
     """Does the tasks of one plan, once, in a `with` block."""
 
     make: Make = staticmethod(make_shards)  # what a worker is asked to do
+    scratch_bytes = 0  # on this machine
 
     def __init__(
         self,

@@ -58,6 +58,8 @@ class LocalExecutor:
         workers: threads, and as many helper processes where there is enough to do for them.
         """
         self.peak_memory: int | None = 0  # bytes; None where the system does not tell
+        # What is unpacked into files before anything is made.
+        self.scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
         self._plan = plan
         self._source = source
         self._tasks = list(tasks)

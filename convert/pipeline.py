@@ -7,10 +7,8 @@ last. A run that was killed goes on after its last receipt, and ends byte-identi
 import platform
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,21 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.cluster import Cluster, ClusterExecutor
-from convert.executors import LocalExecutor, Made
+from convert.cluster import Cluster
 from convert.existing import find_set, finished, right_or_taken_back, say_other_names
 from convert.failed import (
-    MANY_FAILED,
     FailedRows,
     columns_of_rows_read,
     most_failed,
     say_failed,
-    try_failed_again,
     write_failed,
 )
-from convert.machine import n_cores
-from convert.plan import Part, Plan, plan_tasks
-from convert.shard import FullShard, is_train_of, write_shard
+from convert.plan import Part, Plan
+from convert.run import Execution, RunResult, done_before, failed_of, run_plan
 from convert.sources.base import (
     RowFacts,
     Source,
@@ -59,9 +53,7 @@ from shards.manifest import (
     Receipt,
     receipt_name,
     remove_older_receipts,
-    write_receipt,
 )
-from shards.progress import megabytes
 from shards.spec import (
     Codecs,
     ConversionSettings,
@@ -70,7 +62,7 @@ from shards.spec import (
     is_number,
     is_whole,
 )
-from shards.writing import check_space, commit, resume
+from shards.writing import commit, resume
 from stores.base import Root
 from stores.places import root_at
 
@@ -111,21 +103,6 @@ def convert(
     made = convert_to_set(source, out, settings, execution)
     assert made is not None  # as it is not one part of it
     return str(made.address)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """What decides how a set is made, and not what is in it. See `convert`."""
-
-    workers: int | None = None
-    codecs: Codecs = None
-    repair: bool = False
-    max_failed: float = 0.0
-    part: Part | None = None
-    cluster: Cluster | None = None  # None: this machine's threads and helper processes
-    # Told of each shard that is durable, (directory, number, receipt), those of an earlier run
-    # first; it may not wait. Of sets on this machine's file systems alone.
-    on_shard: Callable[[Path, int, Receipt], object] | None = None
 
 
 def convert_to_set(
@@ -273,7 +250,7 @@ def _make_ready(folder: WritableFolder, changed_ns: int, part: Part | None) -> N
 
 
 def _finish(
-    plan: Plan, source: Source, folder: WritableFolder, made: "RunResult", seconds: float
+    plan: Plan, source: Source, folder: WritableFolder, made: RunResult, seconds: float
 ) -> StoredSet:
     """The commit. Raises FailedRows."""
     shards = ConvertedShards.of(plan, made)
@@ -291,7 +268,7 @@ def _finish(
 
 
 def _finish_part(
-    plan: Plan, source: Source, folder: WritableFolder, made: "RunResult", seconds: float
+    plan: Plan, source: Source, folder: WritableFolder, made: RunResult, seconds: float
 ) -> StoredSet | None:
     """The part that finds all of them done is the one that commits; None: another one will.
 
@@ -303,7 +280,7 @@ def _finish_part(
         if there is not None:
             return there
         others = set(range(len(plan.bounds))) - made.done.keys()
-        done = {**made.done, **_done_before(folder, plan, others, are_hashed=False)}
+        done = {**made.done, **done_before(folder, plan, others, are_hashed=False)}
         if len(done) == len(plan.bounds):
             return _finish(plan, source, folder, replace(made, done=done), seconds)
         # Without locks, or in a store, another part may have finished it and removed receipts.
@@ -379,7 +356,7 @@ class ConvertedShards:
     receipts: Sequence[Receipt]
 
     @classmethod
-    def of(cls, plan: Plan, made: "RunResult") -> "ConvertedShards":
+    def of(cls, plan: Plan, made: RunResult) -> "ConvertedShards":
         """Of a run that has done every shard."""
         receipts = [made.done[k] for k in range(len(plan.bounds))]
         columns = _columns(plan, made.facts, receipts)
@@ -419,143 +396,6 @@ class ConvertedShards:
         return replace(dataset, label_names=(*names, *map(str, without)))
 
 
-def failed_of(receipts: Iterable[Receipt]) -> dict[int, str]:
-    """The rows of these shards that failed, by their numbers in the set."""
-    failed: dict[int, str] = {}
-    for receipt in receipts:
-        failed |= receipt.rows.failed if receipt.rows else {}
-    return failed
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run did of a plan.
-
-    done: receipts by shard, those of earlier runs with them. peak_memory: bytes; None where the
-    system does not tell. max_failed: the share of rows that may fail.
-    """
-
-    facts: RowFacts
-    done: Mapping[int, Receipt]
-    peak_memory: int | None
-    max_failed: float
-
-
-def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Execution) -> RunResult:
-    """Make the shards, or those of a part, that no receipt in `folder` says are done.
-
-    Raises FailedRows where so many rows fail that the rest is not worth while.
-    """
-    n_shards = len(plan.bounds)
-    mine = execution.part.shards(n_shards) if execution.part else range(n_shards)
-    done = _done_before(folder, plan, mine)
-    if failed_of(done.values()):  # whether they are too many, the rows of other parts tell too
-        elsewhere = set(range(n_shards)) - set(mine)
-        others = _done_before(folder, plan, elsewhere, are_hashed=False)
-        n_allowed = most_failed(plan.n_rows, execution.max_failed) - len(failed_of(others.values()))
-        try_failed_again(folder, done, n_allowed)
-    for k, receipt in done.items():
-        _tell(execution, folder, k, receipt)
-    todo = [k for k in mine if k not in done]
-    readers = source.readers([field.name for field in plan.fields])
-    executor: LocalExecutor | ClusterExecutor
-    if execution.cluster is not None:
-        executor = ClusterExecutor(plan, source, readers, folder, execution.cluster)
-        scratch_bytes = 0
-    else:
-        tasks = plan_tasks(plan, [reader.group_rows for reader in readers], todo)
-        scratch_bytes = sum(reader.scratch_bytes for reader in readers) if tasks else 0
-        workers = execution.workers or n_cores()
-        executor = LocalExecutor(plan, source, readers, tasks, workers)
-    _say_what_comes(plan, folder, todo, scratch_bytes)
-    with (
-        _thread_beside(source) as beside,  # text is read while pictures are decoded
-        executor,
-    ):
-        facts: Future[RowFacts] = beside.submit(source.row_facts)
-        n_failed = len(failed_of(done.values()))
-        too_many = most_failed(plan.n_rows, execution.max_failed) + MANY_FAILED
-        with closing(_put_down(executor, plan, folder, todo, facts)) as receipts:
-            for k, receipt in receipts:
-                done[k] = receipt
-                _tell(execution, folder, k, receipt)
-                n_failed += len(receipt.rows.failed) if receipt.rows else 0
-                if n_failed > too_many:
-                    failed = failed_of(done.values())
-                    columns = filled_columns(
-                        facts.result().columns, plan.n_rows, source.dataset, "none"
-                    )
-                    write_failed(folder, failed, columns)
-                    listed = f"{folder}/{FAILED}"
-                    raise FailedRows(source, failed, plan.n_rows, listed, is_early=True)
-    return RunResult(
-        facts=facts.result(),
-        done=done,
-        peak_memory=executor.peak_memory,
-        max_failed=execution.max_failed,
-    )
-
-
-def _put_down(
-    executor: LocalExecutor | ClusterExecutor,
-    plan: Plan,
-    folder: WritableFolder,
-    todo: Sequence[int],
-    facts: "Future[RowFacts]",
-) -> Made:
-    """Each of these shards as it is durable, once its receipt is written."""
-    if isinstance(executor, ClusterExecutor):
-        with closing(executor.run(todo, facts)) as receipts:
-            for k, receipt in receipts:
-                write_receipt(folder, k, receipt)
-                yield k, receipt
-        return
-
-    def write(shard: FullShard) -> Receipt:
-        is_train = is_train_of(facts.result(), plan, shard.number)
-        receipt = write_shard(plan, shard, is_train, folder)
-        write_receipt(folder, shard.number, receipt)
-        return receipt
-
-    with closing(executor.run(_scratch(folder), write, facts)) as receipts:
-        yield from receipts
-
-
-def _tell(execution: Execution, folder: WritableFolder, shard: int, receipt: Receipt) -> None:
-    if execution.on_shard is not None and isinstance(folder, LocalFolder):
-        execution.on_shard(folder.path, shard, receipt)
-
-
-def _say_what_comes(
-    plan: Plan, folder: WritableFolder, todo: Sequence[int], scratch_bytes: int
-) -> None:
-    """Raises WrongPlace where it would not fit."""
-    n_todo = sum(plan.n_rows_of(k) for k in todo)
-    n_bytes = n_todo * plan.row_bytes + scratch_bytes
-    free = ""
-    if isinstance(folder, LocalFolder):
-        free = f", {megabytes(check_space(folder.path, n_bytes))} free"
-    if todo:
-        log(f"{n_todo} rows to convert: {megabytes(n_bytes)} to write{free}")
-
-
-def _scratch(folder: WritableFolder) -> Path:
-    """A directory of this machine for what has to be unpacked first."""
-    return folder.path if isinstance(folder, LocalFolder) else Path(tempfile.gettempdir())
-
-
-def _done_before(
-    folder: WritableFolder, plan: Plan, among: Collection[int], *, are_hashed: bool = True
-) -> dict[int, Receipt]:
-    """The receipts of these shards that were made earlier, but for those of another decoder."""
-    done = resume(folder, plan.form_of_shards, among, are_hashed=are_hashed)
-    return {
-        k: receipt
-        for k, receipt in done.items()
-        if receipt.decoder == plan.decoder and (receipt.rows is not None) == plan.rows_differ
-    }
-
-
 def _columns(plan: Plan, facts: RowFacts, receipts: Sequence[Receipt]) -> dict[str, ColumnValues]:
     """Every column: what the source tells, and what reading its rows told."""
     columns = dict(facts.columns)
@@ -564,20 +404,6 @@ def _columns(plan: Plan, facts: RowFacts, receipts: Sequence[Receipt]) -> dict[s
     if facts.camera_px is not None:
         columns["camera"] = camera_shares_of(facts.camera_px, np.asarray(columns["size"]))
     return filled_columns(columns, plan.n_rows, facts.dataset, plan.settings.crop)
-
-
-@contextmanager
-def _thread_beside(source: Source) -> Iterator[ThreadPoolExecutor]:
-    """A thread of its own; after Ctrl-C it is not waited for where a server may say nothing."""
-    beside = ThreadPoolExecutor(1)
-    wait = True
-    try:
-        yield beside
-    except KeyboardInterrupt:
-        wait = not source.may_hang
-        raise
-    finally:
-        beside.shutdown(wait=wait, cancel_futures=True)
 
 
 def _provenance(source: Source, seconds: float, peak_memory: int | None) -> dict[str, Any]:
