@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from convert.pipeline import Execution
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
+NOBODY_READS = 141  # and one whose lines nobody takes any more
 MOST_NAMES = 8  # in a command that is printed
 
 
@@ -246,6 +247,7 @@ def _found_by_name(args: argparse.Namespace, settings: ConversionSettings) -> Pa
         raise WrongSource(
             args.source, "is not there, nor is a finished set of it", "Check its path"
         )
+    log(f"{args.source} is not there: taken is the set of what had its name")
     return prepare(request)
 
 
@@ -387,9 +389,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser(VERBS).parse_args(argv)
         args.function(args)
         return 0
-    except BrokenPipeError:  # such as | head: whoever read has enough
+    except BrokenPipeError:  # such as | head: whoever read has enough, and all is left as it is
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return NOBODY_READS
     except (KeyboardInterrupt, MemoryError, UserError, OSError) as error:
         if sys.stderr:  # else it would go to standard output, where the set's path is read
             print(printable(explained(error, args).replace("\n", " ")), file=sys.stderr)

@@ -71,7 +71,7 @@ def try_failed_again(folder: WritableFolder, done: dict[int, Receipt], n_allowed
 
     A store keeps what is there, so they are removed from it.
     """
-    with_failed = {k: receipt.rows.failed for k, receipt in done.items() if receipt.rows}
+    with_failed = {k: receipt.failed for k, receipt in done.items()}
     if sum(map(len, with_failed.values())) <= n_allowed:
         return
     again = {k: done.pop(k) for k, failed in with_failed.items() if failed}
@@ -117,14 +117,17 @@ def columns_of_rows_read(rows: Sequence[RowsRead]) -> dict[str, np.ndarray]:
 
 def rows_read_of(found: StoredSet) -> dict[int, RowsRead]:
     """By shard, what was found out when a finished set's rows were read; {} of a set whose source
-    told it.
+    told it, or that has lost it: all of its shards are to be made again then.
 
-    Why a row failed is in failed.csv alone: without it, it says so. Raises DamagedSet.
+    Why a row failed is in failed.csv alone: without it, it says so.
     """
     if found.settings.order_version == 0:
         return {}
-    sizes = found.column("size")
-    status = found.column("status")
+    try:
+        sizes = found.column("size")
+        status = found.column("status")
+    except DamagedSet:
+        return {}
     problems = _problems(found)
     n_labels = len(found.dataset.label_names)
     ids = [name for name, field in found.manifest.fields.items() if field.kind == "id"]

@@ -22,7 +22,7 @@ import numpy as np
 
 from convert.plan import Plan
 from shards.containers import ShardForm, write_field
-from shards.errors import DamagedSet, IncompleteCopy, WrongSource, one_line
+from shards.errors import ChangedSource, DamagedSet, DamagedSource, IncompleteCopy, one_line
 from shards.files import FileEntry, log
 from shards.manifest import (
     Receipt,
@@ -63,7 +63,7 @@ class Follower:
         self.store = MountedStore(drive / packed.name)
         self.codecs = codecs
         self.n_bytes_to_come = plan.n_rows * plan.row_bytes  # of the plain set
-        self.read_back: set[str] = set()  # files that are right on Drive
+        self.read_back: dict[str, FileEntry] = {}  # files that are right on Drive
         self._todo: queue.SimpleQueue[FinishedShard | None] = queue.SimpleQueue()
         self._is_ending = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -85,13 +85,14 @@ class Follower:
     ) -> None:
         """The shard on its way is waited for, but not after Ctrl-C: a mount may say nothing.
 
-        Where the source turned out to be wrong, nobody may go on from what was made of it.
+        Where the source turned out to have other bytes than it should, nobody may go on from what
+        was made of it. (One that cannot be read, or has rows that fail, is no such thing.)
         """
         self._is_ending = True
         self._todo.put(None)
         if kind is not KeyboardInterrupt:
             self._thread.join()
-        if isinstance(error, WrongSource):
+        if isinstance(error, ChangedSource | DamagedSource):
             self._withdraw()
 
     def _withdraw(self) -> None:
@@ -122,7 +123,7 @@ class Follower:
         self.store.create()
         for name, entry in receipt.entry.files.items():
             self.store.upload(directory / name, name, entry)
-            self.read_back.add(name)
+            self.read_back[name] = entry
         name = receipt_name(shard.number)
         self.store.upload(directory / name, name)
 
@@ -130,7 +131,7 @@ class Follower:
         """The receipt of its packed form, which an earlier session may have made."""
         packed = LocalStore(self.packed)
         made = read_receipt(packed, shard.number)
-        if made is not None and self._is_there(made):
+        if made is not None and made.has_rows_of(shard.receipt) and self._is_there(made):
             return made
         form = ShardForm(codecs=self.codecs, n_slots=self.plan.settings.rows_per_shard)
         files: dict[str, FileEntry] = {}

@@ -42,7 +42,7 @@ from convert.statistics import statistics
 from shards.addresses import without_secrets
 from shards.containers import check_codecs
 from shards.dataset import SetInStore, ShardSet, StoredSet, check_files
-from shards.errors import Busy, WrongSetting, WrongSource
+from shards.errors import Busy, ChangedSource, WrongSetting, WrongSource
 from shards.files import LocalFolder, WritableFolder, json_bytes, log, mebibytes
 from shards.lock import hold, only_one
 from shards.manifest import (
@@ -205,7 +205,7 @@ def _made(
     made = run_plan(plan, source, folder, execution)
     if (source.stamp(), source.identity()) != (before, plan.source):
         folder.delete(*map(receipt_name, made.done))
-        raise WrongSource(source, "changed while it was read", "Wait until it is whole")
+        raise ChangedSource(source, "changed while it was read", "Wait until it is whole")
     seconds = time.perf_counter() - started
     if execution.part is not None:
         return _finish_part(plan, source, folder, made, seconds)

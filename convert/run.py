@@ -75,7 +75,7 @@ def run_plan(plan: Plan, source: Source, folder: WritableFolder, execution: Exec
             for k, receipt in receipts:
                 done[k] = receipt
                 _tell(execution, folder, k, receipt)
-                n_failed += len(receipt.rows.failed) if receipt.rows else 0
+                n_failed += len(receipt.failed)
                 if n_failed > most:
                     failed = failed_of(done.values())
                     _list_failed(folder, plan, source, facts.result(), failed)
@@ -198,5 +198,5 @@ def failed_of(receipts: Iterable[Receipt]) -> dict[int, str]:
     """The rows of these shards that failed, by their numbers in the set."""
     failed: dict[int, str] = {}
     for receipt in receipts:
-        failed |= receipt.rows.failed if receipt.rows else {}
+        failed |= receipt.failed
     return failed

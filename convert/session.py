@@ -8,7 +8,6 @@ the .mat: given, on Drive, or fetched     -> what is not right on this disk, els
 
 import shutil
 import time
-from collections.abc import Collection
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,16 @@ from convert.sources.base import Source, SourceFilter
 from convert.sources.nyu_mat import Elsewhere, check_opens, sampled_identity
 from convert.sources.nyu_tables import NYU_DOWNLOAD
 from convert.sources.opening import open_source
-from convert.transfer import fetch, missing_files, pull, pull_right_files, push, refuse_newer
+from convert.transfer import (
+    NO_FILES,
+    Files,
+    fetch,
+    missing_files,
+    pull,
+    pull_right_files,
+    push,
+    refuse_newer,
+)
 from convert.verify import checked
 from shards.copy import codecs_of, copy_set
 from shards.dataset import ShardSet, open_set
@@ -86,7 +94,7 @@ def prepare(request: SetRequest) -> Path:
     existing = existing_sets(request)
 
     made = _from_this_disk(existing.local)
-    read_back: Collection[str] = ()
+    read_back: Files = NO_FILES
     if made is None and existing.on_drive is not None:
         made = _from_drive(request, existing.on_drive)
         existing = replace(existing, is_drive_whole=made is not None)
@@ -203,7 +211,7 @@ def _source_of(request: SetRequest) -> Origin:
 
 def _converted_onto_drive(
     request: SetRequest, drive: Path, source: Origin
-) -> tuple[ShardSet, Collection[str]]:
+) -> tuple[ShardSet, Files]:
     """The set made from its source, each shard on Drive soon after; and the files that are there.
 
     A session that was cut, here or on another machine, is gone on with.
@@ -312,9 +320,7 @@ def _cost(found: ShardSet) -> str:
 # ------------------------------------------------------------------------------ a copy on Drive
 
 
-def _copy_to_drive(
-    made: ShardSet, request: SetRequest, form: str, read_back: Collection[str]
-) -> None:
+def _copy_to_drive(made: ShardSet, request: SetRequest, form: str, read_back: Files) -> None:
     """Push the set in this form (a suffix), PACKED unless Drive has its plain form.
 
     Packed it is 295 MB to copy instead of 727, unpacked in 5 s.

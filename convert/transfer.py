@@ -3,7 +3,7 @@
 The manifest goes last. Also `fetch`: the .mat from its home, or from any web server.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -40,6 +40,7 @@ from stores.mounted import DRIVE, MountedStore, check_mounted, mount_of, patient
 from stores.object_store import ObjectStore
 
 Files = Mapping[str, FileEntry]
+NO_FILES: Files = {}
 
 
 # ---------------------------------------------------------------------------------- whole sets
@@ -65,27 +66,28 @@ def missing_files(folder: Folder, files: Files) -> list[str]:
     return [name for name, entry in files.items() if sizes.get(name) != entry.n_bytes]
 
 
-def push(found: ShardSet, place: Path | Store, read_back: Collection[str] = ()) -> StoredSet:
+def push(found: ShardSet, place: Path | Store, read_back: Files = NO_FILES) -> StoredSet:
     """Copy a finished set to a folder on a mount, or into a store: only what is missing or wrong
     there; the copy.
 
-    Every file is read back, but for those in `read_back`, which were a moment ago: of these only
-    the size is looked at. A set that is there stays whole until the first of its files has to
-    change: over one of version 1 of the same rows, to the end. Raises StoreFailed (IncompleteCopy
-    where a file of the set itself is damaged) and WrongPlace where the copy would not fit.
+    Every file is read back, but for those that are as in `read_back`, which were a moment ago: of
+    these only the size is looked at. A set that is there stays whole until the first of its files
+    has to change: over one of version 1 of the same rows, to the end. Raises StoreFailed
+    (IncompleteCopy where a file of the set itself is damaged) and WrongPlace where the copy would
+    not fit.
     """
     root = _mounted(place) if isinstance(place, Path) else place
     root.create()
     source = LocalStore(found.path)
     target = root.child(found.path.name)
     target.create()
+    files = found.manifest.files
 
     def copy(name: str, entry: FileEntry | None) -> None:
-        is_there = name in read_back and entry is not None and target.size(name) == entry.n_bytes
-        if not is_there:
+        was_read_back = entry is not None and read_back.get(name) == entry
+        if not was_read_back or target.size(name) != files[name].n_bytes:
             target.upload(found.path / name, name, entry)
 
-    files = found.manifest.files
     _check_may_change(source, target)
     changed = _files_to_change(source, target, files)
     _make_room(target, files)
@@ -104,7 +106,9 @@ def push(found: ShardSet, place: Path | Store, read_back: Collection[str] = ()) 
     if not isinstance(target, MountedStore):
         return SetInStore(target, found.manifest)
     mount = mount_of(target.path)
-    if mount is not None and mount.remote == DRIVE:
+    if mount is None or mount.remote != DRIVE:
+        log("every file was read back")
+    else:
         flush = "run drive.flush_and_unmount() in a cell before you close"
         log(f"read back from the mount. It reaches Google later: {flush}")
     return ShardSet(target.path, found.manifest)
@@ -136,10 +140,14 @@ def pull(found: StoredSet, root: Path) -> ShardSet:
     """Copy a finished set from a mount or a store under `root`: only what is missing or wrong here;
     the copy.
 
-    Raises IncompleteCopy where a file there is missing, short or has other content, StoreFailed,
-    WrongPlace where the copy would not fit, and Busy.
+    One that lies there itself is left as it is. Raises IncompleteCopy where a file there is
+    missing, short or has other content, StoreFailed, WrongPlace where the copy would not fit, and
+    Busy.
     """
     source = store_of(found)
+    here = root / source.name
+    if isinstance(found, ShardSet) and here.exists() and here.samefile(found.path):
+        return found
     files = found.manifest.files
     missing = missing_files(source, files)
     if missing:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from shards.containers import (
     CODECS,
     ShardForm,
@@ -27,6 +29,7 @@ from shards.lock import only_one
 from shards.manifest import (
     FAILED,
     PROVENANCE,
+    RIGHT_ROW,
     Manifest,
     Receipt,
     write_receipt,
@@ -132,7 +135,16 @@ def _copy(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> Manifest:
     folder.remove_unfinished()
     bounds = found.manifest.bounds
     shards = ShardsOfSet(bounds=bounds, fields=list(fields.values()), codecs=codecs)
-    done = resume(folder, shards)
+    # A receipt there may be of a conversion that was not finished, on a machine that had another
+    # decoder or could not read a row. Of a row that failed it says less than has to be known.
+    with_failed = _shards_with_failed_rows(found)
+    decoder = found.manifest.decoder
+    ours = [Receipt(entry=shard, decoder=decoder) for shard in found.manifest.shards]
+    done = {
+        k: receipt
+        for k, receipt in resume(folder, shards).items()
+        if k not in with_failed and receipt.has_rows_of(ours[k])
+    }
     todo = [k for k in range(found.n_shards) if k not in done]
     if isinstance(folder, LocalFolder):
         check_space(folder.path, _bytes_to_write(found, len(todo), codecs))
@@ -148,12 +160,15 @@ def _copy(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> Manifest:
                 files |= write_field(folder, field, k, rows, form)
                 progress.add(rows.nbytes)
             entry = replace(found.manifest.shards[k], files=files)
-            done[k] = Receipt(entry=entry, codecs=codecs, decoder=found.manifest.decoder)
-            write_receipt(folder, k, done[k])
+            done[k] = Receipt(entry=entry, codecs=codecs, decoder=decoder)
+            if k not in with_failed:
+                write_receipt(folder, k, done[k])
 
     for name in (PROVENANCE, FAILED):
         if found.folder.size(name) >= 0:
             folder.put(name, found.folder.read(name))
+        else:
+            folder.delete(name)
     manifest = replace(
         found.manifest.without_files(),
         codecs=codecs,
@@ -161,6 +176,11 @@ def _copy(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> Manifest:
     )
     columns = {name: found.values(name) for name in manifest.columns}
     return commit(folder, manifest, columns)
+
+
+def _shards_with_failed_rows(found: StoredSet) -> set[int]:
+    failed_rows = np.flatnonzero(found.column("status") != RIGHT_ROW)
+    return set((failed_rows // found.settings.rows_per_shard).tolist())
 
 
 def _check_every_file(found: StoredSet) -> None:

@@ -288,6 +288,10 @@ class DamagedSource(WrongSource):
     """Bytes of a source that cannot be what was written there."""
 
 
+class ChangedSource(WrongSource):
+    """A source that somebody wrote to while it was read."""
+
+
 class WrongPlace(PathError):
     """No room, no permission, or no such folder."""
 

@@ -487,6 +487,18 @@ class Receipt:
     decoder: str | None = None
     rows: RowsRead | None = None
 
+    @property
+    def failed(self) -> Mapping[int, str]:
+        """By the row's number in the set, what is wrong with it."""
+        return {} if self.rows is None else self.rows.failed
+
+    def has_rows_of(self, other: "Receipt") -> bool:
+        """Whether another one, in whatever codecs, says the same of the rows: how they were
+        decoded, what they add up to, which of them failed.
+        """
+        is_alike = (self.decoder, self.entry.sums) == (other.decoder, other.entry.sums)
+        return is_alike and self.failed.keys() == other.failed.keys()
+
     def to_json(self) -> dict[str, Any]:
         value = {**self.entry.to_json(), "codecs": self.codecs}
         if self.decoder is not None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import REPO
 from helpers.sets import content, convert, flip, is_whole
 
-from convert import follower, pipeline
+from convert import follower, run
 from convert.plan import Plan
 from convert.session import SetRequest, prepare
 from convert.shard import FullShard
@@ -32,10 +32,10 @@ N_SHARDS = 5
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-import convert.pipeline as pipeline
+import convert.run as run
 from convert.__main__ import main
 drive, n_shards = Path(sys.argv[1]), int(sys.argv[2])
-write = pipeline.write_shard
+write = run.write_shard
 begun = []
 def write_or_die(*args):
     if len(begun) == n_shards:
@@ -45,7 +45,7 @@ def write_or_die(*args):
     begun.append(args)
     return write(*args)
 n_shards_before = len(list(drive.glob("*/receipt-*.json")))
-pipeline.write_shard = write_or_die
+run.write_shard = write_or_die
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -165,7 +165,7 @@ def test_shards_of_a_source_that_changed_meanwhile_are_withdrawn(
     mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copy(mat, tmp_path / "changing.mat"))
-    write = pipeline.write_shard
+    write = run.write_shard
     seen: list[Path] = []
 
     def write_and_change(plan: Plan, shard: FullShard, *more: Any) -> Receipt:
@@ -176,7 +176,7 @@ def test_shards_of_a_source_that_changed_meanwhile_are_withdrawn(
             os.utime(source)
         return write(plan, shard, *more)
 
-    monkeypatch.setattr(pipeline, "write_shard", write_and_change)
+    monkeypatch.setattr(run, "write_shard", write_and_change)
     with pytest.raises(WrongSource, match="changed while it was read"):
         prepare(request(source, tmp_path))
     assert seen

@@ -5,10 +5,12 @@ what a run meets: kills, another run, a full disk, a table that changes.
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +30,19 @@ from helpers.frames import (
 )
 from helpers.sets import committed, files_of, flip, is_whole, shard_bytes
 
+from convert import run
 from convert.__main__ import main
 from convert.pipeline import make_plan
+from convert.plan import Plan
 from convert.sample_frames import jpeg, png
+from convert.session import SetRequest, prepare
+from convert.shard import FullShard
 from convert.sources.opening import open_source
-from shards.dataset import ShardSet, open_set
+from shards.copy import codecs_of, copy_set
+from shards.dataset import ShardSet, finished_sets, open_set
 from shards.errors import UserError
-from shards.manifest import FAILED, MANIFEST
+from shards.files import LocalFolder
+from shards.manifest import FAILED, MANIFEST, Receipt, write_receipts
 from shards.spec import ConversionSettings
 
 N_ROWS = 21
@@ -308,6 +316,85 @@ def test_an_unfinished_set_tries_its_failed_rows_again_by_itself(
     assert committed(made) == committed(whole.path)
 
 
+def test_a_copy_takes_no_row_from_a_conversion_that_could_not_read_it(
+    copy: Path, whole: ShardSet, tmp_path: Path
+) -> None:
+    pytest.importorskip("zarr", reason="needs zarr")
+    elsewhere = copy_set(
+        whole, tmp_path / "elsewhere", codecs_of("zarr", "none", whole.settings.fields)
+    )
+    spoil(copy / "rows.csv", [3, 11])
+    with pytest.raises(UserError, match="2 of 21 rows cannot be read"):
+        converted(copy / "rows.csv", tmp_path / "here")
+    assert committed(copy_set(elsewhere, tmp_path / "here", None).path) == committed(whole.path)
+
+
+def test_a_copy_takes_no_shard_of_another_decoder(
+    folder: Path, whole: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = convert_frames(folder / "rows.csv", tmp_path, AS_IS)
+    write_receipts(LocalFolder(made), replace(whole.manifest, decoder="another 1.0"), [], {})
+    flip(made / "rgb-00001.npy")
+    (made / MANIFEST).unlink()
+    copied = copy_set(whole, tmp_path, None).path
+    assert committed(copied) == committed(whole.path)
+
+
+def test_a_session_whose_rows_cannot_be_read_keeps_its_shards_on_drive(
+    copy: Path, whole: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is mended after it comes to Drive, not what was packed of it before."""
+    table = copy / "rows.csv"
+    drive = tmp_path / "mount" / "drive"
+    drive.parent.mkdir()
+    spoil(table, [3, 11])
+
+    n_others = len(whole.manifest.shards) - 1
+    write = run.write_shard
+
+    def write_the_last_when_the_others_are_on_drive(
+        plan: Plan, shard: FullShard, *more: Any
+    ) -> Receipt:
+        while shard.number == n_others and len(receipts()) < n_others:
+            time.sleep(0.01)
+        return write(plan, shard, *more)
+
+    def receipts() -> list[Path]:
+        return list(drive.glob("*/receipt-*.json"))
+
+    def session() -> Path:
+        with closing(open_source(table, AS_IS)) as source:
+            return prepare(SetRequest(root=tmp_path, settings=AS_IS, source=source, drive=drive))
+
+    monkeypatch.setattr(run, "write_shard", write_the_last_when_the_others_are_on_drive)
+    with pytest.raises(UserError, match="2 of 21 rows cannot be read"):
+        session()
+    assert len(receipts()) >= n_others
+    monkeypatch.undo()
+    mend(table, [3, 11])
+    assert committed(session()) == committed(whole.path)
+    (on_drive,) = finished_sets(drive)
+    assert committed(copy_set(open_set(on_drive), tmp_path / "b", None).path) == committed(
+        whole.path
+    )
+
+
+def test_a_table_that_is_written_again_as_it_was_keeps_its_shards(
+    copy: Path, whole: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = copy / "rows.csv"
+    spoil(table, [3])
+    with pytest.raises(UserError, match="1 of 21 rows cannot be read"):
+        converted(table, tmp_path / "out")
+    table.write_bytes(table.read_bytes())
+    mend(table, [3])
+    capsys.readouterr()
+    made = convert_frames(table, tmp_path / "out", AS_IS)
+    n_shards = len(whole.manifest.shards)
+    assert f"{n_shards} of {n_shards} shards are done already" in capsys.readouterr().err
+    assert committed(made) == committed(whole.path)
+
+
 def test_a_hundred_failures_too_many_end_it_early(folder: Path, tmp_path: Path) -> None:
     """The last row can be read, so that not every row tried beforehand fails."""
     right = {**read_csv(folder / "rows.csv")[0], "split": "test"}
@@ -326,6 +413,25 @@ def test_a_hundred_failures_too_many_end_it_early(folder: Path, tmp_path: Path) 
 
 
 # ---------------------------------------------------------------- what a run meets
+
+
+def test_a_set_of_another_table_of_that_name_is_not_taken_in_silence(
+    folder: Path, whole: ShardSet, command: Run
+) -> None:
+    mistyped = folder / "kitchne" / "rows.csv"
+    done = command("convert", "run", mistyped, "--out", whole.path.parent, *TINY)
+    assert done.stdout.strip() == str(whole.path)
+    assert f"{mistyped} is not there: taken is the set of what had its name" in done.stderr
+
+
+def test_a_run_whose_lines_nobody_reads_does_not_end_as_if_all_were_done(
+    many: Path, tmp_path: Path
+) -> None:
+    with running(many, tmp_path, *ONE_BY_ONE) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        status = process.wait()
+    assert (status == 0) is bool(list(tmp_path.glob(f"*/{MANIFEST}")))
 
 
 def test_a_killed_run_goes_on_and_ends_byte_identical(many: Path, tmp_path: Path) -> None:
@@ -495,8 +601,9 @@ def test_shards_of_another_decoder_are_made_again(
     assert committed(made) == committed(whole.path)
 
 
+@pytest.mark.parametrize("name", ["depth-00002.npy", "rows-size.npy", "rows-status.npy"])
 def test_a_damaged_set_is_mended_by_the_command_that_verify_prints(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shlex
 
@@ -504,7 +611,7 @@ def test_a_damaged_set_is_mended_by_the_command_that_verify_prints(
     assert main([str(word) for word in words]) == 0
     made = Path(capsys.readouterr().out.strip())
     before = committed(made)
-    flip(made / "depth-00002.npy")
+    flip(made / name)
     assert main(["verify", str(made)]) == 2
     printed = capsys.readouterr().err.strip().partition("Run: ")[2]
     assert printed.startswith("python -m convert run ")

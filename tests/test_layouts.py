@@ -281,12 +281,23 @@ def test_without_splits_places_are_dealt(tmp_path: Path) -> None:
     assert found.settings.split_by == "scene"
 
 
-def test_a_table_without_scenes_takes_the_folders_of_its_pictures_as_places(tmp_path: Path) -> None:
+def test_what_was_dealt_is_said_where_it_is_not_what_was_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [f"rgb/place {k // 4}/{k}.png" for k in range(12)]
+    converted(put(tmp_path / "room", *paths), tmp_path / "out")
+    assert "dealt by scene: 33 % train, 33 % val, 33 % test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slash", ["/", "\\"], ids=["as Unix", "as Windows"])
+def test_a_table_without_scenes_takes_the_folders_of_its_pictures_as_places(
+    slash: str, tmp_path: Path
+) -> None:
     rows = write_frames_of(tmp_path, 4)
     for number, row in enumerate(rows):
         moved = f"rgb/place {number % 2}/{number}.png"
         write_file(tmp_path / moved, (tmp_path / row["rgb"]).read_bytes())
-        row["rgb"] = moved
+        row["rgb"] = moved.replace("/", slash)
     found = converted(write_table(tmp_path / "t.csv", rows), tmp_path / "out")
     assert found.manifest.scenes == ("rgb/place 0", "rgb/place 1")
 

@@ -21,7 +21,7 @@ from shards.copy import copy_set
 from shards.dataset import ShardSet, finished_sets, open_set
 from shards.errors import IncompleteCopy, OldSet, StoreFailed, UserError
 from shards.files import FileEntry, HashingFile, write_atomically
-from shards.manifest import read_manifest
+from shards.manifest import FAILED, read_manifest
 from shards.spec import ConversionSettings
 from stores import mounted
 from stores.mounted import patiently
@@ -46,6 +46,16 @@ def test_push_then_pull_is_the_same_set_to_the_byte(
     done = command("convert", "pull", drive, root)
     assert done.stdout.splitlines()[-1] == str(root / small_set.name)
     assert content(root / small_set.name) == content(small_set)
+
+
+def test_a_set_that_is_pulled_to_where_it_lies_stays_as_it_is(
+    small_set: Path, tmp_path: Path
+) -> None:
+    made = Path(shutil.copytree(small_set, tmp_path / small_set.name))
+    (made / FAILED).write_text("set_row,row,rgb_file,problem\n")
+    before = content(made)
+    assert pull(open_set(made), tmp_path).path == made
+    assert content(made) == before
 
 
 def test_only_what_is_missing_or_wrong_is_copied(small_set: Path, tmp_path: Path) -> None:

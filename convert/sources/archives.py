@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from convert.sources.errors import BadRow
-from shards.errors import WrongSource, one_line
+from shards.errors import ChangedSource, WrongSource, one_line
 from stores.mounted import patiently
 
 MAX_MEMBER_BYTES = 512 << 20
@@ -164,7 +164,7 @@ class Archive:
         found = os.fstat(self._open())
         if (found.st_size, found.st_mtime_ns) != self._stamp:
             what = "was changed while it was read"
-            raise WrongSource(self.path, what, "Begin again once it is whole")
+            raise ChangedSource(self.path, what, "Begin again once it is whole")
 
     def _pread(self, n_bytes: int, offset: int) -> bytes:
         """So many bytes, fewer at the end of the file."""

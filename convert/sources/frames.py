@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.resize import as_meant
 from convert.sources.base import RowFacts, RowReader
-from convert.sources.dealing import FEWEST_PLACES, SplitRule, dealt_order
+from convert.sources.dealing import FEWEST_PLACES, IN_ORDER, SplitRule, dealt_order
 from convert.sources.depth_encodings import DepthRule, check_names, looks_undecoded
 from convert.sources.errors import BadRow
 from convert.sources.frame_rows import DepthRules, FrameRows, FramesReader, LabelRule
@@ -24,7 +24,7 @@ from convert.sources.opening import SourceOptions
 from convert.sources.pictures import decoder_name
 from convert.sources.roots import Roots
 from convert.sources.tables import NONE, FrameTable, Names, read_table
-from shards.errors import WrongSetting, WrongSource
+from shards.errors import ChangedSource, WrongSetting, WrongSource
 from shards.files import log
 from shards.spec import (
     DEALT,
@@ -157,12 +157,15 @@ class FramesSource:
             stamp = LAYOUTS[self._layout].stamp
             return stamp(self._path, self._wanted) if stamp else self._listing().stamp
         stat = self._path.stat()
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+        # What was made of it before stays right whenever it is written again: all that it says is
+        # part of its identity.
+        always = 0
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, always
 
     def row_facts(self) -> RowFacts:
-        """Raises WrongSource where it changed since it was opened: its lines were read then."""
+        """Raises ChangedSource where it changed since it was opened: its lines were read then."""
         if self.stamp() != self._stamp_when_read:
-            raise WrongSource(self, "changed while it was read", "Wait until it is whole")
+            raise ChangedSource(self, "changed while it was read", "Wait until it is whole")
         columns: dict[str, Any] = {
             "split": self._facts.split,
             "scene": self._facts.scene,
@@ -327,7 +330,8 @@ def _places_of(table: FrameTable) -> Names:
 
 def _folders_of(table: FrameTable) -> Names:
     numbers_of: dict[str, int] = {}
-    folders = (path.rpartition("/")[0] for path in table.paths["rgb"])
+    paths = (path.replace("\\", "/") for path in table.paths["rgb"])
+    folders = (path.rpartition("/")[0] for path in paths)
     numbers = np.fromiter(
         (numbers_of.setdefault(folder, len(numbers_of)) for folder in folders),
         np.uint32,
@@ -347,7 +351,7 @@ def _split_rule(table: FrameTable, places: Names, settings: ConversionSettings) 
     if table.split is not None:
         return None
     if len(places.names) >= FEWEST_PLACES:
-        log(f"no column split: {len(places.names)} places are dealt, 80 % train, 10 % val and test")
+        log(f"no column split: {len(places.names)} places are dealt")
         return SplitRule(by="scene")
     log("no column split, and too few places to deal: rows are dealt, whatever place they show")
     return SplitRule(by="row")
@@ -362,7 +366,11 @@ def _split_of(table: FrameTable, places: Names, rule: SplitRule | None) -> np.nd
         return rule.of_rows(table.n_rows)
     groups = places if rule.by == "scene" else table.columns[rule.by]
     # An empty cell is a group like any other.
-    return rule.of_groups(np.minimum(groups.numbers, len(groups.names)))
+    split = rule.of_groups(np.minimum(groups.numbers, len(groups.names)))
+    shares = np.bincount(split, minlength=len(SPLITS)) / len(split)
+    listed = ", ".join(f"{100 * shares[SPLITS.index(name)]:.0f} % {name}" for name in IN_ORDER)
+    log(f"dealt by {rule.by}: {listed}")  # of few groups, or large ones, no deal is as was asked
+    return split
 
 
 def _facts_of(
