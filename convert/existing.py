@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from convert.failed import rows_read_of, shards_with_failed_rows
+from convert.failed import rows_read_of
 from convert.plan import Plan
 from convert.sources.base import Source, SourceFilter
 from convert.upgrade import read_or_upgrade, read_version_1, upgrade, upgraded_if_it_fits
-from shards.dataset import SetInStore, ShardSet, StoredSet, check_files, finished_sets, verify
+from shards.dataset import (
+    SetInStore,
+    ShardSet,
+    StoredSet,
+    check_files,
+    finished_sets,
+    shards_with_failed_rows,
+    verify,
+)
 from shards.errors import DamagedSet, OldSet, SeveralSets, UserError
 from shards.files import LocalFolder, WritableFolder, log
 from shards.manifest import MANIFEST, Receipt, read_manifest, write_receipt, write_receipts
@@ -93,7 +101,10 @@ def right_or_taken_back(folder: WritableFolder, plan: Plan) -> StoredSet | None:
     wrong = {name: problem for name, problem in verify(found) if problem}
     for name, problem in wrong.items():
         log(f"{folder}/{name} {problem}")
-    failed = shards_with_failed_rows(found)
+    try:
+        failed = shards_with_failed_rows(found)
+    except DamagedSet:  # its column is one of those that are wrong
+        failed = set()
     if wrong or failed:
         to_be_made = [name for k in failed for name in found.manifest.shards[k].files]
         write_receipts(folder, found.manifest, {*wrong, *to_be_made}, rows_read_of(found))

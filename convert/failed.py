@@ -149,12 +149,3 @@ def _problems(found: StoredSet) -> dict[int, str]:
         return {int(line["set_row"]): line["problem"] for line in csv.DictReader(lines)}
     except (OSError, UserError, ValueError, KeyError, TypeError, csv.Error):
         return {}
-
-
-def shards_with_failed_rows(found: StoredSet) -> set[int]:
-    """Their numbers; none where the column cannot be read, which is told elsewhere."""
-    try:
-        failed_rows = np.flatnonzero(found.column("status") != RIGHT_ROW)
-    except DamagedSet:
-        return set()
-    return set((failed_rows // found.settings.rows_per_shard).tolist())

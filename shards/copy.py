@@ -13,15 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from shards.containers import (
     CODECS,
     ShardForm,
     is_mapped,
     write_field,
 )
-from shards.dataset import SetInStore, ShardSet, StoredSet, open_set
+from shards.dataset import SetInStore, ShardSet, StoredSet, open_set, shards_with_failed_rows
 from shards.errors import DamagedSet, NeedsSetting, UserError, WrongSetting, printable
 from shards.files import FileEntry, Folder, LocalFolder, WritableFolder, log
 from shards.flags import Parser, as_flag, as_path
@@ -29,7 +27,6 @@ from shards.lock import only_one
 from shards.manifest import (
     FAILED,
     PROVENANCE,
-    RIGHT_ROW,
     Manifest,
     Receipt,
     write_receipt,
@@ -137,7 +134,7 @@ def _copy(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> Manifest:
     shards = ShardsOfSet(bounds=bounds, fields=list(fields.values()), codecs=codecs)
     # A receipt there may be of a conversion that was not finished, on a machine that had another
     # decoder or could not read a row. Of a row that failed it says less than has to be known.
-    with_failed = _shards_with_failed_rows(found)
+    with_failed = shards_with_failed_rows(found)
     decoder = found.manifest.decoder
     ours = [Receipt(entry=shard, decoder=decoder) for shard in found.manifest.shards]
     done = {
@@ -176,11 +173,6 @@ def _copy(found: StoredSet, folder: WritableFolder, codecs: Codecs) -> Manifest:
     )
     columns = {name: found.values(name) for name in manifest.columns}
     return commit(folder, manifest, columns)
-
-
-def _shards_with_failed_rows(found: StoredSet) -> set[int]:
-    failed_rows = np.flatnonzero(found.column("status") != RIGHT_ROW)
-    return set((failed_rows // found.settings.rows_per_shard).tolist())
 
 
 def _check_every_file(found: StoredSet) -> None:

@@ -29,6 +29,7 @@ from shards.manifest import (
     FAILED,
     MANIFEST,
     PROVENANCE,
+    RIGHT_ROW,
     Column,
     ColumnValues,
     Manifest,
@@ -419,6 +420,12 @@ def verify(found: StoredSet) -> Iterator[tuple[str, str | None]]:
     for name in sorted((found.folder.sizes() or {}).keys() - files.keys()):
         if not NOT_CONTENT.fullmatch(name):
             yield name, "is not part of the set"
+
+
+def shards_with_failed_rows(found: StoredSet) -> set[int]:
+    """Their numbers. Raises DamagedSet."""
+    failed_rows = np.flatnonzero(found.column("status") != RIGHT_ROW)
+    return set((failed_rows // found.settings.rows_per_shard).tolist())
 
 
 def foreign_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
