@@ -97,7 +97,7 @@ def learn_from(run: Run, setup: TaskSetup, loaders: Loaders, n_epochs: int) -> S
 def learn_semantic(settings: Settings, fold: int, plan: Plan, path: Path) -> None:
     """Train on the pixels' classes of the same rows first; the weights go to `path`."""
     n_epochs = plan.n_semantic_epochs
-    semantic = replace(settings, task="semantic40", epochs=n_epochs)
+    semantic = replace(settings, task="semantic40", epochs=n_epochs, logit_adjustment=0.0)
     setup, loaders = fold_setup(semantic, fold, plan.n_folds)
     run, scores = learn(setup, loaders, n_epochs, settings.weights)
     torch.save(run.model.state_dict(), path)

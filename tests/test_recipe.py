@@ -54,6 +54,11 @@ def test_the_default_recipe_learns_the_pixels_then_the_scenes_from_them(small_se
     assert second == Settings(data, "runs/scene", weights="runs/scene-parts", **same)  # type: ignore[arg-type]
 
 
+def test_only_the_scenes_of_a_recipe_are_adjusted(small_set: Path) -> None:
+    first, second = planned(small_set, *DEFAULT, "--logit-adjustment", "0.5")
+    assert (first.logit_adjustment, second.logit_adjustment) == (0, 0.5)
+
+
 def test_the_pretrained_recipe_is_one_run_from_imagenet(small_set: Path) -> None:
     for task in ("scene", "semantic40"):
         flags = ("--recipe", "pretrained", "--start", "auto", "--task", task)

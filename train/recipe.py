@@ -155,6 +155,7 @@ def stages(settings: Settings, start: str, task: str, *, is_named: bool = False)
         out=start,
         mirror=mirror.rstrip("/") + PARTS_SUFFIX if mirror else None,
         reset=settings.reset and not is_named,
+        logit_adjustment=0.0,  # which is for scenes
     )
     second = replace(settings, weights=start)
     return [Stage(settings=first, is_skipped_once_done=True), Stage(settings=second)]
