@@ -118,7 +118,10 @@ WRONG: list[tuple[str, Any]] = [
         for value in (-1, 1.5, "two", "-1", "", True, None, 65, "65", "٣", [], 2.0)
     ),
     *(("start_method", value) for value in ("thread", "", 1, True, "None", ["fork"])),
-    *(("target", value) for value in (None, "", "Scene", 13, ["scene"], True)),
+    *(
+        ("target", value)
+        for value in (None, "", "Scene", 13, ["colour"], (), ("scene", "scene"), True)
+    ),
     *(("num_classes", value) for value in (11, 0, -13, "13", 13.0, True)),
     *(("normalize", value) for value in ("no", 1, None, 0)),
     *(("prefetch", value) for value in ("no", 1, None)),
@@ -233,7 +236,8 @@ right: dict[str, st.SearchStrategy[Any]] = {
     "num_classes": st.sampled_from([10, 13, 27]),
     "target": st.sampled_from(
         ["scene", "semantic", "semantic13", "semantic40", "depth", "instance"]
-    ),
+    )
+    | st.sampled_from([("scene", "semantic13"), ["depth", "semantic40", "scene"]]),
     "normalize": st.booleans(),
     "target_size": st.sampled_from([None, 32, (32, 32), [32, 32]]),
     "seed": st.integers(0, 2**64 - 1),
@@ -279,14 +283,14 @@ def test_any_arguments_are_refused_in_one_line_or_give_what_they_say(
         return
     n_rows = [len(ShardDataset(small_set, split=split)) for split in ("train", "test")]
     batch_size = min(how.get("batch_size", 128), n_rows[0])
-    n_inputs = (
-        len(how.get("fields") or (1, 2)) if how.get("target") != "depth" or how.get("fields") else 1
-    )
+    target = how.get("target", "scene")
+    targets = [target] if isinstance(target, str) else target
+    n_inputs = len(how.get("fields") or (("rgb",) if "depth" in targets else ("rgb", "depth")))
     train = list(loaders[0])
     assert [len(batch[-1]) for batch in train] == [batch_size] * (n_rows[0] // batch_size)
     assert sum(len(batch[-1]) for batch in loaders[1]) == n_rows[1]
-    assert {len(batch) for batch in train} == {n_inputs + 1}
-    for part in train[0][:-1]:
+    assert {len(batch) for batch in train} == {n_inputs + len(targets)}
+    for part in train[0][:n_inputs]:
         assert part.shape[0] == batch_size
         assert tuple(part.shape[-2:]) == (32, 32)
         assert (part.dtype == torch.float32) is bool(how.get("normalize", True))

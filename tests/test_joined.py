@@ -343,6 +343,11 @@ def test_nyu_and_sun_have_13_classes_of_pixels_and_one_camera_a_row(
     joined = open_for_training([small_set, sun.path])
     names = ShardDataset(joined, target="semantic13").classes
     assert names == ShardDataset(small_set, target="semantic13").classes
+    both = ShardDataset(joined, target=("scene", "semantic13"))
+    *_, pixels = both.batch(np.arange(len(both)))
+    pixels_alone = ShardDataset(joined, target="semantic13")
+    at = np.flatnonzero(np.isin(pixels_alone.rows, both.rows))
+    assert torch.equal(pixels, pixels_alone.batch(at)[-1])
     scenes = ShardDataset(joined).classes
     for part in (small_set, sun):
         assert set(ShardDataset(part).classes) <= set(scenes)

@@ -57,6 +57,7 @@ WHOLE_FILES_NEED_TORCH = {
         "resume",
         "signals",
         "sunrgbd_training",
+        "targets",
         "tasks",
         "timm",
         "torch_habits",

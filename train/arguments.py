@@ -42,11 +42,17 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise refuse(name, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
-def check_target(target: Any) -> None:
-    """The classes of semanticN are the dataset's to know."""
-    is_known = isinstance(target, str) and TARGET.fullmatch(target)
-    if not is_known:
-        raise refuse("target", target, "choose scene, semantic, semanticN, depth or instance")
+def check_target(target: Any) -> tuple[str, ...]:
+    """The names of one target or several; WrongSetting unless all are known, each once.
+
+    The classes of semanticN are the dataset's to know.
+    """
+    names = target if isinstance(target, list | tuple) else (target,)
+    are_known = all(isinstance(name, str) and TARGET.fullmatch(name) for name in names)
+    if not names or not are_known or len(set(names)) < len(names):
+        choices = "choose scene, semantic, semanticN, depth or instance"
+        raise refuse("target", target, f"{choices}, or several of these, each once")
+    return tuple(names)
 
 
 def check_num_classes(num_classes: Any) -> None:

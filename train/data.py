@@ -1,15 +1,16 @@
 """The dataset and its loaders: memory maps opened lazily in each process, one gather a batch.
 
-A batch is the fields asked for, then the target; by default (rgb, depth, label). `normalize=False`
+A batch is the fields asked for, then the targets; by default (rgb, depth, label). `normalize=False`
 hands over what is stored (uint8 rgb, int16 millimetres, int64 target), to be converted on the
 device.
 """
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -57,7 +58,14 @@ from train.feeding import FedBatches
 from train.joined import join, parts_of, parts_of_rows
 from train.opening import DatasetPath, open_for_training
 from train.room import shuffle_named
-from train.split_rows import SplitRows, check_split, evaluation_split, read_split, target_of
+from train.split_rows import (
+    SplitRows,
+    TargetClasses,
+    check_split,
+    evaluation_split,
+    read_split,
+    target_of,
+)
 from train.torch_words import TorchWords, check_torch_words
 
 MM_A_METRE = 1000
@@ -75,6 +83,7 @@ CAMERA = Field(
     invalid=0,
     resampling="none",
 )
+Part = TypeVar("Part")  # of a batch: an array, a tensor, or what a layout says of it
 OPENED = {"_set", "_split_rows", "_gather", "_ahead", "_parts"}  # what a pickle leaves behind
 
 
@@ -85,12 +94,12 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     axis.
 
     path: a finished set, a folder that holds exactly one, an opened one, or a list of such: sets of
-    one size, whose classes are joined by name. split: train, val, test
-    or all. fields: names of colour, grey or depth fields, and "camera" for that of each row, [B,4]:
-    focal lengths and centre as shares of the stored picture, 0 where unknown. num_classes: which
-    scene classes; None: the dataset's default. device: all rows are kept there as tensors (250 KB a
-    row at 224), and so are batches. Pickles its path and settings only; everything else is reopened
-    where it lands.
+    one size, whose classes are joined by name. split: train, val, test or all. fields: names of
+    colour, grey or depth fields, and "camera" for that of each row, [B,4]: focal lengths and centre
+    as shares of the stored picture, 0 where unknown. target: scene, semantic, semanticN, depth or
+    instance; a tuple of these: one part of a batch each. num_classes: which scene classes; None:
+    the dataset's default. device: all rows are kept there as tensors (250 KB a row at 224), and so
+    are batches. Pickles its path and settings only; everything else is reopened where it lands.
     Raises UserError for a set that is damaged, lacks a field, or has no row in the split.
     """
 
@@ -100,14 +109,14 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         *,
         split: str = "train",
         fields: tuple[str, ...] | None = None,
-        target: str = "scene",
+        target: str | tuple[str, ...] = "scene",
         num_classes: int | None = None,
         normalize: bool = False,
         device: str | torch.device | None = None,
         allow_remote: bool = False,
     ) -> None:
         check_choice("split", split, (*SPLITS, "all"))
-        check_target(target)
+        self.targets = check_target(target)
         check_flags(normalize=normalize, allow_remote=allow_remote)
         check_num_classes(num_classes)
         self.num_classes = num_classes
@@ -128,7 +137,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         inputs = [name for name, each in self._set.manifest.fields.items() if each.kind != "id"]
         if CAMERA.name in self._set.manifest.columns and CAMERA.name not in inputs:
             inputs.append(CAMERA.name)
-        default = ("rgb",) if target == "depth" else ("rgb", "depth")
+        default = ("rgb",) if "depth" in self.targets else ("rgb", "depth")
         self.fields = check_fields(fields, inputs) or default
         self._kept: np.ndarray | None = None  # positions in the split, of a subset
         self._gather: RowGather | None = None
@@ -170,7 +179,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
     def _read_split(self) -> SplitRows:
         """The columns of its rows; maps wait for the first row that is asked for."""
         sees_cameras = CAMERA in [self._field(name) for name in self.fields]
-        found = read_split(self._set, self.split, self.target, self.num_classes)
+        found = read_split(self._set, self.split, self.targets, self.num_classes)
         if sees_cameras:
             found = replace(found, cameras=self._set.column(CAMERA.name))
         return found if self._kept is None else replace(found, rows=found.rows[self._kept])
@@ -218,8 +227,14 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     @property
     def classes(self) -> list[str]:
-        """Their names, in the order of their ids; none where the target has no classes."""
-        return list(self._split_rows.classes)
+        """Their names, in the order of their ids; none where the target has no classes. Of several
+        targets those of the first.
+        """
+        return self.classes_of(self.targets[0])
+
+    def classes_of(self, target: str) -> list[str]:
+        """Of one of `targets`."""
+        return list(self._split_rows.targets[self.targets.index(target)].names)
 
     @property
     def camera(self) -> Camera | None:
@@ -237,9 +252,10 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def labels(self) -> np.ndarray:
         """[N] int64: the scene class of every row of the split."""
-        if self.target != "scene":
+        if "scene" not in self.targets:
             raise UserError("labels() is for target='scene'")
-        return self._split_rows.scene_ids[self._split_rows.rows]
+        scenes = self._split_rows.targets[self.targets.index("scene")]
+        return scenes.scene_ids[self._split_rows.rows]
 
     def subset(self, positions: np.ndarray) -> "ShardDataset":
         """A dataset of some of these rows, by their positions [M] or by a mask [N]."""
@@ -275,7 +291,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         return list(zip(*self.batch(indices), strict=True))
 
     def batch(self, indices: Any) -> tuple[Tensor, ...]:
-        """The fields asked for, as float32 inputs where `normalize`, then the target, of these
+        """The fields asked for, as float32 inputs where `normalize`, then the targets, of these
         positions [B].
         """
         use_one_thread_in_a_fork()
@@ -285,9 +301,9 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             rows = self.rows_of(indices)
             buffer = private_memory(n_bytes_of(self._normalized_layout(len(rows))))
             return tensors_in(buffer, self._fill_normalized(buffer, rows))
-        *inputs, target = self.stored(indices)
+        inputs, targets = self._inputs_and_targets(self.stored(indices))
         pairs = zip(self._input_fields, inputs, strict=True)
-        return (*(self._normalized(field, part) for field, part in pairs), target)
+        return (*(self._normalized(field, part) for field, part in pairs), *targets)
 
     def _normalized(self, field: Field, part: Tensor, out: Tensor | None = None) -> Tensor:
         if field.kind == "depth":
@@ -333,21 +349,23 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
 
     def mapped_fields(self) -> list[str]:
         """Each once: what a batch is read from."""
-        target = target_of(self.target).field
-        return list(dict.fromkeys([*self._stored_fields(), *([target] if target else [])]))
+        of_targets = [target_of(name).field for name in self.targets]
+        return list(dict.fromkeys([*self._stored_fields(), *filter(None, of_targets)]))
 
     def _fill(self, buffer: memoryview, rows: np.ndarray) -> Layout:
         use_one_thread_in_a_fork()
         gather = self._opened_gather()
         layout = self._layout(len(rows))
-        *parts, target = arrays_in(buffer, layout)
-        self._fill_target(target, rows, gather)
-        start = target.nbytes
-        for field, part in zip(self._input_fields, parts, strict=True):
+        inputs, targets = self._inputs_and_targets(arrays_in(buffer, layout))
+        start = 0
+        for known, part in zip(self._split_rows.targets, targets, strict=True):
+            self._fill_target(part, known, rows, gather)
+            start += part.nbytes
+        for field, part in zip(self._input_fields, inputs, strict=True):
             if field == CAMERA:
                 part[:] = self._split_rows.cameras[rows]
                 start += part.nbytes
-        # The target and the cameras lie first: nothing that is stored is as wide.
+        # The targets and the cameras lie first: nothing that is stored is as wide.
         gather.into(self._stored_fields(), rows, buffer[start:])
         return layout
 
@@ -359,43 +377,55 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         one to the next, and a process grew by a batch with every few batches.
         """
         layout = self._normalized_layout(len(rows))
-        *outs, target = (torch.from_numpy(array) for array in arrays_in(buffer, layout))
+        outs = [torch.from_numpy(array) for array in arrays_in(buffer, layout)]
         stored_layout = self._layout(len(rows))
         scratch = private_memory(n_bytes_of(stored_layout))
         self._fill(scratch, rows)
-        *inputs, stored_target = (torch.from_numpy(a) for a in arrays_in(scratch, stored_layout))
-        for field, part, out in zip(self._input_fields, inputs, outs, strict=True):
+        stored = [torch.from_numpy(array) for array in arrays_in(scratch, stored_layout)]
+
+        inputs, targets = self._inputs_and_targets(stored)
+        input_outs, target_outs = self._inputs_and_targets(outs)
+        for field, part, out in zip(self._input_fields, inputs, input_outs, strict=True):
             self._normalized(field, part, out)
-        target.copy_(stored_target)
+        for part, out in zip(targets, target_outs, strict=True):
+            out.copy_(part)
         return layout
 
     def _normalized_layout(self, n: int) -> Layout:
-        *inputs, target = self._layout(n)
-        return [*((np.dtype("f4"), shape) for _, shape in inputs), target]
+        inputs, targets = self._inputs_and_targets(self._layout(n))
+        return [*((np.dtype("f4"), shape) for _, shape in inputs), *targets]
 
-    def _fill_target(self, target: np.ndarray, rows: np.ndarray, gather: RowGather) -> None:
-        name = target_of(self.target).field
+    def _inputs_and_targets(self, batch: Sequence[Part]) -> tuple[Sequence[Part], Sequence[Part]]:
+        """The parts of a batch, one of each field and one of each target."""
+        n_inputs = len(self.fields)
+        return batch[:n_inputs], batch[n_inputs:]
+
+    def _fill_target(
+        self, out: np.ndarray, known: TargetClasses, rows: np.ndarray, gather: RowGather
+    ) -> None:
+        name = known.target.field
         if name is None:
-            target[:] = self._split_rows.scene_ids[rows]
+            out[:] = known.scene_ids[rows]
             return
-        stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(target.shape)
+        stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(out.shape)
         if name == "label":
-            self._fill_label_classes(target, stored, rows)
+            self._fill_label_classes(out, known.label_classes, stored, rows)
         elif name == "depth":
-            target[:] = stored / np.float32(MM_A_METRE)
+            out[:] = stored / np.float32(MM_A_METRE)
         else:
-            target[:] = stored
+            out[:] = stored
 
-    def _fill_label_classes(self, target: np.ndarray, stored: np.ndarray, rows: np.ndarray) -> None:
+    def _fill_label_classes(
+        self, out: np.ndarray, tables: tuple[np.ndarray, ...], stored: np.ndarray, rows: np.ndarray
+    ) -> None:
         """Stored ids of these rows -> classes; the ids mean what each row's own set says."""
-        tables = self._split_rows.label_classes
         if len(tables) == 1:
-            target[:] = tables[0][stored]
+            out[:] = tables[0][stored]
             return
         part_of_row = parts_of_rows(self._set, rows)
         for part, table in enumerate(tables):
             is_of_part = part_of_row == part
-            target[is_of_part] = table[stored[is_of_part]]
+            out[is_of_part] = table[stored[is_of_part]]
 
     def _layout(self, n: int) -> Layout:
         """Of a stored batch of n rows."""
@@ -405,12 +435,13 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             planes = field.planes or (1,)
             shape = (n, *planes) if field == CAMERA else (n, *planes, *plane)
             parts.append((INPUT_DTYPES[field.kind], shape))
-        if self.target == "scene":
-            parts.append(("i8", (n,)))
-        elif self.target == "depth":
-            parts.append(("f4", (n, 1, *plane)))
-        else:
-            parts.append(("i8", (n, *plane)))
+        for name in self.targets:
+            if name == "scene":
+                parts.append(("i8", (n,)))
+            elif name == "depth":
+                parts.append(("f4", (n, 1, *plane)))
+            else:
+                parts.append(("i8", (n, *plane)))
         return [(np.dtype(dtype), shape) for dtype, shape in parts]
 
     def _opened_gather(self) -> RowGather:
@@ -462,7 +493,7 @@ def create_dataloaders(
     batch_size: int = 128,
     num_workers: int | str = "auto",
     num_classes: int | None = None,
-    target: str = "scene",
+    target: str | tuple[str, ...] = "scene",
     normalize: bool = True,
     target_size: int | tuple[int, int] | None = None,
     eval_split: str = "auto",
@@ -488,6 +519,7 @@ def create_dataloaders(
     several sets of one size are read as one, their classes joined by name.
     num_workers: 0 gathers in one thread (in the caller with prefetch=False), "auto" measures how
     long a batch takes to make. num_classes: which scene classes; None: the dataset's default.
+    target: one, or a tuple of several, which end a batch in their order.
     target_size: None, or the set's own size. eval_split: train, val or test, for the second loader;
     "auto": val where the set has val rows, else test.
     transform, val_transform: batch -> batch, run in the workers. cache="device": the train rows

@@ -1,6 +1,7 @@
 """Which rows of a set a split has, and what is learnt from each of them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,61 +32,76 @@ def target_of(name: str) -> Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetClasses:
+    """What turns what a set stores of a target into its classes.
+
+    names: of the classes; none of a target that has no classes. Empty where the target is another:
+    scene_ids: [rows of the set] int64, -1 = no class. label_classes: of each stored label, void is
+    -100, torch's ignore_index; an array of each set that is joined.
+    """
+
+    target: Target
+    names: tuple[str, ...] = ()
+    scene_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    label_classes: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(cls, found: ShardSet, target: Target, num_classes: int | None) -> "TargetClasses":
+        """num_classes: which scene classes; None: the dataset's default. Raises MissingField where
+        the set does not store the target, WrongSetting for other numbers of classes than it has,
+        whatever the target.
+        """
+        if target.field:
+            found.field(target.field)
+        protocol = found.dataset.protocol(num_classes)
+        if target.name == "scene":
+            scene_ids = _ids_of_scenes(found, protocol.ids_of(found.dataset.scene_types))
+            return cls(target=target, names=protocol.names, scene_ids=scene_ids)
+        if target.field == "label":
+            names, tables = label_classes(found, target.n_classes)
+            classes = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
+            return cls(target=target, names=names, label_classes=classes)
+        return cls(target=target)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitRows:
-    """Which rows a dataset is of, and what turns what is stored of them into classes.
+    """Which rows a dataset is of, and what is learnt from them.
 
     rows: [N] their numbers in the set. n_without_class: rows of the split that are left out, as
-    their scene type is no class. Of every row of the set, and empty where nothing asks for it:
-    scene_ids: [rows of the set] int64, -1 = no class. label_classes: of each stored label, void is
-    -100, torch's ignore_index; an array of each set that is joined. cameras: [rows of the set, 4].
+    their scene type is no class. targets: in their order. cameras: [rows of the set, 4], empty
+    where nothing asks for it.
     """
 
     rows: np.ndarray
-    n_without_class: int = 0
-    classes: tuple[str, ...] = ()
-    scene_ids: np.ndarray
-    label_classes: tuple[np.ndarray, ...] = ()
+    n_without_class: int
+    targets: tuple[TargetClasses, ...]
     cameras: np.ndarray
 
 
 def read_split(
-    found: ShardSet, split: str, target_name: str, num_classes: int | None = None
+    found: ShardSet, split: str, targets: Sequence[str], num_classes: int | None = None
 ) -> SplitRows:
-    """The rows of a split that have the target; from the set's columns alone, without cameras.
+    """The rows of a split that have the targets; from the set's columns alone, without cameras.
 
-    num_classes: which scene classes; None: the dataset's default. Raises MissingSet where there are
-    none, MissingField where the set does not store the target, WrongSetting for other numbers of
-    classes than it has, whatever the target.
+    Raises MissingSet where there are none, and as `TargetClasses.of` does.
     """
-    target = target_of(target_name)
-    if target.field:
-        found.field(target.field)
     all_rows = rows = _rows_of_split(found, split)
-    protocol = found.dataset.protocol(num_classes)
-
-    classes: tuple[str, ...] = ()
-    scene_ids = np.empty(0, np.int64)
-    classes_of_labels: tuple[np.ndarray, ...] = ()
-    if target.name == "scene":
-        classes = protocol.names
-        scene_ids = _ids_of_scenes(found, protocol.ids_of(found.dataset.scene_types))
-        rows = all_rows[scene_ids[all_rows] >= 0]
-        if len(all_rows) and not len(rows):
-            what = f"has no {split} rows with a scene type"
-            others = {"label": "the classes of pixels (semantic)", "depth": "depth"}
-            there = [how for name, how in others.items() if name in found.manifest.fields]
-            right = f"Learn something else of it: {' or '.join(there)}" if there else ""
-            raise MissingSet(found.address, what, right)
-    elif target.field == "label":
-        classes, tables = label_classes(found, target.n_classes)
-        classes_of_labels = tuple(np.where(ids > 0, ids - 1, VOID) for ids in tables)
+    known = tuple(TargetClasses.of(found, target_of(name), num_classes) for name in targets)
+    for each in known:
+        if each.target.name == "scene":
+            rows = all_rows[each.scene_ids[all_rows] >= 0]
+    if len(all_rows) and not len(rows):
+        what = f"has no {split} rows with a scene type"
+        others = {"label": "the classes of pixels (semantic)", "depth": "depth"}
+        there = [how for name, how in others.items() if name in found.manifest.fields]
+        right = f"Learn something else of it: {' or '.join(there)}" if there else ""
+        raise MissingSet(found.address, what, right)
 
     return SplitRows(
         rows=rows,
         n_without_class=len(all_rows) - len(rows),
-        classes=classes,
-        scene_ids=scene_ids,
-        label_classes=classes_of_labels,
+        targets=known,
         cameras=np.empty((0, 4), np.float32),
     )
 
