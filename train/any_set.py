@@ -21,9 +21,9 @@ from train.data import CAMERA
 from train.errors import MissingDepth, OtherSize
 from train.inputs import Batch
 from train.job import NetworkSetup
+from train.split_rows import MM_A_METRE
 
 ROWS_AT_ONCE = 16
-MM_A_METRE = 1000
 N_IDS = 1 << 16  # of labels
 
 

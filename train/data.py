@@ -55,20 +55,12 @@ from train.arguments import (
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels, normalize_rgb
 from train.caching import Reading, cached_parts, orders_of, with_feed
 from train.feeding import FedBatches
-from train.joined import join, parts_of, parts_of_rows
+from train.joined import join, parts_of
 from train.opening import DatasetPath, open_for_training
 from train.room import shuffle_named
-from train.split_rows import (
-    SplitRows,
-    TargetClasses,
-    check_split,
-    evaluation_split,
-    read_split,
-    target_of,
-)
+from train.split_rows import SplitRows, check_split, evaluation_split, read_split, target_of
 from train.torch_words import TorchWords, check_torch_words
 
-MM_A_METRE = 1000
 # How a stored field is handed over, by its kind. Depth is at most 32767 mm: as int16 it has the
 # bits of the uint16 on disk, and torch computes with it.
 INPUT_DTYPES = {"colour": "u1", "grey": "u1", "grey16": "u2", "depth": "i2", "camera": "f4"}
@@ -359,7 +351,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         inputs, targets = self._inputs_and_targets(arrays_in(buffer, layout))
         start = 0
         for known, part in zip(self._split_rows.targets, targets, strict=True):
-            self._fill_target(part, known, rows, gather)
+            known.fill(part, rows, self._set, gather)
             start += part.nbytes
         for field, part in zip(self._input_fields, inputs, strict=True):
             if field == CAMERA:
@@ -400,33 +392,6 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
         n_inputs = len(self.fields)
         return batch[:n_inputs], batch[n_inputs:]
 
-    def _fill_target(
-        self, out: np.ndarray, known: TargetClasses, rows: np.ndarray, gather: RowGather
-    ) -> None:
-        name = known.target.field
-        if name is None:
-            out[:] = known.scene_ids[rows]
-            return
-        stored = gather.into((name,), rows).view(self._set.field(name).dtype).reshape(out.shape)
-        if name == "label":
-            self._fill_label_classes(out, known.label_classes, stored, rows)
-        elif name == "depth":
-            out[:] = stored / np.float32(MM_A_METRE)
-        else:
-            out[:] = stored
-
-    def _fill_label_classes(
-        self, out: np.ndarray, tables: tuple[np.ndarray, ...], stored: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Stored ids of these rows -> classes; the ids mean what each row's own set says."""
-        if len(tables) == 1:
-            out[:] = tables[0][stored]
-            return
-        part_of_row = parts_of_rows(self._set, rows)
-        for part, table in enumerate(tables):
-            is_of_part = part_of_row == part
-            out[is_of_part] = table[stored[is_of_part]]
-
     def _layout(self, n: int) -> Layout:
         """Of a stored batch of n rows."""
         plane = (self.size, self.size)
@@ -435,13 +400,7 @@ class ShardDataset(Dataset[tuple[Tensor, ...]]):
             planes = field.planes or (1,)
             shape = (n, *planes) if field == CAMERA else (n, *planes, *plane)
             parts.append((INPUT_DTYPES[field.kind], shape))
-        for name in self.targets:
-            if name == "scene":
-                parts.append(("i8", (n,)))
-            elif name == "depth":
-                parts.append(("f4", (n, 1, *plane)))
-            else:
-                parts.append(("i8", (n, *plane)))
+        parts += [known.part(n, self.size) for known in self._split_rows.targets]
         return [(np.dtype(dtype), shape) for dtype, shape in parts]
 
     def _opened_gather(self) -> RowGather:

@@ -15,8 +15,9 @@ from shards.files import log
 from shards.manifest import RIGHT_ROW
 from shards.spec import Box, Camera
 from train.augment import SMALLEST_STD, normalize_depth, normalize_levels
-from train.data import CAMERA, MM_A_METRE, ShardDataset
+from train.data import CAMERA, ShardDataset
 from train.geometry import CropBox, crop_box_of, rays, scored_box_of
+from train.split_rows import MM_A_METRE
 
 RowCamera = tuple[float, float, float, float]  # fx, fy, cx, cy
 

@@ -7,9 +7,12 @@ import numpy as np
 
 from shards.dataset import ShardSet
 from shards.errors import MissingSet
+from shards.gather import RowGather
 from shards.manifest import RIGHT_ROW
 from shards.spec import NO_SCENE_TYPE, SPLITS, VOID
-from train.joined import label_classes
+from train.joined import label_classes, parts_of_rows
+
+MM_A_METRE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,8 @@ def target_of(name: str) -> Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetClasses:
-    """What turns what a set stores of a target into its classes.
+class StoredTarget:
+    """A target as a set has it: what is stored of it, and how that becomes what is learnt.
 
     names: of the classes; none of a target that has no classes. Empty where the target is another:
     scene_ids: [rows of the set] int64, -1 = no class. label_classes: of each stored label, void is
@@ -46,7 +49,7 @@ class TargetClasses:
     label_classes: tuple[np.ndarray, ...] = ()
 
     @classmethod
-    def of(cls, found: ShardSet, target: Target, num_classes: int | None) -> "TargetClasses":
+    def of(cls, found: ShardSet, target: Target, num_classes: int | None) -> "StoredTarget":
         """num_classes: which scene classes; None: the dataset's default. Raises MissingField where
         the set does not store the target, WrongSetting for other numbers of classes than it has,
         whatever the target.
@@ -63,6 +66,41 @@ class TargetClasses:
             return cls(target=target, names=names, label_classes=classes)
         return cls(target=target)
 
+    def part(self, n: int, size: int) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape of n rows of it in a batch of pictures of this size."""
+        if self.target.name == "scene":
+            return "i8", (n,)
+        if self.target.name == "depth":
+            return "f4", (n, 1, size, size)
+        return "i8", (n, size, size)
+
+    def fill(self, out: np.ndarray, rows: np.ndarray, found: ShardSet, gather: RowGather) -> None:
+        """Write these rows of it to `out`, as `part` says: classes, metres, or ids as stored."""
+        name = self.target.field
+        if name is None:
+            out[:] = self.scene_ids[rows]
+            return
+        stored = gather.into((name,), rows).view(found.field(name).dtype).reshape(out.shape)
+        if name == "label":
+            self._fill_label_classes(out, stored, found, rows)
+        elif name == "depth":
+            out[:] = stored / np.float32(MM_A_METRE)
+        else:
+            out[:] = stored
+
+    def _fill_label_classes(
+        self, out: np.ndarray, stored: np.ndarray, found: ShardSet, rows: np.ndarray
+    ) -> None:
+        """Stored ids of these rows -> classes; the ids mean what each row's own set says."""
+        tables = self.label_classes
+        if len(tables) == 1:
+            out[:] = tables[0][stored]
+            return
+        part_of_row = parts_of_rows(found, rows)
+        for part, table in enumerate(tables):
+            is_of_part = part_of_row == part
+            out[is_of_part] = table[stored[is_of_part]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitRows:
@@ -75,7 +113,7 @@ class SplitRows:
 
     rows: np.ndarray
     n_without_class: int
-    targets: tuple[TargetClasses, ...]
+    targets: tuple[StoredTarget, ...]
     cameras: np.ndarray
 
 
@@ -84,10 +122,10 @@ def read_split(
 ) -> SplitRows:
     """The rows of a split that have the targets; from the set's columns alone, without cameras.
 
-    Raises MissingSet where there are none, and as `TargetClasses.of` does.
+    Raises MissingSet where there are none, and as `StoredTarget.of` does.
     """
     all_rows = rows = _rows_of_split(found, split)
-    known = tuple(TargetClasses.of(found, target_of(name), num_classes) for name in targets)
+    known = tuple(StoredTarget.of(found, target_of(name), num_classes) for name in targets)
     for each in known:
         if each.target.name == "scene":
             rows = all_rows[each.scene_ids[all_rows] >= 0]
