@@ -80,7 +80,7 @@ def verify_all_but_leftovers(directory: Path) -> bool:
 def test_killed_runs_resume_and_end_byte_identical(
     mat: Path, small_set: Path, tmp_path: Path
 ) -> None:
-    kill_at_random(mat, small_set, tmp_path, 5)
+    kill_at_random(mat, small_set, tmp_path, 10)
     assert nothing_temporary(tmp_path)
 
 

@@ -339,7 +339,6 @@ def test_a_full_mirror_is_announced_and_training_goes_on(
     assert "No space left on device; training goes on" in capsys.readouterr().err
 
 
-@pytest.mark.stress  # half a minute, most of it torch's own
 def test_without_a_compiler_compile_is_one_line(small_set: Path, tmp_path: Path) -> None:
     words = ["-m", "train", f"--data={small_set}", f"--out={tmp_path}", "--compile"]
     words += flags(model="helpers.networks:Plain")  # two layers: a ResNet is long in coming to it
