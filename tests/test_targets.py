@@ -18,7 +18,9 @@ BOTH = ("scene", "semantic40")
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("device", [None, "cpu"])
-@pytest.mark.parametrize("targets", [BOTH, ("depth", "scene"), ("semantic13", "instance", "scene")])
+@pytest.mark.parametrize(
+    "targets", [BOTH, ("depth", "scene"), ("semantic13", "semantic40", "instance", "scene")]
+)
 def test_of_several_targets_each_is_what_it_is_alone(
     small_set: Path, targets: tuple[str, ...], normalize: bool, device: str | None
 ) -> None:
